@@ -1,0 +1,1 @@
+"""Cluster providers: host, kind, k3d, minikube, existing."""

@@ -1,0 +1,1 @@
+"""Images: references, pulls, layouts, the content store, compilation, credentials."""

@@ -1,0 +1,1 @@
+"""Pods: watch, one worker a pod, status. Every module here is level-triggered: it compares, it never replays."""

@@ -1,0 +1,1 @@
+"""Host calls offered to guests beside WASI."""
