@@ -1,0 +1,1 @@
+"""The pytest plugin: fixtures and assertions for wasm apps on a cluster."""
