@@ -76,11 +76,18 @@ class Images(Protocol):
     """Images as the pod workers see them."""
 
     async def ensure(
-        self, reference: str, *, policy: PullPolicy, credentials: Sequence[Credential], event: EventSink
+        self,
+        reference: str,
+        *,
+        policy: PullPolicy,
+        credentials: Sequence[Credential],
+        event: EventSink,
+        pod_uid: str = "",
     ) -> Image:
         """Have the image locally, verified. Events as kubelet's image manager emits them. Raises ImageError.
 
-        Back-off (10 s doubling to 300 s, by reference) is kept here: within it ImagePullBackOff is raised at once.
+        Back-off (10 s doubling to 300 s) is kept here by pod uid and reference, as kubelet does, so that a new pod
+        tries at once: within it ImagePullBackOff is raised without asking the registry.
         """
 
     async def compiled(self, image: Image) -> Path:
