@@ -1,0 +1,144 @@
+"""What binaries the control plane needs: where each comes from and how its version is told.
+
+The versions are those of the ``go.mod`` files beside this module: one pin, used for every source, so that a binary
+found on PATH, one that was downloaded and one that was built are the same release.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+HERE = Path(__file__).resolve().parent
+
+_KUBERNETES_VERSION_VARIABLES = (
+    "k8s.io/component-base/version.gitVersion={version}",
+    "k8s.io/component-base/version.gitMajor={major}",
+    "k8s.io/component-base/version.gitMinor={minor}",
+    "k8s.io/component-base/version.gitTreeState=clean",
+    "k8s.io/client-go/pkg/version.gitVersion={version}",
+    "k8s.io/client-go/pkg/version.gitMajor={major}",
+    "k8s.io/client-go/pkg/version.gitMinor={minor}",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binary:
+    """One executable: a package of a pinned Go module, and a file of that module's official release."""
+
+    name: str
+    pin: str
+    """The folder beside this module whose go.mod pins it."""
+
+    module: str
+    package: str
+    version_argv: tuple[str, ...] = ("--version",)
+    version_pattern: str = r"v?(\d+\.\d+\.\d+)"
+    linker_variables: tuple[str, ...] = ()
+    """Templates of ``-X`` values; ``go build`` of a module knows no version by itself."""
+
+    release_url: str = ""
+    """Template of the download; empty: the project publishes none that Wasilet can use."""
+
+    checksum_url: str = ""
+    """Template of the published checksum: either a bare SHA-256 or lines ``<sha256>  <file>``."""
+
+    archive_member: str = ""
+    """Template of the path inside a .tar.gz; empty: the download is the executable itself."""
+
+    @property
+    def version(self) -> str:
+        """The pinned version, as ``1.34.4``. Raises ValueError when go.mod does not require the module."""
+        text = (HERE / self.pin / "go.mod").read_text(encoding="utf-8")
+        found = re.search(rf"^\s*(?:require\s+)?{re.escape(self.module)}\s+v(\S+)", text, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"{self.pin}/go.mod does not require {self.module}")
+        return found.group(1)
+
+    def fields(self, version: str, architecture: str) -> Mapping[str, str]:
+        """What the templates above may name."""
+        major, minor, *_ = version.split(".")
+        return {
+            "name": self.name,
+            "version": f"v{version}",
+            "number": version,
+            "major": major,
+            "minor": minor,
+            "arch": architecture,
+        }
+
+
+def go_architecture(machine: str | None = None) -> str:
+    """Go's name of a machine, by default this one. Raises ValueError for one that Wasilet does not run on."""
+    machine = machine or platform.machine()
+    names = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
+    try:
+        return names[machine]
+    except KeyError:
+        raise ValueError(f"no binaries for {machine}: Wasilet runs on x86_64 and arm64") from None
+
+
+def _kubernetes(name: str, *, version_argv: tuple[str, ...] = ("--version",)) -> Binary:
+    return Binary(
+        name=name,
+        pin="kubernetes",
+        module="k8s.io/kubernetes",
+        package=f"k8s.io/kubernetes/cmd/{name}",
+        version_argv=version_argv,
+        linker_variables=_KUBERNETES_VERSION_VARIABLES,
+        release_url="https://dl.k8s.io/{version}/bin/linux/{arch}/{name}",
+        checksum_url="https://dl.k8s.io/{version}/bin/linux/{arch}/{name}.sha256",
+    )
+
+
+_ALL = (
+    _kubernetes("kube-apiserver"),
+    _kubernetes("kube-controller-manager"),
+    _kubernetes("kube-scheduler"),
+    _kubernetes("kube-proxy"),
+    _kubernetes("kubelet"),
+    _kubernetes("kubeadm", version_argv=("version", "-o", "short")),
+    _kubernetes("kubectl", version_argv=("version", "--client")),
+    Binary(
+        name="etcd",
+        pin="etcd",
+        module="go.etcd.io/etcd/server/v3",
+        package="go.etcd.io/etcd/server/v3",
+        release_url="https://github.com/etcd-io/etcd/releases/download/{version}/etcd-{version}-linux-{arch}.tar.gz",
+        checksum_url="https://github.com/etcd-io/etcd/releases/download/{version}/SHA256SUMS",
+        archive_member="etcd-{version}-linux-{arch}/etcd",
+    ),
+    Binary(
+        name="registry",
+        pin="registry",
+        module="github.com/distribution/distribution/v3",
+        package="github.com/distribution/distribution/v3/cmd/registry",
+        version_pattern=r" v?(\d+\.\d+\.\d+)",
+        linker_variables=("github.com/distribution/distribution/v3/version.version={version}",),
+        release_url=(
+            "https://github.com/distribution/distribution/releases/download/{version}/"
+            "registry_{number}_linux_{arch}.tar.gz"
+        ),
+        checksum_url=(
+            "https://github.com/distribution/distribution/releases/download/{version}/"
+            "registry_{number}_linux_{arch}.tar.gz.sha256"
+        ),
+        archive_member="registry",
+    ),
+    Binary(
+        name="kind",
+        pin="kind",
+        module="sigs.k8s.io/kind",
+        package="sigs.k8s.io/kind",
+        release_url="https://github.com/kubernetes-sigs/kind/releases/download/{version}/kind-linux-{arch}",
+        checksum_url="https://github.com/kubernetes-sigs/kind/releases/download/{version}/kind-linux-{arch}.sha256sum",
+    ),
+)
+
+BINARIES: Mapping[str, Binary] = MappingProxyType({binary.name: binary for binary in _ALL})
+HOST_PROVIDER = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry", "kubectl")
+"""What ``up`` needs on the ``host`` provider."""
