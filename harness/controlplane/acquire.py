@@ -76,6 +76,8 @@ def acquire(
         folder = cache / "binaries"
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / ".lock", progress):
+            for leftover in folder.glob(".new-*"):
+                shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed: whoever lives holds the lock
             found |= {name: place for name in missing if (place := locate(name, cache=cache, environ=environ))}
             found |= _bring(
                 [BINARIES[name] for name in names if name not in found],
