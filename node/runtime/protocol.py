@@ -39,6 +39,10 @@ class Mount:
     host: str
     guest: str
     read_only: bool = False
+    root: str = ""
+    """Not empty: a folder above ``host`` whose inside guests may change while a container starts (a subPath). The
+    sandbox must then open ``host`` by ``node.runtime.beneath.open_directory(root, host)``, which follows no link, and
+    preopen ``/proc/self/fd/<fd>``; a path that was checked by name could have been swapped since."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,12 +32,25 @@ class Volumes(Protocol):
     async def setup(self, pod: Pod) -> None:
         """Make every volume that the pod's containers use; idempotent. Raises VolumeError."""
 
-    def mounts(self, pod: Pod, container: Container, environment: Mapping[str, str]) -> Sequence[Mount]:
+    def mounts(
+        self,
+        pod: Pod,
+        container: Container,
+        environment: Mapping[str, str],
+        *,
+        attempt: int = 0,
+        working_dir: str = "",
+    ) -> Sequence[Mount]:
         """The preopens of one container: volumeMounts (subPath, subPathExpr expanded from ``environment``,
-        readOnly), ``workingDir`` as ``.``, hostAliases, the termination log folder. Raises ContainerConfigError."""
+        readOnly), ``workingDir`` as ``.``, hostAliases, the termination log folder. Raises ContainerConfigError.
 
-    def termination_message(self, pod: Pod, container: Container) -> str:
-        """Up to 4096 bytes of the file at ``terminationMessagePath``, read beneath its root, no links followed."""
+        ``attempt`` is the instance's restart count: each instance gets its own termination file, so that an old
+        message is never taken for a new one. ``working_dir`` is the image's, used when the container names none.
+        Does file I/O, which a hanging hostPath can block: call it through ``asyncio.to_thread``."""
+
+    def termination_message(self, pod: Pod, container: Container, *, attempt: int = 0) -> str:
+        """Up to the last 4096 bytes of the file at ``terminationMessagePath`` that instance ``attempt`` wrote, read
+        beneath its root, no links followed."""
 
     async def refresh(self, pod: Pod) -> None:
         """Bring configMap, secret, projected and downwardAPI volumes up to date by an atomic swap; rotate tokens."""
