@@ -9,7 +9,7 @@
     ├── WaitTimeoutError      what was waited for did not come in time
     ├── CommandError          a program failed, is missing or took too long (see harness.process)
     ├── ComponentError        a long-lived component died or never became ready
-    ├── AcquireError          a binary could be neither found, downloaded nor built
+    ├── AcquireError          a binary could be had from nowhere (harness.controlplane.acquire)
     ├── ApiError              the API server refused, or gave no answer
     └── CancelledError        Ctrl-C, or a neighbouring step failed
 """
@@ -75,10 +75,6 @@ class ComponentError(HarnessError):
         super().__init__(message, hint=hint)
         self.log = log
         self.tail = tail
-
-
-class AcquireError(HarnessError):
-    """A binary could be neither found, downloaded nor built; the hint says what would bring it."""
 
 
 class ApiError(HarnessError):

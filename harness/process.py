@@ -24,6 +24,23 @@ from typing import IO, Any
 
 from harness.errors import CancelledError, CommandError, HarnessError
 
+__all__ = [
+    "CommandError",
+    "Completed",
+    "ProcessRecord",
+    "cancelled_by",
+    "check_cancelled",
+    "find",
+    "is_alive",
+    "last_lines",
+    "run",
+    "send_signal",
+    "spawn",
+    "stop",
+    "tail_of",
+    "with_environment",
+]
+
 TAIL_LINES = 20
 KILL_GRACE_SECONDS = 2.0
 CANCEL_POLL_SECONDS = 0.1
@@ -98,7 +115,7 @@ def run(
     args = tuple(os.fspath(a) for a in argv)
     data = input.encode() if isinstance(input, str) else input
     try:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             args,
             cwd=cwd,
             env=None if env is None else dict(env),
@@ -111,7 +128,7 @@ def run(
         raise _cannot_start(args, error, cwd) from error
     with process:
         try:
-            stdout, stderr = _pump(process, args, data, time.monotonic() + timeout_seconds, timeout_seconds, on_line)
+            stdout, stderr = _pump(process, args, data, timeout_seconds, on_line)
         except BaseException:
             _end_group(process)
             raise
@@ -128,18 +145,18 @@ def _pump(
     process: subprocess.Popen[bytes],
     args: tuple[str, ...],
     data: bytes | None,
-    deadline: float,
     timeout_seconds: float,
     on_line: Callable[[str], None] | None,
 ) -> tuple[bytes, bytes]:
     """Feed stdin and collect both outputs until they close and the process is gone."""
+    deadline = time.monotonic() + timeout_seconds
     chunks: dict[IO[bytes], bytearray] = {}
     pending: dict[IO[bytes], bytes] = {}
     with selectors.DefaultSelector() as selector:
         for stream in (process.stdout, process.stderr):
             assert stream is not None  # noqa: S101  (both were asked for as pipes)
             os.set_blocking(stream.fileno(), False)
-            selector.register(stream, selectors.EVENT_READ)
+            selector.register(stream, selectors.EVENT_READ, stream)
             chunks[stream], pending[stream] = bytearray(), b""
         remaining = memoryview(data or b"")
         if process.stdin is not None:
@@ -157,10 +174,10 @@ def _pump(
                 # The program is gone but something it left behind holds its pipes: do not wait for that.
                 break
             for key, _ in ready:
-                stream = key.fileobj  # type: ignore[assignment]
-                if stream is process.stdin:
+                if key.fileobj is process.stdin:
                     remaining = _feed(selector, process, remaining)
                     continue
+                stream = key.data
                 block = _read(stream)
                 if block is None:
                     continue
@@ -297,7 +314,7 @@ def spawn(
     args = tuple(os.fspath(a) for a in argv)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             args,
             cwd=cwd or Path("/"),
             env=None if env is None else dict(env),
