@@ -56,8 +56,9 @@ def open_root(root: str | Path) -> int:
 
 
 def walk(root_fd: int, names: Sequence[str]) -> int:
-    """An ``O_PATH`` descriptor of the last of ``names``, each looked up in the one before. No link is followed, the last
-    included (a link gives a descriptor of the link itself). Raises OSError; NotADirectoryError for a link on the way."""
+    """An ``O_PATH`` descriptor of the last of ``names``, each looked up in the one before. No link is followed, the
+    last included (a link gives a descriptor of the link itself). Raises OSError; NotADirectoryError for a link on the
+    way."""
     current = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root_fd)
     for index, name in enumerate(names):
         if name in {"", ".", ".."} or "/" in name:
