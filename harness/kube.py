@@ -1,0 +1,395 @@
+"""A small synchronous client of the API server, on the standard library.
+
+The harness asks a dozen questions and must answer ``up`` on a running cluster within a second; importing
+``kubernetes.client`` alone takes a third of that. JSON in, JSON out. One connection is kept open; an object may be
+used from several threads, one request at a time.
+
+Keys that a kubeconfig embeds never touch the disk: OpenSSL reads them from an anonymous memory file.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import ssl
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from harness.errors import ApiError, UsageError
+
+KubeObject = dict[str, Any]
+EXEC_PLUGIN_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """How to reach an API server; PEM bytes throughout."""
+
+    server: str
+    ca: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+    token: str = ""
+    verify: bool = True
+    server_name: str = ""
+    """Checked against the server's certificate in place of the host of ``server``."""
+
+
+class Kube:
+    """Requests to one API server. Paths are API paths, as ``/api/v1/nodes``."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+        parts = urlsplit(credentials.server)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise UsageError(f"{credentials.server!r} is no address of an API server")
+        self._https = parts.scheme == "https"
+        self._host = parts.hostname
+        self._port = parts.port or (443 if self._https else 80)
+        self._prefix = parts.path.rstrip("/")
+        self._context: ssl.SSLContext | None = None
+        self._connection: http.client.HTTPConnection | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_kubeconfig(cls, path: Path, *, context: str = "") -> Kube:
+        """A client for a context (by default the current one) of a kubeconfig file. Raises UsageError."""
+        return cls(read_credentials(path, context=context))
+
+    @property
+    def server(self) -> str:
+        """The base URL."""
+        return self._credentials.server
+
+    # --- verbs -----------------------------------------------------------------------------------------------------
+
+    def get(self, path: str, *, timeout_seconds: float = 10.0, **query: str) -> KubeObject:
+        """Read an object or a list. Raises ApiError (``code`` 404 when there is none)."""
+        return self.request("GET", path, query=query, timeout_seconds=timeout_seconds)
+
+    def find(self, path: str, *, timeout_seconds: float = 10.0) -> KubeObject | None:
+        """Read an object; None when there is none."""
+        try:
+            return self.get(path, timeout_seconds=timeout_seconds)
+        except ApiError as error:
+            if error.code == http.HTTPStatus.NOT_FOUND:
+                return None
+            raise
+
+    def create(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
+        """POST to a collection."""
+        return self.request("POST", path, body=body, timeout_seconds=timeout_seconds)
+
+    def replace(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
+        """PUT an object."""
+        return self.request("PUT", path, body=body, timeout_seconds=timeout_seconds)
+
+    def patch(
+        self,
+        path: str,
+        body: Any,
+        *,
+        content_type: str = "application/merge-patch+json",
+        timeout_seconds: float = 10.0,
+    ) -> KubeObject:
+        """PATCH an object."""
+        return self.request("PATCH", path, body=body, content_type=content_type, timeout_seconds=timeout_seconds)
+
+    def delete(self, path: str, *, timeout_seconds: float = 10.0, **query: str) -> bool:
+        """Delete an object; False when there was none."""
+        try:
+            self.request("DELETE", path, query=query, timeout_seconds=timeout_seconds)
+        except ApiError as error:
+            if error.code == http.HTTPStatus.NOT_FOUND:
+                return False
+            raise
+        return True
+
+    def ready(self, *, timeout_seconds: float = 2.0) -> bool:
+        """Whether ``/readyz`` says so."""
+        try:
+            status, _ = self._exchange("GET", "/readyz", None, {}, timeout_seconds)
+        except ApiError:
+            return False
+        return status == http.HTTPStatus.OK
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+        timeout_seconds: float = 10.0,
+    ) -> KubeObject:
+        """One request; the decoded answer. Raises ApiError with the server's own message."""
+        target = path + ("?" + urlencode(query) if query else "")
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if data is not None else {})
+        status, answer = self._exchange(method, target, data, headers, timeout_seconds)
+        try:
+            decoded = json.loads(answer) if answer else {}
+        except ValueError:
+            decoded = {"message": answer.decode(errors="replace").strip()}
+        if status >= http.HTTPStatus.BAD_REQUEST:
+            raise _refused(status, decoded, f"{method} {path}")
+        return decoded if isinstance(decoded, dict) else {}
+
+    @contextlib.contextmanager
+    def watch(
+        self, path: str, *, timeout_seconds: int = 300, idle_seconds: float = 330.0, **query: str
+    ) -> Iterator[Iterator[KubeObject]]:
+        """A watch on a connection of its own: yields ``{"type": ..., "object": ...}`` until the server ends it after
+        ``timeout_seconds``. Raises ApiError, also when nothing came for ``idle_seconds``."""
+        query |= {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_seconds)}
+        connection = self._open(idle_seconds)
+        try:
+            with self._unreachable():
+                connection.request("GET", f"{self._prefix}{path}?{urlencode(query)}", headers=self._headers({}))
+                response = connection.getresponse()
+            if response.status >= http.HTTPStatus.BAD_REQUEST:
+                with contextlib.suppress(ValueError):
+                    raise _refused(response.status, json.loads(response.read() or b"{}"), f"WATCH {path}")
+                raise _refused(response.status, {}, f"WATCH {path}")
+            yield self._events(response)
+        finally:
+            connection.close()
+
+    def _events(self, response: http.client.HTTPResponse) -> Iterator[KubeObject]:
+        while True:
+            with self._unreachable():
+                line = response.readline()
+            if not line:
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ApiError("the watch sent something that is not JSON") from error
+
+    def close(self) -> None:
+        """Close the kept connection; the next request opens another."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    # --- transport -------------------------------------------------------------------------------------------------
+
+    def _exchange(
+        self, method: str, target: str, body: bytes | None, headers: dict[str, str], timeout_seconds: float
+    ) -> tuple[int, bytes]:
+        with self._lock:
+            fresh = self._connection is None
+            try:
+                return self._once(method, target, body, headers, timeout_seconds)
+            except ApiError:
+                # A kept connection may have been closed by the server meanwhile; nothing of this request was read.
+                if fresh or method not in {"GET", "PUT", "DELETE"}:
+                    raise
+                return self._once(method, target, body, headers, timeout_seconds)
+
+    def _once(
+        self, method: str, target: str, body: bytes | None, headers: dict[str, str], timeout_seconds: float
+    ) -> tuple[int, bytes]:
+        try:
+            with self._unreachable():
+                if self._connection is None:
+                    self._connection = self._open(timeout_seconds)
+                if self._connection.sock is not None:
+                    self._connection.sock.settimeout(timeout_seconds)
+                self._connection.request(method, self._prefix + target, body=body, headers=self._headers(headers))
+                response = self._connection.getresponse()
+                return response.status, response.read()
+        except BaseException:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            raise
+
+    def _open(self, timeout_seconds: float) -> http.client.HTTPConnection:
+        if not self._https:
+            return http.client.HTTPConnection(self._host, self._port, timeout=timeout_seconds)
+        if self._context is None:
+            self._context = _ssl_context(self._credentials)
+        if self._credentials.server_name:
+            return _NamedConnection(
+                self._host,
+                self._port,
+                timeout=timeout_seconds,
+                context=self._context,
+                server_name=self._credentials.server_name,
+            )
+        return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_seconds, context=self._context)
+
+    def _headers(self, headers: dict[str, str]) -> dict[str, str]:
+        token = {"Authorization": f"Bearer {self._credentials.token}"} if self._credentials.token else {}
+        return {"User-Agent": "wasilet"} | headers | token
+
+    @contextlib.contextmanager
+    def _unreachable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+            raise ApiError(f"the API server at {self.server} gave no answer: {reason}") from error
+
+
+class _NamedConnection(http.client.HTTPSConnection):
+    """TLS for another name than the one connected to (``tls-server-name``)."""
+
+    def __init__(self, host: str, port: int, *, timeout: float, context: ssl.SSLContext, server_name: str) -> None:
+        super().__init__(host, port, timeout=timeout, context=context)
+        self._tls = context
+        self._server_name = server_name
+
+    def connect(self) -> None:
+        """As the parent's, with the other name."""
+        http.client.HTTPConnection.connect(self)
+        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._server_name)
+
+
+def api_path(
+    kind_plural: str, name: str = "", *, group: str = "", version: str = "v1", namespace: str = "", sub: str = ""
+) -> str:
+    """``/apis/<group>/<version>/namespaces/<namespace>/<plural>/<name>/<sub>``, leaving out what is empty."""
+    parts = [f"/apis/{group}/{version}" if group else f"/api/{version}"]
+    if namespace:
+        parts.append(f"namespaces/{quote(namespace, safe='')}")
+    parts += [part for part in (kind_plural, quote(name, safe=""), sub) if part]
+    return "/".join(parts)
+
+
+def _refused(status: int, answer: Any, what: str) -> ApiError:
+    data = answer if isinstance(answer, dict) else {}
+    message = str(data.get("message") or f"{what}: HTTP {status}")
+    return ApiError(message, code=status, reason=str(data.get("reason") or ""))
+
+
+def _ssl_context(credentials: Credentials) -> ssl.SSLContext:
+    try:
+        cadata = credentials.ca.decode("ascii") if credentials.ca else None
+        context = ssl.create_default_context(cadata=cadata)
+        if not credentials.verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        # Kubernetes CAs made by other tools lack the extensions that OpenSSL's strict mode (Python 3.13) asks for.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        if credentials.certificate and credentials.key:
+            with _memory_file(credentials.certificate) as cert, _memory_file(credentials.key) as key:
+                context.load_cert_chain(cert, key)
+        return context
+    except (ssl.SSLError, ValueError) as error:
+        raise UsageError(f"the certificates for {credentials.server} cannot be used: {error}") from error
+
+
+@contextlib.contextmanager
+def _memory_file(data: bytes) -> Iterator[str]:
+    fd = os.memfd_create("pem", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, data)
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+# --- kubeconfig ------------------------------------------------------------------------------------------------------
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """Parse YAML safely, by libyaml where it is there (ten times as fast)."""
+    import yaml
+
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(text, Loader=loader)  # noqa: S506  (both are safe loaders)
+
+
+def read_credentials(path: Path, *, context: str = "") -> Credentials:
+    """What a context of a kubeconfig file says, exec plugins and token files included. Raises UsageError."""
+    import yaml
+
+    try:
+        data = load_yaml(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read kubeconfig {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"kubeconfig {path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"kubeconfig {path} is empty")
+    name = context or str(data.get("current-context") or "")
+    chosen = _entry(data, "contexts", name, path).get("context") or {}
+    cluster = _entry(data, "clusters", str(chosen.get("cluster")), path).get("cluster") or {}
+    user = _entry(data, "users", str(chosen.get("user")), path).get("user") or {}
+    user = user | _exec_credential(user["exec"], path) if user.get("exec") else user
+    token = str(user.get("token") or "")
+    if not token and user.get("tokenFile"):
+        token = _file(str(user["tokenFile"]), path).decode().strip()
+    return Credentials(
+        server=str(cluster.get("server") or ""),
+        ca=_bytes(cluster, "certificate-authority", path),
+        certificate=_bytes(user, "client-certificate", path),
+        key=_bytes(user, "client-key", path),
+        token=token,
+        verify=not cluster.get("insecure-skip-tls-verify"),
+        server_name=str(cluster.get("tls-server-name") or ""),
+    )
+
+
+def _entry(data: KubeObject, section: str, name: str, path: Path) -> KubeObject:
+    for entry in data.get(section) or []:
+        if isinstance(entry, dict) and entry.get("name") == name:
+            return entry
+    names = ", ".join(str(e.get("name")) for e in data.get("contexts") or [] if isinstance(e, dict))
+    raise UsageError(
+        f"kubeconfig {path} has no {section.removesuffix('s')} {name!r}", hint=f"its contexts: {names or 'none'}"
+    )
+
+
+def _bytes(data: KubeObject, key: str, path: Path) -> bytes | None:
+    if embedded := data.get(f"{key}-data"):
+        try:
+            return base64.b64decode(embedded, validate=False)
+        except ValueError as error:
+            raise UsageError(f"kubeconfig {path}: {key}-data is not base64") from error
+    return _file(str(data[key]), path) if data.get(key) else None
+
+
+def _file(name: str, kubeconfig: Path) -> bytes:
+    """Relative names are relative to the kubeconfig, as kubectl has it."""
+    target = kubeconfig.parent / name
+    try:
+        return target.read_bytes()
+    except OSError as error:
+        raise UsageError(f"kubeconfig {kubeconfig} names {target}, which cannot be read: {error.strerror}") from error
+
+
+def _exec_credential(plugin: KubeObject, path: Path) -> KubeObject:
+    """Run a client-go credential plugin (client.authentication.k8s.io ExecCredential)."""
+    from harness.process import run
+
+    version = str(plugin.get("apiVersion") or "client.authentication.k8s.io/v1")
+    info = json.dumps({"apiVersion": version, "kind": "ExecCredential", "spec": {"interactive": False}})
+    extra = {str(e["name"]): str(e["value"]) for e in plugin.get("env") or []}
+    done = run(
+        [str(plugin["command"]), *map(str, plugin.get("args") or [])],
+        timeout_seconds=EXEC_PLUGIN_TIMEOUT_SECONDS,
+        env=os.environ | extra | {"KUBERNETES_EXEC_INFO": info},
+    )
+    try:
+        status = json.loads(done.stdout)["status"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"the credential plugin of kubeconfig {path} gave no ExecCredential") from error
+    answer: KubeObject = {}
+    if status.get("token"):
+        answer["token"] = status["token"]
+    for ours, theirs in (("client-certificate", "clientCertificateData"), ("client-key", "clientKeyData")):
+        if status.get(theirs):
+            answer[f"{ours}-data"] = base64.b64encode(str(status[theirs]).encode()).decode()
+    return answer
