@@ -1,0 +1,3 @@
+module wasilet.dev/rigs/softrunc
+
+go 1.24.0
