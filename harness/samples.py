@@ -20,6 +20,10 @@ _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _T = TypeVar("_T")
 
 
+class DemoError(Exception):
+    """A ``demo.yaml`` says something that means nothing; turned into a UsageError with the file's name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """One assertion about a log: exactly one of the three is set."""
@@ -59,7 +63,7 @@ class BuildSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSpec:
-    """The check before anything is pushed: the module runs in the node's sandbox, on this machine, without a cluster."""
+    """The check before anything is pushed: the module runs in the node's own sandbox, here, without a cluster."""
 
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
@@ -190,7 +194,7 @@ def _read_demo(file: Path) -> Demo:
         raise UsageError(f"{file} is not YAML: {error}") from error
     try:
         return _demo(data)
-    except ValueError as error:
+    except DemoError as error:
         raise UsageError(f"{file}: {error}") from error
 
 
@@ -204,7 +208,7 @@ def _demo(data: Any) -> Demo:
         values["local"] = _make(LocalSpec, local, "local")
     expectations = values.get("expect") or []
     if not isinstance(expectations, list):
-        raise ValueError("expect must be a list")
+        raise DemoError("expect must be a list")
     values["expect"] = tuple(_expectation(item, f"expect[{index}]") for index, item in enumerate(expectations))
     return _make(Demo, values, "the file")
 
@@ -214,7 +218,7 @@ def _expectation(data: Any, where: str) -> Expectation:
     values["log"] = _lines(values.get("log"), f"{where}.log")
     expectation = _make(Expectation, values, where)
     if sum(map(bool, (expectation.pod, expectation.job, expectation.deployment))) != 1:
-        raise ValueError(f"{where} must name one pod, job or deployment")
+        raise DemoError(f"{where} must name one pod, job or deployment")
     return expectation
 
 
@@ -222,24 +226,24 @@ def _lines(data: Any, where: str) -> tuple[Line, ...]:
     if data is None:
         return ()
     if not isinstance(data, list):
-        raise ValueError(f"{where} must be a list")
+        raise DemoError(f"{where} must be a list")
     lines = []
     for item in data:
         line = Line(contains=item) if isinstance(item, str) else _make(Line, item, where)
         if sum(map(bool, (line.contains, line.matches, line.absent))) != 1:
-            raise ValueError(f"{where}: each line is a text, or one of contains, matches and absent")
+            raise DemoError(f"{where}: each line is a text, or one of contains, matches and absent")
         if line.matches:
             try:
                 re.compile(line.matches)
             except re.error as error:
-                raise ValueError(f"{where}: {line.matches!r} is no regular expression: {error}") from error
+                raise DemoError(f"{where}: {line.matches!r} is no regular expression: {error}") from error
         lines.append(line)
     return tuple(lines)
 
 
 def _mapping(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ValueError(f"{where} must be a mapping")
+        raise DemoError(f"{where} must be a mapping")
     return dict(data)
 
 
@@ -248,11 +252,12 @@ def _make(kind: type[_T], data: Any, where: str) -> _T:
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{where} has an unknown key {unknown[0]!r} (known are {', '.join(known)})")
+        raise DemoError(f"{where} has an unknown key {unknown[0]!r} (known are {', '.join(known)})")
     for name, value in values.items():
-        default = known[name].default
-        if default is MISSING and known[name].default_factory is not MISSING:
-            default = known[name].default_factory()
+        default: Any = known[name].default
+        factory: Any = known[name].default_factory
+        if factory is not MISSING:
+            default = factory()
         values[name] = _coerced(value, default, known[name].type, f"{where}.{name}")
     return kind(**values)
 
@@ -261,7 +266,7 @@ def _coerced(value: Any, default: Any, annotation: Any, where: str) -> Any:
     """YAML's scalars and lists as the field wants them; anything else is refused by name."""
     if isinstance(default, tuple):
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} must be a list")
+            raise DemoError(f"{where} must be a list")
         return tuple(value)
     if isinstance(default, bool) or annotation == "bool":
         wanted: tuple[type, ...] = (bool,)
@@ -276,7 +281,8 @@ def _coerced(value: Any, default: Any, annotation: Any, where: str) -> Any:
     else:
         return value
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        raise ValueError(f"{where} must be {' or '.join(kind.__name__ for kind in wanted)}, not {value!r}")
-    if isinstance(default, dict) and annotation == "dict[str, str]":
-        return {str(key): str(item) for key, item in value.items()}
+        raise DemoError(f"{where} must be {' or '.join(kind.__name__ for kind in wanted)}, not {value!r}")
+    if annotation == "dict[str, str]":
+        items: dict[Any, Any] = value
+        return {str(key): str(item) for key, item in items.items()}
     return value

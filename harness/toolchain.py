@@ -103,7 +103,7 @@ class _Candidate:
 
 
 def find_rust(env: Mapping[str, str] = os.environ) -> RustToolchain | None:
-    """A toolchain that can build for WASI as it stands, or None. Changes nothing; starts at most a few ``--version``."""
+    """A toolchain that can build for WASI as it stands, or None. Changes nothing; starts some ``--version``."""
     for candidate in _candidates(env):
         target = candidate.target()
         if target is not None and _can_link(candidate, env):
@@ -170,9 +170,7 @@ def _rustup_candidates(env: Mapping[str, str]) -> Iterator[_Candidate]:
     for name in sorted(names, key=rank):
         sysroot = home / "toolchains" / name
         if os.access(sysroot / "bin" / "rustc", os.X_OK) and os.access(sysroot / "bin" / "cargo", os.X_OK):
-            yield _Candidate(
-                bin=sysroot / "bin", sysroot=sysroot, origin=f"rustup toolchain {name}", rustup_name=name
-            )
+            yield _Candidate(bin=sysroot / "bin", sysroot=sysroot, origin=f"rustup toolchain {name}", rustup_name=name)
 
 
 def _rustup_home(env: Mapping[str, str]) -> Path:
