@@ -109,8 +109,8 @@ class Settings:
     provider: str = "host"
     """``host``, ``kind``, ``k3d``, ``minikube`` or ``existing``."""
 
-    nodes: int = 1
-    """How many wasm nodes join."""
+    nodes: int = 0
+    """How many wasm nodes join; 0: as many as the cluster has, one for a new cluster."""
 
     taints: tuple[str, ...] | None = None
     """``key=value:Effect`` that new nodes register; None: what the provider needs (none on host)."""
@@ -224,7 +224,7 @@ def _number(name: str, value: Any, kind: type[int | float]) -> Any:
 
 def _checked(settings: Settings) -> Settings:
     checked_name(settings.name)
-    if not 1 <= settings.nodes <= 50:
+    if not 0 <= settings.nodes <= 50:
         raise UsageError(f"{settings.nodes} nodes: between 1 and 50 can join")
     for port in fields(PortSettings):
         value = getattr(settings.ports, port.name)

@@ -311,8 +311,9 @@ def port_is_free(port: int, address: str = "127.0.0.1") -> bool:
         # Go and asyncio servers set this too: without it, connections in TIME_WAIT would look like a listener.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            # Bound, never listening: a neighbouring thread's fork may carry this socket along for a moment, and
+            # SO_REUSEADDR lets two sockets share a port as long as neither of them listens.
             probe.bind((address, port))
-            probe.listen(1)
         except OSError:
             return False
     return True
