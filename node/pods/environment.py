@@ -161,8 +161,8 @@ def expand_command(container: Container, environment: Mapping[str, str], image: 
     """The argv of a container.
 
     ``command`` replaces the image's entrypoint and cmd, ``args`` its cmd, and ``$(NAME)`` is expanded in both from
-    ``environment`` (what ``build`` gave); the image's own words are taken as they are. Without ``command`` and entrypoint,
-    argv[0] is the module's name, unless the image's cmd stands alone and so begins with it.
+    ``environment`` (what ``build`` gave); the image's own words are taken as they are. Without ``command`` and
+    entrypoint, argv[0] is the module's name, unless the image's cmd stands alone and so begins with it.
     """
     mapping = mapping_for(environment)
     command = tuple(expand(str(word), mapping) for word in container.get("command") or [])
@@ -179,16 +179,17 @@ def expand_command(container: Container, environment: Mapping[str, str], image: 
 def process_environment(
     environment: Mapping[str, str], pod: Pod, container: Container, image: Image
 ) -> tuple[tuple[str, str], ...]:
-    """All variables of the process: the runtime's (PATH, HOSTNAME, HOME), then the image's, then ``environment``, each
-    overriding those before.
+    """All variables of the process: PATH and HOME, the image's, HOSTNAME, then ``environment``, each overriding those
+    before, as containerd and runc do it.
 
     PWD is set when a working directory is: Go's WASI port takes its own from there, since a module has no other way to
     learn it.
     """
-    variables = {"PATH": _DEFAULT_PATH, "HOSTNAME": fields.hostname(pod), "HOME": "/"}
+    variables = {"PATH": _DEFAULT_PATH, "HOME": "/"}
     working_dir = container.get("workingDir") or image.working_dir
     if working_dir:
         variables["PWD"] = str(working_dir)
     variables |= dict(image.env)
+    variables["HOSTNAME"] = fields.hostname(pod)
     variables |= environment
     return tuple(variables.items())

@@ -20,7 +20,8 @@ class VolumeRefusedError(Exception):
 
 
 class ContainerConfigError(Exception):
-    """Waiting reason ``CreateContainerConfigError`` with this message, retried; kubelet's own texts where it has one."""
+    """Waiting reason ``CreateContainerConfigError`` with this message, retried; kubelet's own texts where it has
+    one."""
 
 
 class Volumes(Protocol):
