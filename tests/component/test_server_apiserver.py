@@ -1,0 +1,162 @@
+"""The kubelet API behind a real API server: reviews, ``kubectl logs``, and what a cluster's own tools ask."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from node.kube.client import KubeClient
+from node.kube.kubeconfig import Cluster, Credentials
+from node.server.app import KubeletServer
+from tests.component.server_rig import ControlPlane, control_plane
+from tests.unit.server_rig import FakePods, FakeRuntime, client_context, log_folder, make_pod, make_settings
+
+pytestmark = pytest.mark.component
+
+LINE = b"2025-01-01T00:00:0%d.000000000Z stdout F %s\n"
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    with control_plane(tmp_path_factory.mktemp("plane")) as plane:
+        yield plane
+
+
+class Kubelet:
+    """A server that the API server finds through the Node object."""
+
+    def __init__(self, plane: ControlPlane, folder: Path, kube: KubeClient) -> None:
+        self.plane = plane
+        self.log_root = folder
+        self.pods = FakePods()
+        self.runtime = FakeRuntime()
+        self.server = KubeletServer(
+            settings=make_settings(folder),
+            kube=kube,
+            pods=self.pods,
+            runtime=self.runtime,
+            log_root=folder,
+            client_ca_pem=plane.authority.pem,
+        )
+
+    async def kubectl(self, *arguments: str, timeout: float = 20.0) -> tuple[int, str, str]:
+        process = await asyncio.create_subprocess_exec(
+            *self.plane.kubectl(*arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            out, err = await asyncio.wait_for(process.communicate(), timeout)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        return process.returncode or 0, out.decode(), err.decode()
+
+    async def get(self, path: str, token: str) -> tuple[int, str]:
+        async with (
+            aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session,
+            session.get(
+                f"https://127.0.0.1:{self.server.port}{path}", ssl=client_context(self.plane.authority.pem)
+            ) as response,
+        ):
+            return response.status, await response.text()
+
+    def add(self, pod: dict[str, Any]) -> dict[str, Any]:
+        return self.pods.add(self.plane.place_pod(pod))
+
+
+@pytest.fixture
+async def kubelet(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Kubelet]:
+    kube = KubeClient(
+        Cluster(server=plane.url, ca_data=plane.authority.pem.decode()),
+        Credentials(certificate=plane.node.certificate.decode(), key=plane.node.key.decode()),
+        user_agent="wasilet-test",
+    )
+    kubelet = Kubelet(plane, tmp_path, kube)
+    serving = plane.authority.issue("system:node:wasm-1", addresses=["127.0.0.1"], server=True)
+    kubelet.server.set_certificate(serving.certificate, serving.key)
+    task = asyncio.create_task(kubelet.server.run())
+    try:
+        async with asyncio.timeout(5):
+            await kubelet.server.wait_listening()
+        await asyncio.to_thread(plane.place_node, kubelet.server.port or 0)
+        yield kubelet
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await kube.close()
+
+
+async def test_kubectl_logs_reads_tails_and_follows(kubelet: Kubelet) -> None:
+    pod = kubelet.add(make_pod("logs"))
+    path = log_folder(kubelet.log_root, pod) / "0.log"
+    path.write_bytes(LINE % (1, b"one") + LINE % (2, b"two"))
+    assert await kubelet.kubectl("logs", "logs") == (0, "one\ntwo\n", "")
+    assert await kubelet.kubectl("logs", "logs", "--tail=1", "--timestamps") == (
+        0,
+        "2025-01-01T00:00:02.000000000Z two\n",
+        "",
+    )
+    following = asyncio.create_task(kubelet.kubectl("logs", "-f", "logs"))
+    await asyncio.sleep(1)
+    with path.open("ab") as file:
+        file.write(LINE % (3, b"three"))
+    pod["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 0}}
+    assert await following == (0, "one\ntwo\nthree\n", "")
+
+
+async def test_kubectl_shows_why_there_is_no_log(kubelet: Kubelet) -> None:
+    kubelet.add(make_pod("waits", state={"waiting": {"reason": "ImagePullBackOff"}}))
+    code, _, err = await kubelet.kubectl("logs", "waits")
+    assert code == 1
+    expected = 'container "main" in pod "waits" is waiting to start: trying and failing to pull image'
+    assert err == f"Error from server (BadRequest): {expected}\n"
+    kubelet.add(make_pod("once"))
+    code, _, err = await kubelet.kubectl("logs", "--previous", "once")
+    assert code == 1
+    assert err == 'Error from server (BadRequest): previous terminated container "main" in pod "once" not found\n'
+
+
+async def test_a_service_account_token_is_reviewed_and_its_rights_are_looked_up(kubelet: Kubelet) -> None:
+    call = kubelet.plane.call
+    call("POST", "/api/v1/namespaces/default/serviceaccounts", {"metadata": {"name": "scraper"}})
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"audiences": []}}
+    token = call("POST", "/api/v1/namespaces/default/serviceaccounts/scraper/token", request)["status"]["token"]
+    name = "system:serviceaccount:default:scraper"
+    assert await kubelet.get("/pods", token) == (
+        403,
+        f"Forbidden (user={name}, verb=get, resource=nodes, subresource(s)=[pods proxy])\n",
+    )
+    rules = [{"apiGroups": [""], "resources": ["nodes/healthz"], "verbs": ["get"]}]
+    call("POST", "/apis/rbac.authorization.k8s.io/v1/clusterroles", {"metadata": {"name": "prober"}, "rules": rules})
+    binding = {
+        "metadata": {"name": "prober"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "prober"},
+        "subjects": [{"kind": "ServiceAccount", "name": "scraper", "namespace": "default"}],
+    }
+    call("POST", "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", binding)
+    assert await kubelet.get("/healthz", token) == (200, "ok")
+    assert (await kubelet.get("/healthz", token[:-4] + "aaaa"))[0] == 401
+
+
+async def test_the_pod_list_is_a_pod_list(kubelet: Kubelet) -> None:
+    kubelet.add(make_pod("listed"))
+    token_holder = kubelet.plane.authority.issue("admin", organizations=["system:masters"])
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(
+            f"https://127.0.0.1:{kubelet.server.port}/pods",
+            ssl=client_context(kubelet.plane.authority.pem, token_holder),
+        ) as response,
+    ):
+        body = json.loads(await response.text())
+    assert body["kind"] == "PodList"
+    assert [pod["metadata"]["name"] for pod in body["items"]] == ["listed"]
