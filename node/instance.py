@@ -1,0 +1,125 @@
+"""One agent a data folder: the lock that ensures it, and the record by which others find it.
+
+The lock is an flock, which the kernel drops however the agent ends. The record names the process by pid *and* start
+time, so a reused pid is never taken for the agent, and never killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from node.certificates_store import make_folder, write_private
+
+_LOCK_NAME = "agent.lock"
+_RECORD_NAME = "agent.json"
+
+
+class AlreadyRunningError(Exception):
+    """Another agent works in this data folder; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentRecord:
+    """``agent.json``."""
+
+    pid: int
+    start_time: int
+    """Field 22 of /proc/<pid>/stat: clock ticks since boot."""
+
+    node_name: str
+    address: str
+    port: int
+    """Where the kubelet API listens; 0: not yet."""
+
+
+def acquire(data: Path) -> int:
+    """Make the data folder and lock it; the descriptor is the lock. Raises AlreadyRunningError and OSError."""
+    make_folder(data)
+    descriptor = os.open(data / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        record = read(data)
+        who = f"pid {record.pid}, node {record.node_name}" if record is not None else "not yet up"
+        raise AlreadyRunningError(
+            f"another agent ({who}) uses {data}; give this one its own with --data-dir, or stop that one"
+        ) from None
+    return descriptor
+
+
+def write(data: Path, record: AgentRecord) -> None:
+    """Replace the record, atomically. Raises OSError."""
+    write_private(data / _RECORD_NAME, (json.dumps(asdict(record)) + "\n").encode())
+
+
+def read(data: Path) -> AgentRecord | None:
+    """The record of the last agent, alive or not; None where there is none."""
+    try:
+        document = json.loads((data / _RECORD_NAME).read_bytes())
+        return AgentRecord(
+            pid=int(document["pid"]),
+            start_time=int(document["start_time"]),
+            node_name=str(document["node_name"]),
+            address=str(document["address"]),
+            port=int(document["port"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove(data: Path) -> None:
+    """The agent ends in good order."""
+    (data / _RECORD_NAME).unlink(missing_ok=True)
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None: no such process, or one that is only to be reaped."""
+    try:
+        # The name, in parentheses, may itself hold spaces and parentheses.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def stop(record: AgentRecord, *, grace_seconds: float, kill_seconds: float = 2.0) -> bool:
+    """SIGTERM, then SIGKILL, to exactly that process. False: it was not there (any more). Raises PermissionError.
+
+    Raises TimeoutError when it does not even end by SIGKILL (a process in uninterruptible sleep).
+    """
+    try:
+        descriptor = os.pidfd_open(record.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        # Opened first, compared second: from here on the pid cannot come to mean another process.
+        if start_time(record.pid) != record.start_time:
+            return False
+        for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, kill_seconds)):
+            try:
+                signal.pidfd_send_signal(descriptor, number)
+            except ProcessLookupError:
+                return True
+            if _ended(descriptor, seconds):
+                return True
+        raise TimeoutError(f"process {record.pid} did not end after SIGKILL")
+    finally:
+        os.close(descriptor)
+
+
+def _ended(descriptor: int, seconds: float) -> bool:
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if poller.poll(left * 1000):
+            return True
+    return False
