@@ -138,12 +138,62 @@ class ExecResult:
     error: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RuntimeCapabilities:
+    """What this machine lets the runtime enforce; part of the hello."""
+
+    cpu_limits: bool
+    """False: ``cpu_limit_millicores`` is not enforced (no cgroup may be made); the agent says so in an event."""
+
+    memory_cgroup: bool
+    """False: memory limits are kept by the supervisor's own watch on resident size instead."""
+
+    wasmtime_version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamFrame:
+    """A piece of output of an exec or of an attached container. ``stream``: ``stdout`` or ``stderr``."""
+
+    stream: str
+    data: bytes
+
+
 class RuntimeUnavailableError(Exception):
     """The supervisor does not answer; the agent starts a new one and tries again."""
 
 
 class StartError(Exception):
     """A container could not be started; the message is meant for status and event (``RunContainerError``)."""
+
+
+class UnknownContainerError(Exception):
+    """No running container has this id; the message names it."""
+
+
+class ExecStream(Protocol):
+    """A fresh instance beside a container, or a view of a running one (``attach``), as ``kubectl`` needs it."""
+
+    def frames(self) -> AsyncIterator[StreamFrame]:
+        """Output as it comes; ends when the guest does (then ``exit_code`` and ``error`` are set), or is raised
+        RuntimeUnavailableError. A reader that is slow slows an exec down, and is cut off from an attach."""
+
+    async def write_stdin(self, data: bytes) -> None:
+        """Waits until the guest's pipe has taken it; data for a guest that is gone is dropped."""
+
+    async def close_stdin(self) -> None:
+        """End of file for the guest."""
+
+    async def close(self) -> None:
+        """Kill the exec (an attach only ends); idempotent."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None until ``frames`` ended."""
+
+    @property
+    def error(self) -> str:
+        """Why it could not be started, or a trap's message."""
 
 
 class Runtime(Protocol):

@@ -1,0 +1,174 @@
+"""The few Linux calls that Python's ``os`` lacks, by ctypes, resolved at import so that a forked child imports nothing.
+
+Numbers come from the kernel's user API headers (``linux/prctl.h``, ``linux/capability.h``); they are the same on x86_64
+and arm64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+CAP_DAC_OVERRIDE = 1
+_CAPABILITY_VERSION_3 = 0x20080522
+_SYS_CLOSE_RANGE = 436
+_CLOSE_RANGE_END = 2**32 - 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_prctl = _libc.prctl
+_prctl.restype = ctypes.c_int
+_prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_capset = _libc.capset
+_capset.restype = ctypes.c_int
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0) -> None:
+    """``prctl(2)``. Raises OSError."""
+    if _prctl(option, arg2, arg3, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl {option}: {os.strerror(number)}")
+
+
+def set_parent_death_signal() -> None:
+    """SIGKILL for this process when the thread that forked it ends; survives neither exec of a setuid file nor fork."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def set_no_new_privs() -> None:
+    """No exec after this gains privileges."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def close_range_except(keep: tuple[int, ...]) -> None:
+    """Close every descriptor from 3 up that is not in ``keep``; 0, 1 and 2 stay.
+
+    ``close_range(2)`` itself (Linux 5.9), because ``os.closerange`` may have been built to close one by one. An older
+    kernel is served from /proc/self/fd.
+    """
+    low = 3
+    for fd in (*sorted(fd for fd in set(keep) if fd >= 3), None):
+        high = _CLOSE_RANGE_END if fd is None else fd - 1
+        if high >= low and _syscall(_SYS_CLOSE_RANGE, ctypes.c_uint(low), ctypes.c_uint(high), 0) != 0:
+            for other in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+                if other >= 3 and other not in keep:
+                    with contextlib.suppress(OSError):
+                        os.close(other)
+            return
+        if fd is not None:
+            low = fd + 1
+
+
+def keep_only_capabilities(keep: frozenset[int]) -> None:
+    """Drop all capabilities but ``keep`` from this process: bounding, ambient, permitted, effective, inheritable.
+
+    Needs no capability where nothing is held (then nothing changes). Raises OSError.
+    """
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
+    for capability in range(last + 1):
+        if capability not in keep:
+            # EPERM: CAP_SETPCAP is not held, and then the set below can only shrink by no_new_privs.
+            with contextlib.suppress(PermissionError):
+                prctl(PR_CAPBSET_DROP, capability)
+    with contextlib.suppress(OSError):
+        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    held = effective_capabilities()
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)()
+    for capability in keep:
+        if held >> capability & 1:
+            data[capability // 32].effective |= 1 << (capability % 32)
+            data[capability // 32].permitted |= 1 << (capability % 32)
+    if _capset(ctypes.byref(header), data) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
+
+
+def effective_capabilities() -> int:
+    """The bit set of capabilities in effect for this process."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def raise_open_files_limit() -> int:
+    """Raise RLIMIT_NOFILE to its hard limit and return it; a thousand containers need thousands of descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def thread_count() -> int:
+    """Threads of this process."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+def process_cpu_nanoseconds(pid: int) -> int | None:
+    """CPU time of all threads of ``pid``; None when it is gone.
+
+    The clock id is the kernel's own encoding (``clock_getcpuclockid(3)``): exact, where /proc/PID/stat counts ticks.
+    """
+    try:
+        return time.clock_gettime_ns((~pid << 3) | 2)
+    except OSError:
+        return None
+
+
+def start_time(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat: clock ticks since boot when ``pid`` started; None when it is gone or a zombie.
+
+    A pid with its start time names a process for as long as the machine is up, which a pid alone does not.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return int(fields[19])
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident set of ``pid``, pages shared with others included; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that would be freed if ``pid`` ended (Private_Clean + Private_Dirty + swap); 0 when it is gone.
+
+    A sandbox shares most of its resident set with the supervisor it was forked from, and must not pay for that.
+    """
+    total = 0
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_bytes()
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        if line.startswith((b"Private_Clean:", b"Private_Dirty:", b"SwapPss:")):
+            total += int(line.split()[1]) * 1024
+    return total
