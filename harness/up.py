@@ -387,6 +387,8 @@ def _ready_step(cluster: Cluster, *, after: tuple[str, ...]) -> Step:
 
 def missing_for_pods(kube: Kube, nodes: tuple[str, ...]) -> str:
     """What still keeps pods from starting, in words; empty when nothing does. Raises ApiError."""
+    if not kube.ready():
+        return "the API server to be ready"
     if kube.find(api_path("serviceaccounts", "default", namespace="default")) is None:
         return "the ServiceAccount default"
     if kube.find(api_path("configmaps", "kube-root-ca.crt", namespace="default")) is None:
@@ -419,6 +421,6 @@ def _api_answers(cluster: Cluster) -> bool:
     if not cluster.state.admin_kubeconfig.is_file():
         return False
     try:
-        return cluster.admin().ready()
+        return cluster.admin().find(api_path("namespaces", "kube-system")) is not None
     except (ApiError, UsageError):
         return False

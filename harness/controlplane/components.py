@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.controlplane.pki import CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA, Pki
-from harness.errors import ComponentError
+from harness.errors import ComponentError, WaitTimeoutError
 from harness.play import Finding, Progress, Step
 from harness.process import check_cancelled, is_alive, spawn, stop, tail_of
 from harness.settings import Settings
@@ -41,7 +41,13 @@ class Component:
 
     argv: tuple[str, ...]
     ready: Callable[[], bool]
-    """Asked every 50 ms; must answer within a second or two and never raise."""
+    """Whether all is well with it. Must answer within a second or two and never raise."""
+
+    serving: Callable[[], bool] | None = None
+    """What those that build on it wait for, asked every 50 ms; None: ``ready``."""
+
+    gate: Callable[[], bool] | None = None
+    """What must be true before it is started; None: it copes with whatever is not there yet."""
 
     ports: Mapping[str, int] = field(default_factory=dict)
     """TCP ports it will listen on, by what they are for."""
@@ -86,6 +92,8 @@ def component_step(
 
     def change(progress: Progress) -> str:
         made = component()
+        if made.gate is not None:
+            _wait_gate(made, made.gate, settings=settings)
         record = ensure_running(made, state=state, settings=settings)
         if wait:
             wait_ready(made, record, timeout_seconds=settings.timeouts.ready_seconds, settings=settings, say=progress)
@@ -129,6 +137,15 @@ def _end_unrecorded(component: Component, *, state: State, settings: Settings) -
     stop(strays, grace_seconds=settings.timeouts.stop_grace_seconds)
 
 
+def _wait_gate(component: Component, gate: Callable[[], bool], *, settings: Settings) -> None:
+    deadline = time.monotonic() + settings.timeouts.ready_seconds
+    while not gate():
+        if time.monotonic() >= deadline:
+            raise WaitTimeoutError(f"{component.name} was not started: what it needs was not ready in time")
+        check_cancelled()
+        time.sleep(settings.timeouts.poll_seconds)
+
+
 def wait_ready(
     component: Component,
     record: ComponentRecord,
@@ -137,10 +154,11 @@ def wait_ready(
     settings: Settings,
     say: Progress = lambda _: None,
 ) -> None:
-    """Wait until a component is ready. Raises ComponentError when it dies or the time is over."""
+    """Wait until a component serves. Raises ComponentError when it dies or the time is over."""
     deadline = time.monotonic() + timeout_seconds
     say("waiting until it is ready")
-    while not component.ready():
+    answers = component.serving or component.ready
+    while not answers():
         if not is_alive(record.process):
             tail = tail_of(record.log)
             raise ComponentError(
@@ -266,8 +284,8 @@ class ControlPlane:
             # A throw-away cluster: losing the last writes at a power cut is a fair price for not waiting for the disk.
             "--unsafe-no-fsync=true",
             # A single member has nobody to lose an election to: no reason to wait a second for one.
-            "--heartbeat-interval=20",
-            "--election-timeout=200",
+            "--heartbeat-interval=50",
+            "--election-timeout=500",
             "--auto-compaction-retention=1h",
             "--log-level=warn",
         )
@@ -334,13 +352,19 @@ class ControlPlane:
                 *(self.pki.certificate(name) for name in (CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA)),
                 self.pki.key("sa"),
             ),
-            ready=Probe(
-                port=self.ports["apiserver"],
-                path="/readyz",
-                ca=self.pki.certificate(CLUSTER_CA),
-                certificate=self.pki.certificate("admin"),
-                key=self.pki.key("admin"),
-            ),
+            ready=self._apiserver_answers("/readyz"),
+            # The default roles come a second later than all else (the hook polls); who is an administrator need not
+            # wait for them.
+            serving=self._apiserver_answers("/readyz?exclude=poststarthook/rbac/bootstrap-roles"),
+        )
+
+    def _apiserver_answers(self, path: str) -> Probe:
+        return Probe(
+            port=self.ports["apiserver"],
+            path=path,
+            ca=self.pki.certificate(CLUSTER_CA),
+            certificate=self.pki.certificate("admin"),
+            key=self.pki.key("admin"),
         )
 
     def controller_manager(self) -> Component:
@@ -379,6 +403,8 @@ class ControlPlane:
             argv=argv,
             ports={"HTTPS": self.ports["scheduler"]},
             inputs=self._pairs("scheduler", CLUSTER_CA),
+            # Its informers back off when they are refused, so an early start is a late one.
+            gate=self._apiserver_answers("/readyz"),
             ready=Probe(port=self.ports["scheduler"], path="/readyz", ca=self.pki.certificate(CLUSTER_CA)),
         )
 

@@ -55,20 +55,21 @@ class HostProvider:
         return Detection(usable=True, detail="all binaries are here")
 
     def create_steps(self, cluster: Cluster) -> Sequence[Step]:
-        """Everything starts at once: each component waits for what it needs by itself, as they must after a crash."""
+        """etcd and the API server start together (it waits for etcd by itself); the other two as soon as it answers,
+        because they give up, or back off, when it is not there."""
         both = (BINARIES_STEP, PKI_STEP)
         made = self.components(cluster)
         settings, state = cluster.settings, cluster.state
 
-        def step(name: str, title: str) -> Step:
-            return component_step(made[name], name, title=title, state=state, settings=settings, after=both)
+        def step(name: str, title: str, after: tuple[str, ...]) -> Step:
+            return component_step(made[name], name, title=title, state=state, settings=settings, after=after)
 
         return (
             self._pki_step(cluster),
-            step("etcd", "etcd"),
-            step("kube-apiserver", API_SERVER_STEP),
-            step("kube-controller-manager", "controller-manager"),
-            step("kube-scheduler", "scheduler"),
+            step("etcd", "etcd", both),
+            step("kube-apiserver", API_SERVER_STEP, both),
+            step("kube-controller-manager", "controller-manager", (API_SERVER_STEP,)),
+            step("kube-scheduler", "scheduler", (API_SERVER_STEP,)),
         )
 
     def must_settle(self) -> tuple[str, ...]:
