@@ -26,6 +26,7 @@ from harness.errors import ApiError, UsageError
 
 KubeObject = dict[str, Any]
 EXEC_PLUGIN_TIMEOUT_SECONDS = 60.0
+MAX_ERROR_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,35 @@ class Kube:
                 yield json.loads(line)
             except ValueError as error:
                 raise ApiError("the watch sent something that is not JSON") from error
+
+    @contextlib.contextmanager
+    def stream(self, path: str, *, idle_seconds: float = 330.0, **query: str) -> Iterator[Iterator[str]]:
+        """A body that comes line by line, as a log that is followed, on a connection of its own. Raises ApiError, also
+        when nothing came for ``idle_seconds``."""
+        connection = self._open(idle_seconds)
+        try:
+            with self._unreachable():
+                target = f"{self._prefix}{path}" + ("?" + urlencode(query) if query else "")
+                connection.request("GET", target, headers=self._headers({}))
+                response = connection.getresponse()
+            if response.status >= http.HTTPStatus.BAD_REQUEST:
+                body = response.read(MAX_ERROR_BYTES)
+                try:
+                    answer = json.loads(body)
+                except ValueError:
+                    answer = {"message": body.decode(errors="replace").strip()}
+                raise _refused(response.status, answer, f"GET {path}")
+            yield self._lines(response)
+        finally:
+            connection.close()
+
+    def _lines(self, response: http.client.HTTPResponse) -> Iterator[str]:
+        while True:
+            with self._unreachable():
+                line = response.readline()
+            if not line:
+                return
+            yield line.decode(errors="replace").rstrip("\n")
 
     def close(self) -> None:
         """Close the kept connection; the next request opens another."""
