@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from node.kube.base import Kube
 from node.runtime.protocol import Runtime, RuntimeUnavailableError
@@ -24,7 +25,9 @@ from node.server.auth import AuthenticationError, Authenticator, AuthorizationEr
 from node.server.health import HealthViews
 from node.server.logs import LogViews
 from node.server.logwatch import LogWatcher
+from node.server.metrics import MetricsViews, ProbeMetrics
 from node.server.pods import PodSource, PodViews
+from node.server.stats import SummaryView, UsageReader
 from node.server.tls import Acceptor, ServerError, bind, listen, server_context
 from node.settings import NodeSettings
 
@@ -82,16 +85,20 @@ class KubeletServer:
         self._authorizer = Authorizer(kube, node_name=settings.node_name)
         self._watcher = LogWatcher()
         self._runner: web.AppRunner | None = None
+        usage = UsageReader(pods=pods, runtime=runtime, data=settings.paths.data)
+        self._metrics = MetricsViews(settings=settings, pods=pods, runtime=runtime, usage=usage)
         self._app = self._routes(
             PodViews(pods=pods, runtime=runtime),
             LogViews(pods=pods, log_root=log_root, watcher=self._watcher),
             HealthViews(settings=settings, healthy=healthy),
+            SummaryView(settings=settings, usage=usage, log_root=log_root),
         )
 
     def set_certificate(self, certificate_pem: bytes, key_pem: bytes) -> None:
         """Serve with this certificate from now on. Raises ServerError, and keeps the old one, if it cannot be used."""
         context = server_context(certificate_pem=certificate_pem, key_pem=key_pem, client_ca_pem=self._client_ca_pem)
         self._certificate, self._context = (certificate_pem, key_pem), context
+        self._metrics.set_certificate(certificate_pem)
         self._changed.set()
 
     def set_client_ca(self, pem: bytes | None) -> None:
@@ -116,6 +123,16 @@ class KubeletServer:
         if not self._fixed_address and address != self._address:
             self._address = address
             self._changed.set()
+
+    @property
+    def probes(self) -> ProbeMetrics:
+        """Where the pod workers report each probe, for ``/metrics/probes``."""
+        return self._metrics.probes
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Where the agent registers metrics of its own, for ``/metrics``."""
+        return self._metrics.registry
 
     @property
     def port(self) -> int | None:
@@ -222,7 +239,7 @@ class KubeletServer:
         if len(self._proven) > 2 * len(self._connections()) + 64:
             self._proven.intersection_update(self._connections())
 
-    def _routes(self, pods: PodViews, logs: LogViews, health: HealthViews) -> web.Application:
+    def _routes(self, pods: PodViews, logs: LogViews, health: HealthViews, stats: SummaryView) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=64 * 1024)
         for path, handler in (
             ("/healthz", health.healthz),
@@ -231,6 +248,11 @@ class KubeletServer:
             ("/pods", pods.list),
             ("/pods/", pods.list),
             ("/runningpods/", pods.running),
+            ("/stats/summary", stats.summary),
+            ("/metrics", self._metrics.kubelet),
+            ("/metrics/resource", self._metrics.resource),
+            ("/metrics/probes", self._metrics.prober),
+            ("/metrics/cadvisor", self._metrics.cadvisor),
             ("/containerLogs/{namespace}/{pod}/{container}", logs.container_logs),
         ):
             app.router.add_get(path, handler, allow_head=False)
@@ -248,11 +270,16 @@ class KubeletServer:
         response: web.StreamResponse | None = None
         connection = request.protocol
         self._busy.add(connection)
+        labels = self._metrics.http.labels(request.method, request.path)
+        self._metrics.http.requests.labels(*labels).inc()
+        self._metrics.http.inflight.labels(*labels).inc()
         try:
             response = await self._admit(request) or await self._answer(request, handler)
             return response
         finally:
             self._busy.discard(connection)
+            self._metrics.http.inflight.labels(*labels).dec()
+            self._metrics.http.duration.labels(*labels).observe(time.monotonic() - started)
             logger.debug(
                 "%s %s %s from %s: %s in %.1f ms",
                 request.method,

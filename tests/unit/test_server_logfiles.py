@@ -133,10 +133,11 @@ def test_the_output_does_not_depend_on_how_the_bytes_arrive(lines: list[tuple[st
 )
 def test_a_tail_is_the_end_of_the_whole_log(
     tmp_path_factory: pytest.TempPathFactory,
+    *,
     files: list[list[str]],
     unfinished: bool,
     wanted: int,
-    compress: bool,  # noqa: FBT001
+    compress: bool,
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "0.log"
     number, whole = 0, b""
