@@ -3,8 +3,8 @@
 On disk (and, for what must stay off it, in memory) a pod has::
 
     <pods>/<uid>/volumes/<volume>/                       emptyDir, configMap, downwardAPI; secret, projected in memory
-    <pods>/<uid>/containers/<container>/<attempt>/       what one instance has for itself
-        files/<n>/  copies/<n>/  cwd/  termination.json
+    <pods>/<uid>/containers/<container>.<attempt>/       what one instance has for itself
+        termination/  files-<n>/  copy-<n>/  cwd/  termination.json
 
 Where a volume is was found out by ``setup`` and is kept in memory only: after a restart of the agent ``setup`` runs
 again for every pod, finds the files, and mends what is missing. A volume that was published before stays usable while
@@ -231,7 +231,7 @@ class VolumeManager:
 
     def _instance(self, pod: Pod, container: Container, attempt: int) -> Instance:
         uid = pod["metadata"]["uid"]
-        below = Path("containers", checked_name(str(container["name"])), str(int(attempt)))
+        below = Path("containers", f"{checked_name(str(container['name']))}.{int(attempt)}")
         return Instance(disk=self._areas.pod(uid) / below, memory=self._areas.memory_pod(uid) / below)
 
     def mounts(
@@ -270,16 +270,20 @@ class VolumeManager:
         return mounts
 
     def _remove_old_instances(self, instance: Instance, attempt: int) -> None:
+        if attempt < 2:
+            return
+        container = instance.disk.name.rpartition(".")[0]
         for folder in {instance.disk.parent, instance.memory.parent}:
             with contextlib.suppress(FileNotFoundError):
                 for entry in folder.iterdir():
-                    if entry.name.isdecimal() and int(entry.name) < attempt - 1:
+                    name, _, number = entry.name.rpartition(".")
+                    if name == container and number.isdecimal() and int(number) < attempt - 1:
                         remove_tree(folder, entry.name)
 
     def termination_message(self, pod: Pod, container: Container, *, attempt: int = 0) -> str:
         """See ``Volumes.termination_message``."""
         checked_uid(pod["metadata"]["uid"])
-        return read_message(self._instance(pod, container, attempt).disk)
+        return read_message(self._instance(pod, container, attempt).disk, container)
 
     # ---- usage
 

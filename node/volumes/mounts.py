@@ -33,6 +33,7 @@ from node.volumes.areas import make_private
 from node.volumes.base import Container, ContainerConfigError, Pod
 from node.volumes.kinds import Place, Source
 from node.volumes.single_files import SingleFile, compose
+from node.volumes.termination import FOLDER as TERMINATION_FOLDER
 from node.volumes.termination import Message, message_path
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,10 @@ def plan_mounts(
             )
         plan.files[hosts.PATH] = SingleFile(guest=hosts.PATH, what="hostAliases", content=hosts_content)
     message = _termination(plan)
-    composed = _compose(plan)
-    if message is not None and message.root is None:
-        message = message.in_folder(Path(composed[posixpath.dirname(message.guest)].host))
+    parent = posixpath.dirname(message.guest) if message is not None and message.root is None else ""
+    composed = _compose(plan, parent)
+    if message is not None and parent:
+        message = message.in_folder(Path(composed[parent].host))
     folders = plan.folders | composed
     return (*_working_dir(plan, folders, working_dir), *(folders[guest] for guest in sorted(folders))), message
 
@@ -179,9 +181,9 @@ def _volume_mount(plan: _Plan, mount: Source, index: int) -> None:
     elif place.live:
         # The next update removes this folder; kubelet's bind mount keeps what was in it, and so does a copy.
         base = plan.instance.memory if place.in_memory else plan.instance.disk
-        copy = base / "copies" / str(index)
+        copy = base / f"copy-{index}"
         if not copy.is_dir():
-            making = copy.with_name(f"{index}.making-{os.urandom(4).hex()}")
+            making = copy.with_name(f"{copy.name}.making-{os.urandom(4).hex()}")
             shutil.copytree(place.path.joinpath(*names), make_private(making.parent) / making.name)
             making.rename(copy)
         plan.folders[guest] = Mount(host=str(copy), guest=guest, read_only=True)
@@ -267,7 +269,7 @@ def _termination(plan: _Plan) -> Message | None:
     return Message(guest=guest)
 
 
-def _compose(plan: _Plan) -> dict[str, Mount]:
+def _compose(plan: _Plan, termination_parent: str) -> dict[str, Mount]:
     by_parent: dict[str, list[SingleFile]] = {}
     for guest in sorted(plan.files):
         by_parent.setdefault(posixpath.dirname(guest), []).append(plan.files[guest])
@@ -279,7 +281,7 @@ def _compose(plan: _Plan) -> dict[str, Mount]:
                 "given whole folders, so mount it in a folder of its own"
             )
         base = plan.instance.memory if any(file.in_memory for file in files) else plan.instance.disk
-        folder = base / "files" / str(index)
+        folder = base / (TERMINATION_FOLDER if parent == termination_parent else f"files-{index}")
         read_only = compose(folder, files)
         composed[parent] = Mount(host=str(folder), guest=parent, read_only=read_only)
     return composed

@@ -4,8 +4,8 @@ Each instance has a file of its own, so that an old message is never reported fo
 volume that the container mounts, the message is a file of that volume; then what was there at the start is remembered,
 and an unchanged file is no message (and a user's file is never cleared).
 
-Where to look is written next to the instance's folders before the start, so that an agent that starts again, after the
-container has ended, still finds the message.
+Where to look follows from the container, or is written into the instance's folder before the start, so that an agent
+that starts again, after the container has ended, still finds the message.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from node.runtime.beneath import open_root, opened, read_tail, walk
 from node.volumes.base import Container
 
 MAX_BYTES = 4096
+FOLDER = "termination"
+"""In the instance's folder: where the file is unless a record says otherwise."""
+
 _RECORD = "termination.json"
 _DEFAULT_PATH = "/dev/termination-log"
 
@@ -65,7 +68,7 @@ class Message:
         """Remember this in the instance's folder, all or nothing; what was remembered before for the same instance
         stays, as it may have begun to write. Raises OSError."""
         target = instance / _RECORD
-        if target.exists():
+        if self.root == instance / FOLDER or target.exists():
             return
         making = instance / f"{_RECORD}.making-{os.urandom(4).hex()}"
         body = {"root": str(self.root), "names": list(self.names), "before": self.before}
@@ -73,23 +76,38 @@ class Message:
         making.rename(target)
 
 
-def read_message(instance: Path) -> str:
+def _recorded(instance: Path, container: Container) -> Message:
+    try:
+        record = json.loads((instance / _RECORD).read_text())
+    except FileNotFoundError:
+        guest = message_path(container)
+        return Message(guest=guest, root=instance / FOLDER, names=(posixpath.basename(guest),))
+    before = record["before"]
+    return Message(
+        guest="",
+        root=Path(record["root"]),
+        names=tuple(record["names"]),
+        before=None if before is None else tuple(before),
+    )
+
+
+def read_message(instance: Path, container: Container) -> str:
     """The last 4096 bytes of what the instance wrote; empty when it wrote nothing.
 
     Source of the limit and of reading the end: kubelet's ``getTerminationMessage``.
     """
     try:
-        record = json.loads((instance / _RECORD).read_text())
-        root, names, before = Path(record["root"]), tuple(record["names"]), record["before"]
-    except (OSError, ValueError, KeyError):
-        return ""
-    now = _identity(root, names)
-    if now is None or (before is not None and list(now) == before):
-        return ""
-    try:
-        with opened(open_root(root)) as root_fd:
-            return read_tail(root_fd, names, MAX_BYTES).decode(errors="replace")
+        message = _recorded(instance, container)
+        if (
+            message.root is None
+            or not message.names[-1]
+            or (message.before and message.before == _identity(message.root, message.names))
+        ):
+            return ""
+        with opened(open_root(message.root)) as root_fd:
+            return read_tail(root_fd, message.names, MAX_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return ""
-    except OSError as error:
-        return f"Error on reading termination log: {error.strerror}"
+    except (OSError, ValueError, KeyError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its record is damaged"
+        return f"Error on reading termination log: {reason}"
