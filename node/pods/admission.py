@@ -1,0 +1,178 @@
+"""Whether a pod that was bound to this node may run here, with kubelet's reasons and messages.
+
+What the scheduler has checked is checked again, because a pod may be bound by ``spec.nodeName`` or while the node
+changed: capacity, node selector and affinity, host ports. What kubelet would refuse is refused: the pod becomes
+Failed.
+
+A pod that can never run on this node (an unsupported kind of volume, Windows) is another matter. Where its controller
+would put a new pod in its place, Failed starts a loop: ReplicaSets replace failed pods at once and for ever, DaemonSets
+with a back-off. So such a pod is *held*: Pending, its containers waiting with ``CreateContainerConfigError`` and the
+reason, one event, and nothing that repeats. That is also what becomes of DaemonSet pods meant for Linux (kube-proxy, a
+CNI) which tolerate every taint: those whose node selector asks for Linux are never bound here, since the node's labels
+say otherwise; for the rest the image has the wrong architecture, which leaves one pod a node in ImagePullBackOff, tried
+every five minutes, instead of a stream of failed ones.
+
+Taints are not looked at: NoSchedule is the scheduler's, NoExecute the taint manager's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from node.kube.quantity import QuantityError
+from node.pods import resources, spec
+from node.pods.nodeinfo import NodeInfo
+from node.pods.resources import Requests
+from node.pods.spec import Pod
+from node.pods.status import Verdict, Waiting
+from node.volumes.base import VolumeRefusedError, Volumes
+
+_REPLACING_CONTROLLERS = frozenset({"DaemonSet", "ReplicaSet", "ReplicationController", "StatefulSet"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """At most one of the two is set; neither: admitted."""
+
+    verdict: Verdict | None = None
+    hold: Waiting | None = None
+
+
+ADMITTED = Refusal()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """A pod that already counts against the node."""
+
+    pod: Pod
+    requests: Requests
+
+
+def admit(pod: Pod, *, node: NodeInfo, neighbours: Iterable[Neighbour], volumes: Volumes) -> Refusal:
+    """Check one pod against the node and the pods that are on it."""
+    os_name = (pod["spec"].get("os") or {}).get("name", "")
+    if os_name not in ("", "linux"):
+        return _never(pod, "PodOSNotSupported", "Failed to admit pod as the OS field doesn't match node OS")
+    try:
+        volumes.check(pod)
+    except VolumeRefusedError as error:
+        return _never(pod, "UnsupportedVolume", str(error))
+    others = list(neighbours)
+    try:
+        wanted = resources.pod_requests(pod)
+        lacking = _lacking(wanted, others, node.allocatable)
+    except QuantityError as error:
+        return Refusal(verdict=Verdict(reason="UnexpectedAdmissionError", message=str(error)))
+    if lacking is not None:
+        return Refusal(verdict=lacking)
+    if not _matches_node(pod, node):
+        return _predicate("NodeAffinity", "node(s) didn't match Pod's node affinity/selector")
+    if pod["spec"].get("nodeName", node.name) != node.name:
+        return _predicate("NodeName", "node(s) didn't match the requested node name")
+    taken = {port for other in others for port in _host_ports(other.pod)}
+    if any(_conflicts(port, taken) for port in _host_ports(pod)):
+        return _predicate("NodePorts", "node(s) didn't have free ports for the requested pod ports")
+    return ADMITTED
+
+
+def _never(pod: Pod, reason: str, message: str) -> Refusal:
+    for owner in pod["metadata"].get("ownerReferences") or ():
+        if owner.get("controller") and owner.get("kind") in _REPLACING_CONTROLLERS:
+            return Refusal(hold=Waiting(reason="CreateContainerConfigError", message=message))
+    return Refusal(verdict=Verdict(reason=reason, message=message))
+
+
+def _predicate(name: str, description: str) -> Refusal:
+    return Refusal(verdict=Verdict(reason=name, message=f"Predicate {name} failed: {description}"))
+
+
+def _lacking(wanted: Requests, others: list[Neighbour], allocatable: Mapping[str, str]) -> Verdict | None:
+    used = sum((other.requests for other in others), Requests())
+    checks = [("pods", 1, len(others))]
+    checks += [
+        ("cpu", wanted.cpu, used.cpu),
+        ("memory", wanted.memory, used.memory),
+        ("ephemeral-storage", wanted.ephemeral_storage, used.ephemeral_storage),
+    ]
+    for name, requested, in_use in checks:
+        if name not in allocatable or requested == 0:
+            continue
+        capacity = resources.amount(name, allocatable[name])
+        if requested > capacity - in_use:
+            return Verdict(
+                reason=f"OutOf{name}",
+                message=f"Node didn't have enough resource: {name}, requested: {requested}, used: {in_use}, "
+                f"capacity: {capacity}",
+            )
+    return None
+
+
+HostPort = tuple[str, str, int]
+
+
+def _host_ports(pod: Pod) -> Iterable[HostPort]:
+    """``(address, protocol, port)`` of containers and sidecars."""
+    for role, container in spec.every_container(pod):
+        if role in (spec.Role.REGULAR, spec.Role.SIDECAR):
+            for port in container.get("ports") or ():
+                if port.get("hostPort"):
+                    yield port.get("hostIP") or "0.0.0.0", port.get("protocol") or "TCP", int(port["hostPort"])  # noqa: S104
+
+
+def _conflicts(port: HostPort, taken: set[HostPort]) -> bool:
+    address, protocol, number = port
+    everywhere = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+    return any(
+        (protocol, number) == (other_protocol, other_number)
+        and (address == other or address in everywhere or other in everywhere)
+        for other, other_protocol, other_number in taken
+    )
+
+
+def _matches_node(pod: Pod, node: NodeInfo) -> bool:
+    """nodeSelector, and the required terms of node affinity (one term of several must match)."""
+    if not node.labels:
+        return True
+    selector = pod["spec"].get("nodeSelector") or {}
+    if any(node.labels.get(key) != value for key, value in selector.items()):
+        return False
+    affinity = (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
+    required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution")
+    if required is None:
+        return True
+    return any(_matches_term(term, node) for term in required.get("nodeSelectorTerms") or ())
+
+
+def _matches_term(term: Mapping[str, Any], node: NodeInfo) -> bool:
+    expressions = term.get("matchExpressions") or ()
+    fields = term.get("matchFields") or ()
+    if not expressions and not fields:
+        return False
+    return all(_matches(each, node.labels) for each in expressions) and all(
+        _matches(each, {"metadata.name": node.name}) for each in fields
+    )
+
+
+def _matches(requirement: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    value = labels.get(requirement["key"])
+    values = list(requirement.get("values") or ())
+    match requirement.get("operator"):
+        case "In":
+            return value is not None and value in values
+        case "NotIn":
+            return value is None or value not in values
+        case "Exists":
+            return value is not None
+        case "DoesNotExist":
+            return value is None
+        case "Gt" | "Lt" as operator:
+            try:
+                mine, theirs = int(value or ""), int(values[0])
+            except (ValueError, IndexError):
+                return False
+            return mine > theirs if operator == "Gt" else mine < theirs
+        case _:
+            return False

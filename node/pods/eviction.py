@@ -1,0 +1,117 @@
+"""Evicting pods when the node runs short of memory or disk: one at a time, and only one whose end would help.
+
+Whether the node runs short is the node status's business; here it is decided who goes. The order is kubelet's: pods
+that use more than they asked for first, then low priority, then by how much they exceed their request. A pod that uses
+nothing of what is short is never evicted, since its end would free nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from node.pods import resources, spec
+from node.pods.nodeinfo import Pressure
+from node.pods.spec import Pod
+from node.pods.status import Verdict
+
+MINIMUM_BYTES = 1024 * 1024
+_SYSTEM_CRITICAL_PRIORITY = 2_000_000_000
+_UNITS = (("Gi", 2**30), ("Mi", 2**20), ("Ki", 2**10))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What the containers of a pod use of the resource that is short, in bytes."""
+
+    pod: Pod
+    by_container: Mapping[str, int]
+    elsewhere: int = 0
+    """Not any container's own: volumes on the node's disk."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.by_container.values()) + self.elsewhere
+
+
+def rank(usages: Iterable[Usage], resource: str) -> list[Usage]:
+    """Who goes first stands first; pods that must not or need not go are left out."""
+
+    def requested(usage: Usage) -> int:
+        asked = resources.pod_requests(usage.pod)
+        return asked.memory if resource == "memory" else asked.ephemeral_storage
+
+    def order(usage: Usage) -> tuple[bool, int, int]:
+        over = usage.total - requested(usage)
+        return (over <= 0, int(usage.pod["spec"].get("priority") or 0), -over)
+
+    candidates = [
+        usage
+        for usage in usages
+        if usage.total >= MINIMUM_BYTES and int(usage.pod["spec"].get("priority") or 0) < _SYSTEM_CRITICAL_PRIORITY
+    ]
+    return sorted(candidates, key=order)
+
+
+def verdict(usage: Usage, pressure: Pressure) -> Verdict:
+    """kubelet's words for an eviction."""
+    message = (
+        f"The node was low on resource: {pressure.resource}. "
+        f"Threshold quantity: {_quantity(pressure.threshold_bytes)}, available: {_quantity(pressure.available_bytes)}. "
+    )
+    for name, used in usage.by_container.items():
+        found = spec.find_container(usage.pod, name)
+        asked = resources.request(found[1], pressure.resource) if found else None
+        if used > (asked or 0):
+            message += (
+                f"Container {name} was using {_quantity(used)}, request is {_quantity(asked or 0)}, "
+                f"has larger consumption of {pressure.resource}. "
+            )
+    return Verdict(reason="Evicted", message=message, disruption="TerminationByKubelet")
+
+
+def size_limit_exceeded(pod: Pod, sizes: Mapping[str, int]) -> Verdict | None:
+    """An emptyDir on disk that outgrew its ``sizeLimit``; ``sizes`` by volume name, in bytes."""
+    for volume in pod["spec"].get("volumes") or ():
+        limit = (volume.get("emptyDir") or {}).get("sizeLimit")
+        used = sizes.get(volume["name"])
+        if limit is None or used is None:
+            continue
+        allowed = resources.amount("memory", limit)
+        if 0 < allowed < used:
+            return Verdict(
+                reason="Evicted",
+                message=f'Usage of EmptyDir volume "{volume["name"]}" exceeds the limit "{limit}". ',
+                disruption="TerminationByKubelet",
+            )
+    return None
+
+
+def disk_usage(folders: Sequence[Path]) -> int:
+    """Bytes on disk beneath some folders, links not followed. Blocks: call it in a thread."""
+    total = 0
+    pending = [os.fspath(folder) for folder in folders]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    try:
+                        if entry.is_dir(follow_symlinks=False):
+                            pending.append(entry.path)
+                        else:
+                            total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    except OSError:
+                        continue
+        except OSError:
+            continue
+    return total
+
+
+def _quantity(number: int) -> str:
+    for suffix, unit in _UNITS:
+        if number and number % unit == 0:
+            return f"{number // unit}{suffix}"
+    return f"{-(-number // 1024)}Ki" if number >= 1024 else str(number)

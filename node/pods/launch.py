@@ -1,0 +1,180 @@
+"""Starting one instance of a container: image, compiled module, environment, mounts, then the runtime.
+
+Whatever goes wrong becomes a ``LaunchError`` with kubelet's waiting reason, the message for the status, and what the
+event says. An id that was handed to the runtime is never given up half-way: a cancelled launch first waits for the
+runtime's answer, so that no instance runs unknown to its pod.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+
+from node.images.model import Credential, ImageError, PullPolicy
+from node.kube.base import KubeError
+from node.pods import logtail, resources, spec
+from node.pods.collaborators import Collaborators
+from node.pods.environment import expand_command, process_environment
+from node.pods.httppolicy import http_policy
+from node.pods.spec import Container, Pod
+from node.runtime.protocol import ContainerConfig, ContainerStatus, RuntimeUnavailableError, StartError
+from node.volumes.base import ContainerConfigError, VolumeError
+
+logger = logging.getLogger(__name__)
+
+ANNOTATION_MODULE = "wasilet.dev/module-digest"
+"""On every instance: which module its image was, so that garbage collection knows after a restart of the agent."""
+
+
+class LaunchError(Exception):
+    """A container did not start. ``reason`` and the message go into ``state.waiting``."""
+
+    def __init__(self, reason: str, message: str, *, counts: bool = False, at_once: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.counts = counts
+        """An instance was attempted: the next try waits as after a crash."""
+
+        self.at_once = at_once
+        """The runtime was not there, which passes: no back-off."""
+
+
+async def launch(services: Collaborators, pod: Pod, container: Container, *, attempt: int) -> ContainerStatus:
+    """Start an instance and return its status. Raises LaunchError; events are written on the way."""
+
+    def warn(message: str) -> None:
+        services.events.event(
+            pod, "Warning", "Failed", f"Error: {message}", field_path=spec.field_path(pod, container["name"])
+        )
+
+    try:
+        config = await _prepare(services, pod, container, attempt)
+    except ImageError as error:
+        # Of what goes wrong with a pull the images tell themselves, in events of their own.
+        if error.reason == "CreateContainerError":
+            warn(error.message)
+        raise LaunchError(error.reason, error.message) from error
+    except (ContainerConfigError, VolumeError) as error:
+        warn(str(error))
+        raise LaunchError("CreateContainerConfigError", str(error)) from error
+    services.events.event(
+        pod,
+        "Normal",
+        "Created",
+        f"Created container: {container['name']}",
+        field_path=spec.field_path(pod, container["name"]),
+    )
+    try:
+        started = await _to_its_end(services, config)
+    except StartError as error:
+        warn(str(error))
+        raise LaunchError("RunContainerError", str(error), counts=True) from error
+    except RuntimeUnavailableError as error:
+        raise LaunchError("RunContainerError", f"the runtime does not answer: {error}", at_once=True) from error
+    services.events.event(
+        pod,
+        "Normal",
+        "Started",
+        f"Started container {container['name']}",
+        field_path=spec.field_path(pod, container["name"]),
+    )
+    return started
+
+
+async def _to_its_end(services: Collaborators, config: ContainerConfig) -> ContainerStatus:
+    """``runtime.start``, which a cancellation does not interrupt: an instance that came up is stopped again."""
+    task = asyncio.ensure_future(services.runtime.start(config))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=services.timing.stop_timeout)
+        if task.done() and not task.cancelled() and task.exception() is None:
+            try:
+                await services.runtime.stop(config.id, timeout_seconds=services.timing.stop_timeout)
+            except RuntimeUnavailableError as error:
+                logger.warning("container %s is left to the next clean-up: %s", config.id, error)
+        raise
+
+
+async def _prepare(services: Collaborators, pod: Pod, container: Container, attempt: int) -> ContainerConfig:
+    name = container["name"]
+
+    def event(type_: str, reason: str, message: str) -> None:
+        services.events.event(pod, type_, reason, message, field_path=spec.field_path(pod, name))
+
+    # Read before the image is pulled: a mistake in an annotation should not cost a download.
+    policy = http_policy(pod)
+    image = await services.images.ensure(
+        container.get("image", ""),
+        policy=_pull_policy(container),
+        credentials=await _credentials(services, pod),
+        event=event,
+        pod_uid=spec.uid(pod),
+    )
+    node = services.node()
+    environment = await services.environments.build(
+        pod, container, pod_ips=node.addresses, host_ips=node.addresses, allocatable=node.allocatable
+    )
+    mounts = await asyncio.to_thread(
+        services.volumes.mounts, pod, container, environment, attempt=attempt, working_dir=image.working_dir
+    )
+    argv = expand_command(container, environment, image)
+    if not argv:
+        raise ContainerConfigError("no command specified")
+    artifact = await services.images.compiled(image)
+    return ContainerConfig(
+        id=secrets.token_hex(32),
+        pod_uid=spec.uid(pod),
+        pod_namespace=spec.namespace(pod),
+        pod_name=spec.name(pod),
+        container_name=name,
+        attempt=attempt,
+        artifact=str(artifact),
+        kind=image.kind,
+        argv=argv,
+        env=process_environment(environment, pod, container, image),
+        mounts=tuple(mounts),
+        log_path=str(logtail.log_path(services.paths, pod, name, attempt)),
+        image=container.get("image", ""),
+        image_id=image.image_id,
+        memory_limit_bytes=resources.limit(container, "memory"),
+        cpu_limit_millicores=resources.limit(container, "cpu"),
+        cpu_request_millicores=resources.request(container, "cpu"),
+        http=policy,
+        annotations={ANNOTATION_MODULE: image.module_digest},
+    )
+
+
+def _pull_policy(container: Container) -> PullPolicy:
+    try:
+        return PullPolicy(container.get("imagePullPolicy") or "IfNotPresent")
+    except ValueError:
+        return PullPolicy.IF_NOT_PRESENT
+
+
+async def _credentials(services: Collaborators, pod: Pod) -> Sequence[Credential]:
+    """The pod's pull secrets, to which admission has added its service account's. A missing one is an event, no more:
+    the image may be public."""
+    found = []
+    missing = []
+    for reference in pod["spec"].get("imagePullSecrets") or ():
+        name = reference.get("name", "")
+        try:
+            # A pod that restarts its containers need not read them again each time.
+            found.append(
+                await services.references.secret(spec.namespace(pod), name, pod_uid=spec.uid(pod), max_age_seconds=30.0)
+            )
+        except KubeError:
+            missing.append(name)
+    if missing:
+        services.events.event(
+            pod,
+            "Warning",
+            "FailedToRetrieveImagePullSecret",
+            f"Unable to retrieve some image pull secrets ({', '.join(missing)}); "
+            "attempting to pull the image may not succeed.",
+        )
+    return services.parse_credentials(found) if found else ()

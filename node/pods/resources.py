@@ -1,0 +1,117 @@
+"""Quantities, what a pod asks of the node, and its QoS class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from node.kube import quantity
+from node.pods import spec
+from node.pods.spec import Container, Pod
+
+
+def amount(name: str, text: Any) -> int:
+    """As the scheduler counts: cpu in thousandths of a core, everything else in whole units, rounded up.
+
+    Raises QuantityError.
+    """
+    return quantity.milli_value(text) if name == "cpu" else quantity.value(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What a pod takes of the node: thousandths of a core, and bytes."""
+
+    cpu: int = 0
+    memory: int = 0
+    ephemeral_storage: int = 0
+
+    def __add__(self, other: Requests) -> Requests:
+        """Both together."""
+        return Requests(
+            self.cpu + other.cpu, self.memory + other.memory, self.ephemeral_storage + other.ephemeral_storage
+        )
+
+    def at_least(self, other: Requests) -> Requests:
+        """The larger of each."""
+        return Requests(
+            max(self.cpu, other.cpu),
+            max(self.memory, other.memory),
+            max(self.ephemeral_storage, other.ephemeral_storage),
+        )
+
+
+def _requests(resources: Mapping[str, Any] | None) -> Requests:
+    listed = (resources or {}).get("requests") or {}
+    return Requests(*(amount(name, listed.get(name, 0)) for name in ("cpu", "memory", "ephemeral-storage")))
+
+
+def pod_requests(pod: Pod) -> Requests:
+    """What the scheduler reserved: the larger of running (regular containers and sidecars) and initializing (each
+    init container with the sidecars before it), plus overhead; pod-level requests win for cpu and memory (KEP-2837).
+    """
+    running = Requests()
+    for container in spec.regular_containers(pod):
+        running += _requests(container.get("resources"))
+    sidecars = Requests()
+    peak = Requests()
+    for container in spec.init_containers(pod):
+        own = _requests(container.get("resources"))
+        if spec.is_sidecar(container):
+            sidecars += own
+            peak = peak.at_least(sidecars)
+        else:
+            peak = peak.at_least(sidecars + own)
+    total = (running + sidecars).at_least(peak)
+    pod_level = (pod["spec"].get("resources") or {}).get("requests") or {}
+    total = Requests(
+        amount("cpu", pod_level["cpu"]) if "cpu" in pod_level else total.cpu,
+        amount("memory", pod_level["memory"]) if "memory" in pod_level else total.memory,
+        total.ephemeral_storage,
+    )
+    return total + _requests({"requests": pod["spec"].get("overhead") or {}})
+
+
+def limit(container: Container, name: str) -> int | None:
+    """A container's limit in thousandths of a core or bytes; None: unlimited."""
+    value = ((container.get("resources") or {}).get("limits") or {}).get(name)
+    if value is None:
+        return None
+    return amount(name, value) or None
+
+
+def request(container: Container, name: str) -> int | None:
+    """A container's request, as ``limit``."""
+    value = ((container.get("resources") or {}).get("requests") or {}).get(name)
+    if value is None:
+        return None
+    return amount(name, value) or None
+
+
+def _compute_lists(pod: Pod) -> Iterable[Mapping[str, Any]]:
+    if pod["spec"].get("resources"):
+        yield pod["spec"]["resources"]
+        return
+    for container in (*spec.regular_containers(pod), *spec.init_containers(pod)):
+        yield container.get("resources") or {}
+
+
+def qos_class(pod: Pod) -> str:
+    """Guaranteed, Burstable or BestEffort, as ``ComputePodQOS``: only cpu and memory count."""
+    requests: dict[str, Fraction] = {}
+    limits: dict[str, Fraction] = {}
+    guaranteed = True
+    for resources in _compute_lists(pod):
+        for total, listed in ((requests, resources.get("requests")), (limits, resources.get("limits"))):
+            for name in ("cpu", "memory"):
+                value = quantity.parse((listed or {}).get(name, 0))
+                if value > 0:
+                    total[name] = total.get(name, Fraction(0)) + value
+        listed_limits = resources.get("limits") or {}
+        if any(quantity.parse(listed_limits.get(name, 0)) <= 0 for name in ("cpu", "memory")):
+            guaranteed = False
+    if not requests and not limits:
+        return "BestEffort"
+    return "Guaranteed" if guaranteed and requests == limits else "Burstable"

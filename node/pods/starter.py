@@ -1,0 +1,157 @@
+"""Attempts to start the containers of one pod: back-off, why a container waits, postStart, and its last words."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+from node.pods import hooks, logtail, spec
+from node.pods.backoff import (
+    CRASH_LOOP_INITIAL_SECONDS,
+    CRASH_LOOP_MAX_SECONDS,
+    CrashLoopBackoff,
+    RetryBackoff,
+    go_duration,
+)
+from node.pods.collaborators import Collaborators
+from node.pods.launch import LaunchError, launch
+from node.pods.spec import NANOSECONDS, Container, Pod
+from node.pods.status import Waiting
+from node.runtime.protocol import ContainerStatus
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"})
+_RUNTIME_RETRY_SECONDS = 1.0
+_COMPILE_RETRY_SECONDS = 60.0
+
+
+class Starter:
+    """Belongs to one pod's worker."""
+
+    def __init__(self, services: Collaborators, pod_uid: str) -> None:
+        self._services = services
+        self._uid = pod_uid
+        self.waiting: dict[str, Waiting] = {}
+        """By container: why the last attempt came to nothing. Cleared by the next that works."""
+
+        self._crash_loop = CrashLoopBackoff()
+        self._retry_at: dict[str, float] = {}
+        self._config_retry: dict[str, RetryBackoff] = {}
+        self._failed_starts: dict[str, int] = {}
+        self._told: dict[str, str] = {}
+
+    # ---- back-off
+
+    def seed_back_off(self, container: Container, instance: ContainerStatus) -> None:
+        """An ended instance of before a restart of the agent: its attempt says how often it has crashed."""
+        self._crash_loop.seed(
+            _key(container), restarts=instance.attempt, started_at=instance.started_at_ns / NANOSECONDS
+        )
+
+    def backoff_remaining(self, container: Container, instance: ContainerStatus, now: float) -> float:
+        """Seconds until an ended container may run again."""
+        return self._crash_loop.remaining(_key(container), finished_at=instance.finished_at_ns / NANOSECONDS, now=now)
+
+    def note_back_off(self, pod: Pod, name: str, instance: ContainerStatus) -> None:
+        """The container waits after a crash: say so in the status, and once in an event."""
+        found = spec.find_container(pod, name)
+        if found is None or self._told.get(name) == instance.id:
+            return
+        self._told[name] = instance.id
+        delay = go_duration(self._crash_loop.delay(_key(found[1])))
+        self.waiting[name] = Waiting(
+            reason="CrashLoopBackOff",
+            message=f"back-off {delay} restarting failed container={name} pod={spec.format_pod(pod)}",
+        )
+        self._services.events.event(
+            pod,
+            "Warning",
+            "BackOff",
+            f"Back-off restarting failed container {name} in pod {spec.format_pod(pod)}",
+            field_path=spec.field_path(pod, name),
+        )
+
+    def retry_in(self, name: str, now: float) -> float:
+        """Seconds until a container that could not be started is tried again."""
+        return max(0.0, self._retry_at.get(name, 0.0) - now)
+
+    # ---- starting
+
+    async def start(
+        self, pod: Pod, container: Container, latest: ContainerStatus | None, *, fresh: bool
+    ) -> ContainerStatus | None:
+        """One attempt. None: it failed; ``waiting`` says why and ``retry_in`` when. ``fresh``: nothing has crashed, so
+        no back-off is counted."""
+        name = container["name"]
+        now = self._services.wall_clock()
+        attempt = latest.attempt + 1 if latest is not None else 0
+        try:
+            started = await launch(self._services, pod, container, attempt=attempt)
+        except LaunchError as error:
+            self.waiting[name] = Waiting(reason=error.reason, message=error.message)
+            self._retry_at[name] = self._services.wall_clock() + self._delay(name, error)
+            return None
+        if latest is not None and not fresh:
+            self._crash_loop.next(_key(container), finished_at=latest.finished_at_ns / NANOSECONDS, now=now)
+        for state in (self.waiting, self._retry_at, self._config_retry, self._failed_starts, self._told):
+            state.pop(name, None)
+        return started
+
+    def _delay(self, name: str, error: LaunchError) -> float:
+        timing = self._services.timing
+        if error.at_once:
+            return _RUNTIME_RETRY_SECONDS
+        if error.counts:
+            failures = self._failed_starts[name] = self._failed_starts.get(name, 0) + 1
+            return float(min(CRASH_LOOP_INITIAL_SECONDS * 2 ** min(failures - 1, 10), CRASH_LOOP_MAX_SECONDS))
+        if error.reason in _IMAGE_REASONS:
+            # The registry's own back-off is the image store's; this is only how often it is asked.
+            return timing.image_retry * random.uniform(1.0, 1.5)  # noqa: S311 - spreads load
+        if error.reason == "CreateContainerError":
+            # A module that does not compile will not do so in a moment either, and trying costs a core.
+            return _COMPILE_RETRY_SECONDS
+        retry = self._config_retry.setdefault(
+            name, RetryBackoff(initial=timing.config_retry_first, maximum=timing.config_retry_max)
+        )
+        return retry.next()
+
+    async def post_start(self, pod: Pod, container: Container, instance: ContainerStatus) -> str | None:
+        """Run the postStart hook, if there is one. A message: it failed, and the container is to be stopped."""
+        hook = (container.get("lifecycle") or {}).get("postStart")
+        if hook is None:
+            return None
+        try:
+            await hooks.run_hook(
+                self._services.runtime,
+                pod,
+                container,
+                instance.id,
+                hook,
+                timeout_seconds=hooks.POST_START_TIMEOUT_SECONDS,
+            )
+        except hooks.HookError as error:
+            path = spec.field_path(pod, container["name"])
+            self._services.events.event(pod, "Warning", "FailedPostStartHook", "PostStartHook failed", field_path=path)
+            self._services.events.event(pod, "Normal", "Killing", "FailedPostStartHook", field_path=path)
+            self.waiting[container["name"]] = Waiting(reason="PostStartHookError", message=str(error))
+            return str(error)
+        return None
+
+    # ---- the end of an instance
+
+    def exit_message(self, pod: Pod, container: Container, instance: ContainerStatus) -> str:
+        """The runtime's message (a trap), then the termination message: the file, or the log's tail after a failure."""
+        said = ""
+        try:
+            said = self._services.volumes.termination_message(pod, container, attempt=instance.attempt)
+        except OSError as error:
+            logger.warning("termination message of %s in %s: %s", container["name"], spec.format_pod(pod), error)
+        on_error = container.get("terminationMessagePolicy") == "FallbackToLogsOnError"
+        if not said and on_error and instance.exit_code != 0 and instance.reason != "StartError":
+            said = logtail.tail(instance.log_path)
+        return ": ".join(part for part in (instance.message, said) if part)
+
+
+def _key(container: Container) -> str:
+    return f"{container['name']} {container.get('image', '')}"

@@ -1,0 +1,508 @@
+"""One pod: the task that brings what runs to what the spec asks for, and the status to what runs.
+
+A worker is level-triggered. Whatever happens (a watch event, an exit, a probe, a timer) only wakes it; it then looks at
+everything anew, computes the status, and decides. It never waits itself: work that takes time is one job at a time in
+a task of its own (sync, end or finish), so that a deletion is seen while an image is pulled.
+
+Stages go one way::
+
+    ACTIVE ──(deleted, removed, evicted, past its deadline, all done)──> ENDING ──(all stopped)──> ENDED
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from typing import Any
+
+from node.kube.base import KubeError, NotFoundError
+from node.pods import logtail, recovery, resources, spec, termination
+from node.pods import status as status_of
+from node.pods.backoff import RetryBackoff
+from node.pods.collaborators import Collaborators
+from node.pods.patcher import StatusPatcher
+from node.pods.plan import Plan, has_ever_started, make_plan
+from node.pods.probes import PodProbes
+from node.pods.results import ProbeResults
+from node.pods.spec import NANOSECONDS, Pod
+from node.pods.starter import Starter
+from node.pods.status import Facts, Verdict, Waiting
+from node.pods.termination import Grace
+from node.runtime.protocol import ContainerState, ContainerStatus, RuntimeUnavailableError
+from node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
+
+logger = logging.getLogger(__name__)
+
+DEADLINE = Verdict(reason="DeadlineExceeded", message="Pod was active on the node longer than the specified deadline")
+_ORDER = {ContainerState.CREATED: 0, ContainerState.RUNNING: 1, ContainerState.EXITED: 2}
+_REFRESHED_VOLUMES = frozenset({"configMap", "secret", "projected", "downwardAPI"})
+
+
+class Stage(IntEnum):
+    """How far a pod has come."""
+
+    ACTIVE = 0
+    ENDING = 1
+    ENDED = 2
+
+
+class PodWorker:
+    """Everything the node knows of one pod (one uid)."""
+
+    def __init__(
+        self,
+        services: Collaborators,
+        pod: Pod,
+        *,
+        instances: Iterable[ContainerStatus] = (),
+        rejected: Verdict | None = None,
+        held: Waiting | None = None,
+    ) -> None:
+        """``rejected``: admission's refusal, which makes the pod Failed. ``held``: the pod can never run here but is
+        kept waiting, because its controller would replace a failed one for ever."""
+        self.services = services
+        self.pod = pod
+        self.uid = spec.uid(pod)
+        self.requests = resources.pod_requests(pod)
+        self.stage = Stage.ACTIVE
+        self.verdict = rejected
+        self.instances = recovery.instances_of(pod, instances)
+        self.results = ProbeResults()
+        self.removed = False
+        self.status: Mapping[str, Any] = pod.get("status") or {}
+        self._rejected = rejected is not None
+        self._held = held
+        self._wake = asyncio.Event()
+        self._patcher = StatusPatcher(services.kube, pod, on_gone=self.remove)
+        self._probes = PodProbes(
+            pod, runtime=services.runtime, events=services.events, results=self.results, changed=self._wake.set
+        )
+        self._starter = Starter(services, self.uid)
+        self._messages: dict[str, str] = {}
+        self._seen_at: dict[str, float] = {}
+        self._job: asyncio.Task[None] | None = None
+        self._refresh: asyncio.Task[None] | None = None
+        self._volumes_ready = False
+        self._volume_retry = RetryBackoff(initial=services.timing.config_retry_first)
+        self._end_retry = RetryBackoff()
+        self._not_before = 0.0
+        self._refresh_at = 0.0
+        self._grace: Grace | None = None
+        self._stopped = False
+        self._finished = False
+        for known in self.instances.values():
+            for instance in known:
+                self._note(instance)
+            found = spec.find_container(pod, known[0].container_name)
+            if found is not None:
+                self._starter.seed_back_off(found[1], known[0])
+
+    # ---- what the manager tells
+
+    def update(self, pod: Pod) -> None:
+        """A newer state of the pod from the watch."""
+        if not self._patcher.observed(pod):
+            return
+        before, self.pod = self.pod, pod
+        if before["metadata"].get("generation") != pod["metadata"].get("generation"):
+            self.requests = resources.pod_requests(pod)
+        if any(before["metadata"].get(k) != pod["metadata"].get(k) for k in ("labels", "annotations")):
+            self._refresh_at = 0.0
+        if spec.is_deleted(pod) and self._grace is not None:
+            self._grace.shorten(spec.grace_seconds(pod))
+        self._wake.set()
+
+    def remove(self) -> None:
+        """The API server no longer has the pod."""
+        self.removed = True
+        if self._grace is not None and self.pod["metadata"].get("deletionGracePeriodSeconds") == 0:
+            self._grace.shorten(0)
+        self._wake.set()
+
+    def observe(self, instance: ContainerStatus) -> None:
+        """The runtime's word on one instance."""
+        known = self.instances.setdefault(instance.container_name, [])
+        for i, before in enumerate(known):
+            if before.id == instance.id:
+                if _ORDER[instance.state] < _ORDER[before.state]:
+                    return
+                known[i] = instance
+                break
+        else:
+            known.append(instance)
+            known.sort(key=lambda each: (each.attempt, each.created_at_ns), reverse=True)
+        self._note(instance)
+        self._wake.set()
+
+    def relisted(self, alive: Mapping[str, ContainerStatus], *, asked_at: float) -> None:
+        """A whole list of the runtime, asked for at ``asked_at`` (monotonic): instances it lacks are lost."""
+        for known in list(self.instances.values()):
+            for instance in list(known):
+                listed = alive.get(instance.id)
+                if listed is not None:
+                    if listed.state is not instance.state:
+                        self.observe(listed)
+                elif instance.state is not ContainerState.EXITED and self._seen_at.get(instance.id, 0.0) < asked_at:
+                    self.observe(recovery.unknown_end(instance))
+        known_ids = {instance.id for known in self.instances.values() for instance in known}
+        for container_id, listed in alive.items():
+            if container_id not in known_ids and listed.state is not ContainerState.EXITED:
+                self.observe(listed)
+
+    def end(self, verdict: Verdict, *, grace_seconds: float) -> None:
+        """Evict: stop the pod and make it Failed for this reason."""
+        if self.stage is Stage.ACTIVE and self.verdict is None:
+            self.verdict = verdict
+            self._begin_to_end(min(grace_seconds, spec.grace_seconds(self.pod)))
+            self._wake.set()
+
+    # ---- what others ask
+
+    @property
+    def holds_resources(self) -> bool:
+        """It counts against the node's capacity: it may run, or something of it still does."""
+        return not (self._rejected or self._stopped or (spec.is_terminal(self.pod) and not self._live()))
+
+    def pod_with_status(self) -> Pod:
+        """The spec with the latest status, sent or not."""
+        return {**self.pod, "status": self.status}
+
+    def latest(self) -> dict[str, ContainerStatus]:
+        """The newest instance of each container."""
+        return {name: known[0] for name, known in self.instances.items() if known}
+
+    # ---- the task
+
+    async def run(self) -> None:
+        """Until the pod is gone from the API server and the node. Cancelling it leaves its containers running."""
+        try:
+            while not (self._finished and self.removed):
+                self._wake.clear()
+                try:
+                    delay = self._step()
+                except Exception:
+                    logger.exception("pod %s", spec.format_pod(self.pod))
+                    delay = 5.0
+                try:
+                    async with asyncio.timeout(delay):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            self._probes.close()
+            if self._grace is not None:
+                self._grace.close()
+            tasks = [task for task in (self._job, self._refresh) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._patcher.close()
+
+    def _step(self) -> float | None:
+        """Look at everything, start what is to be done, publish. Returns when to look again, in seconds."""
+        now = self.services.wall_clock()
+        delays: list[float] = []
+        if self.stage is Stage.ACTIVE:
+            self._decide_the_end(now, delays)
+        if self.stage is Stage.ACTIVE:
+            self._probes.sync(self.pod, self._running())
+            if self._held is None:
+                self._sync(now, delays)
+        if self.stage is Stage.ENDING and self._job is None:
+            self._spawn(self._end(), now, delays)
+        gone = spec.is_deleted(self.pod) or self.removed
+        if gone and self.stage is Stage.ENDED and self._job is None and not self._finished:
+            self._spawn(self._finish(), now, delays)
+        self._publish()
+        return max(0.001, min(delays)) if delays else None
+
+    def _spawn(self, job: Any, now: float, delays: list[float]) -> None:
+        """Begin a job, unless the last one failed a moment ago."""
+        if now < self._not_before:
+            job.close()
+            delays.append(self._not_before - now)
+            return
+        self._job = asyncio.create_task(job, name=f"pod {spec.format_pod(self.pod)}")
+        self._job.add_done_callback(self._job_ended)
+
+    def _job_ended(self, task: asyncio.Task[None]) -> None:
+        self._job = None
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("pod %s: a job failed", spec.format_pod(self.pod), exc_info=error)
+            self._not_before = self.services.wall_clock() + self._end_retry.next()
+
+    # ---- the end
+
+    def _decide_the_end(self, now: float, delays: list[float]) -> None:
+        if self.removed or spec.is_deleted(self.pod):
+            self._begin_to_end(spec.grace_seconds(self.pod))
+        elif self._rejected or spec.is_terminal(self.pod):
+            self._begin_to_end(0)
+        elif (limit := self.pod["spec"].get("activeDeadlineSeconds")) is not None:
+            started = spec.parse_time(self.status.get("startTime"))
+            left = float(limit) - (now - started) if started is not None else float(limit)
+            if left <= 0:
+                self.services.events.event(self.pod, "Normal", DEADLINE.reason, DEADLINE.message)
+                self.verdict = DEADLINE
+                self._begin_to_end(spec.grace_seconds(self.pod))
+            else:
+                delays.append(left)
+
+    def _begin_to_end(self, grace_seconds: float) -> None:
+        if self.stage is not Stage.ACTIVE:
+            return
+        self.stage = Stage.ENDING
+        self._grace = Grace(grace_seconds)
+        self._probes.end_with_pod()
+        self._not_before = 0.0
+        for task in (self._job, self._refresh):
+            if task is not None:
+                task.cancel()
+
+    async def _end(self) -> None:
+        """Stop what runs, then take the volumes down. Comes back here after a failure; every step may be repeated."""
+        grace = self._grace or Grace(0)
+        live = self._live()
+        if live:
+            try:
+                await termination.stop_pod(self.services, self.pod, live, grace=grace, observe=self.observe)
+            except* RuntimeUnavailableError as errors:
+                message = f"error killing pod: {errors.exceptions[0]}"
+                self.services.events.event(self.pod, "Warning", "FailedKillPod", message)
+                raise
+            for instance in live.values():
+                self._assume_dead(instance)
+        grace.close()
+        self._stopped = True
+        self._probes.close()
+        self._publish()
+        await self.services.volumes.teardown(self.uid)
+        self.stage = Stage.ENDED
+
+    def _assume_dead(self, instance: ContainerStatus) -> None:
+        """``stop`` has returned, so the instance does not run, even if the runtime could not say how it ended."""
+        for known in self.instances.get(instance.container_name, ()):
+            if known.id == instance.id and known.state is not ContainerState.EXITED:
+                self.observe(recovery.unknown_end(known))
+
+    async def _finish(self) -> None:
+        """The final status, the deletion in the API server, then records and logs."""
+        if not self.removed:
+            self._publish()
+            await self._patcher.flush()
+        if not self.removed:
+            try:
+                await self.services.kube.delete(spec.path(self.pod), grace_period_seconds=0, uid=self.uid)
+            except NotFoundError:
+                self.removed = True
+            except KubeError as error:
+                logger.warning("deletion of %s: %s", spec.format_pod(self.pod), error)
+                self._not_before = self.services.wall_clock() + self._end_retry.next()
+                return
+        # From here on the pod may still be seen (a finalizer keeps it), but nothing of it is left on the node.
+        for known in self.instances.values():
+            for instance in known:
+                await self.services.runtime.remove(instance.id)
+        self.services.references.release(self.uid)
+        await asyncio.to_thread(logtail.remove_folder, logtail.pod_folder(self.services.paths, self.pod))
+        self._finished = True
+
+    # ---- running
+
+    def _sync(self, now: float, delays: list[float]) -> None:
+        latest = self.latest()
+        plan = make_plan(self.pod, latest, self.results, lambda c, i: self._starter.backoff_remaining(c, i, now))
+        if plan.finished and self._job is None:
+            self._begin_to_end(spec.grace_seconds(self.pod))
+            return
+        for wait in plan.waiting:
+            delays.append(wait.seconds)
+            self._starter.note_back_off(self.pod, wait.container, latest[wait.container])
+        begin = []
+        for name in plan.start:
+            left = self._starter.retry_in(name, now)
+            if left > 0:
+                delays.append(left)
+            else:
+                begin.append(name)
+        if self._job is None and (begin or plan.kill or not self._volumes_ready):
+            plan.start = begin
+            self._spawn(self._carry_out(plan), now, delays)
+        self._keep_fresh(now, delays)
+
+    async def _carry_out(self, plan: Plan) -> None:
+        fresh = set()
+        for kill in plan.kill:
+            found = spec.find_container(self.pod, kill.container)
+            instance = self.latest().get(kill.container)
+            if found is None or instance is None or instance.id != kill.container_id:
+                continue
+            grace = Grace(_kill_grace(self.pod, found[1], kill.reason))
+            try:
+                stopped = await termination.kill_container(
+                    self.services, self.pod, found[1], instance, message=kill.message, grace=grace
+                )
+            finally:
+                grace.close()
+            if stopped is not None:
+                self.observe(stopped)
+            self._assume_dead(instance)
+            if kill.restart:
+                fresh.add(kill.container)
+        if not self._volumes_ready and not await self._set_up_volumes():
+            return
+        for name in (*fresh, *plan.start):
+            await self._start(name, fresh=name in fresh)
+
+    async def _set_up_volumes(self) -> bool:
+        try:
+            await self.services.volumes.setup(self.pod)
+        except VolumeRefusedError as error:
+            self._held = Waiting(reason="CreateContainerConfigError", message=str(error))
+            self._wake.set()
+            return False
+        except (VolumeError, ContainerConfigError) as error:
+            self.services.events.event(self.pod, "Warning", "FailedMount", str(error))
+            self._not_before = self.services.wall_clock() + self._volume_retry.next()
+            return False
+        self._volumes_ready = True
+        self._volume_retry.reset()
+        self._refresh_at = self.services.wall_clock() + self._refresh_delay()
+        self._publish(urgent=False)
+        return True
+
+    async def _start(self, name: str, *, fresh: bool = False) -> None:
+        found = spec.find_container(self.pod, name)
+        if found is None:
+            return
+        container = found[1]
+        known = self.instances.get(name) or []
+        latest = known[0] if known else None
+        if latest is not None and latest.state is not ContainerState.EXITED:
+            return
+        started = await self._starter.start(self.pod, container, latest, fresh=fresh)
+        if started is None:
+            self._wake.set()
+            return
+        self._seen_at[started.id] = asyncio.get_running_loop().time()
+        self.observe(started)
+        await self._forget_older(container["name"])
+        self._publish()
+        failure = await self._starter.post_start(self.pod, container, started)
+        if failure is not None:
+            stopped = await termination.stop_instance(self.services, started.id)
+            if stopped is not None:
+                self.observe(stopped)
+            self._assume_dead(started)
+
+    async def _forget_older(self, name: str) -> None:
+        """Keep the newest instance and the one before it, whose log ``kubectl logs --previous`` shows."""
+        known = self.instances.get(name) or []
+        while len(known) > 2:
+            old = known[-1]
+            try:
+                await self.services.runtime.remove(old.id)
+            except RuntimeUnavailableError as error:
+                logger.info("the record of %s is left to the next restart: %s", old.id, error)
+                return
+            logtail.remove_attempt(self.services.paths, self.pod, name, old.attempt)
+            known.remove(old)
+            self._messages.pop(old.id, None)
+            self._seen_at.pop(old.id, None)
+
+    def _keep_fresh(self, now: float, delays: list[float]) -> None:
+        """Bring volumes up to date from time to time, and at once after a change of labels or annotations."""
+        volumes = self.pod["spec"].get("volumes") or ()
+        if not self._volumes_ready or not any(_REFRESHED_VOLUMES & volume.keys() for volume in volumes):
+            return
+        if now < self._refresh_at:
+            delays.append(self._refresh_at - now)
+        elif self._refresh is None and self._job is None:
+            self._refresh_at = now + self._refresh_delay()
+            delays.append(self._refresh_at - now)
+            self._refresh = asyncio.create_task(self._refresh_volumes(), name="volume refresh")
+
+    def _refresh_delay(self) -> float:
+        return self.services.timing.volume_refresh * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load
+
+    async def _refresh_volumes(self) -> None:
+        try:
+            await self.services.volumes.refresh(self.pod)
+        except (VolumeError, ContainerConfigError, KubeError) as error:
+            self.services.events.event(self.pod, "Warning", "FailedMount", str(error))
+        except OSError:
+            logger.exception("volumes of %s", spec.format_pod(self.pod))
+        finally:
+            self._refresh = None
+
+    # ---- what is known
+
+    def _live(self) -> dict[str, ContainerStatus]:
+        """The instances that run, by container. A container never has two."""
+        return {name: i for name, i in self.latest().items() if i.state is not ContainerState.EXITED}
+
+    def _running(self) -> dict[str, ContainerStatus]:
+        return {name: i for name, i in self.latest().items() if i.state is ContainerState.RUNNING}
+
+    def _note(self, instance: ContainerStatus) -> None:
+        """Remember what will be gone later: when it was seen, and the message of its end."""
+        self._seen_at.setdefault(instance.id, asyncio.get_running_loop().time())
+        if instance.state is not ContainerState.EXITED or instance.id in self._messages:
+            return
+        found = spec.find_container(self.pod, instance.container_name)
+        known = recovery.known_message(self.pod, instance.id)
+        newest = self.instances.get(instance.container_name, [instance])[0].id == instance.id
+        if known is not None or found is None or not newest or not instance.log_path:
+            self._messages[instance.id] = instance.message if known is None else known
+        else:
+            self._messages[instance.id] = self._starter.exit_message(self.pod, found[1], instance)
+
+    def _publish(self, *, urgent: bool = True) -> None:
+        """Compute the status and have it sent."""
+        now = spec.rfc3339(int(self.services.wall_clock() * NANOSECONDS))
+        if self._rejected and self.verdict is not None:
+            if not spec.is_terminal(self.pod):
+                self.status = status_of.rejected(self.pod, self.verdict, now)
+                self._patcher.submit(self.status)
+            return
+        waiting = dict(self._starter.waiting)
+        if self._held is not None:
+            waiting = {container["name"]: self._held for _role, container in spec.every_container(self.pod)}
+        self.status = status_of.compute(
+            Facts(
+                pod=self.pod,
+                old=self._old_status(),
+                instances=self.instances,
+                probes=self.results,
+                node=self.services.node(),
+                now=now,
+                waiting=waiting,
+                message_of=lambda instance: self._messages.get(instance.id, instance.message),
+                sandbox_ready=self._volumes_ready or bool(self._live()),
+                terminal=self._stopped,
+                terminated=self._stopped,
+                verdict=self.verdict,
+            )
+        )
+        if self.stage is Stage.ENDING and not self._stopped and not self._live():
+            # The last container has just ended: the final status follows at once, and one patch says it all.
+            return
+        begun = has_ever_started(self.pod, self.latest()) or bool(waiting)
+        self._patcher.submit(self.status, urgent=urgent and (begun or self.stage is not Stage.ACTIVE))
+
+    def _old_status(self) -> Mapping[str, Any]:
+        """The last computed status, with everybody else's conditions as the API server has them now."""
+        api = self.pod.get("status") or {}
+        if not self.status or self.status is api:
+            return api
+        return status_of.rebased(self.status, api)
+
+
+def _kill_grace(pod: Pod, container: Mapping[str, Any], reason: str) -> float:
+    field = {"LivenessProbe": "livenessProbe", "StartupProbe": "startupProbe"}.get(reason, "")
+    own = (container.get(field) or {}).get("terminationGracePeriodSeconds")
+    return spec.grace_seconds(pod) if own is None else float(own)
