@@ -13,7 +13,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -54,7 +54,7 @@ class GarbageCollector:
         store: Store,
         settings: ImageSettings,
         in_use: Callable[[], frozenset[str]],
-        prune: Callable[[Iterable[str]], None],
+        prune: Callable[[Collection[str]], Awaitable[None]],
         disk_usage: Callable[[Path], Usage] = shutil.disk_usage,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -122,4 +122,4 @@ class GarbageCollector:
         await asyncio.to_thread(self._store.clear_partials, older_than=now - _PARTIAL_AGE_SECONDS)
 
     async def _prune_compiled(self) -> None:
-        await asyncio.to_thread(self._prune, self._store.module_digests() | self._in_use())
+        await self._prune(self._store.module_digests() | self._in_use())

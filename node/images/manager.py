@@ -15,13 +15,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 from node.images import credentials as pull_credentials
 from node.images.backoff import Backoff
+from node.images.compile import CompileError
 from node.images.flights import Flights
 from node.images.gc import Collected, GarbageCollector, Usage
 from node.images.model import Credential, EventSink, Image, ImageError, PullPolicy
@@ -42,11 +43,11 @@ _STATUS_IMAGES: Final = 50
 
 
 class ModuleCompiler(Protocol):
-    """What is needed of ``node.images.compile.Compiler``."""
+    """What is needed of ``node.images.compile.Compiler``. Who made it closes it."""
 
     async def compile(self, module_path: Path, module_digest: str, kind: GuestKind) -> Path: ...
 
-    def prune(self, keep_digests: Iterable[str]) -> None: ...
+    async def prune(self, keep_digests: Collection[str]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class ImageManager:
             store=self._store,
             settings=settings,
             in_use=lambda: self._in_use,
-            prune=compiler.prune,
+            prune=self._prune,
             disk_usage=disk_usage,
             clock=clock,
         )
@@ -188,13 +189,11 @@ class ImageManager:
 
     async def compiled(self, image: Image) -> Path:
         """See ``Images``."""
-        from node.images.compile import CompileError
-
         self._store.touch(image.manifest_digest)
         try:
             return await self._compiles.join(
                 image.module_digest,
-                lambda: self._compiler.compile(image.module_path, image.module_digest, image.kind),
+                lambda: self._compiler.compile(image.module_path, _cache_key(image.module_digest), image.kind),
             )
         except CompileError as error:
             raise ImageError("CreateContainerError", str(error)) from error
@@ -212,6 +211,9 @@ class ImageManager:
             if record.module_digest in module_digests or record.module_digest in self._in_use:
                 self._store.touch(record.digest)
         self._in_use = module_digests
+
+    async def _prune(self, module_digests: Collection[str]) -> None:
+        await self._compiler.prune({_cache_key(digest) for digest in module_digests})
 
     async def _present(self, reference: Reference, quoted: str, event: EventSink) -> ImageRecord | None:
         try:
@@ -266,6 +268,11 @@ def go_duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     text = f"{milliseconds / 1000:.3f}".rstrip("0").rstrip(".") + "s"
     return f"{f'{hours}h' if hours else ''}{f'{minutes}m' if hours or minutes else ''}{text}"
+
+
+def _cache_key(module_digest: str) -> str:
+    """The compile cache knows sha256 by its prefix; a sha512 is its bare digits there."""
+    return module_digest.removeprefix("sha512:")
 
 
 def _quote(text: str) -> str:

@@ -25,16 +25,14 @@ from node.images.mediatypes import WASM_TO_OCI_CONFIG
 from node.images.model import Credential
 from node.images.reference import Reference
 from node.images.registry import (
-    MAX_MANIFEST_BYTES,
-    Manifest,
     RegistryAuthError,
     RegistryClient,
     RegistryError,
     RegistryNotFoundError,
     RegistryProtocolError,
-    Repository,
     TransferInterruptedError,
 )
+from node.images.repository import MAX_MANIFEST_BYTES, Manifest, Repository
 from node.images.store import ImageRecord, Store, open_private
 from node.settings import ImageSettings
 
@@ -98,7 +96,7 @@ class Puller:
         failures: list[RegistryError] = []
         attempts: Sequence[Credential | None] = credentials or (None,)
         for credential in attempts:
-            repository = self._registry.repository(reference, credential)
+            repository = Repository(client=self._registry, reference=reference, credential=credential)
             try:
                 digest = await repository.resolve(reference.target)
                 if digest is not None:
