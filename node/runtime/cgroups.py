@@ -10,7 +10,9 @@ first moves itself and its neighbours of the same service into a leaf, and only 
 that is: one that it may write, below the root, with nobody else's processes in it.
 
 Shares follow kubelet (``MilliCPUToShares``: 1024 a core, at least 2) and for version 2 the runtimes' conversion to
-weights. Containers without cpu request share one group with the least weight, as kubelet's BestEffort pods do.
+weights. A container without memory limit, cpu limit and cpu request gets no group, and yields by its nice value: moving
+a process into a group waits for an RCU grace period with all forks of the machine held up, 5 to 25 ms each time, which
+is several times what a whole start takes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ MIN_SHARES = 2
 REMOVE_TIMEOUT_SECONDS = 2.0
 _PREFIX = "wasilet-"
 _LEAF = "wasilet-agent"
-_BEST_EFFORT = "besteffort"
 
 
 def cpu_shares(millicores: int | None) -> int:
@@ -156,18 +157,15 @@ class CgroupManager:
                 with contextlib.suppress(OSError):  # only where the kernel accounts for swap
                     _write(memory / "memory.memsw.limit_in_bytes", str(memory_bytes))
                 procs.append(memory / "cgroup.procs")
-            if self._cpu is not None:
-                if cpu_limit is None and not cpu_request:
-                    procs.append(self._cpu / _BEST_EFFORT / "cgroup.procs")
-                else:
-                    cpu = self._cpu / name
-                    cpu.mkdir(mode=0o755, exist_ok=True)
-                    directories.append(cpu)
-                    _write(cpu / "cpu.shares", str(cpu_shares(cpu_request)))
-                    if cpu_limit is not None:
-                        _write(cpu / "cpu.cfs_period_us", str(PERIOD_US))
-                        _write(cpu / "cpu.cfs_quota_us", str(cpu_quota_us(cpu_limit)))
-                    procs.append(cpu / "cgroup.procs")
+            if self._cpu is not None and (cpu_limit is not None or cpu_request):
+                cpu = self._cpu / name
+                cpu.mkdir(mode=0o755, exist_ok=True)
+                directories.append(cpu)
+                _write(cpu / "cpu.shares", str(cpu_shares(cpu_request)))
+                if cpu_limit is not None:
+                    _write(cpu / "cpu.cfs_period_us", str(PERIOD_US))
+                    _write(cpu / "cpu.cfs_quota_us", str(cpu_quota_us(cpu_limit)))
+                procs.append(cpu / "cgroup.procs")
         except OSError:
             Group(directories=tuple(directories), procs=()).remove()
             raise
@@ -178,7 +176,7 @@ class CgroupManager:
             procs=tuple(procs),
             memory=memory,
             cpu=cpu,
-            cpu_managed=self._cpu is not None,
+            cpu_managed=cpu is not None,
         )
 
     def close(self) -> None:
@@ -204,13 +202,9 @@ class CgroupManager:
 
     def _prepare_v1(self) -> None:
         if self._cpu is not None:
-            cores = os.cpu_count() or 1
-            best_effort = self._cpu / _BEST_EFFORT
             try:
-                best_effort.mkdir(mode=0o755, exist_ok=True)
                 # All containers together against the rest of the machine, as kubelet's kubepods group.
-                _write(self._cpu / "cpu.shares", str(cores * 1024))
-                _write(best_effort / "cpu.shares", str(MIN_SHARES))
+                _write(self._cpu / "cpu.shares", str((os.cpu_count() or 1) * 1024))
             except OSError:
                 self._cpu = None
 
@@ -235,8 +229,6 @@ class CgroupManager:
         self._memory = directory if "memory" in enabled else None
         self._cpu = directory if "cpu" in enabled else None
         if self._cpu is not None:
-            (directory / _BEST_EFFORT).mkdir(exist_ok=True)
-            _write(directory / _BEST_EFFORT / "cpu.weight", "1")
             _write(directory / "cpu.weight", str(cpu_weight((os.cpu_count() or 1) * 1024)))
         if not enabled:
             with contextlib.suppress(OSError):
@@ -268,9 +260,8 @@ class CgroupManager:
         parent = self._memory or self._cpu
         if parent is None:
             return None
-        if memory_bytes is None and cpu_limit is None and not cpu_request and self._cpu is not None:
-            procs = (self._cpu / _BEST_EFFORT / "cgroup.procs",)
-            return Group(directories=(), procs=procs, version=2, cpu_managed=True)
+        if memory_bytes is None and cpu_limit is None and not cpu_request:
+            return None
         directory = parent / name
         directory.mkdir(mode=0o755, exist_ok=True)
         try:

@@ -9,13 +9,15 @@ The outcome goes through a pipe of its own, as JSON lines, because a wait status
 134: ``{"started": true}`` once guest code is about to run, then one of ``{"exit": code}``, ``{"trap": message}``,
 ``{"error": message, "artifact": bool}``.
 
-Privileges. The uid stays: volumes belong to the agent's user, and secrets are 0600. As root, every capability is
-dropped but CAP_DAC_OVERRIDE, which root in a container holds too and without which a hostPath of another user could not
-be read; supplementary groups go. ``no_new_privs`` and limits on cores and descriptors hold for everybody.
+Privileges (``drop_privileges``). The uid stays: volumes belong to the agent's user, and secrets are 0600. As root,
+every capability is dropped but CAP_DAC_OVERRIDE, which root in a container holds too and without which a hostPath of
+another user could not be read; supplementary groups go. ``no_new_privs`` holds for everybody. The supervisor needs none
+of all this itself, so it drops it once, before its first fork, and a sandbox never had it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -130,13 +132,31 @@ def _check_text(text: str, what: str) -> None:
 
 def run_child(plan: ChildPlan, tools: GuestTools) -> NoReturn:
     """The whole life of a forked child. Never returns, never raises."""
+    _exit_with(plan.report, lambda: _run(plan, tools))
+
+
+def run_here(config: ContainerConfig, tools: GuestTools, *, report: int) -> NoReturn:
+    """Run in this very process, which was started for it and has the guest's stdin, stdout and stderr."""
+
+    def run() -> int:
+        check_config(config)
+        linux.close_range_except((report,))
+        _limit()
+        return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report)
+
+    _exit_with(report, run)
+
+
+def _exit_with(report: int, run: Callable[[], int]) -> NoReturn:
     code = START_ERROR_EXIT_CODE
     try:
-        code = _run(plan, tools)
+        code = run()
     except LoadError as error:
-        _report(plan.report, {"error": _cut(str(error)), "artifact": error.artifact})
+        _report(report, {"error": _cut(str(error)), "artifact": error.artifact})
+    except ConfigError as error:
+        _report(report, {"error": _cut(str(error)), "artifact": False})
     except BaseException as error:  # noqa: BLE001 - whatever it is, this process must end here and say why
-        _report(plan.report, {"error": _cut(f"{type(error).__name__}: {error}"), "artifact": False})
+        _report(report, {"error": _cut(f"{type(error).__name__}: {error}"), "artifact": False})
     finally:
         os._exit(code)
 
@@ -155,34 +175,34 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     for file in plan.cgroup_files:
         os.write(file, b"0")
         os.close(file)
-    _drop_privileges(plan.nice)
+    _limit()
     return run_guest(
         plan.config,
         tools,
         guest_stdin=plan.guest_stdin,
         memory_backstop_bytes=plan.memory_backstop_bytes,
         report=plan.report,
+        nice=plan.nice,
     )
 
 
-def _drop_privileges(nice: int) -> None:
+def drop_privileges() -> None:
+    """For this process and all that it forks. Raises OSError."""
+    linux.set_no_new_privs()
+    if os.geteuid() == 0:
+        with contextlib.suppress(PermissionError):  # root of a user namespace that denies setgroups
+            os.setgroups([])
+        linux.keep_only_capabilities(frozenset({linux.CAP_DAC_OVERRIDE}))
+
+
+def _limit() -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
-    os.nice(nice)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = min(hard, MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    linux.set_no_new_privs()
-    if os.geteuid() == 0:
-        try:
-            os.setgroups([])
-        except PermissionError:
-            pass  # root of a user namespace that denies setgroups
-        linux.keep_only_capabilities(frozenset({linux.CAP_DAC_OVERRIDE}))
-        # The kernel forgets the death signal whenever credentials change in some ways; asking twice is cheap.
-        linux.set_parent_death_signal()
 
 
 def run_guest(
@@ -192,6 +212,7 @@ def run_guest(
     guest_stdin: bool,
     memory_backstop_bytes: int | None,
     report: int,
+    nice: int = 0,
 ) -> int:
     """Load and run a guest on this process's standard descriptors; the exit code. Raises LoadError before it runs."""
     tools.http.configure(config.http)
@@ -200,7 +221,7 @@ def run_guest(
         store.set_limits(memory_size=memory_backstop_bytes)
     load = _load_component if config.kind is GuestKind.COMPONENT else _load_module
     try:
-        code = load(config, tools, store, guest_stdin, report)()
+        code = load(config, tools, store, guest_stdin, _Started(report, nice))()
     except GuestExit as request:
         code = request.code
     except wasmtime.ExitTrap as request:
@@ -215,6 +236,19 @@ def run_guest(
         return TRAP_EXIT_CODE
     _report(report, {"exit": code})
     return code
+
+
+@dataclass(frozen=True)
+class _Started:
+    """Called when the guest's own code is next; from here on it yields to the rest of the machine."""
+
+    report: int
+    nice: int
+
+    def __call__(self) -> None:
+        if self.nice:
+            os.nice(self.nice)
+        _report(self.report, {"started": True})
 
 
 def _configure_wasi(config: ContainerConfig, store: wasmtime.Store, *, guest_stdin: bool) -> None:
@@ -247,7 +281,7 @@ def _load_module(
     tools: GuestTools,
     store: wasmtime.Store,
     guest_stdin: bool,  # noqa: FBT001 - one signature with _load_component
-    report: int,
+    started: _Started,
 ) -> Callable[[], int]:
     try:
         module = wasmtime.Module.deserialize_file(tools.linkers.engine, config.artifact)
@@ -260,7 +294,7 @@ def _load_module(
         raise LoadError(f"the module imports what this node does not offer: {error}") from error
     if not any(export.name == "_start" for export in module.exports):
         raise LoadError("the module exports no function _start: it is a library or reactor, not a command")
-    _report(report, {"started": True})
+    started()
     call: Any = ready.instantiate(store).exports(store)["_start"]
 
     def run() -> int:
@@ -275,7 +309,7 @@ def _load_component(
     tools: GuestTools,
     store: wasmtime.Store,
     guest_stdin: bool,  # noqa: FBT001 - one signature with _load_module
-    report: int,
+    started: _Started,
 ) -> Callable[[], int]:
     try:
         guest = wasmtime_component.Component.deserialize_file(tools.linkers.engine, config.artifact)
@@ -293,7 +327,7 @@ def _load_component(
         instance = tools.linkers.component.instantiate(store, guest)
     except wasmtime.WasmtimeError as error:
         if "wasm trap" in str(error):
-            _report(report, {"started": True})
+            started()
             raise
         raise LoadError(f"the component cannot be instantiated: {error}") from error
     interface = instance.get_export_index(store, command)
@@ -301,7 +335,7 @@ def _load_component(
     call = instance.get_func(store, function) if function is not None else None
     if call is None:
         raise LoadError(f"the component's {command} has no function run")
-    _report(report, {"started": True})
+    started()
     entry = call
 
     def run() -> int:

@@ -311,6 +311,7 @@ def main(arguments: list[str]) -> int:
     try:
         linux.raise_open_files_limit()
         logs = LogSettings(max_size_bytes=options.log_max_size, max_files=options.log_max_files)
+        sandbox.drop_privileges()
         supervisor = Supervisor(NodePaths(data=options.data_dir), logs)
     except Exception as error:
         logger.exception("cannot start")
