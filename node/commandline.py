@@ -142,6 +142,7 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
 def _parser(version: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -P -m node",
+        usage="%(prog)s [options]\n       %(prog)s shutdown [--data-dir DIR] [--timeout SECONDS]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -79,7 +79,7 @@ class Registration:
         events: EventRecorder,
         settings: NodeSettings,
         server: str,
-        port: int,
+        port: Callable[[], int],
         hostname: str,
         agent_version: str,
         runtime_version: str,
@@ -323,7 +323,7 @@ class Registration:
                 {"type": "InternalIP", "address": self._address},
                 {"type": "Hostname", "address": self._hostname},
             ],
-            "daemonEndpoints": {"kubeletEndpoint": {"Port": self._port}},
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": self._port()}},
             "nodeInfo": {
                 "architecture": ARCHITECTURE,
                 "bootID": machine.boot_id,

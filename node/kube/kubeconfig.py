@@ -159,6 +159,15 @@ def render_node_kubeconfig(cluster: Cluster, *, node_name: str, pair_path: Path)
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
+def is_node_kubeconfig(data: bytes) -> bool:
+    """Whether ``render_node_kubeconfig`` may have written this."""
+    try:
+        document = json.loads(data)
+        return str(document["users"][0]["name"]).startswith("system:node:")
+    except (ValueError, KeyError, IndexError, TypeError):
+        return False
+
+
 def load_cluster(path: Path) -> Cluster:
     """Only the cluster of the current context: the certificate that the user entry names may be gone or expired.
 

@@ -34,6 +34,12 @@ _USER_TIMEOUT_MILLISECONDS = 30_000
 _READ_BUFFER_BYTES = 256 * 1024
 
 
+def load() -> None:
+    """Import the official client now, for instance in a thread while something else is waited for."""
+    import kubernetes.aio.client.configuration
+    import kubernetes.aio.client.rest  # noqa: F401
+
+
 class Transport:
     """Connections to one API server with one identity. ``limit``: parallel connections, 0 for no limit.
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from node.runtime import locate, wire
 from node.runtime.launch import find_or_start
-from node.runtime.link import Link, connect, open_connection
+from node.runtime.link import SUPPORTED_VERSIONS, Link, connect, open_connection
 from node.runtime.protocol import (
     ContainerConfig,
     ContainerStatus,
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0
 EXEC_GRACE_SECONDS = 5.0
+PING_TIMEOUT_SECONDS = 5.0
 _EVENT_BACKLOG = 65536
 
 
@@ -79,6 +80,11 @@ class RuntimeClient:
                         old = await connect(pointer)
                         self._links.append(old)
                         await old.call({"op": "retire"})
+
+    async def ping(self) -> None:
+        """Hear from the supervisor that takes new containers, or start one. Raises RuntimeUnavailableError."""
+        main = await self._current()
+        await main.call({"op": "hello", "versions": list(SUPPORTED_VERSIONS)}, timeout_seconds=PING_TIMEOUT_SECONDS)
 
     async def close(self) -> None:
         """Disconnect; containers go on."""
