@@ -1,1 +1,294 @@
-"""tasks"""
+"""The tasks of ``./run`` and ``invoke``: thin, with no logic of their own. Each ``--help`` teaches by examples."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from invoke.context import Context
+from invoke.tasks import task
+
+from harness.cli import (
+    checked_output,
+    command,
+    emit,
+    emit_json,
+    exec_program,
+    finish,
+    remainder,
+    reporter,
+    settings_of,
+)
+
+NAME_HELP = "the cluster (default: wasilet, or WASILET_NAME)"
+OUTPUT_HELP = "text or json"
+
+
+@task(
+    iterable=["taint"],
+    auto_shortflags=False,
+    help={
+        "name": NAME_HELP,
+        "provider": "host (default), or another one; see `invoke doctor`",
+        "nodes": "how many wasm nodes join (default: 1, or as many as there are)",
+        "taint": "key=value:Effect that new nodes register; repeatable",
+        "node-ip": "the address that nodes advertise (default: found)",
+        "kubeconfig": "write the context to this file and leave ~/.kube/config alone",
+        "check": "change nothing, say what would be changed",
+        "diff": "show what changes",
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def up(
+    c: Context,
+    name: str = "",
+    provider: str = "",
+    nodes: int = 0,
+    taint: list[str] | None = None,
+    node_ip: str = "",
+    kubeconfig: str = "",
+    check: bool = False,
+    diff: bool = False,
+    output: str = "text",
+) -> None:
+    """Bring a cluster with a wasm node up, or mend it.
+
+    Examples:
+      invoke up                               a cluster on this machine, then: kubectl get nodes
+      invoke up --name two --kubeconfig ./kc  another one beside it, kept out of ~/.kube/config
+      invoke up --check --diff                what would be changed?
+    """
+    from harness.up import up as bring_up
+
+    checked_output(output)
+    settings = settings_of(
+        c,
+        name=name,
+        provider=provider,
+        nodes=nodes or None,
+        taints=taint or None,
+        node_ip=node_ip,
+        kubeconfig=kubeconfig,
+    )
+    finish(bring_up(settings, reporter=reporter(diff=diff), check=check), output=output)
+
+
+@task(
+    help={
+        "name": NAME_HELP,
+        "purge": "remove what the cluster kept as well: objects, images, logs, certificates",
+        "check": "change nothing, say what would be changed",
+        "output": OUTPUT_HELP,
+    }
+)
+@command
+def down(c: Context, name: str = "", purge: bool = False, check: bool = False, output: str = "text") -> None:
+    """End a cluster; what it kept stays, for the next `up`.
+
+    Ends its nodes with their containers, its processes, and takes its entry out of the kubeconfig.
+
+    Examples:
+      invoke down                        end it; `invoke up` brings it back with its objects
+      invoke down --purge                end it and remove everything of it
+      invoke down --name two             only that one; others are left alone
+    """
+    from harness.down import down as take_down
+
+    checked_output(output)
+    settings = settings_of(c, name=name)
+    finish(take_down(settings, reporter=reporter(), purge=purge, check=check), output=output)
+
+
+@task(help={"name": NAME_HELP, "output": "text or json (fields: docs/harness.md)"})
+@command
+def status(c: Context, name: str = "", output: str = "text") -> None:
+    """Show what runs, and whether it is well.
+
+    Examples:
+      invoke status
+      invoke status --output json | jq -r .registry
+    """
+    from harness.status import status as read_status
+    from harness.status import status_lines
+
+    data = read_status(settings_of(c, name=name)) if checked_output(output) else {}
+    if output == "json":
+        emit_json(data)
+        return
+    for line in status_lines(data):
+        emit(line)
+
+
+@task(
+    positional=["component"],
+    help={
+        "component": "etcd, kube-apiserver, ..., approver, registry, or a node's name; none: list them",
+        "name": NAME_HELP,
+        "follow": "go on printing as lines come",
+        "lines": "how many of the last lines (0: all)",
+    },
+)
+@command
+def logs(c: Context, component: str = "", name: str = "", follow: bool = False, lines: int = 100) -> None:
+    """Print a component's log.
+
+    Examples:
+      invoke logs                     which logs are there?
+      invoke logs kube-apiserver
+      invoke logs wasilet-1 -f        the node agent's, as it comes
+    """
+    from harness.state import State
+    from harness.status import log_file, log_lines, names
+
+    settings = settings_of(c, name=name)
+    if not component:
+        log_file_names = names(State.of(settings))
+        for known in log_file_names:
+            emit(known)
+        return
+    for line in log_lines(log_file(settings, component), tail=lines, follow=follow):
+        emit(line)
+
+
+@task(help={"name": NAME_HELP})
+@command
+def kubeconfig(c: Context, name: str = "") -> None:
+    """Print the path of the cluster's kubeconfig.
+
+    Example:
+      export KUBECONFIG=$(invoke kubeconfig)
+    """
+    from harness.status import kubeconfig_path
+
+    emit(str(kubeconfig_path(settings_of(c, name=name))))
+
+
+@task(help={"name": NAME_HELP})
+@command
+def kubectl(c: Context, name: str = "") -> None:
+    """Run kubectl against the cluster.
+
+    With the administrator's rights, whatever the current context is; what follows -- is kubectl's.
+
+    Examples:
+      invoke kubectl -- get pods -A
+      ./run kubectl get nodes         (run puts the -- in by itself)
+    """
+    from harness.status import kubectl_command
+
+    argv, env = kubectl_command(settings_of(c, name=name), remainder())
+    exec_program(argv, env=env, cwd=os.environ.get("WASILET_INVOCATION_DIR"))
+
+
+@task(
+    positional=["request"],
+    help={
+        "request": "the certificate signing request to approve; none: list what is pending",
+        "all": "approve every one that is right",
+        "name": NAME_HELP,
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def approve(c: Context, request: str = "", all: bool = False, name: str = "", output: str = "text") -> None:  # noqa: A002
+    """List or approve nodes' serving certificates by hand.
+
+    The approver does it by itself; this shows the step.
+
+    Examples:
+      invoke approve                  what is pending, and would it be approved?
+      invoke approve csr-x7k2p
+      invoke approve --all
+    """
+    from harness.approval import approve_once, pending
+    from harness.up import open_cluster
+
+    kube = open_cluster(settings_of(c, name=name)).admin()
+    requests = approve_once(kube, request) if request or all else pending(kube)
+    if checked_output(output) == "json":
+        emit_json([vars(entry) for entry in requests])
+        return
+    verb = "approved" if request or all else "pending "
+    for entry in requests:
+        emit(f"{verb} {entry.name}  {entry.node}  {'' if entry.right else 'would be left alone: '}{entry.why}")
+    if not requests:
+        sys.stderr.write("nothing is pending\n")
+
+
+@task(
+    positional=["action", "token-id"],
+    help={
+        "action": "create, list or delete",
+        "token-id": "which one to delete",
+        "ttl": "how long a new token lives, in seconds",
+        "file": "write a bootstrap.conf with the new token there, in place of printing the token",
+        "name": NAME_HELP,
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def token(
+    c: Context,
+    action: str = "list",
+    token_id: str = "",
+    ttl: int = 3600,
+    file: str = "",
+    name: str = "",
+    output: str = "text",
+) -> None:
+    """Create, list or delete tokens for nodes to join with.
+
+    Examples:
+      invoke token create --file bootstrap.conf   for `python -P -m node --bootstrap-file bootstrap.conf ...`
+      invoke token list
+      invoke token delete abc123
+    """
+    from harness.token import run_action
+
+    settings = settings_of(c, name=name, token_ttl_seconds=ttl)
+    checked_output(output)
+    answer = run_action(settings, action, token_id=token_id, file=file)
+    if output == "json":
+        emit_json(answer)
+        return
+    for entry in answer:
+        emit("  ".join(str(value) for value in entry.values() if value))
+
+
+@task(help={"name": NAME_HELP, "namespace": "only pods of this namespace"})
+@command
+def diagnose(c: Context, name: str = "", namespace: str = "") -> None:
+    """Print what to read when something went wrong.
+
+    Processes that are gone, nodes, pods with reasons and events, the ends of logs."""
+    from harness.diagnostics import diagnose as collect
+    from harness.up import open_cluster
+
+    for line in collect(open_cluster(settings_of(c, name=name)), namespace=namespace):
+        emit(line)
+
+
+@task(
+    help={
+        "m": "only tests with these markers, as `-m e2e` or `-m 'unit or component'`",
+        "k": "only tests whose name matches",
+        "provider": "the provider that e2e tests bring up (default: host)",
+    }
+)
+@command
+def test(c: Context, m: str = "", k: str = "", provider: str = "") -> None:
+    """Run the tests, having brought what they need.
+
+    Paths and other options of pytest follow --.
+
+    Examples:
+      ./run test                                     all of them
+      ./run test -m e2e -k hello tests/e2e           (run puts the -- in by itself)
+      invoke test -m unit -- tests/unit -x -q
+    """
+    from harness.testing import pytest_command
+
+    words = (["-m", m] if m else []) + (["-k", k] if k else []) + remainder()
+    argv, env = pytest_command(settings_of(c, provider=provider), words, reporter=reporter())
+    exec_program(argv, env=env)

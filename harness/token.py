@@ -20,6 +20,7 @@ from typing import Any
 from harness.errors import UsageError
 from harness.kube import Kube, KubeObject, api_path, load_yaml
 from harness.manifests import object_path, render_objects
+from harness.settings import Settings
 from harness.state import write_file
 
 CLIENT_CA_EXTENSION = "wasilet.dev/client-ca"
@@ -116,6 +117,34 @@ def _info(secret: KubeObject) -> TokenInfo:
 
 def _decoded(value: str) -> str:
     return base64.b64decode(value).decode(errors="replace")
+
+
+def run_action(settings: Settings, action: str, *, token_id: str = "", file: str = "") -> list[dict[str, Any]]:
+    """``invoke token``: what to print, an object a line. A new token is told once, here, unless it goes to a file."""
+    from harness.cli import invocation_path
+    from harness.up import open_cluster
+
+    cluster = open_cluster(settings)
+    kube = cluster.admin()
+    if action == "list":
+        return [
+            {"id": info.id, "expires": info.expires or "never", "description": info.description}
+            for info in list_tokens(kube)
+        ]
+    if action == "delete":
+        if not delete_token(kube, token_id):
+            raise UsageError(f"there is no token {token_id!r}", hint="`invoke token list` shows them")
+        return [{"deleted": token_id.partition(".")[0]}]
+    if action != "create":
+        raise UsageError(f"unknown action {action!r}", hint="create, list or delete")
+    token = create_token(kube, ttl_seconds=settings.token_ttl_seconds)
+    if not file:
+        return [{"token": token.text}]
+    access = cluster.provider.access(cluster)
+    path = Path(invocation_path(file))
+    config = bootstrap_config(server=access.server, ca=access.ca, client_ca=access.client_ca, token=token)
+    write_bootstrap_file(path, config)
+    return [{"id": token.id, "file": str(path)}]
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -61,21 +61,29 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
         return play.run(reporter=reporter)
 
 
+def control_plane_steps(cluster: Cluster) -> list[Step]:
+    """The beginning of :func:`steps`: an API server with what is behind it, and the roles that nodes need. Tests that
+    need no node stop here."""
+    return [
+        _preparation_step(cluster),
+        _binaries_step(cluster),
+        *cluster.provider.create_steps(cluster),
+        _rbac_step(cluster),
+    ]
+
+
 def steps(cluster: Cluster) -> list[Step]:
     """Each starts as soon as what it names in ``after`` is done."""
     settings, state = cluster.settings, cluster.state
     made = own_components(cluster)
     nodes = [_node_step(cluster, name, made[node_component(name)]) for name in cluster.node_names()]
     return [
-        _preparation_step(cluster),
-        _binaries_step(cluster),
-        *cluster.provider.create_steps(cluster),
+        *control_plane_steps(cluster),
         component_step(
             made[REGISTRY], REGISTRY, title=REGISTRY, state=state, settings=settings,
             after=(BINARIES_STEP, PREPARATION_STEP),
         ),
         _kubeconfig_step(cluster),
-        _rbac_step(cluster),
         component_step(
             made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP,)
         ),
@@ -228,14 +236,11 @@ def node_has_certificate(data: Path) -> bool:
 
     from cryptography import x509
 
-    for file in (data / "pki").glob("*client*.pem"):
-        try:
-            certificate = x509.load_pem_x509_certificate(file.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if certificate.not_valid_after_utc - dt.datetime.now(dt.UTC) > dt.timedelta(hours=1):
-            return True
-    return False
+    try:
+        certificate = x509.load_pem_x509_certificate((data / "pki" / "client.pem").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return certificate.not_valid_after_utc - dt.datetime.now(dt.UTC) > dt.timedelta(hours=1)
 
 
 def _approver_component(cluster: Cluster) -> Component:

@@ -187,11 +187,16 @@ def digest(component: Component) -> str:
 
 def environment(component: Component, *, state: State, settings: Settings) -> dict[str, str]:
     """A chosen part of the user's environment, and the cluster's run id."""
-    names = list(_PASSED_ON)
-    if component.clients:
-        names += [variant for name in _PASSED_ON_TO_CLIENTS for variant in (name, name.lower())]
-    chosen = {name: settings.environ[name] for name in names if name in settings.environ}
+    chosen = environment_for_tools(settings, clients=component.clients)
     return {**chosen, **component.environ, RUN_ID_VARIABLE: state.run_id()}
+
+
+def environment_for_tools(settings: Settings, *, clients: bool = False) -> dict[str, str]:
+    """The part of the user's environment that a program of ours needs; nothing that could change what it does."""
+    names = list(_PASSED_ON)
+    if clients:
+        names += [variant for name in _PASSED_ON_TO_CLIENTS for variant in (name, name.lower())]
+    return {name: settings.environ[name] for name in names if name in settings.environ}
 
 
 def rotate(log: Path, *, keep_bytes: int = 20_000_000) -> None:
