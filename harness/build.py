@@ -79,11 +79,9 @@ def build(app: App, *, say: Say, environ: Mapping[str, str] = os.environ, force:
     toolchain that is missing with what brings it; StateError: the cache cannot be written.
     """
     folder = workspace(app, environ)
-    record = folder / "build.json"
-    if not force:
-        found = _unchanged(app, record, environ)
-        if found is not None:
-            return found
+    found = None if force else built_already(app, environ)
+    if found is not None:
+        return found
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     before = _stamps(_sources(app.folder))
@@ -110,8 +108,13 @@ def build(app: App, *, say: Say, environ: Mapping[str, str] = os.environ, force:
         "inputs": _stamps([module, *made.inputs]),
         "environment": _chosen(environ),
     }
-    write_json(record, data)
+    write_json(folder / "build.json", data)
     return built
+
+
+def built_already(app: App, environ: Mapping[str, str] = os.environ) -> Built | None:
+    """The module of the build before, when nothing that went into it has changed since; else None."""
+    return _unchanged(app, workspace(app, environ) / "build.json", environ)
 
 
 def workspace(app: App, environ: Mapping[str, str] = os.environ) -> Path:

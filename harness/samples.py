@@ -206,6 +206,10 @@ def _demo(data: Any) -> Demo:
         local = _mapping(values["local"], "local")
         local["log"] = _lines(local.get("log"), "local.log")
         values["local"] = _make(LocalSpec, local, "local")
+        # YAML's 1 and true are numbers and booleans; a variable of the environment is a text.
+        for name, value in values["local"].env.items():
+            if not isinstance(value, str):
+                raise DemoError(f"local.env.{name} must be a text: write it in quotes")
     expectations = values.get("expect") or []
     if not isinstance(expectations, list):
         raise DemoError("expect must be a list")
@@ -282,7 +286,4 @@ def _coerced(value: Any, default: Any, annotation: Any, where: str) -> Any:
         return value
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         raise DemoError(f"{where} must be {' or '.join(kind.__name__ for kind in wanted)}, not {value!r}")
-    if annotation == "dict[str, str]":
-        items: dict[Any, Any] = value
-        return {str(key): str(item) for key, item in items.items()}
     return value
