@@ -61,6 +61,8 @@ class KubeClient:
         self._user_agent = user_agent
         self._generation = self._make(credentials)
         self._closing: set[asyncio.Task[None]] = set()
+        self._away = False
+        self._back = asyncio.Event()
 
     @property
     def cluster(self) -> Cluster:
@@ -85,6 +87,18 @@ class KubeClient:
         await self._generation.close()
         if self._closing:
             await asyncio.wait(self._closing, timeout=1.0)
+
+    async def wait_back(self, *, timeout_seconds: float) -> bool:
+        """Sleep, but only until some call was answered again after one was not: then True.
+
+        The lease is tried each second while the API server is away, so watches need not wait out their back-off.
+        """
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._back.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def get(self, path: str, *, timeout_seconds: float = 10.0) -> KubeObject:
         """GET one object."""
@@ -222,9 +236,14 @@ class KubeClient:
                 status, data, retry_after = await self._send(method, path, remaining, body, content_type)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 if retried or not _was_stale(error):
+                    self._away = True
                     raise _unavailable(self._cluster, method, path, error) from error
                 retried = True
                 continue
+            if self._away:
+                self._away = False
+                self._back.set()
+                self._back = asyncio.Event()
             if 200 <= status < 300:
                 return _decode(data, method, path)
             failure = from_response(status, data, retry_after=retry_after)

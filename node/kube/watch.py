@@ -44,7 +44,8 @@ _CHANGES = frozenset({"ADDED", "MODIFIED", "DELETED"})
 class _Delay:
     """Back-off with full jitter on its upper half, and one log line a minute."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, client: KubeClient, what: str) -> None:
+        self._client = client
         self._what = what
         self._next = _FIRST_DELAY_SECONDS
         self._said_at: float | None = None
@@ -56,7 +57,12 @@ class _Delay:
         if self._said_at is None or now - self._said_at >= _SAY_AGAIN_SECONDS:
             self._said_at = now
             logger.warning("watching %s failed and will be tried again: %s", self._what, error)
-        await asyncio.sleep(self._next * random.uniform(0.5, 1.0))  # noqa: S311  # jitter, not a secret
+        seconds = self._next * random.uniform(0.5, 1.0)  # noqa: S311  # jitter, not a secret
+        if not isinstance(error, ApiUnavailableError):
+            await asyncio.sleep(seconds)
+        elif await self._client.wait_back(timeout_seconds=seconds):
+            self._next = _FIRST_DELAY_SECONDS
+            return
         self._next = min(self._next * 2, _LONGEST_DELAY_SECONDS)
 
     def succeeded(self) -> None:
@@ -71,7 +77,7 @@ async def watch(
     client: KubeClient, path: str, *, field_selector: str | None = None, label_selector: str | None = None
 ) -> AsyncIterator[WatchEvent]:
     """See ``node.kube.base.Kube.watch``. Never ends and never raises a KubeError."""
-    delay = _Delay(path + (f" ({field_selector})" if field_selector else ""))
+    delay = _Delay(client, path + (f" ({field_selector})" if field_selector else ""))
     selectors = {"fieldSelector": field_selector, "labelSelector": label_selector}
     query = {name: value for name, value in selectors.items() if value}
     version = ""

@@ -187,3 +187,20 @@ async def test_a_watch_that_is_given_up_leaves_no_request_behind() -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert kube._generation.in_flight == 0
+
+
+async def test_watches_come_back_as_soon_as_any_call_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node.kube.watch, "_FIRST_DELAY_SECONDS", 3600.0)
+    script = WatchScript([listed(version=5)], [])
+    async with api_server(script) as (url, runner):
+        port = runner.addresses[0][1]
+        await runner.cleanup()
+        kube = KubeClient(Cluster(server=url), Credentials(token="t"), user_agent="test")
+        task = asyncio.create_task(take(kube.watch("/api/v1/pods"), 1))
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        async with api_server(script, port=port):
+            await kube.get("/anything")
+            async with asyncio.timeout(5):
+                assert await task == [("SYNCED", "")]
+            await kube.close()
