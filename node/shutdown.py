@@ -45,6 +45,9 @@ def shutdown(data: Path, *, timeout_seconds: float) -> int:
         logger.error("%s", error)  # noqa: TRY400  # a traceback says no more
         return _EXIT_FAILED
     else:
+        from node.volumes.areas import Areas
+
+        Areas(NodePaths(data=data).pods).clear_memory()
         instance.remove(data)
         return 0
     finally:

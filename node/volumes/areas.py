@@ -7,10 +7,12 @@ disk takes its place, and the log says so once: Secrets then lie in 0700 folders
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
+import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,6 +110,16 @@ class Areas:
         if status.st_mode & 0o777 != 0o700:
             self._memory.chmod(0o700)
         return self._memory
+
+    def clear_memory(self) -> None:
+        """Remove the memory area and all that is in it, as a restart of the machine would; for when no container is
+        left. A folder of that name that is somebody else's is left alone."""
+        if self._memory is None:
+            return
+        with contextlib.suppress(OSError):
+            status = self._memory.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                shutil.rmtree(self._memory, ignore_errors=True)
 
     def roots(self) -> Sequence[Path]:
         """Every folder that holds pods' folders."""
