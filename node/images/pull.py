@@ -152,7 +152,7 @@ class Puller:
             module_digest = await self._unwrap(repository, plan)
         else:
             module_digest = plan.layers[0].digest
-        async with self._store.pinned(module_digest):
+        async with self._temporarily(module_digest):
             if not plan.member:
                 await self._blob(repository, plan.layers[0])
             module = self._store.blob_path(module_digest)
@@ -180,15 +180,23 @@ class Puller:
             total += layer.size
             if total > limit:
                 raise LayoutError(f"the image's layers have {total} bytes or more, over the {limit} allowed")
-            async with self._store.pinned(layer.digest):
+            async with self._temporarily(layer.digest):
                 await self._blob(repository, layer)
                 found, digest = await uninterrupted(self._extract, layer, plan.member, limit)
-            await self._store.delete_blobs({layer.digest} - self._store.module_digests())
             if found is not None:
                 if not found.deleted:
                     return digest
                 break
         raise LayoutError(f"the image has no file /{plan.member}, which is its entrypoint")
+
+    @asynccontextmanager
+    async def _temporarily(self, digest: str) -> AsyncIterator[None]:
+        """A blob is needed here, and goes at the end unless an image has it by then."""
+        try:
+            async with self._store.pinned(digest):
+                yield
+        finally:
+            await self._store.delete_blobs({digest} - self._store.module_digests())
 
     def _extract(self, layer: Descriptor, member: str, limit: int) -> tuple[tarball.Found | None, str]:
         with self._store.temporary() as (path, file):
