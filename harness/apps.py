@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import ApiError, HarnessError, UsageError
 from harness.play import Finding, Play, Progress, Recap, Step
 from harness.providers.base import Cluster
-from harness.samples import App, Expectation, find_app
+from harness.samples import App, Expectation, find_app, sample_names
 from harness.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NAMESPACE = "default"
 TAG = "latest"
+SHOWN_LOG_LINES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +217,12 @@ def _local_step(run: Run) -> Step:
 
 
 def _registry_step(run: Run) -> Step:
+    from harness.publish import cluster_registry
+
     def look() -> Finding:
         if run.options.private:
             return Finding.differs("have a registry with a login running")
-        run.registry = f"localhost:{run.cluster.ports()['registry']}"
+        run.registry = cluster_registry(run.cluster.settings)
         return Finding.ok(run.registry)
 
     def change(progress: Progress) -> str:
@@ -307,6 +310,30 @@ def _next(run: Run) -> tuple[str, ...]:
     given = run.app.name if run.app.is_sample else str(run.app.folder)
     where = f" --namespace {run.options.namespace}" if namespace else ""
     return (*typed, f"invoke demo {given}{name}{where} --remove")
+
+
+def demo_lines() -> list[str]:
+    """The samples that have a demo, each with its description."""
+    names = sample_names()
+    width = max((len(name) for name in names), default=0)
+    return [f"{name:<{width}}  {find_app(name).demo.description}" for name in names]
+
+
+def log_lines(result: DemoResult) -> list[str]:
+    """The end of each log, under its object's name when there are several."""
+    lines: list[str] = []
+    for name, log in result.logs.items():
+        if len(result.logs) > 1 and log:
+            lines.append(f"{name}:")
+        lines += log[-SHOWN_LOG_LINES:]
+    return lines
+
+
+def next_words(result: DemoResult) -> str:
+    """What to type now, for people; empty after a failure."""
+    if not result.next:
+        return ""
+    return "now type:\n" + "".join(f"  {command}\n" for command in result.next)
 
 
 def result_json(result: DemoResult) -> str:

@@ -113,7 +113,14 @@ def finish(recap: Recap, *, output: str = "text") -> None:
         emit_json(recap.to_json())
     for failure in recap.failures:
         code = failure.error.exit_code if failure.error else EXIT_FAILED
-        raise Exit(f"error: {failure.name}: {failure.detail}", code=code)
+        # The reporter has shown all of it, a compiler's many lines included.
+        raise Exit(f"error: {failure.name}: {failure.detail.partition(chr(10))[0]}", code=code)
+
+
+def finish_with(code: int) -> None:
+    """End the task with a guest's own exit code."""
+    if code:
+        raise Exit(code=code)
 
 
 def emit(line: str) -> None:
