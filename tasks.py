@@ -405,7 +405,7 @@ def run(
     positional=["app"],
     auto_shortflags=False,
     help={
-        "app": APP_HELP + "; none: list the samples",
+        "app": APP_HELP + "; see `invoke samples`",
         "name": NAME_HELP,
         "namespace": "where it is applied (default: default)",
         "layout": "how the artifact is laid out; see `invoke push --help`",
@@ -417,7 +417,7 @@ def run(
 @command
 def demo(
     c: Context,
-    app: str = "",
+    app: str,
     name: str = "",
     namespace: str = "default",
     layout: str = "cncf",
@@ -431,7 +431,6 @@ def demo(
     type next. Brings a cluster up when none runs. What it applied stays until --remove.
 
     Examples:
-      invoke demo                         which demos are there?
       invoke demo hello-world
       invoke demo cat-facts --private     by a registry with a login
       invoke demo hello-world --remove
@@ -440,10 +439,6 @@ def demo(
 
     checked_output(output)
     settings = settings_of(c, name=name)
-    if not app:
-        for line in apps.demo_lines():
-            emit(line)
-        return
     options = apps.DemoOptions(namespace=namespace, layout=layout, private=private)
     if remove:
         for gone in apps.remove(app, settings, options=options):
@@ -454,6 +449,16 @@ def demo(
         emit(line)
     sys.stderr.write(apps.next_words(result) if output == "text" else "")
     finish(result.recap)
+
+
+@task
+@command
+def samples(c: Context) -> None:
+    """List the samples, each of which has a demo."""
+    from harness.apps import demo_lines
+
+    for line in demo_lines():
+        emit(line)
 
 
 @task(
