@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -205,9 +205,12 @@ class References:
         try:
             found = await self._through_lag(lambda: self._kube.get(entry.key.path), pod_uid, ForbiddenError)
         except NotFoundError:
-            entry.object = None
+            if not entry.watch_synced:
+                entry.object = None
             raise _not_found(entry.key) from None
-        entry.object, entry.read_at = found, begun
+        # A watch that synced meanwhile knows at least as much, and nothing would ever correct an older state.
+        if not entry.watch_synced:
+            entry.object, entry.read_at = found, begun
         return found
 
     async def _through_lag(
@@ -247,8 +250,9 @@ class References:
     async def _watch(self, entry: _Entry) -> None:
         path = entry.key.path.rpartition("/")[0]
         seen = False
+        stream = self._kube.watch(path, field_selector=f"metadata.name={entry.key.name}")
         try:
-            async for event in self._kube.watch(path, field_selector=f"metadata.name={entry.key.name}"):
+            async for event in stream:
                 match event.type:
                     case "SYNC" | "ADDED" | "MODIFIED":
                         entry.object, entry.read_at = event.object, self._clock()
@@ -265,6 +269,9 @@ class References:
             logger.info(
                 "the watch of %s %s/%s ended: %s", entry.key.resource, entry.key.namespace, entry.key.name, error
             )
+        finally:
+            if isinstance(stream, AsyncGenerator):
+                await stream.aclose()
         entry.watch_not_before = self._clock() + self._settings.watch_retry_seconds
 
     # ---- services

@@ -31,6 +31,7 @@ import wasmtime
 from wasmtime import component as wasmtime_component
 
 from node.runtime import linux
+from node.runtime.beneath import open_directory, opened
 from node.runtime.engine import Linkers
 from node.runtime.hostcalls.http import HttpHost
 from node.runtime.protocol import ContainerConfig, GuestKind
@@ -261,7 +262,14 @@ def _configure_wasi(config: ContainerConfig, store: wasmtime.Store, *, guest_std
         wasi.inherit_stdin()
     for mount in config.mounts:
         try:
-            wasi.preopen_dir(mount.host, mount.guest, not mount.read_only)
+            if mount.root:
+                # Guests write above this folder: a path could lead elsewhere by now, a descriptor cannot.
+                with opened(open_directory(mount.root, mount.host)) as fd:
+                    wasi.preopen_dir(f"/proc/self/fd/{fd}", mount.guest, not mount.read_only)
+            else:
+                wasi.preopen_dir(mount.host, mount.guest, not mount.read_only)
+        except OSError as error:
+            raise LoadError(f"mount {mount.guest}: {error.strerror}: {mount.host}") from error
         except wasmtime.WasmtimeError as error:
             reason = _why_unopenable(mount.host)
             raise LoadError(f"mount {mount.guest}: {reason or error}") from error

@@ -81,6 +81,12 @@ def _used(pod: Pod) -> set[str]:
     return {str(mount["name"]) for container in _containers(pod) for mount in container.get("volumeMounts") or []}
 
 
+def _is_ready(place: Place | None) -> bool:
+    """Whether a volume need not be set up again. What lies in memory can vanish: at the logout of an ordinary user
+    systemd-logind empties ``/dev/shm`` of their files (RemoveIPC)."""
+    return place is not None and (not place.in_memory or place.path.is_dir())
+
+
 class VolumeManager:
     """Implements ``Volumes``. Its calls for one pod wait for each other; those of different pods do not.
 
@@ -159,7 +165,9 @@ class VolumeManager:
         async with self._lock(uid):
             places = self._places.setdefault(uid, {})
             used = _used(pod)
-            missing = [volume for volume in _volumes(pod) if volume.name in used and volume.name not in places]
+            missing = [
+                volume for volume in _volumes(pod) if volume.name in used and not _is_ready(places.get(volume.name))
+            ]
             results = await asyncio.gather(*(self._set_up(pod, volume) for volume in missing), return_exceptions=True)
             problems: list[str] = []
             for volume, result in zip(missing, results, strict=True):

@@ -126,6 +126,23 @@ async def test_an_object_that_pods_share_is_watched_and_read_no_more(kube: FakeK
     assert kube.calls[WATCH] == 1
 
 
+async def test_a_slow_read_does_not_overwrite_what_the_watch_brought(kube: FakeKube, references: References) -> None:
+    kube.config_map("cm", {"k": "old"})
+    await data(references, "a")
+    answer = kube.objects[PATH]
+
+    async def slow_get(path: str, *, timeout_seconds: float = 10.0) -> dict[str, object]:
+        await asyncio.sleep(0.03)
+        return answer
+
+    kube.get = slow_get  # type: ignore[method-assign]
+    reading = asyncio.create_task(data(references, "b"))
+    await asyncio.sleep(0.01)
+    kube.config_map("cm", {"k": "new"})
+    await reading
+    assert await data(references, "a") == {"k": "new"}
+
+
 async def test_a_watch_that_breaks_gives_way_to_reads(kube: FakeKube, references: References) -> None:
     kube.config_map("cm", {"k": "1"})
     for uid in ("a", "b"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -264,6 +265,14 @@ async def test_an_empty_dir_keeps_its_files_over_restarts_of_container_and_agent
 async def test_a_memory_volume_is_in_memory(rig: Rig) -> None:
     mounts = await rig.mounts(pod_with({"emptyDir": {"medium": "Memory"}}))
     assert Path(mounts["/v"].host).is_relative_to(rig.memory)
+
+
+async def test_what_vanished_from_memory_is_made_again(rig: Rig) -> None:
+    rig.kube.secret("s", {"k": b"secret"})
+    pod = pod_with({"secret": {"secretName": "s"}})
+    await rig.mounts(pod)
+    shutil.rmtree(next(rig.memory.iterdir()))
+    assert (await guest_with(rig, pod)).read("/v/k") == b"secret"
 
 
 async def test_an_empty_dir_over_its_limit_is_told_for_eviction(rig: Rig) -> None:

@@ -84,13 +84,17 @@ async def test_a_read_only_mount_cannot_be_written(rig: Rig) -> None:
         ({"mountPropagation": "Sideways"}, 'invalid MountPropagation mode: "Sideways"'),
         (
             {"recursiveReadOnly": "Enabled"},
-            'failed to resolve recursive read-only mode: volume "e" requested recursive read-only mode, but it is '
-             "not read-only",
+            (
+                'failed to resolve recursive read-only mode: volume "e" requested recursive read-only mode, but it is '
+                "not read-only"
+            ),
         ),
         (
             {"recursiveReadOnly": "Enabled", "readOnly": True, "mountPropagation": "HostToContainer"},
-            'failed to resolve recursive read-only mode: volume "e" requested recursive read-only mode, but it is not '
-             'compatible with propagation "HostToContainer"',
+            (
+                'failed to resolve recursive read-only mode: volume "e" requested recursive read-only mode, but it is '
+                'not compatible with propagation "HostToContainer"'
+            ),
         ),
         (
             {"recursiveReadOnly": "Often", "readOnly": True},

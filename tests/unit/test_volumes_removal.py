@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +135,28 @@ def test_a_guest_that_goes_on_writing_does_not_lead_removal_astray(tmp_path: Pat
     remove_tree(pods, "pod")
     assert (outside / "precious").read_text() == "x"
     assert list(pods.iterdir()) == []
+
+
+def test_a_folder_swapped_for_a_link_at_the_last_moment_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    victim = tmp_path / "pods/pod/volume/victim"
+    victim.mkdir(parents=True)
+    rename = os.rename
+
+    def swap_first(source: str, target: str, **more: Any) -> None:
+        if source == "victim" and not victim.is_symlink():
+            victim.rmdir()
+            victim.symlink_to(outside)
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "rename", swap_first)
+    remove_tree(tmp_path / "pods", "pod")
+    assert (outside / "precious").read_text() == "x"
+    assert list((tmp_path / "pods").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a\0b"])

@@ -19,6 +19,7 @@ import wasmtime
 
 from node.kube.base import ForbiddenError, KubeObject, NotFoundError, WatchEvent
 from node.kube.references import References, ReferenceSettings
+from node.runtime.beneath import open_directory, opened
 from node.runtime.protocol import Mount
 from node.settings import NodePaths
 from node.volumes.manager import VolumeManager
@@ -276,7 +277,11 @@ class Guest:
         store = wasmtime.Store(engine)
         config = wasmtime.WasiConfig()
         for mount in mounts:
-            config.preopen_dir(mount.host, mount.guest, not mount.read_only)
+            if not mount.root:
+                config.preopen_dir(mount.host, mount.guest, not mount.read_only)
+                continue
+            with opened(open_directory(mount.root, mount.host)) as fd:
+                config.preopen_dir(f"/proc/self/fd/{fd}", mount.guest, not mount.read_only)
         store.set_wasi(config)
         linker = wasmtime.Linker(engine)
         linker.define_wasi()
