@@ -16,7 +16,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -26,7 +25,7 @@ from node.images.compile import CompileError
 from node.images.flights import Flights
 from node.images.gc import Collected, GarbageCollector, Usage
 from node.images.model import Credential, EventSink, Image, ImageError, PullPolicy
-from node.images.pull import Puller, PullError
+from node.images.pull import Pulled, Puller, PullError
 from node.images.reference import InvalidReferenceError, Reference, parse
 from node.images.registry import RegistryClient
 from node.images.store import ImageRecord, Store, StoreError
@@ -50,12 +49,6 @@ class ModuleCompiler(Protocol):
     async def prune(self, keep_digests: Collection[str]) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pulled:
-    record: ImageRecord
-    seconds: float
-
-
 class ImageManager:
     """Implements ``node.images.model.Images``. Everything waits for ``start``, which the first call makes up for."""
 
@@ -76,11 +69,10 @@ class ImageManager:
         self._monotonic = monotonic
         self._registry = registry or RegistryClient(settings=settings)
         self._store = Store(directory=directory, clock=clock)
-        self._puller = Puller(store=self._store, registry=self._registry, settings=settings)
+        self._puller = Puller(store=self._store, registry=self._registry, settings=settings, monotonic=monotonic)
         self._backoff = Backoff(clock=monotonic)
         self._in_use: frozenset[str] = frozenset()
-        self._slots = asyncio.Semaphore(settings.max_parallel_pulls)
-        self._pulls: Flights[_Pulled] = Flights()
+        self._pulls: Flights[Pulled] = Flights()
         self._compiles: Flights[Path] = Flights()
         self._collector = GarbageCollector(
             store=self._store,
@@ -228,15 +220,12 @@ class ImageManager:
             await _emit(event, "Warning", "InspectFailed", message)
             raise ImageError("ImageInspectError", message) from error
 
-    async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> _Pulled:
+    async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
         """Pods share a pull only when they bring the same credentials, or one would use what another may see."""
 
-        async def work() -> _Pulled:
-            async with self._slots:
-                began = self._monotonic()
-                await self.start()
-                record = await self._puller.pull(reference, credentials)
-                return _Pulled(record=record, seconds=self._monotonic() - began)
+        async def work() -> Pulled:
+            await self.start()
+            return await self._puller.pull(reference, credentials)
 
         return await self._pulls.join((str(reference), _fingerprint(credentials)), work)
 

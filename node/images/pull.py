@@ -12,7 +12,8 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,14 @@ class PullError(Exception):
     """The image could not be pulled; the message is meant for status and event."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pulled:
+    """The image, and how long its pull took without the wait for a slot."""
+
+    record: ImageRecord
+    seconds: float
+
+
 @dataclass
 class _Locked:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -54,15 +63,28 @@ class _Locked:
 
 
 class Puller:
-    """Pulls images into a store. Callers bound how many at once; of one blob there is never more than one."""
+    """Pulls images into a store, so many at once as the settings allow; of one blob, never more than one.
 
-    def __init__(self, *, store: Store, registry: RegistryClient, settings: ImageSettings) -> None:
+    Asking a registry what a reference stands for needs no slot: a pod under ``Always`` whose image is here must not
+    wait behind the downloads of others.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        registry: RegistryClient,
+        settings: ImageSettings,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
         self._registry = registry
         self._settings = settings
+        self._monotonic = monotonic
+        self._slots = asyncio.Semaphore(max(settings.max_parallel_pulls, 1))
         self._blob_locks: dict[str, _Locked] = {}
 
-    async def pull(self, reference: Reference, credentials: Sequence[Credential]) -> ImageRecord:
+    async def pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
         """Resolve the reference at its registry, and have the image in the store. Raises PullError.
 
         ``credentials`` are those that fit the reference, best first; each is tried. None: anonymously.
@@ -77,18 +99,23 @@ class Puller:
                 f'failed to pull and unpack image "{reference}": the image store cannot be written: {reason}'
             ) from error
 
-    async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> ImageRecord:
+    async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
+        began = self._monotonic()
         repository, digest, manifest = await self._resolve(reference, credentials)
         known = self._store.record(digest)
         if known is not None:
             async with self._store.pinned(known.module_digest):
                 if await self._store.has(known.module_digest, known.module_size_bytes):
                     await self._store.add(reference, known)
-                    return known
-        top = manifest or await repository.manifest(digest)
-        size, image = await self._choose(repository, top)
-        plan = await self._plan(repository, image)
-        return await self._fetch(repository, plan, reference, digest, size + image.size_bytes)
+                    return Pulled(record=known, seconds=self._monotonic() - began)
+        queued = self._monotonic()
+        async with self._slots:
+            waited = self._monotonic() - queued
+            top = manifest or await repository.manifest(digest)
+            size, image = await self._choose(repository, top)
+            plan = await self._plan(repository, image)
+            record = await self._fetch(repository, plan, reference, digest, size + image.size_bytes)
+        return Pulled(record=record, seconds=self._monotonic() - began - waited)
 
     async def _resolve(
         self, reference: Reference, credentials: Sequence[Credential]

@@ -431,15 +431,19 @@ async def test_a_pod_that_is_deleted_does_not_stop_the_pull_of_others_but_the_la
     assert (await rig.ensure("a/hello:v2")).kind is GuestKind.COMPONENT
 
 
-async def test_pulls_wait_for_a_free_slot(tmp_path: Path) -> None:
+async def test_pulls_wait_for_a_free_slot_but_present_images_do_not(tmp_path: Path) -> None:
     async with rigged(tmp_path / "images", ImageSettings(max_parallel_pulls=2)) as rig:
+        rig.registry.add_cncf("a/present:v1", COMPONENT)
+        await rig.ensure("a/present:v1")
+        del rig.registry.requests[:]
         rig.registry.gate = asyncio.Event()
         for number in range(5):
             rig.registry.add_cncf(f"a/hello:v{number}", MODULE + bytes([number]))
         pods = [asyncio.create_task(rig.ensure(f"a/hello:v{number}")) for number in range(5)]
-        await until(lambda: len(rig.registry.paths("HEAD")) == 2)
-        await asyncio.sleep(0.05)
-        assert len(rig.registry.paths("HEAD")) == 2
+        await until(lambda: len(rig.registry.paths("HEAD")) == 5)
+        await until(lambda: len(rig.registry.paths("GET")) == 4)
+        await asyncio.wait_for(rig.ensure("a/present:v1", policy=ALWAYS), 5)
+        assert len([path for path in rig.registry.paths() if "/blobs/" in path]) == 2
         rig.registry.gate.set()
         assert len(set(await asyncio.gather(*pods))) == 5
 
