@@ -64,13 +64,13 @@ def test_wasm_to_ocis_artifact_needs_no_config() -> None:
 
 def test_runwasis_image_brings_its_entrypoint_and_environment() -> None:
     config = image_config(["/hello.wasm", "--x"], ["y"])
-    config["config"] |= {"Env": ["A=1", "B=x=y", "C="], "WorkingDir": "/work"}
+    config["config"] |= {"Env": ["A=1", "B=x=y", "C="], "WorkingDir": "/srv"}
     result = planned(manifest(media.OCI_CONFIG, wasm(media.RUNWASI_LAYER)), config)
     assert result.layout is Layout.RUNWASI
     assert result.config.entrypoint == ("/hello.wasm", "--x")
     assert result.config.cmd == ("y",)
     assert result.config.env == (("A", "1"), ("B", "x=y"), ("C", ""))
-    assert result.config.working_dir == "/work"
+    assert result.config.working_dir == "/srv"
     assert result.module_name == "hello.wasm"
 
 
