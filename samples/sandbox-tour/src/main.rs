@@ -39,6 +39,12 @@ fn random_bytes() -> io::Result<()> {
     }
 }
 
+/// Every process of a cluster that Wasilet stands up, and of `./run`, carries a variable of this name.
+fn foreign_variable() -> io::Result<String> {
+    let found = env::vars().map(|(name, _)| name).find(|name| name.starts_with("WASILET_"));
+    found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is none"))
+}
+
 fn main() {
     let mut tour = Tour { surprises: 0 };
 
@@ -69,7 +75,7 @@ fn main() {
     tour.visit("measure time", true, { let _ = Instant::now().elapsed(); Ok(()) });
     tour.visit("have random numbers", true, random_bytes());
     tour.visit("read its own environment", true, env::var("POD_NAME").map_err(|_| io::ErrorKind::NotFound.into()));
-    tour.visit("see the machine's environment", false, env::var("PATH").map_err(|_| io::ErrorKind::NotFound.into()));
+    tour.visit("see the environment of the node's own processes", false, foreign_variable());
 
     println!("surprises: {}", tour.surprises);
     process::exit(if tour.surprises == 0 { 0 } else { 1 });
