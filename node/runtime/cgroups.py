@@ -210,11 +210,14 @@ class CgroupManager:
 
     def _make_v2(self, mount: Path, own: str, process: Path) -> None:
         base = mount / own.lstrip("/")
+        vacated = base.name == _LEAF  # by the supervisor before this one
+        if vacated:
+            base = base.parent
         if not base.is_dir() or not os.access(base, os.W_OK):
             return
         if not {"memory", "cpu"} & set(_read_words(base / "cgroup.controllers")):
             return
-        if base != mount and not self._vacate(base, process):
+        if base != mount and not vacated and not self._vacate(base, process):
             return
         for controller in ("memory", "cpu"):
             with contextlib.suppress(OSError):
@@ -222,10 +225,12 @@ class CgroupManager:
         directory = self._mkdir(base)
         if directory is None:
             return
+        enabled = []
         for controller in ("memory", "cpu"):
-            with contextlib.suppress(OSError):
-                _write(directory / "cgroup.subtree_control", f"+{controller}")
-        enabled = _read_words(directory / "cgroup.subtree_control")
+            if controller in _read_words(directory / "cgroup.controllers"):
+                with contextlib.suppress(OSError):
+                    _write(directory / "cgroup.subtree_control", f"+{controller}")
+                    enabled.append(controller)
         self._memory = directory if "memory" in enabled else None
         self._cpu = directory if "cpu" in enabled else None
         if self._cpu is not None:
