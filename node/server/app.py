@@ -20,7 +20,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from node.kube.base import Kube
-from node.runtime.protocol import Runtime, RuntimeUnavailableError
+from node.runtime.protocol import RuntimeUnavailableError
 from node.server.auth import AuthenticationError, Authenticator, AuthorizationError, Authorizer, User
 from node.server.health import HealthViews
 from node.server.logs import LogViews
@@ -28,6 +28,9 @@ from node.server.logwatch import LogWatcher
 from node.server.metrics import MetricsViews, ProbeMetrics
 from node.server.pods import PodSource, PodViews
 from node.server.stats import SummaryView, UsageReader
+from node.server.streams.portforward import PortForwardView
+from node.server.streams.remotecommand import RemoteCommandViews, StreamRuntime
+from node.server.streams.upgrade import ACCEPTED_HEADER
 from node.server.tls import Acceptor, ServerError, bind, listen, server_context
 from node.settings import NodeSettings
 
@@ -41,8 +44,12 @@ MAX_HEADER_BYTES = 32 * 1024
 IDLE_TIMEOUT_SECONDS = 60.0
 """Of a connection without a request in progress, a half-sent one included."""
 
-SHUTDOWN_TIMEOUT_SECONDS = 2.0
+SHUTDOWN_TIMEOUT_SECONDS = 0.5
+"""Twice this is given to requests in progress; those who follow logs would never end by themselves."""
+
 REBIND_SECONDS = 5.0
+
+_KEPT_HEADERS = frozenset({"Allow", ACCEPTED_HEADER})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 USER: web.RequestKey[User] = web.RequestKey("user", User)
@@ -62,7 +69,7 @@ class KubeletServer:
         settings: NodeSettings,
         kube: Kube,
         pods: PodSource,
-        runtime: Runtime,
+        runtime: StreamRuntime,
         log_root: Path,
         client_ca_pem: bytes | None = None,
         address: str | None = None,
@@ -93,6 +100,7 @@ class KubeletServer:
             HealthViews(settings=settings, healthy=healthy),
             SummaryView(settings=settings, usage=usage, log_root=log_root),
         )
+        self._add_streams(RemoteCommandViews(pods=pods, runtime=runtime), PortForwardView(pods=pods))
 
     def set_certificate(self, certificate_pem: bytes, key_pem: bytes) -> None:
         """Serve with this certificate from now on. Raises ServerError, and keeps the old one, if it cannot be used."""
@@ -264,6 +272,18 @@ class KubeletServer:
             app.router.add_route("*", path, _disabled(message))
         return app
 
+    def _add_streams(self, commands: RemoteCommandViews, forward: PortForwardView) -> None:
+        for path, handler in (
+            ("/exec/{namespace}/{pod}/{container}", commands.exec),
+            ("/exec/{namespace}/{pod}/{uid}/{container}", commands.exec),
+            ("/attach/{namespace}/{pod}/{container}", commands.attach),
+            ("/attach/{namespace}/{pod}/{uid}/{container}", commands.attach),
+            ("/portForward/{namespace}/{pod}", forward.port_forward),
+            ("/portForward/{namespace}/{pod}/{uid}", forward.port_forward),
+        ):
+            self._app.router.add_get(path, handler, allow_head=False)
+            self._app.router.add_post(path, handler)
+
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.monotonic()
@@ -320,9 +340,11 @@ class KubeletServer:
         try:
             return await handler(request)
         except web.HTTPException as error:
-            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-            text = "404 page not found\n" if error.status == 404 else f"{error.status}: {error.reason}"
-            return web.Response(status=error.status, text=text, headers=allow)
+            kept = [(key, value) for key, value in error.headers.items() if key in _KEPT_HEADERS]
+            text = error.text or ""
+            if text == f"{error.status}: {error.reason}" and error.status == 404:
+                text = "404 page not found\n"
+            return web.Response(status=error.status, text=text, headers=kept)
         except RuntimeUnavailableError:
             logger.warning("the container runtime does not answer: %s cannot be served", request.path)
             return web.Response(status=500, text="the container runtime does not answer")

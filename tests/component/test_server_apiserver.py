@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 
 from node.kube.client import KubeClient
 from node.kube.kubeconfig import Cluster, Credentials
+from node.runtime.protocol import StartError
 from node.server.app import KubeletServer
-from tests.component.server_rig import ControlPlane, control_plane
+from tests.component.server_rig import ControlPlane, control_plane, free_port
 from tests.unit.server_rig import FakePods, FakeRuntime, client_context, log_folder, make_pod, make_settings
 
 pytestmark = pytest.mark.component
@@ -45,15 +47,18 @@ class Kubelet:
             client_ca_pem=plane.authority.pem,
         )
 
-    async def kubectl(self, *arguments: str, timeout: float = 20.0) -> tuple[int, str, str]:
+    async def kubectl(
+        self, *arguments: str, typed: bytes = b"", timeout: float = 20.0, env: Mapping[str, str] | None = None
+    ) -> tuple[int, str, str]:
         process = await asyncio.create_subprocess_exec(
             *self.plane.kubectl(*arguments),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **(env or {})},
         )
         try:
-            out, err = await asyncio.wait_for(process.communicate(), timeout)
+            out, err = await asyncio.wait_for(process.communicate(typed), timeout)
         finally:
             if process.returncode is None:
                 process.kill()
@@ -160,3 +165,94 @@ async def test_the_pod_list_is_a_pod_list(kubelet: Kubelet) -> None:
         body = json.loads(await response.text())
     assert body["kind"] == "PodList"
     assert [pod["metadata"]["name"] for pod in body["items"]] == ["listed"]
+
+
+TRANSPORTS = pytest.mark.parametrize("websockets", ["true", "false"])
+
+
+@TRANSPORTS
+async def test_kubectl_exec_carries_output_input_and_exit_code(kubelet: Kubelet, websockets: str) -> None:
+    name = f"exec-{websockets}"
+    kubelet.add(make_pod(name))
+    env = {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS": websockets}
+    assert await kubelet.kubectl("exec", name, "--", "echo", "a b", "c", env=env) == (0, "a b c\n", "done\n")
+    assert kubelet.runtime.guest is not None
+    assert kubelet.runtime.guest.argv == ("echo", "a b", "c")
+    code, _, err = await kubelet.kubectl("exec", name, "--", "fail", "42", env=env)
+    assert (code, err) == (42, "command terminated with exit code 42\n")
+    code, out, err = await kubelet.kubectl("exec", "-i", name, "--", "cat", typed=b"hello", env=env)
+    assert (code, out, err) == (0, "[hello]eof after 5\n", "")
+    code, out, _ = await kubelet.kubectl("exec", name, "--", "big", "8", env=env)
+    assert (code, len(out)) == (0, 8 * 1024 * 1024)
+
+
+@TRANSPORTS
+async def test_kubectl_exec_shows_traps_and_failed_starts(kubelet: Kubelet, websockets: str) -> None:
+    name = f"trap-{websockets}"
+    kubelet.add(make_pod(name))
+    env = {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS": websockets}
+    code, _, err = await kubelet.kubectl("exec", name, "--", "trap", env=env)
+    assert (code, err) == (134, "wasm trap: unreachable\ncommand terminated with exit code 134\n")
+    kubelet.runtime.start_error = StartError("no memory")
+    code, _, err = await kubelet.kubectl("exec", name, "--", "echo", env=env)
+    assert code == 1
+    # the API server's translation of WebSockets puts its own "Internal error occurred" before ours
+    assert err.startswith("error: Internal error occurred: ")
+    assert err.endswith("Internal error occurred: error executing command in container: no memory\n")
+
+
+@TRANSPORTS
+async def test_an_exec_ends_when_kubectl_is_gone(kubelet: Kubelet, websockets: str) -> None:
+    name = f"hang-{websockets}"
+    kubelet.add(make_pod(name))
+    with pytest.raises(TimeoutError):
+        await kubelet.kubectl(
+            "exec", name, "--", "hang", timeout=2.0, env={"KUBECTL_REMOTE_COMMAND_WEBSOCKETS": websockets}
+        )
+    assert kubelet.runtime.guest is not None
+    async with asyncio.timeout(5):
+        await kubelet.runtime.guest.closed.wait()
+
+
+@TRANSPORTS
+async def test_kubectl_attach_shows_output_from_now_on(kubelet: Kubelet, websockets: str) -> None:
+    name = f"attach-{websockets}"
+    kubelet.add(make_pod(name))
+    code, out, _ = await kubelet.kubectl("attach", name, env={"KUBECTL_REMOTE_COMMAND_WEBSOCKETS": websockets})
+    assert (code, out) == (0, "from now on\n")
+
+
+@TRANSPORTS
+async def test_kubectl_port_forward_is_told_why_it_cannot(kubelet: Kubelet, websockets: str) -> None:
+    name = f"forward-{websockets}"
+    kubelet.add(make_pod(name))
+    kubelet.plane.call(
+        "PATCH",
+        f"/api/v1/namespaces/default/pods/{name}/status",
+        {"status": {"phase": "Running"}},
+        content_type="application/merge-patch+json",
+    )
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        *kubelet.plane.kubectl("port-forward", "--address=127.0.0.1", name, f"{port}:8080"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "KUBECTL_PORT_FORWARD_WEBSOCKETS": websockets},
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        async with asyncio.timeout(15):
+            assert b"Forwarding from" in await process.stdout.readline()
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            told = b""
+            while b"cannot listen" not in told:
+                line = await process.stderr.readline()
+                assert line, told
+                told += line
+            writer.close()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import ssl
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from node.kube.base import KubeObject, WatchEvent
-from node.runtime.protocol import ContainerConfig, ContainerStatus, ContainerUsage, ExecResult
+from node.runtime.protocol import ContainerConfig, ContainerStatus, ContainerUsage, ExecResult, StreamFrame
+from node.server.app import KubeletServer
 from node.settings import NodePaths, NodeSettings
 
 
@@ -182,6 +186,61 @@ class FakePods:
         return pod
 
 
+class FakeGuest:
+    """A guest that does what its first argument says."""
+
+    def __init__(self, container_id: str, argv: tuple[str, ...], *, stdin: bool) -> None:
+        self.container_id = container_id
+        self.argv = argv
+        self.stdin = stdin
+        self.exit_code: int | None = None
+        self.error = ""
+        self.closed = asyncio.Event()
+        self._frames: asyncio.Queue[StreamFrame | None] = asyncio.Queue()
+        self._lines = b""
+
+    def behave(self) -> None:
+        """echo, fail <code>, trap, big <MiB>, cat, hang."""
+        match self.argv:
+            case ("echo", *words):
+                self.say("stdout", " ".join(words).encode() + b"\n")
+                self.say("stderr", b"done\n")
+                self.end(0)
+            case ("fail", code):
+                self.end(int(code))
+            case ("trap",):
+                self.end(134, "wasm trap: unreachable")
+            case ("big", size):
+                for _ in range(int(size) * 16):
+                    self.say("stdout", b"x" * 65536)
+                self.end(0)
+            case ("attach",):
+                self.say("stdout", b"from now on\n")
+                self.end(3)
+
+    def say(self, stream: str, data: bytes) -> None:
+        self._frames.put_nowait(StreamFrame(stream=stream, data=data))
+
+    def end(self, code: int | None, error: str = "") -> None:
+        self.exit_code, self.error = code, error
+        self._frames.put_nowait(None)
+
+    async def frames(self) -> AsyncIterator[StreamFrame]:
+        while (frame := await self._frames.get()) is not None:
+            yield frame
+
+    async def write_stdin(self, data: bytes) -> None:
+        self._lines += data
+        self.say("stdout", b"[" + data + b"]")
+
+    async def close_stdin(self) -> None:
+        self.say("stdout", b"eof after %d\n" % len(self._lines))
+        self.end(0)
+
+    async def close(self) -> None:
+        self.closed.set()
+
+
 @dataclass
 class FakeRuntime:
     """A runtime that runs nothing."""
@@ -189,6 +248,8 @@ class FakeRuntime:
     statuses: list[ContainerStatus] = field(default_factory=list)
     usages: list[ContainerUsage] = field(default_factory=list)
     error: Exception | None = None
+    start_error: Exception | None = None
+    guest: FakeGuest | None = None
 
     async def start(self, config: ContainerConfig) -> ContainerStatus:
         raise NotImplementedError
@@ -222,6 +283,16 @@ class FakeRuntime:
 
     def events(self) -> AsyncIterator[ContainerStatus]:
         raise NotImplementedError
+
+    async def exec_stream(self, container_id: str, argv: Sequence[str], *, stdin: bool = False) -> FakeGuest:
+        if self.start_error is not None:
+            raise self.start_error
+        self.guest = FakeGuest(container_id, tuple(argv), stdin=stdin)
+        self.guest.behave()
+        return self.guest
+
+    async def attach(self, container_id: str) -> FakeGuest:
+        return await self.exec_stream(container_id, ("attach",))
 
 
 def make_settings(folder: Path, *, port: int = 0) -> NodeSettings:
@@ -258,3 +329,65 @@ def log_folder(root: Path, pod: Mapping[str, Any], container: str = "main") -> P
     folder = root / "pods" / f"{metadata['namespace']}_{metadata['name']}_{metadata['uid']}" / container
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+API_SERVER = "kube-apiserver-kubelet-client"
+LIMIT = 8
+"""Of connections of a rig's server."""
+
+
+class Rig:
+    """A server, its surroundings, and a way to call it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.authority = Authority()
+        self.kube = FakeKube()
+        self.pods = FakePods()
+        self.runtime = FakeRuntime()
+        self.log_root = folder
+        self.serving = self.authority.issue("system:node:wasm-1", addresses=["127.0.0.1"], server=True)
+        self.server = KubeletServer(
+            settings=make_settings(folder),
+            kube=self.kube,
+            pods=self.pods,
+            runtime=self.runtime,
+            log_root=folder,
+            client_ca_pem=self.authority.pem,
+            max_connections=LIMIT,
+        )
+        for subresource in ("proxy", "pods", "healthz", "configz", "stats", "metrics", "log"):
+            self.kube.grants.add((API_SERVER, "get", subresource))
+            self.kube.grants.add((API_SERVER, "create", subresource))
+        self.client = self.authority.issue(API_SERVER, organizations=["kubeadm:cluster-admins"])
+
+    def url(self, path: str) -> str:
+        return f"https://127.0.0.1:{self.server.port}{path}"
+
+    def tls(self, pair: Pair | None) -> ssl.SSLContext:
+        return client_context(self.authority.pem, pair)
+
+    async def get(
+        self, path: str, *, pair: Pair | None = None, anonymous: bool = False, token: str = "", method: str = "GET"
+    ) -> tuple[int, str]:
+        context = self.tls(None if anonymous or token else pair or self.client)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(method, self.url(path), ssl=context, headers=headers) as response,
+        ):
+            return response.status, await response.text()
+
+
+@asynccontextmanager
+async def running(folder: Path) -> AsyncIterator[Rig]:
+    """A rig whose server listens."""
+    rig = Rig(folder)
+    rig.server.set_certificate(rig.serving.certificate, rig.serving.key)
+    task = asyncio.create_task(rig.server.run())
+    try:
+        async with asyncio.timeout(5):
+            await rig.server.wait_listening()
+        yield rig
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

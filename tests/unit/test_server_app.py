@@ -16,80 +16,28 @@ from node.kube.base import ApiUnavailableError
 from node.server.app import KubeletServer
 from node.server.tls import ServerError
 from tests.unit.server_rig import (
+    API_SERVER,
+    LIMIT,
     Authority,
     FakeKube,
     FakePods,
     FakeRuntime,
-    Pair,
-    client_context,
+    Rig,
     log_folder,
     make_pod,
     make_settings,
+    running,
 )
 
 pytestmark = pytest.mark.unit
 
-API_SERVER = "kube-apiserver-kubelet-client"
-LIMIT = 8
-"""Of connections."""
-
 NAME_LINE = b"2025-01-01T00:00:00.%09dZ stdout F %s\n"
-
-
-class Rig:
-    """A server, its surroundings, and a way to call it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.authority = Authority()
-        self.kube = FakeKube()
-        self.pods = FakePods()
-        self.runtime = FakeRuntime()
-        self.log_root = folder
-        self.serving = self.authority.issue("system:node:wasm-1", addresses=["127.0.0.1"], server=True)
-        self.server = KubeletServer(
-            settings=make_settings(folder),
-            kube=self.kube,
-            pods=self.pods,
-            runtime=self.runtime,
-            log_root=folder,
-            client_ca_pem=self.authority.pem,
-            max_connections=LIMIT,
-        )
-        for subresource in ("proxy", "pods", "healthz", "configz", "stats", "metrics", "log"):
-            self.kube.grants.add((API_SERVER, "get", subresource))
-            self.kube.grants.add((API_SERVER, "create", subresource))
-        self.client = self.authority.issue(API_SERVER, organizations=["kubeadm:cluster-admins"])
-
-    def url(self, path: str) -> str:
-        return f"https://127.0.0.1:{self.server.port}{path}"
-
-    def tls(self, pair: Pair | None) -> ssl.SSLContext:
-        return client_context(self.authority.pem, pair)
-
-    async def get(
-        self, path: str, *, pair: Pair | None = None, anonymous: bool = False, token: str = "", method: str = "GET"
-    ) -> tuple[int, str]:
-        context = self.tls(None if anonymous or token else pair or self.client)
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        async with (
-            aiohttp.ClientSession() as session,
-            session.request(method, self.url(path), ssl=context, headers=headers) as response,
-        ):
-            return response.status, await response.text()
 
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    rig = Rig(tmp_path)
-    rig.server.set_certificate(rig.serving.certificate, rig.serving.key)
-    task = asyncio.create_task(rig.server.run())
-    try:
-        async with asyncio.timeout(5):
-            await rig.server.wait_listening()
+    async with running(tmp_path) as rig:
         yield rig
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/pods", "/metrics", "/nowhere", "/containerLogs/a/b/c", "/logs/"])
