@@ -6,12 +6,12 @@ name and looks that they belong together, with kubelet's messages. Everything th
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
 from pathlib import Path
 
 from node.kube.base import KubeError, KubeObject
 from node.volumes.base import Pod, VolumeError
 from node.volumes.host_path import locate_in_thread
+from node.volumes.host_threads import HostThreads
 from node.volumes.kinds import Place, Shared, Source
 
 _PROTECTION = "kubernetes.io/pvc-protection"
@@ -107,7 +107,7 @@ def _is_controlled_by(claim: KubeObject, pod_uid: str) -> bool:
     return any(owner.get("controller") and owner.get("uid") == pod_uid for owner in owners)
 
 
-async def _place(threads: Executor, volume: KubeObject, *, read_only: bool) -> Place:
+async def _place(threads: HostThreads, volume: KubeObject, *, read_only: bool) -> Place:
     name, spec = volume["metadata"]["name"], volume["spec"]
     if local := spec.get("local"):
         path = str(local.get("path", ""))

@@ -1,23 +1,21 @@
 """hostPath volumes: a folder or file of the machine, with the type checks and messages of kubelet's host_path.go.
 
 Links in the path are followed, as everywhere in Kubernetes: whoever may create hostPath pods has the machine's files.
-The checks run in threads with a limit, since a path can be on a file system that hangs.
+The checks run in threads of their own, since a path can be on a file system that hangs.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import stat
 from collections.abc import Callable
-from concurrent.futures import Executor
 from pathlib import Path
 
 from node.volumes.base import Pod, VolumeError
+from node.volumes.host_threads import HostThreads
 from node.volumes.kinds import Place, Shared, Source
 
-_TIMEOUT_SECONDS = 10.0
 _KINDS: dict[str, tuple[Callable[[int], bool], str]] = {
     "DirectoryOrCreate": (stat.S_ISDIR, "a directory"),
     "Directory": (stat.S_ISDIR, "a directory"),
@@ -62,15 +60,10 @@ def locate(path: Path, type_: str, *, read_only: bool = False) -> Place:
     return Place(path=path, read_only=read_only, is_file=stat.S_ISREG(mode), unusable=unusable)
 
 
-async def locate_in_thread(threads: Executor, path: Path, type_: str, *, read_only: bool = False) -> Place:
-    """``locate`` with a limit, in threads of its own: one that hangs must not hold up the rest of the agent.
-    Raises VolumeError."""
-    loop = asyncio.get_running_loop()
+async def locate_in_thread(threads: HostThreads, path: Path, type_: str, *, read_only: bool = False) -> Place:
+    """``locate`` with a limit. Raises VolumeError."""
     try:
-        async with asyncio.timeout(_TIMEOUT_SECONDS):
-            return await loop.run_in_executor(threads, lambda: locate(path, type_, read_only=read_only))
-    except TimeoutError:
-        raise VolumeError(f"{path} did not answer within {_TIMEOUT_SECONDS:.0f} s") from None
+        return await threads.run(str(path), lambda: locate(path, type_, read_only=read_only))
     except OSError as error:
         raise VolumeError(f"{path}: {error.strerror or error}") from error
 

@@ -11,7 +11,6 @@ owners and no permission bits, so nothing is chowned.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from node.kube.references import References
 from node.volumes.areas import Areas
 from node.volumes.atomic import Payload
 from node.volumes.base import Pod
+from node.volumes.host_threads import HostThreads
 from node.volumes.tokens import Tokens
 
 Source = Mapping[str, Any]
@@ -55,8 +55,8 @@ class Shared:
     allocatable: Callable[[], Mapping[str, str]]
     """The node's allocatable resources, as quantities."""
 
-    host_threads: Executor
-    """Where paths of the machine are looked at, which may hang."""
+    host_threads: HostThreads
+    """Where paths of the machine are looked at."""
 
 
 class Projecting(Protocol):

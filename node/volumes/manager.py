@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +35,7 @@ from node.volumes.config_map import ConfigMaps
 from node.volumes.downward_api import DownwardApi
 from node.volumes.empty_dir import EmptyDirs
 from node.volumes.host_path import HostPaths
+from node.volumes.host_threads import HostThreads
 from node.volumes.kinds import Place, Placing, Projecting, Shared, Source
 from node.volumes.mounts import Instance, plan_mounts
 from node.volumes.projected import Projected
@@ -104,19 +105,20 @@ class VolumeManager:
         cluster_domain: str = "cluster.local",
         shared_memory: Path | None = _SHARED_MEMORY,
         tokens: Tokens | None = None,
+        host_threads: HostThreads | None = None,
     ) -> None:
         self._areas = Areas(paths.pods, shared_memory=shared_memory)
         self._references = references
         self._tokens = tokens or Tokens(references)
         self._addresses = addresses
         self._cluster_domain = cluster_domain
-        self._threads: Executor = ThreadPoolExecutor(_THREADS, "volumes")
+        self._threads = ThreadPoolExecutor(_THREADS, "volumes")
         shared = Shared(
             references=references,
             areas=self._areas,
             tokens=self._tokens,
             allocatable=allocatable,
-            host_threads=ThreadPoolExecutor(_THREADS, "host-paths"),
+            host_threads=host_threads or HostThreads(),
         )
         self._projecting: dict[str, Projecting] = {
             "configMap": ConfigMaps(shared),
@@ -130,14 +132,12 @@ class VolumeManager:
             "persistentVolumeClaim": Claims(shared),
             "ephemeral": EphemeralClaims(shared),
         }
-        self._shared = shared
         self._places: dict[str, dict[str, Place]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
     def close(self) -> None:
-        """Give the threads back; a hanging file system does not hold this up."""
-        for threads in (self._threads, self._shared.host_threads):
-            threads.shutdown(wait=False, cancel_futures=True)
+        """Give the threads back."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- admission
 
