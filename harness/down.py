@@ -43,15 +43,16 @@ def down(settings: Settings, *, reporter: Reporter, purge: bool = False, check: 
             raise
         (state.path / "cluster.json").unlink(missing_ok=True)
         cluster = open_cluster(settings)
-    play = Play(f"down {settings.name}", steps(cluster, purge=purge))
-    if check:
-        return play.run(reporter=reporter, check=True)
-    with state.locked(
-        timeout_seconds=settings.timeouts.lock_seconds,
-        say=lambda line: reporter.step_progress("lock", line),
-        what="invoke down",
-    ):
-        return play.run(reporter=reporter)
+    with cluster:
+        play = Play(f"down {settings.name}", steps(cluster, purge=purge))
+        if check:
+            return play.run(reporter=reporter, check=True)
+        with state.locked(
+            timeout_seconds=settings.timeouts.lock_seconds,
+            say=lambda line: reporter.step_progress("lock", line),
+            what="invoke down",
+        ):
+            return play.run(reporter=reporter)
 
 
 def unknown_cluster(settings: Settings) -> UsageError:

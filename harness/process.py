@@ -343,13 +343,16 @@ def find(pid: int) -> ProcessRecord | None:
 
 
 def is_alive(record: ProcessRecord) -> bool:
-    """Whether this very process still runs. A zombie is gone (and is reaped here when it is ours)."""
+    """Whether this very process still runs. A zombie is gone (and is reaped here when it is ours), but for one whose
+    other threads are still on their way out: until the last of them is, its ports are taken."""
     if record.boot_id != boot_id():
         return False
     stat = _stat(record.pid)
     if stat is None or stat[1] != record.start_time:
         return False
     if stat[0] in "ZX":
+        if stat[2] > 1:
+            return True
         with contextlib.suppress(ChildProcessError):
             os.waitpid(record.pid, os.WNOHANG)
         return False
@@ -425,14 +428,14 @@ def with_environment(name: str, value: str) -> list[ProcessRecord]:
     return found
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time; the name in parentheses may itself hold blanks and parentheses."""
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """State letter, start time, number of threads. The name in parentheses may itself hold blanks and parentheses."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()
     try:
-        return fields[0], int(fields[19])
+        return fields[0], int(fields[19]), int(fields[17])
     except (IndexError, ValueError):
         return None

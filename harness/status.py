@@ -32,11 +32,11 @@ def status(settings: Settings) -> dict[str, Any]:
     state = State.of(settings)
     if not state.exists():
         raise unknown_cluster(settings)
-    cluster = open_cluster(settings)
-    _find_binaries(cluster)
+    with open_cluster(settings) as cluster:
+        _find_binaries(cluster)
+        components = _components(cluster)
+        nodes = _nodes(cluster)
     data = state.read()
-    components = _components(cluster)
-    nodes = _nodes(cluster)
     ports = data.get("ports", {})
     return {
         "name": settings.name,

@@ -15,13 +15,16 @@ import secrets
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import UsageError
 from harness.kube import Kube, KubeObject, api_path, load_yaml
 from harness.manifests import object_path, render_objects
 from harness.settings import Settings
 from harness.state import write_file
+
+if TYPE_CHECKING:
+    from harness.providers.base import Cluster
 
 CLIENT_CA_EXTENSION = "wasilet.dev/client-ca"
 BOOTSTRAP_USER = "tls-bootstrap-token-user"
@@ -124,7 +127,11 @@ def run_action(settings: Settings, action: str, *, token_id: str = "", file: str
     from harness.cli import invocation_path
     from harness.up import open_cluster
 
-    cluster = open_cluster(settings)
+    with open_cluster(settings) as cluster:
+        return _run_action(cluster, settings, action, token_id=token_id, file=invocation_path(file) if file else "")
+
+
+def _run_action(cluster: Cluster, settings: Settings, action: str, *, token_id: str, file: str) -> list[dict[str, Any]]:
     kube = cluster.admin()
     if action == "list":
         return [
@@ -141,7 +148,7 @@ def run_action(settings: Settings, action: str, *, token_id: str = "", file: str
     if not file:
         return [{"token": token.text}]
     access = cluster.provider.access(cluster)
-    path = Path(invocation_path(file))
+    path = Path(file)
     config = bootstrap_config(server=access.server, ca=access.ca, client_ca=access.client_ca, token=token)
     write_bootstrap_file(path, config)
     return [{"id": token.id, "file": str(path)}]

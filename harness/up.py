@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -46,19 +47,19 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
             f"cluster {settings.name!r} is of provider {recorded!r}, not {settings.provider!r}",
             hint=f"`invoke down --purge --name {settings.name}` first, or choose another --name",
         )
-    cluster = open_cluster(settings)
-    detection = cluster.provider.detect(settings)
-    if not detection.usable:
-        raise UsageError(f"provider {settings.provider!r} cannot be used: {detection.detail}", hint=detection.hint)
-    play = Play(f"up {settings.name} ({settings.provider})", steps(cluster))
-    if check:
-        return play.run(reporter=reporter, check=True)
-    with cluster.state.locked(
-        timeout_seconds=settings.timeouts.lock_seconds,
-        say=lambda line: reporter.step_progress("lock", line),
-        what="invoke up",
-    ):
-        return play.run(reporter=reporter)
+    with open_cluster(settings) as cluster:
+        detection = cluster.provider.detect(settings)
+        if not detection.usable:
+            raise UsageError(f"provider {settings.provider!r} cannot be used: {detection.detail}", hint=detection.hint)
+        play = Play(f"up {settings.name} ({settings.provider})", steps(cluster))
+        if check:
+            return play.run(reporter=reporter, check=True)
+        with cluster.state.locked(
+            timeout_seconds=settings.timeouts.lock_seconds,
+            say=lambda line: reporter.step_progress("lock", line),
+            what="invoke up",
+        ):
+            return play.run(reporter=reporter)
 
 
 def control_plane_steps(cluster: Cluster) -> list[Step]:
@@ -286,8 +287,18 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         ports={"kubelet API": port},
         addresses=(access.node_address,),
         clients=True,
-        ready=lambda: True,
+        ready=lambda: _listens(access.node_address, port),
     )
+
+
+def _listens(address: str, port: int) -> bool:
+    """The kubelet API answers nobody without a credential, so a connection has to do; the Node's own condition says
+    the rest, but is believed for 40 s after an agent died."""
+    try:
+        socket.create_connection((address, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) -> Step:

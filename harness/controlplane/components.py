@@ -27,6 +27,7 @@ SERVICE_CIDR = "10.96.0.0/16"
 SERVICE_IP = "10.96.0.1"
 LOOPBACK = "127.0.0.1"
 PROBE_TIMEOUT_SECONDS = 2.0
+PORT_RELEASE_SECONDS = 3.0
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "XDG_RUNTIME_DIR", "USER", "LOGNAME")
 _PASSED_ON_TO_CLIENTS = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -110,18 +111,27 @@ def ensure_running(component: Component, *, state: State, settings: Settings) ->
         return record
     if record is not None:
         stop(record.process, grace_seconds=settings.timeouts.stop_grace_seconds)
-    for what, port in component.ports.items():
-        for address in component.addresses:
-            if not port_is_free(port, address):
-                _end_unrecorded(component, state=state, settings=settings)
-            if not port_is_free(port, address):
-                raise port_taken(port, f"{component.name} ({what})")
+    _free_ports(component, state=state, settings=settings)
     log = state.log(component.name)
     rotate(log)
     process = spawn(component.argv, log=log, env=environment(component, state=state, settings=settings))
     started = ComponentRecord(name=component.name, process=process, log=log, argv_digest=wanted)
     state.remember(started)
     return started
+
+
+def _free_ports(component: Component, *, state: State, settings: Settings) -> None:
+    """See that its ports are free, ending what a killed run left on them. Raises PortTakenError."""
+    # One that was killed a moment ago gives its ports back only when the kernel has taken down its last thread.
+    patience = time.monotonic() + (PORT_RELEASE_SECONDS if state.record(component.name) else 0.0)
+    for what, port in component.ports.items():
+        for address in component.addresses:
+            if not port_is_free(port, address):
+                _end_unrecorded(component, state=state, settings=settings)
+            while not port_is_free(port, address):
+                if time.monotonic() >= patience:
+                    raise port_taken(port, f"{component.name} ({what})")
+                time.sleep(settings.timeouts.poll_seconds)
 
 
 def _end_unrecorded(component: Component, *, state: State, settings: Settings) -> None:

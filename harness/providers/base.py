@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from harness.errors import HarnessError, UsageError
 from harness.kube import Credentials, Kube, read_credentials
@@ -68,6 +68,19 @@ class Cluster:
     binaries: dict[str, Path] = field(default_factory=dict)
     _kube: Kube | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __enter__(self) -> Self:
+        """So that :meth:`close` is not forgotten."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection to the API server; another one is opened when it is needed again."""
+        with self._lock:
+            if self._kube is not None:
+                self._kube.close()
 
     def binary(self, name: str) -> str:
         """The path of an acquired binary. Raises HarnessError when the acquiring step did not run."""

@@ -1,0 +1,365 @@
+"""The host provider on this machine: stood up, mended, kept apart from its neighbours, and gone without a trace."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import io
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from harness.approver import CSRS
+from harness.console import PlainReporter
+from harness.controlplane.pki import Pki
+from harness.down import down
+from harness.errors import ApiError, PortTakenError, UsageError
+from harness.kube import Credentials, Kube, api_path, read_credentials
+from harness.play import Recap, Status
+from harness.settings import Settings
+from harness.state import State, port_is_free
+from harness.status import status
+from harness.up import up
+from tests.clusters import TestCluster, temporary_settings, whole_cluster
+
+pytestmark = pytest.mark.component
+
+COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry", "approver")
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[TestCluster]:
+    with whole_cluster("mended") as made:
+        yield made
+
+
+def bring_up(settings: Settings, *, check: bool = False) -> Recap:
+    log = io.StringIO()
+    recap = up(settings, reporter=PlainReporter(log), check=check)
+    assert recap.succeeded, log.getvalue()
+    return recap
+
+
+def changed(recap: Recap) -> list[str]:
+    return [o.name for o in recap.outcomes if o.status is Status.CHANGED]
+
+
+@contextlib.contextmanager
+def client(credentials: Credentials) -> Iterator[Kube]:
+    kube = Kube(credentials)
+    try:
+        yield kube
+    finally:
+        kube.close()
+
+
+@contextlib.contextmanager
+def approver_of(made: TestCluster) -> Iterator[Kube]:
+    with client(read_credentials(made.cluster.state.etc / "approver.conf")) as kube:
+        yield kube
+
+
+def pids(settings: Settings) -> dict[str, int | None]:
+    data = status(settings)
+    return {entry["name"]: entry["pid"] for entry in [*data["components"], *data["nodes"]]}
+
+
+def test_a_second_up_changes_nothing_and_is_quick(own: TestCluster) -> None:
+    before = pids(own.settings)
+    started = time.monotonic()
+    recap = bring_up(own.settings)
+    assert changed(recap) == []
+    assert pids(own.settings) == before
+    assert time.monotonic() - started < 10, "a generous limit for a busy machine; the benchmark holds the real one"
+
+
+@pytest.mark.parametrize("component", [*COMPONENTS, "node"])
+def test_up_mends_what_was_killed_and_only_that(own: TestCluster, component: str) -> None:
+    name = own.cluster.node_names()[0] if component == "node" else component
+    before = pids(own.settings)
+    victim = before[name]
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    recap = bring_up(own.settings)
+    after = pids(own.settings)
+    assert after.pop(name) not in {victim, None}
+    before.pop(name)
+    assert after == before
+    assert len([step for step in changed(recap) if step != "Ready"]) == 1
+    assert status(own.settings)["ready"]
+
+
+def test_status_has_the_promised_fields(own: TestCluster) -> None:
+    data = json.loads(json.dumps(status(own.settings)))
+    assert data["name"] == "mended"
+    assert data["provider"] == "host"
+    assert Path(data["kubeconfig"]).is_file()
+    assert data["registry"].startswith("localhost:")
+    assert {c["name"] for c in data["components"]} == set(COMPONENTS)
+    for entry in data["components"]:
+        assert entry["ready"] is True
+        assert psutil.pid_exists(entry["pid"])
+        assert Path(entry["log"]).is_file()
+    (node,) = data["nodes"]
+    assert set(node) >= {"name", "address", "port", "pid", "supervisor_pid", "data_dir", "ready"}
+    assert node["ready"] is True
+    assert psutil.Process(node["supervisor_pid"]).is_running()
+    assert Path(node["data_dir"]).is_dir()
+
+
+def test_only_the_owner_can_read_what_is_private(own: TestCluster) -> None:
+    root = own.cluster.state.path
+    assert root.stat().st_mode & 0o077 == 0
+    for path in [*root.glob("pki/*.key"), *root.glob("etc/*"), *root.glob("logs/*"), root / "cluster.json"]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_nothing_but_nodes_listens_beyond_loopback(own: TestCluster) -> None:
+    data = status(own.settings)
+    for entry in data["components"]:
+        for connection in psutil.Process(entry["pid"]).net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert connection.laddr.ip in {"127.0.0.1", "::ffff:127.0.0.1"}, entry["name"]
+
+
+def test_no_secret_is_in_a_command_line(own: TestCluster) -> None:
+    bootstrap = yaml.safe_load(own.cluster.state.bootstrap_file.read_text())
+    secret = bootstrap["users"][0]["user"]["token"].partition(".")[2]
+    for pid in pids(own.settings).values():
+        assert pid is not None
+        assert secret not in " ".join(psutil.Process(pid).cmdline())
+    for log in own.cluster.state.logs.glob("*.log"):
+        assert secret not in log.read_text(errors="replace")
+
+
+def test_strangers_are_refused(own: TestCluster) -> None:
+    credentials = read_credentials(own.admin_kubeconfig)
+    from dataclasses import replace
+
+    with client(replace(credentials, certificate=None, key=None)) as nobody, pytest.raises(ApiError) as caught:
+        nobody.get("/api/v1/namespaces")
+    assert caught.value.code == 401
+
+
+def test_etcd_wants_a_client_certificate_of_its_own_authority(own: TestCluster) -> None:
+    pki = Pki(own.cluster.state.pki)
+    port = own.cluster.ports()["etcd"]
+    context = ssl.create_default_context(cafile=str(pki.certificate("etcd-ca")))
+    context.load_cert_chain(pki.certificate("admin"), pki.key("admin"))
+    answer = b""
+    with contextlib.suppress(ssl.SSLError, ConnectionError), socket.create_connection(("127.0.0.1", port), 5) as raw:
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        with context.wrap_socket(raw, server_hostname="127.0.0.1") as tls:
+            tls.sendall(b"GET /health HTTP/1.1\r\nHost: etcd\r\n\r\n")
+            answer = tls.recv(100)
+    assert answer == b"", "etcd answered a foreign certificate"
+
+
+def test_the_approver_may_do_nothing_else(own: TestCluster) -> None:
+    with approver_of(own) as approver:
+        assert approver.get(CSRS)["items"]
+        assert approver.get(api_path("nodes", own.cluster.node_names()[0]))
+    forbidden = [
+        ("GET", api_path("secrets"), None),
+        ("GET", api_path("pods"), None),
+        ("GET", api_path("nodes"), None),
+        ("DELETE", api_path("nodes", own.cluster.node_names()[0]), None),
+        ("POST", api_path("namespaces"), {"metadata": {"name": "mine"}}),
+    ]
+    for verb, path, body in forbidden:
+        with approver_of(own) as approver, pytest.raises(ApiError) as caught:
+            approver.request(verb, path, body=body)
+        assert caught.value.code == 403, (verb, path)
+
+
+def test_the_approver_may_not_approve_for_another_signer(own: TestCluster) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mallory")])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    csr = own.kube.create(
+        CSRS,
+        {
+            "metadata": {"generateName": "other-signer-"},
+            "spec": {
+                "request": base64.b64encode(request.public_bytes(serialization.Encoding.PEM)).decode(),
+                "signerName": "kubernetes.io/kube-apiserver-client",
+                "usages": ["client auth"],
+            },
+        },
+    )
+    condition = {"type": "Approved", "status": "True", "reason": "No", "message": "no"}
+    with approver_of(own) as approver, pytest.raises(ApiError) as caught:
+        approver.replace(f"{CSRS}/{csr['metadata']['name']}/approval", csr | {"status": {"conditions": [condition]}})
+    assert caught.value.code == 403
+    own.kube.delete(f"{CSRS}/{csr['metadata']['name']}")
+
+
+def test_a_pod_may_not_reach_the_registry_by_another_name_than_the_one_told(own: TestCluster) -> None:
+    registry = status(own.settings)["registry"]
+    host, _, port = registry.partition(":")
+    assert host == "localhost"
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=5) as connection:
+        connection.sendall(b"GET /v2/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b" 200 " in connection.recv(200)
+
+
+def test_clusters_live_side_by_side_and_one_goes_without_the_other(own: TestCluster) -> None:
+    environ = dict(own.settings.environ)
+    from harness.settings import load
+
+    other = load(environ=environ, name="beside", kubeconfig=own.settings.kubeconfig)
+    before = pids(own.settings)
+    try:
+        bring_up(other)
+        ours, theirs = (set(State.of(s).read()["ports"].values()) for s in (own.settings, other))
+        assert not ours & theirs
+        contexts = yaml.safe_load(Path(str(own.settings.kubeconfig)).read_text())["contexts"]
+        assert {c["name"] for c in contexts} == {"wasilet-mended", "wasilet-beside"}
+    finally:
+        assert down(other, reporter=PlainReporter(io.StringIO()), purge=True).succeeded
+    assert pids(own.settings) == before
+    assert status(own.settings)["ready"]
+    data = yaml.safe_load(Path(str(own.settings.kubeconfig)).read_text())
+    assert [c["name"] for c in data["contexts"]] == ["wasilet-mended"]
+    assert data["current-context"] == "wasilet-mended"
+    assert all(port_is_free(port) for port in theirs)
+
+
+def test_a_second_up_waits_and_says_who_holds_the_lock(own: TestCluster) -> None:
+    lock = own.cluster.state.path / "lock"
+    said: list[str] = []
+
+    class Listener(PlainReporter):
+        def step_progress(self, name: str, message: str) -> None:
+            if name == "lock":
+                said.append(message)
+
+    with lock.open("r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(b"pid 4711 (invoke up)\n")
+        held.flush()
+        result: list[Recap] = []
+        thread = threading.Thread(target=lambda: result.append(up(own.settings, reporter=Listener(io.StringIO()))))
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not result
+        fcntl.flock(held, fcntl.LOCK_UN)
+        thread.join(30)
+    assert "4711" in said[0]
+    assert result[0].succeeded
+
+
+def test_up_of_another_provider_is_refused(own: TestCluster) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(UsageError, match="is of provider 'host'"):
+        up(replace(own.settings, provider="kind"), reporter=PlainReporter(io.StringIO()))
+
+
+def test_check_on_a_bare_machine_changes_nothing() -> None:
+    with temporary_settings("unborn") as settings:
+        recap = bring_up(settings, check=True)
+        assert recap.check
+        assert "API server" in changed(recap)
+        assert not State.of(settings).path.exists()
+        assert not Path(str(settings.kubeconfig)).exists()
+
+
+def test_a_wanted_port_that_is_taken_is_named_with_its_holder() -> None:
+    with socket.socket() as taken, temporary_settings("taken") as settings:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        from dataclasses import replace
+
+        wanted = replace(settings, ports=replace(settings.ports, apiserver=port))
+        recap = up(wanted, reporter=PlainReporter(io.StringIO()))
+        (failure,) = recap.failures
+        assert isinstance(failure.error, PortTakenError)
+        assert str(port) in failure.detail
+        assert f"pid {os.getpid()}" in failure.detail
+
+
+def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_path: Path) -> None:
+    with temporary_settings("killed") as settings:
+        script = tmp_path / "up.py"
+        script.write_text(
+            "import sys, os, io\n"
+            "from harness.console import PlainReporter\n"
+            "from harness.settings import load\n"
+            "from harness.up import up\n"
+            f"up(load(environ=os.environ, name='killed', kubeconfig={str(settings.kubeconfig)!r}),"
+            " reporter=PlainReporter(sys.stderr))\n"
+        )
+        for seconds in (0.35, 0.9, 2.5):
+            process = subprocess.Popen(
+                [sys.executable, "-P", script], env=dict(settings.environ), stderr=subprocess.DEVNULL, cwd="/"
+            )
+            time.sleep(seconds)
+            process.kill()
+            process.wait()
+        recap = bring_up(settings)
+        assert recap.succeeded
+        state = State.of(settings)
+        ours = state.stray_processes()
+        by_name: dict[str, list[int]] = {}
+        for record in ours:
+            argv = psutil.Process(record.pid).cmdline()
+            by_name.setdefault(Path(argv[0]).name if "-m" not in argv else argv[argv.index("-m") + 1], []).append(
+                record.pid
+            )
+        twins = {name: found for name, found in by_name.items() if len(found) > 1}
+        assert not twins, "a killed run's process was started a second time"
+        ports = state.read()["ports"].values()
+        assert down(settings, reporter=PlainReporter(io.StringIO()), purge=True).succeeded
+        assert not [record for record in ours if psutil.pid_exists(record.pid) and _alive(record.pid)]
+        assert all(port_is_free(port) for port in ports)
+        assert not state.path.exists()
+        assert not Path(str(settings.kubeconfig)).exists()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_cluster_kept_is_there_again_after_down_and_up() -> None:
+    with whole_cluster("again") as made:
+        made.kube.create(
+            api_path("configmaps", namespace="default"), {"metadata": {"name": "kept"}, "data": {"a": "b"}}
+        )
+        assert down(made.settings, reporter=PlainReporter(io.StringIO())).succeeded
+        assert not Path(str(made.settings.kubeconfig)).exists()
+        data: dict[str, Any] = status(made.settings)
+        assert not data["ready"]
+        bring_up(made.settings)
+        kept = made.kube.get(api_path("configmaps", "kept", namespace="default"))
+        assert kept["data"] == {"a": "b"}
+
+
+def test_down_of_an_unknown_cluster_says_so() -> None:
+    with temporary_settings("nowhere") as settings, pytest.raises(UsageError, match="no cluster 'nowhere'"):
+        down(settings, reporter=PlainReporter(io.StringIO()))
