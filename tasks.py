@@ -207,8 +207,9 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
     from harness.approval import approve_once, pending
     from harness.up import open_cluster
 
-    kube = open_cluster(settings_of(c, name=name)).admin()
-    requests = approve_once(kube, request) if request or all else pending(kube)
+    with open_cluster(settings_of(c, name=name)) as cluster:
+        kube = cluster.admin()
+        requests = approve_once(kube, request) if request or all else pending(kube)
     if checked_output(output) == "json":
         emit_json([vars(entry) for entry in requests])
         return
@@ -268,8 +269,9 @@ def diagnose(c: Context, name: str = "", namespace: str = "") -> None:
     from harness.diagnostics import diagnose as collect
     from harness.up import open_cluster
 
-    for line in collect(open_cluster(settings_of(c, name=name)), namespace=namespace):
-        emit(line)
+    with open_cluster(settings_of(c, name=name)) as cluster:
+        for line in collect(cluster, namespace=namespace):
+            emit(line)
 
 
 @task(

@@ -205,27 +205,11 @@ class State:
     ) -> Iterator[None]:
         """Hold the cluster's lock. While another run holds it, ``say`` is told who, once. Raises StateError after
         ``timeout_seconds``. The kernel lets go of the lock when its holder dies, however it dies."""
-        self.create()
         path = self.path / "lock"
         deadline = time.monotonic() + timeout_seconds
         said = False
-        while True:
-            with storage_errors(path):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _same_file(fd, path):
-                    break
-                # The folder was removed (`down --purge`) between open and lock: this lock guards nothing any more.
-                os.close(fd)
-                self.create()
-                continue
-            except BlockingIOError:
-                holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another run"
-                os.close(fd)
-            except BaseException:
-                os.close(fd)
-                raise
+        while (fd := self._try_lock(path)) is None:
+            holder = _holder(path)
             if time.monotonic() >= deadline:
                 raise StateError(f"cluster {self.name!r} is still locked by {holder}", hint="wait for it, or end it")
             if not said:
@@ -240,6 +224,25 @@ class State:
         finally:
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, 0)
+            os.close(fd)
+
+    def _try_lock(self, path: Path) -> int | None:
+        """The descriptor that holds the lock; None while another run has it."""
+        while True:
+            self.create()
+            with storage_errors(path):
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                except FileNotFoundError:
+                    continue  # `down --purge` removed the folder this very moment: it is made again
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return None
+            if _same_file(fd, path):
+                return fd
+            # The file was removed between open and lock: this lock guards nothing any more.
             os.close(fd)
 
     # --- ports -----------------------------------------------------------------------------------------------------
@@ -407,6 +410,13 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)  # noqa: PTH108
             raise
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:200].strip() or "another run"
+    except OSError:
+        return "another run"
 
 
 def _same_file(fd: int, path: Path) -> bool:
