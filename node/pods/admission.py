@@ -29,6 +29,7 @@ from node.pods.spec import Pod
 from node.pods.status import Verdict, Waiting
 from node.volumes.base import VolumeRefusedError, Volumes
 
+_SYSTEM_CRITICAL_PRIORITY = 2_000_000_000
 _REPLACING_CONTROLLERS = frozenset({"DaemonSet", "ReplicaSet", "ReplicationController", "StatefulSet"})
 
 
@@ -51,8 +52,8 @@ class Neighbour:
     requests: Requests
 
 
-def admit(pod: Pod, *, node: NodeInfo, neighbours: Iterable[Neighbour], volumes: Volumes) -> Refusal:
-    """Check one pod against the node and the pods that are on it."""
+def never(pod: Pod, *, volumes: Volumes) -> Refusal:
+    """What no change of the node will mend. No I/O."""
     os_name = (pod["spec"].get("os") or {}).get("name", "")
     if os_name not in ("", "linux"):
         return _never(pod, "PodOSNotSupported", "Failed to admit pod as the OS field doesn't match node OS")
@@ -60,12 +61,19 @@ def admit(pod: Pod, *, node: NodeInfo, neighbours: Iterable[Neighbour], volumes:
         volumes.check(pod)
     except VolumeRefusedError as error:
         return _never(pod, "UnsupportedVolume", str(error))
+    return ADMITTED
+
+
+def admit(pod: Pod, *, node: NodeInfo, neighbours: Iterable[Neighbour]) -> Refusal:
+    """Check a new pod against the node as it is and the pods that are on it."""
     others = list(neighbours)
     try:
-        wanted = resources.pod_requests(pod)
-        lacking = _lacking(wanted, others, node.allocatable)
+        under_pressure = _pressure(pod, node)
+        lacking = _lacking(resources.pod_requests(pod), others, node.allocatable)
     except QuantityError as error:
         return Refusal(verdict=Verdict(reason="UnexpectedAdmissionError", message=str(error)))
+    if under_pressure is not None:
+        return Refusal(verdict=under_pressure)
     if lacking is not None:
         return Refusal(verdict=lacking)
     if not _matches_node(pod, node):
@@ -76,6 +84,30 @@ def admit(pod: Pod, *, node: NodeInfo, neighbours: Iterable[Neighbour], volumes:
     if any(_conflicts(port, taken) for port in _host_ports(pod)):
         return _predicate("NodePorts", "node(s) didn't have free ports for the requested pod ports")
     return ADMITTED
+
+
+def _pressure(pod: Pod, node: NodeInfo) -> Verdict | None:
+    """kubelet's eviction manager at admission: with too little memory only pods that reserved some, with too little
+    disk none; critical pods always."""
+    if int(pod["spec"].get("priority") or 0) >= _SYSTEM_CRITICAL_PRIORITY:
+        return None
+    for pressure in node.pressures:
+        if pressure.resource == "memory" and (
+            resources.qos_class(pod) != "BestEffort" or _tolerates_memory_pressure(pod)
+        ):
+            continue
+        condition = "MemoryPressure" if pressure.resource == "memory" else "DiskPressure"
+        return Verdict(reason="Evicted", message=f"The node had condition: [{condition}]. ")
+    return None
+
+
+def _tolerates_memory_pressure(pod: Pod) -> bool:
+    return any(
+        toleration.get("key", "") in ("", "node.kubernetes.io/memory-pressure")
+        and (toleration.get("operator") == "Exists" or not toleration.get("value"))
+        and toleration.get("effect", "") in ("", "NoSchedule")
+        for toleration in pod["spec"].get("tolerations") or ()
+    )
 
 
 def _never(pod: Pod, reason: str, message: str) -> Refusal:

@@ -14,7 +14,10 @@ from node.pods import spec
 from node.pods.spec import Pod
 
 Condition = dict[str, Any]
-OWNED = frozenset({"PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"})
+TRANSIENT = frozenset({"PodResizePending", "PodResizeInProgress"})
+"""Those of a kubelet's that are there only while they are true."""
+
+OWNED = TRANSIENT | {"PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"}
 
 
 def _condition(type_: str, *, status: bool, reason: str = "", message: str = "") -> Condition:

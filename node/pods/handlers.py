@@ -19,7 +19,7 @@ from yarl import URL
 
 from node.pods import spec
 from node.pods.spec import Container
-from node.runtime.protocol import Runtime
+from node.runtime.protocol import Runtime, UnknownContainerError
 
 MAX_BODY_BYTES = 10 * 1024
 NO_GRPC = (
@@ -27,6 +27,7 @@ NO_GRPC = (
     "host: use exec, or httpGet or tcpSocket with a host"
 )
 _MAX_REDIRECTS = 10
+_NOT_STARTED = 126
 _USER_AGENT = "kube-probe/1.34"
 
 
@@ -56,13 +57,18 @@ async def run_command(
     runtime: Runtime, container_id: str, command: Sequence[str], *, timeout_seconds: float
 ) -> Outcome:
     """Run a fresh instance of the module with ``command``. Raises HandlerError when it could not be run."""
-    result = await runtime.exec(container_id, command, timeout_seconds=timeout_seconds, max_output_bytes=MAX_BODY_BYTES)
+    try:
+        result = await runtime.exec(
+            container_id, command, timeout_seconds=timeout_seconds, max_output_bytes=MAX_BODY_BYTES
+        )
+    except UnknownContainerError as error:
+        raise HandlerError(str(error)) from error
     output = result.output.decode(errors="replace")
     if result.timed_out:
         return Outcome(ok=False, output=f"command timed out: {_go_list(command)} timed out after {timeout_seconds:g}s")
-    if result.error:
+    if result.error and result.exit_code == _NOT_STARTED:
         raise HandlerError(result.error)
-    return Outcome(ok=result.exit_code == 0, output=output)
+    return Outcome(ok=result.exit_code == 0, output=": ".join(part for part in (output, result.error) if part))
 
 
 def _go_list(words: Sequence[str]) -> str:

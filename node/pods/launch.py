@@ -15,15 +15,18 @@ from collections.abc import Sequence
 from node.images.model import Credential, ImageError, PullPolicy
 from node.kube.base import KubeError
 from node.pods import logtail, resources, spec
+from node.pods.backoff import RetryBackoff
 from node.pods.collaborators import Collaborators
 from node.pods.environment import expand_command, process_environment
 from node.pods.httppolicy import http_policy
+from node.pods.resources import ANNOTATION_RESOURCES
 from node.pods.spec import Container, Pod
 from node.runtime.protocol import ContainerConfig, ContainerStatus, RuntimeUnavailableError, StartError
 from node.volumes.base import ContainerConfigError, VolumeError
 
 logger = logging.getLogger(__name__)
 
+_START_ATTEMPTS = 5
 ANNOTATION_MODULE = "wasilet.dev/module-digest"
 """On every instance: which module its image was, so that garbage collection knows after a restart of the agent."""
 
@@ -86,7 +89,7 @@ async def launch(services: Collaborators, pod: Pod, container: Container, *, att
 
 async def _to_its_end(services: Collaborators, config: ContainerConfig) -> ContainerStatus:
     """``runtime.start``, which a cancellation does not interrupt: an instance that came up is stopped again."""
-    task = asyncio.ensure_future(services.runtime.start(config))
+    task = asyncio.ensure_future(_start(services, config))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -97,6 +100,18 @@ async def _to_its_end(services: Collaborators, config: ContainerConfig) -> Conta
             except RuntimeUnavailableError as error:
                 logger.warning("container %s is left to the next clean-up: %s", config.id, error)
         raise
+
+
+async def _start(services: Collaborators, config: ContainerConfig) -> ContainerStatus:
+    """Ask again with the same id while the runtime is being replaced: one id never starts twice."""
+    retry = RetryBackoff(initial=0.1, maximum=1.0)
+    for _ in range(_START_ATTEMPTS - 1):
+        try:
+            return await services.runtime.start(config)
+        except RuntimeUnavailableError as error:
+            logger.info("the runtime did not answer, asking again: %s", error)
+            await asyncio.sleep(retry.next())
+    return await services.runtime.start(config)
 
 
 async def _prepare(services: Collaborators, pod: Pod, container: Container, attempt: int) -> ContainerConfig:
@@ -144,7 +159,7 @@ async def _prepare(services: Collaborators, pod: Pod, container: Container, atte
         cpu_limit_millicores=resources.limit(container, "cpu"),
         cpu_request_millicores=resources.request(container, "cpu"),
         http=policy,
-        annotations={ANNOTATION_MODULE: image.module_digest},
+        annotations={ANNOTATION_MODULE: image.module_digest, ANNOTATION_RESOURCES: resources.encoded(container)},
     )
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from node.images.model import Images
 from node.kube.base import EventRecorder, Kube, KubeObject
-from node.pods import admission, eviction, logtail, spec, termination
+from node.pods import admission, logtail, spec, termination
 from node.pods.admission import Neighbour
 from node.pods.backoff import RetryBackoff
 from node.pods.collaborators import Collaborators, CredentialParser, Environments, PullSecretReader, Timing
+from node.pods.evictor import Evictor
 from node.pods.launch import ANNOTATION_MODULE
-from node.pods.nodeinfo import NodeSource, Pressure
+from node.pods.nodeinfo import NodeSource
 from node.pods.spec import Pod
 from node.pods.worker import PodWorker
 from node.runtime.protocol import ContainerState, ContainerStatus, Runtime, RuntimeUnavailableError
@@ -32,6 +33,7 @@ MIRROR_ANNOTATION = "kubernetes.io/config.mirror"
 HOUSEKEEPING_SECONDS = 10.0
 RELIST_SECONDS = 30.0
 _ORPHANS_AT_ONCE = 16
+_SUBSCRIBED_SECONDS = 0.2
 
 
 class PodManager:
@@ -66,6 +68,7 @@ class PodManager:
             timing=timing or Timing(),
         )
         self._node_name = settings.node_name
+        self._evictor = Evictor(self._services)
         self._workers: dict[str, PodWorker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._unclaimed: dict[str, dict[str, ContainerStatus]] = {}
@@ -173,16 +176,17 @@ class PodManager:
 
     def _make_worker(self, pod: Pod) -> PodWorker:
         services = self._services
-        admitted = self._was_admitted(pod) or spec.is_deleted(pod)
+        admitted = self._was_admitted(pod)
         instances = self._unclaimed.pop(spec.uid(pod), {}).values()
         refusal = admission.ADMITTED
-        if not admitted:
-            refusal = admission.admit(
-                pod, node=services.node(), neighbours=self._neighbours(), volumes=services.volumes
-            )
+        if not spec.is_deleted(pod) and not spec.is_terminal(pod) and not instances:
+            # What can never run is asked after a restart of the agent too: such a pod was held, not admitted.
+            refusal = admission.never(pod, volumes=services.volumes)
+            if not admitted and refusal is admission.ADMITTED:
+                refusal = admission.admit(pod, node=services.node(), neighbours=self._neighbours())
         if refusal.verdict is not None:
             services.events.event(pod, "Warning", refusal.verdict.reason, refusal.verdict.message)
-        if refusal.hold is not None:
+        if refusal.hold is not None and not admitted:
             services.events.event(pod, "Warning", "Failed", f"Error: {refusal.hold.message}")
         return PodWorker(services, pod, instances=instances, rejected=refusal.verdict, held=refusal.hold)
 
@@ -213,14 +217,22 @@ class PodManager:
     async def _watch_runtime(self) -> None:
         retry = RetryBackoff(initial=0.1, maximum=5.0)
         while True:
+            catching_up = asyncio.create_task(self._catch_up(), name="runtime list after subscription")
             try:
                 async for instance in self._services.runtime.events():
                     retry.reset()
                     self._heard(instance)
             except RuntimeUnavailableError as error:
                 logger.warning("the runtime's events ended: %s", error)
+            finally:
+                catching_up.cancel()
+                await asyncio.gather(catching_up, return_exceptions=True)
             await asyncio.sleep(retry.next())
-            await self._relist()
+
+    async def _catch_up(self) -> None:
+        """What happened before the subscription stood; there is no telling when it does, so shortly after."""
+        await asyncio.sleep(_SUBSCRIBED_SECONDS)
+        await self._relist()
 
     def _heard(self, instance: ContainerStatus) -> None:
         worker = self._workers.get(instance.pod_uid)
@@ -293,12 +305,11 @@ class PodManager:
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             self._report_images_in_use()
-            pressures = self._services.node().pressures
-            if pressures and self._synced.is_set():
-                try:
-                    await self._evict(pressures[0])
-                except (RuntimeUnavailableError, OSError) as error:
-                    logger.warning("nothing could be evicted: %s", error)
+            try:
+                await self._evictor.round(self._workers)
+            except Exception:
+                # Whatever a measurement stumbles over, the node's other work goes on.
+                logger.exception("whether a pod has to be evicted could not be told")
 
     def _report_images_in_use(self) -> None:
         in_use = frozenset(
@@ -310,42 +321,6 @@ class PodManager:
         if in_use != self._in_use:
             self._in_use = in_use
             self._services.images.set_in_use(in_use)
-
-    async def _evict(self, pressure: Pressure) -> None:
-        """At most one pod a round: whether it helped shows in the next."""
-        active = {uid: worker for uid, worker in self._workers.items() if worker.holds_resources}
-        if any(worker.verdict is not None for worker in active.values()):
-            return
-        usages = await self._usages(active, pressure.resource)
-        ranked = eviction.rank(usages, pressure.resource)
-        if not ranked:
-            return
-        verdict = eviction.verdict(ranked[0], pressure)
-        pod = ranked[0].pod
-        logger.warning("evicting %s: %s", spec.format_pod(pod), verdict.message)
-        self._services.events.event(pod, "Warning", verdict.reason, verdict.message)
-        active[spec.uid(pod)].end(verdict, grace_seconds=0)
-
-    async def _usages(self, active: dict[str, PodWorker], resource: str) -> list[eviction.Usage]:
-        if resource != "memory":
-            return [
-                eviction.Usage(
-                    pod=worker.pod,
-                    by_container={},
-                    elsewhere=await asyncio.to_thread(
-                        eviction.disk_usage,
-                        [self._services.paths.pods / uid, logtail.pod_folder(self._services.paths, worker.pod)],
-                    ),
-                )
-                for uid, worker in active.items()
-            ]
-        owners = {i.id: (uid, name) for uid, worker in active.items() for name, i in worker.latest().items()}
-        used: dict[str, dict[str, int]] = {}
-        for usage in await self._services.runtime.usage():
-            if usage.id in owners:
-                uid, name = owners[usage.id]
-                used.setdefault(uid, {})[name] = usage.memory_bytes
-        return [eviction.Usage(pod=worker.pod, by_container=used.get(uid, {})) for uid, worker in active.items()]
 
 
 def _log_folders(root: Path) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from typing import Any
 from node.kube.base import ApiStatusError, ConflictError, Kube, KubeError, NotFoundError, TooManyRequestsError
 from node.pods import spec
 from node.pods.backoff import RetryBackoff
-from node.pods.conditions import OWNED
+from node.pods.conditions import OWNED, TRANSIENT
 from node.pods.spec import Pod
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 def _diff_conditions(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     before = {condition["type"]: _stripped(condition) for condition in old}
-    changed = []
+    changed: list[dict[str, Any]] = []
     for condition in new:
         type_ = condition["type"]
         # A DisruptionTarget of somebody else is in both and equal; one that an eviction added is in ``new`` alone.
@@ -61,6 +61,8 @@ def _diff_conditions(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
         if was != now:
             # Entries are merged by type: what the new condition no longer has must be taken out by name.
             changed.append(now | {name: None for name in was if name not in now})
+    kept = {condition["type"] for condition in new}
+    changed += [{"$patch": "delete", "type": type_} for type_ in before if type_ in TRANSIENT and type_ not in kept]
     return changed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,6 +11,14 @@ from typing import Any
 from node.kube import quantity
 from node.pods import spec
 from node.pods.spec import Container, Pod
+
+ANNOTATION_RESOURCES = "wasilet.dev/resources"
+"""On every instance: the resources it was started with, which a change of the pod does not alter."""
+
+
+def encoded(container: Container) -> str:
+    """A container's resources, for ``ANNOTATION_RESOURCES``."""
+    return json.dumps(container.get("resources") or {}, separators=(",", ":"), sort_keys=True)
 
 
 def amount(name: str, text: Any) -> int:

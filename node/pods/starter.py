@@ -17,7 +17,7 @@ from node.pods.collaborators import Collaborators
 from node.pods.launch import LaunchError, launch
 from node.pods.spec import NANOSECONDS, Container, Pod
 from node.pods.status import Waiting
-from node.runtime.protocol import ContainerStatus
+from node.runtime.protocol import ContainerStatus, RuntimeCapabilities, RuntimeUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,10 @@ class Starter:
         self.waiting: dict[str, Waiting] = {}
         """By container: why the last attempt came to nothing. Cleared by the next that works."""
 
+        self.unsure = False
+        """The runtime went away during a start: whether the instance runs must be asked before another is tried."""
+
+        self._cpu_limit_told = False
         self._crash_loop = CrashLoopBackoff()
         self._retry_at: dict[str, float] = {}
         self._config_retry: dict[str, RetryBackoff] = {}
@@ -89,6 +93,7 @@ class Starter:
         try:
             started = await launch(self._services, pod, container, attempt=attempt)
         except LaunchError as error:
+            self.unsure = self.unsure or error.at_once
             self.waiting[name] = Waiting(reason=error.reason, message=error.message)
             self._retry_at[name] = self._services.wall_clock() + self._delay(name, error)
             return None
@@ -96,7 +101,27 @@ class Starter:
             self._crash_loop.next(_key(container), finished_at=latest.finished_at_ns / NANOSECONDS, now=now)
         for state in (self.waiting, self._retry_at, self._config_retry, self._failed_starts, self._told):
             state.pop(name, None)
+        self._tell_cpu_limit(pod, container)
         return started
+
+    def _tell_cpu_limit(self, pod: Pod, container: Container) -> None:
+        """Once a pod: its cpu limit is not kept, because this machine lets the agent make no cgroup."""
+        limit = ((container.get("resources") or {}).get("limits") or {}).get("cpu")
+        if limit is None or self._cpu_limit_told:
+            return
+        try:
+            capabilities = getattr(self._services.runtime, "capabilities", None)
+        except RuntimeUnavailableError:
+            return
+        if isinstance(capabilities, RuntimeCapabilities) and not capabilities.cpu_limits:
+            self._cpu_limit_told = True
+            self._services.events.event(
+                pod,
+                "Warning",
+                "CPULimitNotEnforced",
+                f"The cpu limit of {limit} is not enforced: the node may not make a cgroup for the container",
+                field_path=spec.field_path(pod, container["name"]),
+            )
 
     def _delay(self, name: str, error: LaunchError) -> float:
         timing = self._services.timing
@@ -106,8 +131,10 @@ class Starter:
             failures = self._failed_starts[name] = self._failed_starts.get(name, 0) + 1
             return float(min(CRASH_LOOP_INITIAL_SECONDS * 2 ** min(failures - 1, 10), CRASH_LOOP_MAX_SECONDS))
         if error.reason in _IMAGE_REASONS:
-            # The registry's own back-off is the image store's; this is only how often it is asked.
-            return timing.image_retry * random.uniform(1.0, 1.5)  # noqa: S311 - spreads load
+            # How long a registry is left alone is the image store's business; this is only how often it is asked. The
+            # first time soon, so that a failed pull is seen as what it then is: a back-off.
+            first = 0.5 if error.reason == "ErrImagePull" else 1.0
+            return timing.image_retry * first * random.uniform(1.0, 1.5)  # noqa: S311 - spreads load
         if error.reason == "CreateContainerError":
             # A module that does not compile will not do so in a moment either, and trying costs a core.
             return _COMPILE_RETRY_SECONDS

@@ -7,13 +7,14 @@ run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from node.pods import conditions, spec
 from node.pods.nodeinfo import NodeInfo
-from node.pods.resources import qos_class
+from node.pods.resources import ANNOTATION_RESOURCES, encoded, qos_class
 from node.pods.results import ProbeResults
 from node.pods.spec import Container, Pod, Role
 from node.runtime.protocol import ContainerState, ContainerStatus
@@ -116,8 +117,29 @@ def compute(facts: Facts) -> PodStatus:
     owned = conditions.owned_conditions(
         pod, by_name, phase, sandbox_ready=facts.sandbox_ready and not facts.terminated, foreign=foreign
     )
+    owned += _resize_pending(facts)
     status["conditions"] = foreign + conditions.with_transition_times(owned, old_conditions, facts.now)
     return status
+
+
+def _resize_pending(facts: Facts) -> list[dict[str, Any]]:
+    """A change of resources that running containers will not see before they are restarted (KEP-1287)."""
+    for _role, container in spec.every_container(facts.pod):
+        instances = facts.instances.get(container["name"]) or ()
+        running = instances[0] if instances and instances[0].state is ContainerState.RUNNING else None
+        started_with = running.annotations.get(ANNOTATION_RESOURCES) if running is not None else None
+        if started_with is not None and started_with != encoded(container):
+            condition = {
+                "type": "PodResizePending",
+                "status": "True",
+                "reason": "Infeasible",
+                "message": f"container {container['name']} keeps its resources until it restarts: "
+                "this node does not resize in place",
+            }
+            if facts.pod["metadata"].get("generation"):
+                condition["observedGeneration"] = facts.pod["metadata"]["generation"]
+            return [condition]
+    return []
 
 
 def rejected(pod: Pod, verdict: Verdict, now: str) -> PodStatus:
@@ -197,7 +219,7 @@ def _container_status(facts: Facts, container: Container, role: Role) -> dict[st
             status["lastState"] = status["state"]
         status["state"] = {"waiting": _waiting(waiting)}
     _set_started_and_ready(facts, status, container, latest, role)
-    _set_resources(status, container)
+    _set_resources(status, container, latest)
     return status
 
 
@@ -285,8 +307,12 @@ def _set_started_and_ready(
         status["ready"] = facts.probes.ready(running.id, has_probe="readinessProbe" in container)
 
 
-def _set_resources(status: dict[str, Any], container: Container) -> None:
+def _set_resources(status: dict[str, Any], container: Container, latest: ContainerStatus | None) -> None:
     resources = container.get("resources") or {}
+    if latest is not None and latest.state is ContainerState.RUNNING:
+        # What runs keeps what it was started with: this node does not resize in place.
+        started_with = latest.annotations.get(ANNOTATION_RESOURCES)
+        resources = json.loads(started_with) if started_with else resources
     if resources:
         status["resources"] = resources
         if resources.get("requests"):

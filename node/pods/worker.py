@@ -281,6 +281,7 @@ class PodWorker:
         self._probes.close()
         self._publish()
         await self.services.volumes.teardown(self.uid)
+        self.services.references.release(self.uid)
         self.stage = Stage.ENDED
 
     def _assume_dead(self, instance: ContainerStatus) -> None:
@@ -384,6 +385,8 @@ class PodWorker:
         latest = known[0] if known else None
         if latest is not None and latest.state is not ContainerState.EXITED:
             return
+        if self._starter.unsure and not await self._ask_runtime():
+            return
         started = await self._starter.start(self.pod, container, latest, fresh=fresh)
         if started is None:
             self._wake.set()
@@ -398,6 +401,20 @@ class PodWorker:
             if stopped is not None:
                 self.observe(stopped)
             self._assume_dead(started)
+
+    async def _ask_runtime(self) -> bool:
+        """After a start whose outcome is not known. False: still not known, or the instance was found; look again."""
+        try:
+            listed = await self.services.runtime.list()
+        except RuntimeUnavailableError:
+            self._not_before = self.services.wall_clock() + self._end_retry.next()
+            return False
+        known = {instance.id for each in self.instances.values() for instance in each}
+        found = [i for i in listed if i.pod_uid == self.uid and i.id not in known]
+        for instance in found:
+            self.observe(instance)
+        self._starter.unsure = False
+        return not found
 
     async def _forget_older(self, name: str) -> None:
         """Keep the newest instance and the one before it, whose log ``kubectl logs --previous`` shows."""

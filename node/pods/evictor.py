@@ -1,0 +1,103 @@
+"""Looks every ten seconds whether a pod has to go: the node runs short of something, or an emptyDir has outgrown its
+limit. Who goes is decided in ``node.pods.eviction``; unused images go before any pod does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from node.pods import eviction, logtail, spec
+from node.pods.collaborators import Collaborators
+from node.pods.nodeinfo import Pressure
+from node.pods.spec import Pod
+from node.pods.status import Verdict
+from node.pods.worker import PodWorker
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class ImageReclaimer(Protocol):
+    """``node.images.manager.ImageManager``, as far as it can make room."""
+
+    async def delete_unused(self) -> int:
+        """Bytes freed."""
+
+
+@runtime_checkable
+class VolumeMeter(Protocol):
+    """``node.volumes.manager.VolumeManager``, as far as it measures."""
+
+    async def usage(self, pod: Pod) -> Mapping[str, Any]:
+        """By volume name, something with ``bytes``."""
+
+
+class Evictor:
+    """One a node. ``round`` looks once."""
+
+    def __init__(self, services: Collaborators) -> None:
+        self._services = services
+
+    async def round(self, workers: Mapping[str, PodWorker]) -> None:
+        """Evict what has to go; raises RuntimeUnavailableError and OSError when that cannot be told."""
+        active = {uid: worker for uid, worker in workers.items() if worker.holds_resources and worker.verdict is None}
+        await self._check_size_limits(active)
+        pressures = self._services.node().pressures
+        # One pod at a time: whether it helped shows once it has ended, in the next round.
+        leaving = any(worker.verdict is not None and worker.holds_resources for worker in workers.values())
+        if pressures and not leaving:
+            await self._relieve(pressures[0], active)
+
+    async def _relieve(self, pressure: Pressure, active: Mapping[str, PodWorker]) -> None:
+        images = self._services.images
+        if pressure.resource == "ephemeral-storage" and isinstance(images, ImageReclaimer):
+            freed = await images.delete_unused()
+            if freed > 0:
+                logger.warning("the disk is nearly full: %d bytes of unused images were removed", freed)
+                return
+        usages = await self._usages(active, pressure.resource)
+        ranked = eviction.rank(usages, pressure.resource)
+        if ranked:
+            self._evict(active[spec.uid(ranked[0].pod)], eviction.verdict(ranked[0], pressure))
+
+    def _evict(self, worker: PodWorker, verdict: Verdict) -> None:
+        logger.warning("evicting %s: %s", spec.format_pod(worker.pod), verdict.message)
+        self._services.events.event(worker.pod, "Warning", verdict.reason, verdict.message)
+        worker.end(verdict, grace_seconds=0)
+
+    async def _check_size_limits(self, active: Mapping[str, PodWorker]) -> None:
+        volumes = self._services.volumes
+        if not isinstance(volumes, VolumeMeter):
+            return
+        for worker in active.values():
+            listed = worker.pod["spec"].get("volumes") or ()
+            if not any((volume.get("emptyDir") or {}).get("sizeLimit") for volume in listed):
+                continue
+            sizes = {name: int(usage.bytes) for name, usage in (await volumes.usage(worker.pod)).items()}
+            verdict = eviction.size_limit_exceeded(worker.pod, sizes)
+            if verdict is not None:
+                self._evict(worker, verdict)
+
+    async def _usages(self, active: Mapping[str, PodWorker], resource: str) -> list[eviction.Usage]:
+        if resource != "memory":
+            paths = self._services.paths
+            return [
+                eviction.Usage(
+                    pod=worker.pod,
+                    by_container={},
+                    elsewhere=await asyncio.to_thread(
+                        eviction.disk_usage, [paths.pods / uid, logtail.pod_folder(paths, worker.pod)]
+                    ),
+                )
+                for uid, worker in active.items()
+            ]
+        owners = {i.id: (uid, name) for uid, worker in active.items() for name, i in worker.latest().items()}
+        used: dict[str, dict[str, int]] = {}
+        for usage in await self._services.runtime.usage():
+            if usage.id in owners:
+                uid, name = owners[usage.id]
+                used.setdefault(uid, {})[name] = usage.memory_bytes
+        return [eviction.Usage(pod=worker.pod, by_container=used.get(uid, {})) for uid, worker in active.items()]
