@@ -118,8 +118,15 @@ def remove(name: str, settings: Settings, *, options: DemoOptions) -> list[str]:
 
     app = find_app(name, environ=settings.environ)
     cluster = open_cluster(settings)
-    objects = render(app, {}, lenient=True)
+    objects = [_named_secret(app), *render(app, {}, lenient=True)]
     return Resources(cluster.admin(), options.namespace).remove(objects)
+
+
+def _named_secret(app: App) -> KubeObject:
+    """The pull secret of a ``--private`` run; it is removed only if such a run made it."""
+    from harness.services import pull_secret_name
+
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": pull_secret_name(app.name)}}
 
 
 def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
@@ -226,11 +233,11 @@ def _registry_step(run: Run) -> Step:
         return Finding.ok(run.registry)
 
     def change(progress: Progress) -> str:
-        from harness.services import PULL_SECRET, private_registry
+        from harness.services import private_registry
 
-        run.registry, run.push_environ, secret = private_registry(run.cluster, say=progress)
+        run.registry, run.push_environ, secret = private_registry(run.cluster, run.app.name, say=progress)
         run.objects.append(secret)
-        run.variables["pull_secret"] = PULL_SECRET
+        run.variables["pull_secret"] = secret["metadata"]["name"]
         return f"{run.registry}, with a login"
 
     return Step(name="registry", look=look, change=change)

@@ -26,7 +26,6 @@ CAT_FACTS_URL = "https://catfact.ninja/fact"
 OFFLINE = "WASILET_OFFLINE"
 """Environment name: set it to anything, and demos use nothing outside this machine."""
 
-PULL_SECRET = "private-registry"  # noqa: S105  (a Secret's name)
 _REACH_TIMEOUT_SECONDS = 2.0
 _USER = "wasilet"
 
@@ -76,7 +75,12 @@ def _local_cat_facts(cluster: Cluster, say: Say) -> str:
     return f"http://{LOOPBACK}:{port}/fact"
 
 
-def private_registry(cluster: Cluster, *, say: Say) -> tuple[str, Mapping[str, str], KubeObject]:
+def pull_secret_name(app: str) -> str:
+    """The name of an app's pull secret: its own, so that removing one demo leaves the others their login."""
+    return f"{app}-pull"
+
+
+def private_registry(cluster: Cluster, app: str, *, say: Say) -> tuple[str, Mapping[str, str], KubeObject]:
     """A registry with a login: ``host:port``, an environment for pushing (``DOCKER_CONFIG``), and the pull secret.
 
     Raises HarnessError when there is no registry binary or it does not start.
@@ -129,7 +133,7 @@ def private_registry(cluster: Cluster, *, say: Say) -> tuple[str, Mapping[str, s
     secret: KubeObject = {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": {"name": PULL_SECRET},
+        "metadata": {"name": pull_secret_name(app)},
         "type": "kubernetes.io/dockerconfigjson",
         "data": {".dockerconfigjson": base64.b64encode(docker_config.encode()).decode()},
     }
