@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 _JOIN_LIMIT_SECONDS = 3600.0
 """kubelet's limit for its first certificate; a person may have to approve it."""
 
-_REFUSED_TOKEN_PATIENCE_SECONDS = 20.0
+_REFUSED_TOKEN_PATIENCE_SECONDS = 10.0
 """A token's Secret and its RBAC reach the API server's authenticators some time after they are written."""
 
 _ATTEMPT_LIMIT_SECONDS = 900.0
