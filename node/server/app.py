@@ -234,13 +234,11 @@ class KubeletServer:
         return server.connections if server is not None else []
 
     def _make_room(self) -> bool:
-        """Close the oldest connection that never passed the guard."""
-        connections = self._connections()
-        for connection in connections:
-            if connection not in self._proven:
-                connection.force_close()
-                return True
-        return False
+        """Close the oldest connection that never passed the guard, an idle one if there is one."""
+        strangers = [connection for connection in self._connections() if connection not in self._proven]
+        for connection in sorted(strangers, key=self._busy.__contains__)[:1]:
+            connection.force_close()
+        return bool(strangers)
 
     def _prove(self, connection: web.RequestHandler) -> None:
         self._proven.add(connection)

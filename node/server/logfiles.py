@@ -285,17 +285,20 @@ def _lines_backwards(descriptor: int, size: int) -> Iterator[tuple[int, bytes, b
         yield 0, buffer, terminated
 
 
-def _tail_compressed(segment: Segment, lines: int, *, newest: bool) -> tuple[int, int]:  # noqa: ARG001 - never unfinished
+def _tail_compressed(segment: Segment, lines: int, *, newest: bool) -> tuple[int, int]:
     """As ``_tail_plain``, in two passes over the text, so that memory stays bounded."""
-    total = sum(1 for _, ends in _lines_of(segment) if ends)
-    skip = total - lines
+    total, finished, size = 0, True, 0
+    for size, finished in _lines_of(segment):  # noqa: B007 - their last values are wanted
+        total += finished
+    units = total + (newest and not finished)
+    skip = units - lines
     if skip <= 0:
-        return 0, total
+        return 0, units
     for end, ends in _lines_of(segment):
         skip -= ends
         if skip == 0:
             return end, lines
-    return 0, total
+    return size, lines
 
 
 def _lines_of(segment: Segment) -> Iterator[tuple[int, bool]]:
@@ -308,3 +311,5 @@ def _lines_of(segment: Segment) -> Iterator[tuple[int, bool]]:
         for piece in pieces:
             offset += len(piece) + 1
             yield offset, _ends_line(piece)
+    if carry:
+        yield offset + len(carry), False

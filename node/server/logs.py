@@ -183,7 +183,7 @@ class LogViews:
             if options.follow and target.running:
                 ended = self._ended(pod, container, target.container_id)
                 async with self._watcher.follow(target.path.parent, ended=ended) as waiter:
-                    await answer.follow(target.path, segments, stack, waiter)
+                    await answer.follow(target.path, segments, waiter)
             else:
                 await answer.send(segments)
             await response.write_eof()
@@ -216,46 +216,45 @@ class _Answer:
         if self._options.tail_lines is not None:
             segments = await asyncio.to_thread(skip_to_tail, segments, self._options.tail_lines)
         for segment in segments:
-            for chunk in segment.chunks():
-                await self._write(self._renderer.feed(chunk))
-                if self._renderer.done:
-                    return
-                await asyncio.sleep(0)
+            await self._write_all(segment)
         if not self._options.follow:
             await self._write(self._renderer.finish())
 
-    async def follow(self, path: Path, segments: list[Segment], stack: contextlib.ExitStack, waiter: Waiter) -> None:
+    async def follow(self, path: Path, segments: list[Segment], waiter: Waiter) -> None:
         """What the files hold, then all that is written until the container ends."""
         seen = {segment.path.name.removesuffix(".gz") for segment in segments if segment.path != path}
         current = segments[-1] if segments and segments[-1].path == path else None
         await self.send(segments)
+        for segment in segments:
+            if segment is not current:
+                segment.file.close()
         position = current.size if current is not None else 0
-        file: BinaryIO | None = current.file if current is not None else None
-        inode = current.inode if current is not None else None
-        while not self._renderer.done:
-            ended = waiter.ended
-            if file is not None:
-                position = await self._read_on(file, position)
-            following = self._next(path, inode, seen)
-            if following is not None:
-                if file is not None:
-                    # written between the last read and the rotation
-                    await self._read_on(file, position)
-                    file.close()
-                file, inode, position = following.file, following.inode, 0
-                stack.callback(file.close)
-                if following.path != path:
-                    seen.add(following.path.name.removesuffix(".gz"))
-                    for chunk in following.chunks():
-                        await self._write(self._renderer.feed(chunk))
-                    position = following.size
-                continue
-            if ended:
-                await self._write(self._renderer.finish())
-                return
-            await waiter.wait()
-            if not waiter.ended:
-                await asyncio.sleep(COALESCE_SECONDS)
+        try:
+            while not self._renderer.done:
+                ended = waiter.ended
+                if current is not None:
+                    position = await self._read_on(current.file, position)
+                following = _next_file(path, current.inode if current is not None else None, seen)
+                if following is not None:
+                    if current is not None:
+                        # written between the last read and the rotation
+                        await self._read_on(current.file, position)
+                        current.file.close()
+                    current, position = following, 0
+                    if current.path != path:
+                        seen.add(current.path.name.removesuffix(".gz"))
+                        await self._write_all(current)
+                        position = current.size
+                    continue
+                if ended:
+                    await self._write(self._renderer.finish())
+                    return
+                await waiter.wait()
+                if not waiter.ended:
+                    await asyncio.sleep(COALESCE_SECONDS)
+        finally:
+            if current is not None:
+                current.file.close()
 
     def _recent(self, segments: list[Segment]) -> list[Segment]:
         """Without the rotated files whose last line is older than what is asked for."""
@@ -271,36 +270,47 @@ class _Answer:
             await asyncio.sleep(0)
         return position
 
-    @staticmethod
-    def _next(path: Path, inode: tuple[int, int] | None, seen: set[str]) -> Segment | None:
-        """The file that follows the one being read, None while that is still the current one.
-
-        When it was rotated, its new name is the first unknown one; whatever was rotated after it comes before the
-        current file.
-        """
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            return None
-        if inode == (status.st_dev, status.st_ino):
-            return None
-        for name in rotated_names(path.parent, path.name):
-            if name in seen:
-                continue
-            segment = open_segment(path.with_name(name))
-            if segment is None:
-                continue
-            if inode is not None and (segment.inode == inode or segment.compressed):
-                segment.file.close()
-                seen.add(name)
-                inode = None
-                continue
-            return segment
-        return open_segment(path)
+    async def _write_all(self, segment: Segment) -> None:
+        for chunk in segment.chunks():
+            await self._write(self._renderer.feed(chunk))
+            if self._renderer.done:
+                return
+            await asyncio.sleep(0)
 
     async def _write(self, data: bytes) -> None:
         if data:
             await self._response.write(data)
+
+
+def _next_file(path: Path, inode: tuple[int, int] | None, seen: set[str]) -> Segment | None:
+    """The file that follows the one being read, None while that is still the current one.
+
+    When it was rotated, its new name is the first unknown one; whatever was rotated after it comes before the
+    current file.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    if inode == (status.st_dev, status.st_ino):
+        return None
+    for name in rotated_names(path.parent, path.name):
+        if name in seen:
+            continue
+        segment = open_segment(path.with_name(name))
+        if segment is None:
+            continue
+        if inode is not None and (segment.inode == inode or segment.compressed):
+            segment.file.close()
+            seen.add(name)
+            inode = None
+            continue
+        return segment
+    successor = open_segment(path)
+    if successor is not None and successor.inode != (status.st_dev, status.st_ino):
+        successor.file.close()  # rotated once more in between: that file comes first
+        return _next_file(path, inode, seen)
+    return successor
 
 
 def _latest(folder: Path, attempt: int) -> Path:

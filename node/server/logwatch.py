@@ -150,6 +150,7 @@ class LogWatcher:
         if not self._waiters:
             return
         for directory, waiters in self._waiters.items():
+            self._watch(directory)  # a folder that did not exist may by now
             unwatched = directory not in self._watches
             for waiter in waiters:
                 waiter.check()
