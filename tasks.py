@@ -484,6 +484,38 @@ def new(c: Context, app: str, in_: str = "") -> None:
         emit(line)
 
 
+@task(help={"output": OUTPUT_HELP})
+@command
+def doctor(c: Context, output: str = "text") -> None:
+    """Show what this machine has, and what brings the rest.
+
+    Ends with exit code 2 when something that `up` or the demos need is missing.
+
+    Examples:
+      invoke doctor
+      invoke doctor --output json | jq '.[] | select(.status == "missing")'
+    """
+    from harness.doctor import check_lines, is_fit
+    from harness.doctor import doctor as examine
+
+    checks = examine(settings_of(c))
+    if checked_output(output) == "json":
+        emit_json([check.to_json() for check in checks])
+    else:
+        for line in check_lines(checks):
+            emit(line)
+    finish_with(0 if is_fit(checks) else 2)
+
+
+@task
+@command
+def lint(c: Context) -> None:
+    """Check style, types and import contracts of this project."""
+    from harness.testing import lint as check_project
+
+    check_project()
+
+
 @task(
     help={
         "m": "only tests with these markers, as `-m e2e` or `-m 'unit or component'`",

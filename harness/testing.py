@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import UsageError
+from harness import process
+from harness.errors import HarnessError, UsageError
 from harness.play import Finding, Play, Progress, Step
 from harness.settings import Settings, load
 
 if TYPE_CHECKING:
     from harness.console import Reporter
 
+LINT_TIMEOUT_SECONDS = 600.0
 BINARIES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry", "kubectl")
 
 
@@ -100,3 +102,27 @@ def _binaries_step(settings: Settings) -> Step:
         return ", ".join(f"{name} ({binary.source})" for name, binary in found.items())
 
     return Step(name="binaries", look=look, change=change)
+
+
+def lint() -> None:
+    """Ruff, mypy and import-linter over the checkout, each to its end so that one run shows everything. Raises
+    HarnessError naming those that found something."""
+    root = Path(__file__).resolve().parent.parent
+    bin_folder = Path(sys.executable).parent
+    commands = (
+        ("ruff check", ("ruff", "check", ".")),
+        ("ruff format", ("ruff", "format", "--check", ".")),
+        ("mypy", ("mypy",)),
+        ("import-linter", ("lint-imports",)),
+    )
+    failed = []
+    for name, (program, *arguments) in commands:
+        sys.stderr.write(f"lint: {name}\n")
+        done = process.run(
+            [bin_folder / program, *arguments], timeout_seconds=LINT_TIMEOUT_SECONDS, cwd=root, check=False
+        )
+        if done.returncode != 0:
+            failed.append(name)
+            sys.stdout.write(done.stdout + done.stderr)
+    if failed:
+        raise HarnessError(f"{', '.join(failed)} found something: see above")

@@ -1,0 +1,87 @@
+"""What a test run left on the machine: `leftovers.py save FILE` before it, `leftovers.py compare FILE` after it.
+
+Compared are processes, listening ports, mounts, network links, control groups, shared memory, temporary folders of
+ours and kubeconfig contexts. What is new is printed, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+SETTLE_SECONDS = 10.0
+"""A process that was told to end may take a moment to do so."""
+
+_NOT_OURS = re.compile(r"^(kworker|\[)|(^|/)(sshd|systemd\S*|cron|agetty|apt\S*|dpkg|unattended-upgr)( |$)")
+
+
+def facts() -> dict[str, list[str]]:
+    """Everything that is compared, by kind."""
+    return {
+        "processes": sorted(_processes()),
+        "listening ports": sorted(
+            f"{connection.laddr.ip}:{connection.laddr.port}"
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ),
+        "mounts": sorted(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()),
+        "network links": sorted(path.name for path in Path("/sys/class/net").iterdir()),
+        "control groups": sorted(
+            str(path) for path in Path("/sys/fs/cgroup").glob("**/") if re.search(r"wasilet|docker|kubelet", path.name)
+        ),
+        "shared memory": sorted(path.name for path in Path("/dev/shm").iterdir()),
+        "temporary folders": sorted(path.name for path in Path("/tmp").glob("wasilet*")),
+        "kubeconfig contexts": _contexts(),
+    }
+
+
+def _processes() -> list[str]:
+    mine = {process.pid for process in (psutil.Process(), *psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter(["pid", "create_time", "cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        line = " ".join(words)[:200]
+        ended = process.info["status"] == psutil.STATUS_ZOMBIE
+        if line and not ended and process.info["pid"] not in mine and not _NOT_OURS.search(line):
+            found.append(f"{process.info['pid']} {process.info['create_time']:.0f} {line}")
+    return found
+
+
+def _contexts() -> list[str]:
+    path = Path(os.environ.get("KUBECONFIG", "").split(":")[0] or Path.home() / ".kube/config")
+    return (
+        sorted(re.findall(r"^ *-? *name: *(wasilet\S*|kind-\S*)", path.read_text(), re.MULTILINE))
+        if path.is_file()
+        else []
+    )
+
+
+def main(action: str, file: Path) -> int:
+    """Save, or compare and say what is new."""
+    if action == "save":
+        file.write_text(json.dumps(facts()))
+        return 0
+    before = json.loads(file.read_text())
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        now = facts()
+        new = {kind: sorted(set(entries) - set(before[kind])) for kind, entries in now.items()}
+        if not any(new.values()) or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    for kind, entries in new.items():
+        for entry in entries:
+            sys.stdout.write(f"left behind ({kind}): {entry}\n")
+    if not any(new.values()):
+        sys.stdout.write(f"nothing was left behind: {', '.join(new)}\n")
+    return int(any(new.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
