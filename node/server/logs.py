@@ -36,7 +36,7 @@ from node.server.pods import Pod, PodSource, container_status, containers, full_
 logger = logging.getLogger(__name__)
 
 COALESCE_SECONDS = 0.005
-"""A busy log is read this much later, so that its lines are sent in batches."""
+"""A log in which more is written within this time is read this much later: its lines are then sent in batches."""
 
 _STREAMS = {"All": (True, True), "Stdout": (True, False), "Stderr": (False, True)}
 _INT64 = range(-(1 << 63), 1 << 63)
@@ -229,6 +229,7 @@ class _Answer:
             if segment is not current:
                 segment.file.close()
         position = current.size if current is not None else 0
+        clock = asyncio.get_running_loop().time
         try:
             while not self._renderer.done:
                 ended = waiter.ended
@@ -249,8 +250,9 @@ class _Answer:
                 if ended:
                     await self._write(self._renderer.finish())
                     return
+                waited = clock()
                 await waiter.wait()
-                if not waiter.ended:
+                if not waiter.ended and clock() - waited < COALESCE_SECONDS:
                     await asyncio.sleep(COALESCE_SECONDS)
         finally:
             if current is not None:

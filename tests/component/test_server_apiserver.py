@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import pty
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,42 @@ async def test_an_exec_ends_when_kubectl_is_gone(kubelet: Kubelet, websockets: s
     assert kubelet.runtime.guest is not None
     async with asyncio.timeout(5):
         await kubelet.runtime.guest.closed.wait()
+
+
+@TRANSPORTS
+async def test_kubectl_exec_with_a_terminal_behaves_like_one(kubelet: Kubelet, websockets: str) -> None:
+    name = f"tty-{websockets}"
+    kubelet.add(make_pod(name))
+    master, terminal = pty.openpty()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *kubelet.plane.kubectl("exec", "-it", name, "--", "cat"),
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env={**os.environ, "KUBECTL_REMOTE_COMMAND_WEBSOCKETS": websockets, "TERM": "xterm"},
+        )
+        try:
+            async with asyncio.timeout(15):
+                while kubelet.runtime.guest is None:  # noqa: ASYNC110 - nothing announces a guest
+                    await asyncio.sleep(0.05)
+                os.write(master, b"hj\x7fi\r")
+                await asyncio.sleep(0.5)
+                os.write(master, b"\x04")
+                assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        os.set_blocking(master, False)
+        screen = b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                screen += os.read(master, 65536)
+    finally:
+        os.close(master)
+        os.close(terminal)
+    assert screen == b"hj\b \bi\r\n[hi\r\n]eof after 3\r\n"
 
 
 @TRANSPORTS
