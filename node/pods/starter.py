@@ -42,6 +42,7 @@ class Starter:
         self._crash_loop = CrashLoopBackoff()
         self._retry_at: dict[str, float] = {}
         self._config_retry: dict[str, RetryBackoff] = {}
+        self._image_retry: dict[str, RetryBackoff] = {}
         self._failed_starts: dict[str, int] = {}
         self._told: dict[str, str] = {}
 
@@ -99,10 +100,14 @@ class Starter:
             return None
         if latest is not None and not fresh:
             self._crash_loop.next(_key(container), finished_at=latest.finished_at_ns / NANOSECONDS, now=now)
-        for state in (self.waiting, self._retry_at, self._config_retry, self._failed_starts, self._told):
-            state.pop(name, None)
+        self._forget_failures(name)
         self._tell_cpu_limit(pod, container)
         return started
+
+    def _forget_failures(self, name: str) -> None:
+        retries = (self._config_retry, self._image_retry, self._retry_at, self._failed_starts)
+        for state in (self.waiting, self._told, *retries):
+            state.pop(name, None)
 
     def _tell_cpu_limit(self, pod: Pod, container: Container) -> None:
         """Once a pod: its cpu limit is not kept, because this machine lets the agent make no cgroup."""
@@ -132,9 +137,12 @@ class Starter:
             return float(min(CRASH_LOOP_INITIAL_SECONDS * 2 ** min(failures - 1, 10), CRASH_LOOP_MAX_SECONDS))
         if error.reason in _IMAGE_REASONS:
             # How long a registry is left alone is the image store's business; this is only how often it is asked. The
-            # first time soon, so that a failed pull is seen as what it then is: a back-off.
-            first = 0.5 if error.reason == "ErrImagePull" else 1.0
-            return timing.image_retry * first * random.uniform(1.0, 1.5)  # noqa: S311 - spreads load
+            # first time soon, so that a failed pull is seen as what it then is, a back-off; then ever more rarely, as
+            # each question costs two events and most of them are within that back-off.
+            retry = self._image_retry.setdefault(
+                name, RetryBackoff(initial=timing.image_retry / 2, maximum=timing.image_retry * 6)
+            )
+            return retry.next() * random.uniform(1.0, 1.3)  # noqa: S311 - spreads load
         if error.reason == "CreateContainerError":
             # A module that does not compile will not do so in a moment either, and trying costs a core.
             return _COMPILE_RETRY_SECONDS

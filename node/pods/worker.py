@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
@@ -26,6 +25,7 @@ from node.pods.collaborators import Collaborators
 from node.pods.patcher import StatusPatcher
 from node.pods.plan import Plan, has_ever_started, make_plan
 from node.pods.probes import PodProbes
+from node.pods.refresher import Refresher
 from node.pods.results import ProbeResults
 from node.pods.spec import NANOSECONDS, Pod
 from node.pods.starter import Starter
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 DEADLINE = Verdict(reason="DeadlineExceeded", message="Pod was active on the node longer than the specified deadline")
 _ORDER = {ContainerState.CREATED: 0, ContainerState.RUNNING: 1, ContainerState.EXITED: 2}
-_REFRESHED_VOLUMES = frozenset({"configMap", "secret", "projected", "downwardAPI"})
 
 
 class Stage(IntEnum):
@@ -81,15 +80,14 @@ class PodWorker:
             pod, runtime=services.runtime, events=services.events, results=self.results, changed=self._wake.set
         )
         self._starter = Starter(services, self.uid)
+        self._refresher = Refresher(services)
         self._messages: dict[str, str] = {}
         self._seen_at: dict[str, float] = {}
         self._job: asyncio.Task[None] | None = None
-        self._refresh: asyncio.Task[None] | None = None
         self._volumes_ready = False
         self._volume_retry = RetryBackoff(initial=services.timing.config_retry_first)
-        self._end_retry = RetryBackoff()
+        self._job_retry = RetryBackoff()
         self._not_before = 0.0
-        self._refresh_at = 0.0
         self._grace: Grace | None = None
         self._stopped = False
         self._finished = False
@@ -110,7 +108,7 @@ class PodWorker:
         if before["metadata"].get("generation") != pod["metadata"].get("generation"):
             self.requests = resources.pod_requests(pod)
         if any(before["metadata"].get(k) != pod["metadata"].get(k) for k in ("labels", "annotations")):
-            self._refresh_at = 0.0
+            self._refresher.at_once()
         if spec.is_deleted(pod) and self._grace is not None:
             self._grace.shorten(spec.grace_seconds(pod))
         self._wake.set()
@@ -195,10 +193,10 @@ class PodWorker:
             self._probes.close()
             if self._grace is not None:
                 self._grace.close()
-            tasks = [task for task in (self._job, self._refresh) if task is not None]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._job is not None:
+                self._job.cancel()
+                await asyncio.wait({self._job})
+            await self._refresher.close()
             await self._patcher.close()
 
     def _step(self) -> float | None:
@@ -231,9 +229,13 @@ class PodWorker:
     def _job_ended(self, task: asyncio.Task[None]) -> None:
         self._job = None
         self._wake.set()
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
             logger.error("pod %s: a job failed", spec.format_pod(self.pod), exc_info=error)
-            self._not_before = self.services.wall_clock() + self._end_retry.next()
+            self._not_before = self.services.wall_clock() + self._job_retry.next()
+        elif self.services.wall_clock() >= self._not_before:
+            self._job_retry.reset()
 
     # ---- the end
 
@@ -259,9 +261,8 @@ class PodWorker:
         self._grace = Grace(grace_seconds)
         self._probes.end_with_pod()
         self._not_before = 0.0
-        for task in (self._job, self._refresh):
-            if task is not None:
-                task.cancel()
+        if self._job is not None:
+            self._job.cancel()
 
     async def _end(self) -> None:
         """Stop what runs, then take the volumes down. Comes back here after a failure; every step may be repeated."""
@@ -277,6 +278,7 @@ class PodWorker:
             for instance in live.values():
                 self._assume_dead(instance)
         grace.close()
+        await self._refresher.close()
         self._stopped = True
         self._probes.close()
         self._publish()
@@ -302,7 +304,7 @@ class PodWorker:
                 self.removed = True
             except KubeError as error:
                 logger.warning("deletion of %s: %s", spec.format_pod(self.pod), error)
-                self._not_before = self.services.wall_clock() + self._end_retry.next()
+                self._not_before = self.services.wall_clock() + self._job_retry.next()
                 return
         # From here on the pod may still be seen (a finalizer keeps it), but nothing of it is left on the node.
         for known in self.instances.values():
@@ -333,7 +335,8 @@ class PodWorker:
         if self._job is None and (begin or plan.kill or not self._volumes_ready):
             plan.start = begin
             self._spawn(self._carry_out(plan), now, delays)
-        self._keep_fresh(now, delays)
+        if self._volumes_ready and self._job is None and (again := self._refresher.check(self.pod, now)) is not None:
+            delays.append(again)
 
     async def _carry_out(self, plan: Plan) -> None:
         fresh = set()
@@ -372,7 +375,7 @@ class PodWorker:
             return False
         self._volumes_ready = True
         self._volume_retry.reset()
-        self._refresh_at = self.services.wall_clock() + self._refresh_delay()
+        self._refresher.set_up()
         self._publish(urgent=False)
         return True
 
@@ -407,7 +410,7 @@ class PodWorker:
         try:
             listed = await self.services.runtime.list()
         except RuntimeUnavailableError:
-            self._not_before = self.services.wall_clock() + self._end_retry.next()
+            self._not_before = self.services.wall_clock() + self._job_retry.next()
             return False
         known = {instance.id for each in self.instances.values() for instance in each}
         found = [i for i in listed if i.pod_uid == self.uid and i.id not in known]
@@ -430,31 +433,6 @@ class PodWorker:
             known.remove(old)
             self._messages.pop(old.id, None)
             self._seen_at.pop(old.id, None)
-
-    def _keep_fresh(self, now: float, delays: list[float]) -> None:
-        """Bring volumes up to date from time to time, and at once after a change of labels or annotations."""
-        volumes = self.pod["spec"].get("volumes") or ()
-        if not self._volumes_ready or not any(_REFRESHED_VOLUMES & volume.keys() for volume in volumes):
-            return
-        if now < self._refresh_at:
-            delays.append(self._refresh_at - now)
-        elif self._refresh is None and self._job is None:
-            self._refresh_at = now + self._refresh_delay()
-            delays.append(self._refresh_at - now)
-            self._refresh = asyncio.create_task(self._refresh_volumes(), name="volume refresh")
-
-    def _refresh_delay(self) -> float:
-        return self.services.timing.volume_refresh * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load
-
-    async def _refresh_volumes(self) -> None:
-        try:
-            await self.services.volumes.refresh(self.pod)
-        except (VolumeError, ContainerConfigError, KubeError) as error:
-            self.services.events.event(self.pod, "Warning", "FailedMount", str(error))
-        except OSError:
-            logger.exception("volumes of %s", spec.format_pod(self.pod))
-        finally:
-            self._refresh = None
 
     # ---- what is known
 

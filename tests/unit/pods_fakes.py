@@ -23,6 +23,8 @@ from node.runtime.protocol import (
     ExecResult,
     GuestKind,
     Mount,
+    RuntimeCapabilities,
+    RuntimeUnavailableError,
     StartError,
 )
 from node.settings import NodePaths
@@ -249,6 +251,9 @@ class FakeRuntime:
         self.exec_result: Callable[[Sequence[str]], ExecResult] = lambda _argv: ExecResult(exit_code=0, output=b"")
         self.start_error: dict[str, str] = {}
         self.stop_delay = 0.0
+        self.lost_answers = 0
+        self.capabilities: RuntimeCapabilities | None = None
+        self.memory: dict[str, int] = {}
         self._listeners: list[asyncio.Queue[ContainerStatus]] = []
 
     def _change(self, status: ContainerStatus) -> None:
@@ -280,6 +285,11 @@ class FakeRuntime:
 
     async def start(self, config: ContainerConfig) -> ContainerStatus:
         await asyncio.sleep(0)
+        if self.lost_answers > 0 and config.id in self.known:
+            self.lost_answers -= 1
+            raise RuntimeUnavailableError("the answer was lost")
+        if config.id in self.known:
+            return self.known[config.id]
         self.configs.append(config)
         if config.container_name in self.start_error:
             raise StartError(self.start_error[config.container_name])
@@ -299,6 +309,10 @@ class FakeRuntime:
             annotations=config.annotations,
         )
         _touch(config.log_path)
+        if self.lost_answers > 0:
+            # It runs, but nobody hears of it: the connection broke.
+            self.known[status.id] = status
+            raise RuntimeUnavailableError("the answer was lost")
         self._change(status)
         return status
 
@@ -335,7 +349,11 @@ class FakeRuntime:
         return self.exec_result(argv)
 
     async def usage(self) -> Sequence[ContainerUsage]:
-        return []
+        return [
+            ContainerUsage(id=i.id, cpu_nanoseconds=0, memory_bytes=self.memory.get(i.pod_name, 0), timestamp_ns=0)
+            for i in self.known.values()
+            if i.state is ContainerState.RUNNING
+        ]
 
     async def events(self) -> AsyncIterator[ContainerStatus]:
         queue: asyncio.Queue[ContainerStatus] = asyncio.Queue()

@@ -14,9 +14,11 @@ import pytest
 from node.images.model import ImageError
 from node.kube.base import ApiUnavailableError
 from node.pods import logtail, spec
+from node.pods.eviction import Usage, verdict
 from node.pods.manager import PodManager
+from node.pods.nodeinfo import Pressure
 from node.pods.worker import PodWorker
-from node.runtime.protocol import ContainerState, ExecResult
+from node.runtime.protocol import ContainerState, ExecResult, RuntimeCapabilities
 from node.settings import NodeSettings
 from node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
 from tests.unit.pods_fakes import Fakes, eventually, make_instance, make_pod
@@ -558,9 +560,6 @@ async def test_a_start_error_waits_with_its_message(fakes: Fakes) -> None:
 
 
 async def test_an_evicted_pod_is_failed_with_its_reason(fakes: Fakes) -> None:
-    from node.pods.eviction import Usage, verdict
-    from node.pods.nodeinfo import Pressure
-
     async with running(fakes) as manager:
         fakes.kube.add(make_pod())
         await eventually(lambda: phase(fakes) == "Running")
@@ -576,3 +575,85 @@ async def test_an_evicted_pod_is_failed_with_its_reason(fakes: Fakes) -> None:
         )
         assert condition(fakes, "DisruptionTarget")["reason"] == "TerminationByKubelet"
         assert fakes.runtime.latest().state is ContainerState.EXITED
+
+
+@pytest.mark.parametrize("lost", [1, 4, 6])
+async def test_a_start_whose_answer_is_lost_does_not_run_twice(fakes: Fakes, lost: int) -> None:
+    fakes.runtime.lost_answers = lost
+    async with running(fakes):
+        fakes.kube.add(make_pod(restartPolicy="Never"))
+        await eventually(lambda: phase(fakes) == "Running", seconds=10)
+        assert len(fakes.runtime.configs) == 1
+        assert container(fakes)["restartCount"] == 0
+
+
+async def test_a_held_pod_stays_held_after_a_restart_of_the_agent(fakes: Fakes) -> None:
+    fakes.volumes.refuse = VolumeRefusedError("volume v: nfs is not supported")
+    pod = make_pod()
+    pod["metadata"]["ownerReferences"] = [{"kind": "ReplicaSet", "controller": True}]
+    async with running(fakes):
+        fakes.kube.add(pod)
+        await eventually(lambda: "state" in container(fakes))
+    events = len(fakes.events.said)
+    async with running(fakes):
+        await asyncio.sleep(0.15)
+        assert phase(fakes) == "Pending"
+        assert fakes.images.asked == []
+        assert len(fakes.events.said) == events
+
+
+async def test_a_cpu_limit_that_is_not_kept_is_said_once(fakes: Fakes) -> None:
+    fakes.runtime.capabilities = RuntimeCapabilities(cpu_limits=False, memory_cgroup=False, wasmtime_version="1")
+    limited = {"name": "c", "image": "x", "resources": {"limits": {"cpu": "100m"}}}
+    async with running(fakes):
+        fakes.kube.add(make_pod(containers=[limited]))
+        await eventually(lambda: phase(fakes) == "Running")
+        fakes.runtime.exit(code=1)
+        await eventually(lambda: container(fakes)["restartCount"] == 1)
+        told = [line for line in fakes.events.said if line.startswith("CPULimitNotEnforced")]
+        assert len(told) == 1
+        assert "The cpu limit of 100m is not enforced" in told[0]
+
+
+async def test_pull_secrets_are_brought_and_a_missing_one_is_told(fakes: Fakes) -> None:
+    fakes.references.secrets["have"] = {"registry": "reg"}
+    async with running(fakes):
+        fakes.kube.add(make_pod(imagePullSecrets=[{"name": "have"}, {"name": "missing"}]))
+        await eventually(lambda: phase(fakes) == "Running")
+        assert [credential.registry for credential in fakes.images.asked[0][1]] == ["reg"]
+        assert fakes.events.has(
+            "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (missing);"
+        )
+
+
+async def test_labels_that_change_reach_downward_volumes_at_once(fakes: Fakes) -> None:
+    async with running(fakes):
+        fakes.kube.add(make_pod(volumes=[{"name": "v", "downwardAPI": {}}]))
+        await eventually(lambda: phase(fakes) == "Running")
+        assert fakes.volumes.refreshed == []
+        fakes.kube.change("a", lambda pod: pod["metadata"].update(labels={"x": "y"}))
+        await eventually(lambda: fakes.volumes.refreshed == ["uid-a"])
+
+
+async def test_the_modules_of_known_containers_are_reported_as_in_use(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.pods.manager.HOUSEKEEPING_SECONDS", 0.05)
+    async with running(fakes):
+        fakes.kube.add(make_pod())
+        await eventually(lambda: fakes.images.in_use == frozenset({"sha256:2"}))
+
+
+async def test_pressure_evicts_one_pod_that_would_help(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.pods.manager.HOUSEKEEPING_SECONDS", 0.05)
+    async with running(fakes):
+        fakes.kube.add(make_pod("a"))
+        fakes.kube.add(make_pod("b"))
+        await eventually(lambda: len(fakes.runtime.running()) == 2)
+        fakes.runtime.memory = {"a": 2**20, "b": 2**30}
+        short = Pressure(resource="memory", threshold_bytes=100 * 2**20, available_bytes=2**20)
+        fakes.node = dataclasses.replace(fakes.node, pressures=(short,))
+        await eventually(lambda: phase(fakes, "b") == "Failed")
+        fakes.node = dataclasses.replace(fakes.node, pressures=())
+        assert phase(fakes, "a") == "Running"
+        assert fakes.events.has("Evicted: The node was low on resource: memory.")
