@@ -28,11 +28,11 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     configure_logging(command.log_level)
     if isinstance(command, RunCommand):
         from node.agent import run_agent
-        from node.instance import AlreadyRunningError
+        from node.instance import InstanceError
 
         try:
             return run_agent(command.settings, kubeconfig_copy=command.kubeconfig, version=__version__)
-        except AlreadyRunningError as error:
+        except InstanceError as error:
             terminal_error(str(error))
             return EXIT_USAGE
         except OSError as error:

@@ -42,14 +42,14 @@ _EXIT_FAILED = 1
 _STOP_LIMIT_SECONDS = 5.0
 _FLUSH_SECONDS = 1.0
 _RUNTIME_CHECK_SECONDS = 5.0
-_RECORD_CHECK_SECONDS = 2.0
+_RECORD_CHECK_SECONDS = 5.0
 _OPEN_FILES_WANTED = 65536
 
 
 def run_agent(settings: NodeSettings, *, kubeconfig_copy: Path | None, version: str) -> int:
     """Run until SIGTERM or SIGINT (0) or until something fails (1). ``kubeconfig_copy``: see ``node.commandline``.
 
-    Raises AlreadyRunningError, and OSError when the data folder cannot be had.
+    Raises InstanceError, and OSError when the data folder cannot be had.
     """
     lock = instance.acquire(settings.paths.data)
     try:
@@ -137,6 +137,7 @@ class _Agent:
         from node.kube.events import KubeEventRecorder
         from node.kube.references import References
         from node.lease import LeaseKeeper
+        from node.machine import is_advertisable
         from node.pods.environment import EnvironmentBuilder
         from node.pods.manager import PodManager
         from node.registration import Registration
@@ -184,6 +185,12 @@ class _Agent:
             on_names=on_names,
             on_unauthorized=certificates.rejected,
         )
+        if not is_advertisable(registration.address):
+            logger.warning(
+                "the node's address is %s: 'kubectl logs' and 'exec' work where the API server runs on this machine, "
+                "its node proxy refuses such addresses",
+                registration.address,
+            )
         volumes = VolumeManager(
             settings.paths,
             references,
@@ -291,7 +298,7 @@ class _Agent:
                 self._write_record(registration, server)
                 written = (registration.address, server.port)
             try:
-                async with asyncio.timeout(_RECORD_CHECK_SECONDS if server.port is None else None):
+                async with asyncio.timeout(_RECORD_CHECK_SECONDS):
                     await self._server_changed.wait()
             except TimeoutError:
                 pass

@@ -21,8 +21,16 @@ _LOCK_NAME = "agent.lock"
 _RECORD_NAME = "agent.json"
 
 
-class AlreadyRunningError(Exception):
-    """Another agent works in this data folder; the message names it."""
+class InstanceError(Exception):
+    """The data folder cannot be this agent's; the message says what to do."""
+
+
+class AlreadyRunningError(InstanceError):
+    """Another agent works in this data folder."""
+
+
+class ForeignFolderError(InstanceError):
+    """The data folder holds somebody's other things, and making it private would lock them out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,8 @@ class AgentRecord:
 
 
 def acquire(data: Path) -> int:
-    """Make the data folder and lock it; the descriptor is the lock. Raises AlreadyRunningError and OSError."""
+    """Make the data folder and lock it; the descriptor is the lock. Raises InstanceError and OSError."""
+    _refuse_foreign(data)
     make_folder(data)
     descriptor = os.open(data / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -53,6 +62,16 @@ def acquire(data: Path) -> int:
             f"another agent ({who}) uses {data}; give this one its own with --data-dir, or stop that one"
         ) from None
     return descriptor
+
+
+def _refuse_foreign(data: Path) -> None:
+    try:
+        found = data.stat()
+    except FileNotFoundError:
+        return
+    shared = found.st_mode & 0o077 or found.st_uid != os.geteuid()
+    if shared and not (data / _LOCK_NAME).exists() and any(data.iterdir()):
+        raise ForeignFolderError(f"{data} holds other things; give the node a folder of its own with --data-dir")
 
 
 def write(data: Path, record: AgentRecord) -> None:

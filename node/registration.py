@@ -170,7 +170,7 @@ class Registration:
         node = self._node
         if node is None:
             return
-        self._look_up_address()
+        await self._look_up_address()
         now_levels = levels(self._settings.paths.data)
         status = await self._status(now_levels)
         verdicts = self._conditions.judge(now_levels, self._problem())
@@ -306,8 +306,9 @@ class Registration:
         if isinstance(error, ApiStatusError) and error.code == 401:
             self._on_unauthorized()
 
-    def _look_up_address(self) -> None:
-        address = self._settings.node_ip or find_address(self._server)
+    async def _look_up_address(self) -> None:
+        # In a thread: the API server may have a name, and its name server may be away.
+        address = self._settings.node_ip or await asyncio.to_thread(find_address, self._server)
         if address != self._address:
             logger.info("the node's address changed from %s to %s", self._address, address)
             self._address = address

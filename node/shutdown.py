@@ -8,8 +8,8 @@ manager starts again waits its turn, and fails with a message instead of racing.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -36,8 +36,8 @@ def shutdown(data: Path, *, timeout_seconds: float) -> int:
         if record is not None and instance.stop(record, grace_seconds=timeout_seconds * _AGENT_SHARE):
             logger.info("the agent (pid %d) ended", record.pid)
         lock = instance.acquire(data)
-    except (instance.AlreadyRunningError, PermissionError, TimeoutError) as error:
-        logger.error("%s; if a service manager starts it again, stop the service first", error)  # noqa: TRY400
+    except (instance.InstanceError, PermissionError, TimeoutError) as error:
+        logger.error("%s; where a service manager starts it again, stop the service first", error)  # noqa: TRY400
         return _EXIT_FAILED
     try:
         _stop_supervisors(NodePaths(data=data), max(0.5, deadline - time.monotonic() - _KILL_SECONDS))
@@ -51,10 +51,7 @@ def shutdown(data: Path, *, timeout_seconds: float) -> int:
         instance.remove(data)
         return 0
     finally:
-        with contextlib.suppress(OSError):
-            import os
-
-            os.close(lock)
+        os.close(lock)
 
 
 def _stop_supervisors(paths: NodePaths, seconds: float) -> None:

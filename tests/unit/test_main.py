@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from node import instance
 from node.commandline import RunCommand, ShutdownCommand, UsageError, parse
-from node.instance import AgentRecord, AlreadyRunningError
+from node.instance import AgentRecord, AlreadyRunningError, ForeignFolderError
 from node.settings import NodeSettings
 from node.shutdown import shutdown
 
@@ -242,6 +242,21 @@ def test_two_agents_cannot_share_a_data_folder(tmp_path: Path) -> None:
     finally:
         os.close(lock)
     os.close(instance.acquire(tmp_path))
+
+
+def test_a_folder_with_other_things_in_it_is_never_made_private(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    (shared / "thesis.txt").write_text("x")
+    with pytest.raises(ForeignFolderError, match="--data-dir"):
+        instance.acquire(shared)
+    assert shared.stat().st_mode & 0o777 == 0o755
+    done = module("--data-dir", str(shared))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+    (shared / "thesis.txt").unlink()
+    os.close(instance.acquire(shared))
+    assert shared.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_record_is_private_and_comes_back(tmp_path: Path) -> None:
