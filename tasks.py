@@ -124,32 +124,24 @@ def status(c: Context, name: str = "", output: str = "text") -> None:
 
 
 @task(
-    positional=["component"],
     help={
-        "component": "etcd, kube-apiserver, ..., approver, registry, or a node's name; none: list them",
+        "component": "etcd, kube-apiserver, ..., approver, registry, or a node's name",
         "name": NAME_HELP,
         "follow": "go on printing as lines come",
         "lines": "how many of the last lines (0: all)",
     },
 )
 @command
-def logs(c: Context, component: str = "", name: str = "", follow: bool = False, lines: int = 100) -> None:
+def logs(c: Context, component: str, name: str = "", follow: bool = False, lines: int = 100) -> None:
     """Print a component's log.
 
     Examples:
-      invoke logs                     which logs are there?
-      invoke logs kube-apiserver
+      invoke logs kube-apiserver      (`invoke logs x` names those there are)
       invoke logs wasilet-1 -f        the node agent's, as it comes
     """
-    from harness.state import State
-    from harness.status import log_file, log_lines, names
+    from harness.status import log_file, log_lines
 
     settings = settings_of(c, name=name)
-    if not component:
-        log_file_names = names(State.of(settings))
-        for known in log_file_names:
-            emit(known)
-        return
     for line in log_lines(log_file(settings, component), tail=lines, follow=follow):
         emit(line)
 
@@ -185,7 +177,6 @@ def kubectl(c: Context, name: str = "") -> None:
 
 
 @task(
-    positional=["request"],
     help={
         "request": "the certificate signing request to approve; none: list what is pending",
         "all": "approve every one that is right",
@@ -201,7 +192,7 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
 
     Examples:
       invoke approve                  what is pending, and would it be approved?
-      invoke approve csr-x7k2p
+      invoke approve --request csr-x7k2p
       invoke approve --all
     """
     from harness.approval import approve_once, pending
@@ -221,10 +212,10 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
 
 
 @task(
-    positional=["action", "token-id"],
+    auto_shortflags=False,
     help={
         "action": "create, list or delete",
-        "token-id": "which one to delete",
+        "id": "which one to delete",
         "ttl": "how long a new token lives, in seconds",
         "file": "write a bootstrap.conf with the new token there, in place of printing the token",
         "name": NAME_HELP,
@@ -234,8 +225,8 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
 @command
 def token(
     c: Context,
-    action: str = "list",
-    token_id: str = "",
+    action: str,
+    id: str = "",  # noqa: A002
     ttl: int = 3600,
     file: str = "",
     name: str = "",
@@ -246,13 +237,13 @@ def token(
     Examples:
       invoke token create --file bootstrap.conf   for `python -P -m node --bootstrap-file bootstrap.conf ...`
       invoke token list
-      invoke token delete abc123
+      invoke token delete --id abc123
     """
     from harness.token import run_action
 
     settings = settings_of(c, name=name, token_ttl_seconds=ttl)
     checked_output(output)
-    answer = run_action(settings, action, token_id=token_id, file=file)
+    answer = run_action(settings, action, token_id=id, file=file)
     if output == "json":
         emit_json(answer)
         return

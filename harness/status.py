@@ -200,8 +200,3 @@ def log_lines(path: Path, *, tail: int, follow: bool, process: ProcessRecord | N
                 yield rest.decode(errors="replace")
             return
         time.sleep(FOLLOW_POLL_SECONDS)
-
-
-def names(state: State) -> Sequence[str]:
-    """Components that have a log."""
-    return sorted(path.stem for path in state.logs.glob("*.log"))

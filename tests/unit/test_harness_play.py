@@ -151,7 +151,7 @@ def test_ctrl_c_is_passed_on_after_the_running_steps_gave_up() -> None:
 
     steps = [
         Step(name="waiting", look=lambda: Finding.differs("x"), change=wait, after=()),
-        Step(name="talking", look=lambda: Finding.differs("x"), change=lambda say: say("now") or "", after=()),
+        Step(name="talking", look=lambda: Finding.differs("x"), change=talk, after=()),
     ]
     with pytest.raises(KeyboardInterrupt):
         Play("p", steps).run(reporter=Impatient(io.StringIO()))

@@ -1,0 +1,146 @@
+"""The command line: one clear line for bad input, exit codes, and pytest's own options."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from invoke.exceptions import Exit
+
+from harness.cli import command, invocation_path
+from harness.errors import UsageError
+from harness.settings import load
+from harness.testing import needs_binaries, pytest_command
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+
+
+def invoke(*words: str, state: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("WASILET_")},
+        "WASILET_STATE_HOME": str(state / "state"),
+        "KUBECONFIG": str(state / "config"),
+        "HOME": str(state),
+        **environ,
+    }
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "invoke", *words], cwd=ROOT, env=env, text=True, capture_output=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["up", "--provider", "clouds"], "unknown provider 'clouds'"),
+        (["up", "--name", "Not_A_Label"], "'Not_A_Label' is no name for a cluster"),
+        (["up", "--taint", "nonsense"], "'nonsense' is no taint"),
+        (["up", "--output", "xml"], "unknown output 'xml'"),
+        (["status", "--name", "unknown"], "there is no cluster 'unknown'"),
+        (["down", "--name", "unknown"], "there is no cluster 'unknown'"),
+        (["logs", "etcd", "--name", "unknown"], "there is no cluster 'unknown'"),
+        (["kubeconfig"], "there is no cluster 'wasilet'"),
+        (["kubectl", "--", "get", "nodes"], "there is no cluster 'wasilet'"),
+        (["token", "list"], "cluster 'wasilet' is not up"),
+        (["approve"], "cluster 'wasilet' is not up"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_2(tmp_path: Path, words: list[str], expected: str) -> None:
+    done = invoke(*words, state=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert not (tmp_path / "config").exists()
+    assert not list(tmp_path.glob("state/*/cluster.json"))
+
+
+def test_a_home_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file where the folder should be")
+    done = invoke("up", state=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_purging_what_is_not_there_is_done_already(tmp_path: Path) -> None:
+    assert invoke("down", "--purge", state=tmp_path).returncode == 0
+
+
+def test_every_task_has_a_help_of_one_line_and_examples(tmp_path: Path) -> None:
+    listed = invoke("--list", state=tmp_path)
+    assert listed.returncode == 0
+    lines = listed.stdout.splitlines()
+    for task in ("up", "down", "status", "logs", "kubectl", "approve", "token", "test"):
+        (line,) = [number for number, text in enumerate(lines) if text.split()[:1] == [task]]
+        assert not lines[line + 1].startswith("     "), f"the help of {task} is longer than a line"
+        assert "Example" in invoke("--help", task, state=tmp_path).stdout, task
+
+
+@pytest.mark.parametrize(("error", "code"), [(UsageError("bad"), 2), (KeyboardInterrupt(), 130), (OSError(28, "x"), 2)])
+def test_a_task_ends_with_its_exit_code(error: BaseException, code: int) -> None:
+    @command
+    def task() -> None:
+        raise error
+
+    with pytest.raises(Exit) as caught:
+        task()
+    assert caught.value.code == code
+
+
+def test_sigterm_ends_a_task_in_order() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    @command
+    def task() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with pytest.raises(Exit) as caught:
+        task()
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_paths_are_relative_to_where_run_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WASILET_INVOCATION_DIR", "/somewhere/else")
+    assert invocation_path("kc") == "/somewhere/else/kc"
+    assert invocation_path("../kc") == "/somewhere/kc"
+    assert invocation_path("/kc") == "/kc"
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ([], True),
+        (["-m", "unit"], False),
+        (["-m", "e2e"], True),
+        (["-m", "unit or component"], True),
+        (["tests/unit/test_x.py::test_y"], False),
+        (["tests/unit", "tests/e2e"], True),
+        (["--co"], False),
+        (["-k", "approver"], True),
+    ],
+)
+def test_binaries_are_brought_only_for_tests_that_need_them(words: list[str], needed: bool) -> None:  # noqa: FBT001
+    assert needs_binaries(words) is needed
+
+
+def test_pytest_gets_its_words_as_typed_and_the_provider_by_environment() -> None:
+    from harness.console import SilentReporter
+
+    words = ["--provider", "host", "-m", "unit", "-k", "a and b", "tests/unit"]
+    argv, env = pytest_command(load(environ={}), words, reporter=SilentReporter())
+    assert argv[1:] == ["-P", "-m", "pytest", "-m", "unit", "-k", "a and b", "tests/unit"]
+    assert env["WASILET_PROVIDER"] == "host"
+    with pytest.raises(UsageError, match="unknown provider"):
+        pytest_command(load(environ={}), ["--provider=clouds"], reporter=SilentReporter())
