@@ -308,7 +308,9 @@ class Registration:
 
     async def _look_up_address(self) -> None:
         # In a thread: the API server may have a name, and its name server may be away.
-        address = self._settings.node_ip or await asyncio.to_thread(find_address, self._server)
+        address = self._settings.node_ip
+        if address is None:
+            address = await asyncio.to_thread(find_address, self._server)
         if address != self._address:
             logger.info("the node's address changed from %s to %s", self._address, address)
             self._address = address
