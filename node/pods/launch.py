@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from node.images.model import Credential, ImageError, PullPolicy
 from node.kube.base import KubeError
@@ -45,8 +45,16 @@ class LaunchError(Exception):
         """The runtime was not there, which passes: no back-off."""
 
 
-async def launch(services: Collaborators, pod: Pod, container: Container, *, attempt: int) -> ContainerStatus:
-    """Start an instance and return its status. Raises LaunchError; events are written on the way."""
+Late = Callable[[ContainerStatus], None]
+
+
+async def launch(
+    services: Collaborators, pod: Pod, container: Container, *, attempt: int, late: Late
+) -> ContainerStatus:
+    """Start an instance and return its status. Raises LaunchError; events are written on the way.
+
+    ``late`` gets the status of an instance that came up although the launch was cancelled meanwhile.
+    """
 
     def warn(message: str) -> None:
         services.events.event(
@@ -71,7 +79,7 @@ async def launch(services: Collaborators, pod: Pod, container: Container, *, att
         field_path=spec.field_path(pod, container["name"]),
     )
     try:
-        started = await _to_its_end(services, config)
+        started = await _to_its_end(services, config, late)
     except StartError as error:
         warn(str(error))
         raise LaunchError("RunContainerError", str(error), counts=True) from error
@@ -87,18 +95,20 @@ async def launch(services: Collaborators, pod: Pod, container: Container, *, att
     return started
 
 
-async def _to_its_end(services: Collaborators, config: ContainerConfig) -> ContainerStatus:
-    """``runtime.start``, which a cancellation does not interrupt: an instance that came up is stopped again."""
+async def _to_its_end(services: Collaborators, config: ContainerConfig, late: Late) -> ContainerStatus:
+    """``runtime.start``, which a cancellation does not interrupt: whoever cancelled is told what has come up.
+
+    It is not stopped here: the one who cancels may be a pod's deletion, which stops all that it knows of, but also the
+    end of the agent, and then containers go on.
+    """
     task = asyncio.ensure_future(_start(services, config))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task}, timeout=services.timing.stop_timeout)
         if task.done() and not task.cancelled() and task.exception() is None:
-            try:
-                await services.runtime.stop(config.id, timeout_seconds=services.timing.stop_timeout)
-            except RuntimeUnavailableError as error:
-                logger.warning("container %s is left to the next clean-up: %s", config.id, error)
+            late(task.result())
+        task.cancel()
         raise
 
 

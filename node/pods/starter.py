@@ -14,7 +14,7 @@ from node.pods.backoff import (
     go_duration,
 )
 from node.pods.collaborators import Collaborators
-from node.pods.launch import LaunchError, launch
+from node.pods.launch import Late, LaunchError, launch
 from node.pods.spec import NANOSECONDS, Container, Pod
 from node.pods.status import Waiting
 from node.runtime.protocol import ContainerStatus, RuntimeCapabilities, RuntimeUnavailableError
@@ -29,9 +29,10 @@ _COMPILE_RETRY_SECONDS = 60.0
 class Starter:
     """Belongs to one pod's worker."""
 
-    def __init__(self, services: Collaborators, pod_uid: str) -> None:
+    def __init__(self, services: Collaborators, *, late: Late) -> None:
+        """``late``: see ``launch``."""
         self._services = services
-        self._uid = pod_uid
+        self._late = late
         self.waiting: dict[str, Waiting] = {}
         """By container: why the last attempt came to nothing. Cleared by the next that works."""
 
@@ -92,7 +93,7 @@ class Starter:
         now = self._services.wall_clock()
         attempt = latest.attempt + 1 if latest is not None else 0
         try:
-            started = await launch(self._services, pod, container, attempt=attempt)
+            started = await launch(self._services, pod, container, attempt=attempt, late=self._late)
         except LaunchError as error:
             self.unsure = self.unsure or error.at_once
             self.waiting[name] = Waiting(reason=error.reason, message=error.message)

@@ -79,7 +79,7 @@ class PodWorker:
         self._probes = PodProbes(
             pod, runtime=services.runtime, events=services.events, results=self.results, changed=self._wake.set
         )
-        self._starter = Starter(services, self.uid)
+        self._starter = Starter(services, late=self.observe)
         self._refresher = Refresher(services)
         self._messages: dict[str, str] = {}
         self._seen_at: dict[str, float] = {}
@@ -376,7 +376,7 @@ class PodWorker:
         self._volumes_ready = True
         self._volume_retry.reset()
         self._refresher.set_up()
-        self._publish(urgent=False)
+        self._wake.set()
         return True
 
     async def _start(self, name: str, *, fresh: bool = False) -> None:
@@ -397,7 +397,6 @@ class PodWorker:
         self._seen_at[started.id] = asyncio.get_running_loop().time()
         self.observe(started)
         await self._forget_older(container["name"])
-        self._publish()
         failure = await self._starter.post_start(self.pod, container, started)
         if failure is not None:
             stopped = await termination.stop_instance(self.services, started.id)
@@ -456,8 +455,8 @@ class PodWorker:
         else:
             self._messages[instance.id] = self._starter.exit_message(self.pod, found[1], instance)
 
-    def _publish(self, *, urgent: bool = True) -> None:
-        """Compute the status and have it sent."""
+    def _publish(self) -> None:
+        """Compute the status and have it sent; one that only says "being created" may wait for what comes next."""
         now = spec.rfc3339(int(self.services.wall_clock() * NANOSECONDS))
         if self._rejected and self.verdict is not None:
             if not spec.is_terminal(self.pod):
@@ -487,7 +486,7 @@ class PodWorker:
             # The last container has just ended: the final status follows at once, and one patch says it all.
             return
         begun = has_ever_started(self.pod, self.latest()) or bool(waiting)
-        self._patcher.submit(self.status, urgent=urgent and (begun or self.stage is not Stage.ACTIVE))
+        self._patcher.submit(self.status, urgent=begun or self.stage is not Stage.ACTIVE)
 
     def _old_status(self) -> Mapping[str, Any]:
         """The last computed status, with everybody else's conditions as the API server has them now."""

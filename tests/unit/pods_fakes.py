@@ -250,6 +250,7 @@ class FakeRuntime:
         self.execs: list[tuple[str, tuple[str, ...]]] = []
         self.exec_result: Callable[[Sequence[str]], ExecResult] = lambda _argv: ExecResult(exit_code=0, output=b"")
         self.start_error: dict[str, str] = {}
+        self.start_delay = 0.0
         self.stop_delay = 0.0
         self.lost_answers = 0
         self.capabilities: RuntimeCapabilities | None = None
@@ -313,6 +314,8 @@ class FakeRuntime:
             # It runs, but nobody hears of it: the connection broke.
             self.known[status.id] = status
             raise RuntimeUnavailableError("the answer was lost")
+        if self.start_delay:
+            await asyncio.sleep(self.start_delay)
         self._change(status)
         return status
 

@@ -577,7 +577,7 @@ async def test_an_evicted_pod_is_failed_with_its_reason(fakes: Fakes) -> None:
         assert fakes.runtime.latest().state is ContainerState.EXITED
 
 
-@pytest.mark.parametrize("lost", [1, 4, 6])
+@pytest.mark.parametrize("lost", [1, 6])
 async def test_a_start_whose_answer_is_lost_does_not_run_twice(fakes: Fakes, lost: int) -> None:
     fakes.runtime.lost_answers = lost
     async with running(fakes):
@@ -657,3 +657,25 @@ async def test_pressure_evicts_one_pod_that_would_help(fakes: Fakes, monkeypatch
         fakes.node = dataclasses.replace(fakes.node, pressures=())
         assert phase(fakes, "a") == "Running"
         assert fakes.events.has("Evicted: The node was low on resource: memory.")
+
+
+async def test_a_pod_deleted_while_it_starts_leaves_no_instance(fakes: Fakes) -> None:
+    fakes.runtime.start_delay = 0.2
+    async with running(fakes) as manager:
+        fakes.kube.add(make_pod())
+        await eventually(lambda: fakes.runtime.configs)
+        fakes.kube.ask_deletion("a")
+        await eventually(lambda: manager.pods() == [])
+        assert fakes.runtime.stopped == ["c"]
+        assert fakes.runtime.known == {}
+
+
+async def test_an_agent_that_ends_while_a_container_starts_lets_it_run(fakes: Fakes) -> None:
+    fakes.runtime.start_delay = 0.1
+    async with running(fakes):
+        fakes.kube.add(make_pod(restartPolicy="Never"))
+        await eventually(lambda: fakes.runtime.configs)
+    assert fakes.runtime.running() == ["c"]
+    async with running(fakes):
+        await eventually(lambda: phase(fakes) == "Running")
+        assert len(fakes.runtime.configs) == 1
