@@ -117,7 +117,7 @@ def parse(data: bytes, *, origin: Path) -> Kubeconfig:
         if len(contexts) != 1:
             raise KubeconfigError(f"{origin}: no current-context")
         current = next(iter(contexts))
-    if current not in contexts:
+    if not isinstance(current, str) or current not in contexts:
         raise KubeconfigError(f"{origin}: current-context {current!r} is not among its contexts")
     context = contexts[current]
     cluster = reader.pick(reader.named(config, "clusters", "cluster"), context, "cluster", current)
