@@ -130,6 +130,9 @@ class Settings:
     install: bool = True
     """Whether missing system packages may be installed (as root, on Debian and Ubuntu)."""
 
+    max_pods: int = 0
+    """How many pods each node takes; 0: the node's own default, 110."""
+
     token_ttl_seconds: int = 3600
     """How long a bootstrap token lives."""
 
@@ -201,7 +204,7 @@ def _section(kind: type[Any], name: str, value: Any) -> Any:
 
 def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
     typed = dict(values)
-    for key in ("nodes", "token_ttl_seconds"):
+    for key in ("nodes", "max_pods", "token_ttl_seconds"):
         if key in typed:
             typed[key] = _number(key, typed[key], int)
     for key in ("download", "install"):
@@ -226,6 +229,8 @@ def _checked(settings: Settings) -> Settings:
     checked_name(settings.name)
     if not 0 <= settings.nodes <= 50:
         raise UsageError(f"{settings.nodes} nodes: between 1 and 50 can join")
+    if not 0 <= settings.max_pods <= 100_000:
+        raise UsageError(f"setting max_pods: between 1 and 100000, not {settings.max_pods}")
     for port in fields(PortSettings):
         value = getattr(settings.ports, port.name)
         if not 0 <= value <= 65535:

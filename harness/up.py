@@ -281,6 +281,8 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
     ]  # fmt: skip
     for taint in cluster.taints():
         argv += ["--taint", taint]
+    if cluster.settings.max_pods:
+        argv += ["--max-pods", str(cluster.settings.max_pods)]
     return Component(
         name=node_component(node),
         argv=tuple(argv),
