@@ -1,8 +1,8 @@
 """``down``: ends a cluster and nothing else; ``--purge`` removes what it kept as well.
 
-Nodes end first, while there is still something to report to; then everything else at once. What is ended is what the
-records name, and what carries the cluster's own random run id in its environment: a process that a killed run could
-not write down any more. No process is ever found by its name.
+Nodes and the rest end beside each other: neither needs the other any more. What is ended is what the records name, and
+at last what carries the cluster's own random run id in its environment: a process that a killed run could not write
+down any more. No process is ever found by its name.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from harness.controlplane.components import environment_for_tools
 from harness.errors import CommandError, HarnessError, StateError, UsageError
 from harness.play import Finding, Play, Progress, Recap, Step
-from harness.process import is_alive, run, stop
+from harness.process import ProcessRecord, is_alive, run, stop
 from harness.providers.base import Cluster
 from harness.settings import Settings
-from harness.state import State, clusters
+from harness.state import ComponentRecord, State, clusters
 from harness.up import node_component, open_cluster
 
 if TYPE_CHECKING:
@@ -63,13 +63,14 @@ def unknown_cluster(settings: Settings) -> UsageError:
 
 
 def steps(cluster: Cluster, *, purge: bool) -> list[Step]:
-    """In order; nodes beside each other."""
+    """Everything ends at once; then whatever is left."""
     nodes = [_node_step(cluster, name, purge=purge) for name in _node_folders(cluster.state)]
-    after = tuple(node.name for node in nodes)
+    components = _components_step(cluster)
     return [
         _kubeconfig_step(cluster),
         *nodes,
-        _processes_step(cluster, after=after),
+        components,
+        _leftovers_step(cluster, after=(*(node.name for node in nodes), components.name)),
         _provider_step(cluster, purge=purge),
         *([_purge_step(cluster)] if purge else []),
     ]
@@ -121,32 +122,59 @@ def _node_step(cluster: Cluster, name: str, *, purge: bool) -> Step:
     return Step(name=f"node {name}", look=look, change=change, after=(), log=state.log(node_component(name)))
 
 
-def _processes_step(cluster: Cluster, *, after: tuple[str, ...]) -> Step:
+def _components_step(cluster: Cluster) -> Step:
     settings, state = cluster.settings, cluster.state
 
+    def records() -> list[ComponentRecord]:
+        nodes = {node_component(name) for name in _node_folders(state)}
+        return [record for record in state.records() if record.name not in nodes]
+
     def look() -> Finding:
-        names = [record.name for record in state.records() if is_alive(record.process)]
-        strays = state.stray_processes()
-        if not names and not strays:
+        names = [record.name for record in records() if is_alive(record.process)]
+        if not names:
             return Finding.ok("none runs")
-        return Finding.differs(f"end {', '.join(names) or 'what is left'}", [f"- {name}" for name in names])
+        return Finding.differs(f"end {', '.join(names)}", [f"- {name}" for name in names])
 
     def change(_: Progress) -> str:
-        records = state.records()
-        known = {record.process.pid for record in records}
-        processes = [record.process for record in records]
-        processes += [process for process in state.stray_processes() if process.pid not in known]
-        left = stop(processes, grace_seconds=settings.timeouts.stop_grace_seconds)
-        left += stop(state.stray_processes(), grace_seconds=settings.timeouts.stop_grace_seconds)
-        if left:
-            pids = ", ".join(str(process.pid) for process in left)
-            raise HarnessError(f"processes that cannot be ended: {pids}", hint="they belong to another user, or hang")
-        for record in records:
+        chosen = records()
+        left = stop([record.process for record in chosen], grace_seconds=settings.timeouts.stop_grace_seconds)
+        _check_gone(left)
+        for record in chosen:
             state.forget(record.name)
         (state.run / "approver.status").unlink(missing_ok=True)
-        return f"ended {len(processes)}"
+        return f"ended {len(chosen)}"
 
-    return Step(name="processes", look=look, change=change, after=after)
+    return Step(name="components", look=look, change=change, after=())
+
+
+def _leftovers_step(cluster: Cluster, *, after: tuple[str, ...]) -> Step:
+    settings, state = cluster.settings, cluster.state
+
+    def processes() -> list[ProcessRecord]:
+        recorded = [record.process for record in state.records() if is_alive(record.process)]
+        pids = {process.pid for process in recorded}
+        return recorded + [process for process in state.stray_processes() if process.pid not in pids]
+
+    def look() -> Finding:
+        found = processes()
+        return Finding.differs(f"end {len(found)}") if found or state.records() else Finding.ok("none")
+
+    def change(_: Progress) -> str:
+        found = processes()
+        _check_gone(stop(found, grace_seconds=settings.timeouts.stop_grace_seconds))
+        # One of them may have started another while it was being ended.
+        _check_gone(stop(processes(), grace_seconds=0))
+        for record in state.records():
+            state.forget(record.name)
+        return f"ended {len(found)}"
+
+    return Step(name="whatever is left", look=look, change=change, after=after)
+
+
+def _check_gone(left: list[ProcessRecord]) -> None:
+    if left:
+        pids = ", ".join(str(process.pid) for process in left)
+        raise HarnessError(f"processes that cannot be ended: {pids}", hint="they belong to another user, or hang")
 
 
 def _kubeconfig_step(cluster: Cluster) -> Step:

@@ -270,6 +270,25 @@ def test_a_second_up_waits_and_says_who_holds_the_lock(own: TestCluster) -> None
     assert result[0].succeeded
 
 
+def test_another_node_joins_and_stays_by_an_approver_that_outlived_the_api_server(own: TestCluster) -> None:
+    from dataclasses import replace
+
+    approver = pids(own.settings)["approver"]
+    victim = pids(own.settings)["kube-apiserver"]
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    bring_up(replace(own.settings, nodes=2))
+    data = status(own.settings)
+    assert [node["ready"] for node in data["nodes"]] == [True, True]
+    assert pids(own.settings)["approver"] == approver
+    pairs = [Path(node["data_dir"]) / "pki" / "serving.pem" for node in data["nodes"]]
+    deadline = time.monotonic() + 20
+    while not all(pair.is_file() for pair in pairs):
+        assert time.monotonic() < deadline, "the second node's serving certificate was not approved"
+        time.sleep(0.05)
+    assert changed(bring_up(own.settings)) == [], "`up` without --nodes keeps what is there"
+
+
 def test_up_of_another_provider_is_refused(own: TestCluster) -> None:
     from dataclasses import replace
 
