@@ -7,29 +7,75 @@ import contextlib
 import json
 import os
 import pty
-from collections.abc import AsyncIterator, Iterator, Mapping
+import socket
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from harness.controlplane.pki import CLUSTER_CA, Pki
+from harness.kube import api_path
 from node.kube.client import KubeClient
 from node.kube.kubeconfig import Cluster, Credentials
 from node.runtime.protocol import StartError
 from node.server.app import KubeletServer
-from tests.component.server_rig import ControlPlane, control_plane, free_port
-from tests.unit.server_rig import FakePods, FakeRuntime, client_context, log_folder, make_pod, make_settings
+from tests.clusters import TestCluster
+from tests.unit.server_rig import (
+    Authority,
+    FakePods,
+    FakeRuntime,
+    Pair,
+    client_context,
+    log_folder,
+    make_pod,
+    make_settings,
+)
 
 pytestmark = pytest.mark.component
 
+NODE = "server-1"
 LINE = b"2025-01-01T00:00:0%d.000000000Z stdout F %s\n"
 
 
+class ControlPlane:
+    """The shared API server, and its authority to issue certificates of a node and its callers."""
+
+    def __init__(self, cluster: TestCluster) -> None:
+        self._cluster = cluster
+        pki = Pki(cluster.cluster.state.pki)
+        self.kube = cluster.kube
+        self.authority = Authority(existing=Pair(pki.read_certificate(CLUSTER_CA), pki.key(CLUSTER_CA).read_bytes()))
+        self.url = cluster.access.server
+        self.node = self.authority.issue(f"system:node:{NODE}", organizations=["system:nodes"])
+
+    def kubectl(self, *arguments: str) -> list[str]:
+        """argv of a kubectl command as admin."""
+        binary = self._cluster.cluster.binary("kubectl")
+        return [binary, "--kubeconfig", str(self._cluster.admin_kubeconfig), *arguments]
+
+    def place_node(self, port: int) -> None:
+        """The Node object, whose kubelet listens on this port of loopback."""
+        if self.kube.find(api_path("nodes", NODE)) is None:
+            self.kube.create(api_path("nodes"), {"metadata": {"name": NODE}})
+        status = {
+            "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
+        }
+        self.kube.patch(api_path("nodes", NODE) + "/status", {"status": status})
+
+    def place_pod(self, pod: dict[str, Any]) -> dict[str, Any]:
+        """Create a pod bound to the node, and give back what the API server made of it."""
+        spec = {**pod["spec"], "nodeName": NODE, "automountServiceAccountToken": False}
+        body = {"metadata": {"name": pod["metadata"]["name"]}, "spec": spec}
+        made = self.kube.create(api_path("pods", namespace="default"), body)
+        return {**made, "status": pod["status"]}
+
+
 @pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    with control_plane(tmp_path_factory.mktemp("plane")) as plane:
-        yield plane
+def plane(control_plane_cluster: TestCluster) -> ControlPlane:
+    return ControlPlane(control_plane_cluster)
 
 
 class Kubelet:
@@ -41,7 +87,7 @@ class Kubelet:
         self.pods = FakePods()
         self.runtime = FakeRuntime()
         self.server = KubeletServer(
-            settings=make_settings(folder),
+            settings=make_settings(folder, node_name=NODE),
             kube=kube,
             pods=self.pods,
             runtime=self.runtime,
@@ -88,7 +134,7 @@ async def kubelet(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Kubelet]
         user_agent="wasilet-test",
     )
     kubelet = Kubelet(plane, tmp_path, kube)
-    serving = plane.authority.issue("system:node:wasm-1", addresses=["127.0.0.1"], server=True)
+    serving = plane.authority.issue(f"system:node:{NODE}", addresses=["127.0.0.1"], server=True)
     kubelet.server.set_certificate(serving.certificate, serving.key)
     task = asyncio.create_task(kubelet.server.run())
     try:
@@ -133,23 +179,25 @@ async def test_kubectl_shows_why_there_is_no_log(kubelet: Kubelet) -> None:
 
 
 async def test_a_service_account_token_is_reviewed_and_its_rights_are_looked_up(kubelet: Kubelet) -> None:
-    call = kubelet.plane.call
-    call("POST", "/api/v1/namespaces/default/serviceaccounts", {"metadata": {"name": "scraper"}})
+    kube = kubelet.plane.kube
+    accounts = api_path("serviceaccounts", namespace="default")
+    kube.create(accounts, {"metadata": {"name": "scraper"}})
     request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"audiences": []}}
-    token = call("POST", "/api/v1/namespaces/default/serviceaccounts/scraper/token", request)["status"]["token"]
+    token = kube.create(f"{accounts}/scraper/token", request)["status"]["token"]
     name = "system:serviceaccount:default:scraper"
     assert await kubelet.get("/pods", token) == (
         403,
         f"Forbidden (user={name}, verb=get, resource=nodes, subresource(s)=[pods proxy])\n",
     )
+    rbac = "/apis/rbac.authorization.k8s.io/v1"
     rules = [{"apiGroups": [""], "resources": ["nodes/healthz"], "verbs": ["get"]}]
-    call("POST", "/apis/rbac.authorization.k8s.io/v1/clusterroles", {"metadata": {"name": "prober"}, "rules": rules})
+    kube.create(f"{rbac}/clusterroles", {"metadata": {"name": "server-prober"}, "rules": rules})
     binding = {
-        "metadata": {"name": "prober"},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "prober"},
+        "metadata": {"name": "server-prober"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "server-prober"},
         "subjects": [{"kind": "ServiceAccount", "name": "scraper", "namespace": "default"}],
     }
-    call("POST", "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", binding)
+    kube.create(f"{rbac}/clusterrolebindings", binding)
     assert await kubelet.get("/healthz", token) == (200, "ok")
     assert (await kubelet.get("/healthz", token[:-4] + "aaaa"))[0] == 401
 
@@ -264,13 +312,11 @@ async def test_kubectl_attach_shows_output_from_now_on(kubelet: Kubelet, websock
 async def test_kubectl_port_forward_is_told_why_it_cannot(kubelet: Kubelet, websockets: str) -> None:
     name = f"forward-{websockets}"
     kubelet.add(make_pod(name))
-    kubelet.plane.call(
-        "PATCH",
-        f"/api/v1/namespaces/default/pods/{name}/status",
-        {"status": {"phase": "Running"}},
-        content_type="application/merge-patch+json",
-    )
-    port = free_port()
+    path = api_path("pods", name, namespace="default")
+    kubelet.plane.kube.patch(f"{path}/status", {"status": {"phase": "Running"}})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     process = await asyncio.create_subprocess_exec(
         *kubelet.plane.kubectl("port-forward", "--address=127.0.0.1", name, f"{port}:8080"),
         stdout=asyncio.subprocess.PIPE,

@@ -36,14 +36,23 @@ class Pair:
 class Authority:
     """A certificate authority for one test."""
 
-    def __init__(self, name: str = "test-ca") -> None:
+    def __init__(self, name: str = "test-ca", *, existing: Pair | None = None) -> None:
+        """A new authority, or that of a cluster."""
+        if existing is not None:
+            key = serialization.load_pem_private_key(existing.key, None)
+            assert isinstance(key, ec.EllipticCurvePrivateKey)
+            self._key = key
+            self.key_pem = existing.key
+            self._name = x509.load_pem_x509_certificate(existing.certificate).subject
+            self.pem = existing.certificate
+            return
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = _builder(self._name, self._name, self._key.public_key(), timedelta(days=1))
-        self._certificate = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(
+        certificate = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(
             self._key, hashes.SHA256()
         )
-        self.pem = self._certificate.public_bytes(serialization.Encoding.PEM)
+        self.pem = certificate.public_bytes(serialization.Encoding.PEM)
         self.key_pem = _key_pem(self._key)
 
     def issue(
@@ -295,9 +304,9 @@ class FakeRuntime:
         return await self.exec_stream(container_id, ("attach",))
 
 
-def make_settings(folder: Path, *, port: int = 0) -> NodeSettings:
+def make_settings(folder: Path, *, port: int = 0, node_name: str = "wasm-1") -> NodeSettings:
     """Settings of a node that listens on loopback."""
-    return NodeSettings(node_name="wasm-1", paths=NodePaths(data=folder), bind_address="127.0.0.1", port=port)
+    return NodeSettings(node_name=node_name, paths=NodePaths(data=folder), bind_address="127.0.0.1", port=port)
 
 
 def make_pod(

@@ -27,6 +27,9 @@ ACCEPTED_HEADER = "X-Accepted-Stream-Protocol-Versions"
 LINGER_SECONDS = 5.0
 """How long the peer has to close after everything was sent: closing first could lose what it has not read yet."""
 
+CLOSE_SECONDS = 1.0
+"""How long TLS may take to end; after that the connection is cut."""
+
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
@@ -101,7 +104,14 @@ async def take_over(
     finally:
         spdy.connection.say_goodbye()
         transport.close()
-        asyncio.get_running_loop().call_soon(http.connection_lost, None)
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await spdy.gone.wait()
+        except TimeoutError:
+            logger.debug("a peer did not answer the end of TLS")
+        finally:
+            transport.abort()
+            asyncio.get_running_loop().call_soon(http.connection_lost, None)
 
 
 class _SpdyProtocol(asyncio.Protocol):
@@ -109,6 +119,9 @@ class _SpdyProtocol(asyncio.Protocol):
         self._transport = transport
         self._writable = asyncio.Event()
         self._writable.set()
+        self.gone = asyncio.Event()
+        """The transport is closed for good."""
+
         self.connection = SpdyConnection(
             send=transport.write, drain=self._drain, pause=self._pause_reading, accept=accept
         )
@@ -133,6 +146,7 @@ class _SpdyProtocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the interface of asyncio
         self._writable.set()
+        self.gone.set()
         self.connection.lost()
 
     async def _drain(self) -> None:
