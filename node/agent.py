@@ -149,11 +149,9 @@ class _Agent:
         references = References(kube)
         references.start()
         stack.push_async_callback(references.close)
-        images = ImageManager(
-            directory=settings.paths.images,
-            settings=settings.images,
-            compiler=Compiler(settings.paths.compiled, settings.images),
-        )
+        compiler = Compiler(settings.paths.compiled, settings.images)
+        stack.push_async_callback(compiler.close)
+        images = ImageManager(directory=settings.paths.images, settings=settings.images, compiler=compiler)
         await images.start()
         stack.push_async_callback(images.close)
 
