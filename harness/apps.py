@@ -99,9 +99,9 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
             f"{app.name} has no demo", hint=f"{app.folder / 'demo.yaml'} would say what is applied and asserted"
         )
     render(app, {}, lenient=True)
-    cluster = running_cluster(settings, reporter=reporter)
-    run = Run(app=app, cluster=cluster, options=options, push_environ=settings.environ)
-    recap = Play(f"demo {app.name}", steps(run)).run(reporter=reporter)
+    with running_cluster(settings, reporter=reporter) as cluster:
+        run = Run(app=app, cluster=cluster, options=options, push_environ=settings.environ)
+        recap = Play(f"demo {app.name}", steps(run)).run(reporter=reporter)
     return DemoResult(
         recap=recap,
         image=str(run.variables.get("image", "")),
@@ -117,9 +117,9 @@ def remove(name: str, settings: Settings, *, options: DemoOptions) -> list[str]:
     from harness.up import open_cluster
 
     app = find_app(name, environ=settings.environ)
-    cluster = open_cluster(settings)
     objects = [_named_secret(app), *render(app, {}, lenient=True)]
-    return Resources(cluster.admin(), options.namespace).remove(objects)
+    with open_cluster(settings) as cluster:
+        return Resources(cluster.admin(), options.namespace).remove(objects)
 
 
 def _named_secret(app: App) -> KubeObject:
@@ -139,6 +139,7 @@ def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
             return cluster
     except (ApiError, UsageError):
         pass
+    cluster.close()
     up(settings, reporter=reporter).raise_for_failure()
     return open_cluster(settings)
 
@@ -237,7 +238,6 @@ def _registry_step(run: Run) -> Step:
 
         run.registry, run.push_environ, secret = private_registry(run.cluster, run.app.name, say=progress)
         run.objects.append(secret)
-        run.variables["pull_secret"] = secret["metadata"]["name"]
         return f"{run.registry}, with a login"
 
     return Step(name="registry", look=look, change=change)
@@ -267,12 +267,13 @@ def _push_step(run: Run) -> Step:
 
 
 def _apply_step(run: Run) -> Step:
-    from harness.render import place, render
+    from harness.render import add_pull_secret, place, render
     from harness.resources import Resources
 
     def change(_: Progress) -> str:
-        variables = {"namespace": run.options.namespace, "pull_secret": "", **run.variables}
-        objects = [*run.objects, *render(run.app, variables)]
+        objects = [*run.objects, *render(run.app, {"namespace": run.options.namespace, **run.variables})]
+        for secret in run.objects:
+            add_pull_secret(objects, secret["metadata"]["name"])
         if run.cluster.provider.name != "host" or run.cluster.taints():
             place(objects)
         return ", ".join(Resources(run.cluster.admin(), run.options.namespace).apply(objects))

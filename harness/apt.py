@@ -27,8 +27,14 @@ def available(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def may_install(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process may install packages: apt is there and the user is root."""
-    return available(env) and os.geteuid() == 0
+    """Whether this process may install packages: apt is there, the user is root and did not say no
+    (``WASILET_INSTALL=0``)."""
+    return available(env) and os.geteuid() == 0 and wanted(env)
+
+
+def wanted(env: Mapping[str, str]) -> bool:
+    """Whether anything may be installed at all: ``WASILET_INSTALL`` is not ``0``, ``no``, ``false`` or ``off``."""
+    return env.get("WASILET_INSTALL", "").strip().lower() not in {"0", "no", "false", "off"}
 
 
 def command(packages: Sequence[str]) -> str:

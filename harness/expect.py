@@ -163,9 +163,9 @@ class _Wait:
             if status is None:
                 continue
             state, last = status.get("state") or {}, status.get("lastState") or {}
-            instances = [(last.get("terminated"), True), (state.get("running") or state.get("terminated"), False)]
-            for facts, previous in instances:
-                if not facts:
+            now = state.get("running") if state.get("running") is not None else state.get("terminated")
+            for facts, previous in ((last.get("terminated"), True), (now, False)):
+                if facts is None:
                     continue
                 # The running state carries no container id of its own: the status does.
                 instance = str(facts.get("containerID") or status.get("containerID") or "")

@@ -7,7 +7,7 @@ to the templates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +119,15 @@ def place(objects: list[KubeObject]) -> None:
                 tolerations.append(toleration)
 
 
-def image_names(objects: list[KubeObject]) -> Iterator[str]:
-    """Every image that the objects' pods name."""
+def add_pull_secret(objects: list[KubeObject], name: str) -> None:
+    """Let every pod pull with the Secret ``name``, besides what its manifest names itself."""
     for obj in objects:
-        spec = pod_spec(obj) or {}
-        for container in [*(spec.get("initContainers") or []), *(spec.get("containers") or [])]:
-            if isinstance(container, dict) and container.get("image"):
-                yield str(container["image"])
+        spec = pod_spec(obj)
+        if spec is None:
+            continue
+        secrets = spec.setdefault("imagePullSecrets", [])
+        if {"name": name} not in secrets:
+            secrets.append({"name": name})
 
 
 def _tolerates(toleration: Any, effect: str) -> bool:

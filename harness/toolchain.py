@@ -224,7 +224,7 @@ def _describe(candidate: _Candidate, target: str, env: Mapping[str, str]) -> Rus
 
 
 def _add_by_rustup(say: Say, env: Mapping[str, str]) -> str:
-    if env.get(OVERRIDE):
+    if env.get(OVERRIDE) or not apt.wanted(env):
         return ""
     rustup = shutil.which("rustup", path=env.get("PATH"))
     first = next(_rustup_candidates(env), None)
