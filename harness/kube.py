@@ -144,6 +144,18 @@ class Kube:
             raise _refused(status, decoded, f"{method} {path}")
         return decoded if isinstance(decoded, dict) else {}
 
+    def body(self, path: str, *, timeout_seconds: float = 10.0, **query: str) -> bytes:
+        """What a GET answers, as it is: a container's log, metrics. Raises ApiError with the server's message."""
+        target = path + ("?" + urlencode(query) if query else "")
+        status, answer = self._exchange("GET", target, None, {}, timeout_seconds)
+        if status >= http.HTTPStatus.BAD_REQUEST:
+            try:
+                decoded = json.loads(answer)
+            except ValueError:
+                decoded = {"message": answer.decode(errors="replace").strip()}
+            raise _refused(status, decoded, f"GET {path}")
+        return answer
+
     @contextlib.contextmanager
     def watch(
         self, path: str, *, timeout_seconds: int = 300, idle_seconds: float = 330.0, **query: str
