@@ -459,11 +459,11 @@ def samples(c: Context) -> None:
     auto_shortflags=False,
     help={
         "app": "the app's name: a folder of that name is made here",
-        "in": "the folder to make it in (default: here)",
+        "folder": "where to make it (default: here)",
     },
 )
 @command
-def new(c: Context, app: str, in_: str = "") -> None:
+def new(c: Context, app: str, folder: str = "") -> None:
     """Start an app of your own from a template, with its test.
 
     Example:
@@ -471,7 +471,7 @@ def new(c: Context, app: str, in_: str = "") -> None:
     """
     from harness.new import new_app
 
-    for line in new_app(app, invocation_path(in_ or ".")):
+    for line in new_app(app, invocation_path(folder or ".")):
         emit(line)
 
 

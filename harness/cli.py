@@ -40,6 +40,10 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(body)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "--help" in (*args, *kwargs.values()) or "-h" in (*args, *kwargs.values()):
+            # Invoke takes `invoke demo --help` for the value of demo's positional argument.
+            name = body.__name__.rstrip("_").replace("_", "-")
+            exec_program([sys.executable, "-P", "-m", "invoke", "--help", name], env=dict(os.environ))
         previous = signal.signal(signal.SIGTERM, _terminate)
         try:
             return body(*args, **kwargs)
