@@ -95,9 +95,19 @@ def component_step(
         made = component()
         if made.gate is not None:
             _wait_gate(made, made.gate, settings=settings)
+        before = state.alive(name)
         record = ensure_running(made, state=state, settings=settings)
-        if wait:
-            wait_ready(made, record, timeout_seconds=settings.timeouts.ready_seconds, settings=settings, say=progress)
+        if not wait:
+            return f"pid {record.process.pid}"
+        limit = settings.timeouts.ready_seconds
+        try:
+            wait_ready(made, record, timeout_seconds=limit, settings=settings, say=progress)
+        except ComponentError:
+            # One that ran before may have been on its way out: then it has not failed to start, it has to be started.
+            if before is None or before.process != record.process or is_alive(record.process):
+                raise
+            record = ensure_running(made, state=state, settings=settings)
+            wait_ready(made, record, timeout_seconds=limit, settings=settings, say=progress)
         return f"pid {record.process.pid}"
 
     return Step(name=title, look=look, change=change, after=after, log=state.log(name))
@@ -228,18 +238,19 @@ class Probe:
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    host: str = LOOPBACK
 
     def __call__(self) -> bool:
         """Whether it answered 200."""
         try:
             if self.ca is None:
-                connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=PROBE_TIMEOUT_SECONDS)
+                connection = http.client.HTTPConnection(self.host, self.port, timeout=PROBE_TIMEOUT_SECONDS)
             else:
                 context = ssl.create_default_context(cafile=str(self.ca))
                 if self.certificate is not None:
                     context.load_cert_chain(self.certificate, self.key)
                 connection = http.client.HTTPSConnection(
-                    LOOPBACK, self.port, timeout=PROBE_TIMEOUT_SECONDS, context=context
+                    self.host, self.port, timeout=PROBE_TIMEOUT_SECONDS, context=context
                 )
             try:
                 connection.request("GET", self.path)
