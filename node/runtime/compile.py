@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from node.runtime.protocol import GuestKind
 from node.settings import ImageSettings
 
 SUFFIX = ".cwasm"
+WORK_PREFIX = ".compile-"
 MAX_MESSAGE_BYTES = 4096
 
 
@@ -97,7 +100,7 @@ class Compiler:
         async with self._slots:
             if await asyncio.to_thread(self._usable, target):
                 return target
-            with tempfile.TemporaryDirectory(prefix=".compile-", dir=self._directory) as folder:
+            with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=self._directory) as folder:
                 output = Path(folder) / "out"
                 await self._run_worker(module_path, output, kind)
                 await asyncio.to_thread(_publish, output, target)
@@ -149,7 +152,10 @@ class Compiler:
         }
 
     def _prune(self, keep: set[str]) -> None:
+        abandoned = time.time() - 2 * self._settings.compile_timeout_seconds
         for path in self._directory.iterdir():
+            if path.name.startswith(WORK_PREFIX) and path.stat().st_mtime < abandoned:
+                shutil.rmtree(path, ignore_errors=True)
             name = path.name.removesuffix(".sha256")
             if name.endswith(SUFFIX) and name not in keep:
                 path.unlink(missing_ok=True)

@@ -97,6 +97,8 @@ def _read_all(descriptor: int) -> bytes:
 
 def _environment() -> dict[str, str]:
     """The supervisor's environment: no secrets of the agent's, and what TLS and locale need."""
-    names = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "XDG_RUNTIME_DIR", "SSL_CERT_FILE", "SSL_CERT_DIR", "PYTHONPATH")
-    names += ("WASILET_RUN_ID",)  # by which the harness finds what it started, whoever started it in between
+    names = [
+        *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "XDG_RUNTIME_DIR", "SSL_CERT_FILE", "SSL_CERT_DIR", "PYTHONPATH"),
+        "WASILET_RUN_ID",  # by which the harness finds what it started, whoever started it in between
+    ]
     return {name: os.environ[name] for name in names if name in os.environ}
