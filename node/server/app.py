@@ -15,8 +15,10 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry
 
 from node.kube.base import Kube
@@ -159,6 +161,7 @@ class KubeletServer:
             self._app,
             handle_signals=False,
             access_log=None,
+            logger=_HttpLogger(__name__),
             handler_cancellation=True,
             keepalive_timeout=IDLE_TIMEOUT_SECONDS,
             shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS,
@@ -351,6 +354,20 @@ class KubeletServer:
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
             return web.Response(status=500, text="Internal Server Error")
+
+
+class _HttpLogger(logging.Logger):
+    """The HTTP parser's complaints: at debug and without its text, which quotes headers of strangers, tokens too."""
+
+    def exception(self, msg: object, *args: object, exc_info: Any = True, **_: Any) -> None:
+        """A request that cannot be parsed, or a fault of the HTTP server itself, which is told in full."""
+        if isinstance(exc_info, HttpProcessingError):
+            logger.debug("a client sent what is no HTTP: %s", type(exc_info).__name__)
+        else:
+            logger.error(msg, *args, exc_info=exc_info)
+
+    def debug(self, msg: object, *args: object, **_: Any) -> None:
+        """Nothing of interest."""
 
 
 def _authorized_path(request: web.Request) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -261,3 +262,34 @@ async def test_a_rotation_loses_no_line_of_a_follower(rig: Rig) -> None:
         pod["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 0}}
         text = await asyncio.wait_for(response.content.read(), 2)
     assert text.decode().splitlines() == [line for turn in range(2, 8) for line in (f"{turn}", f"{turn} after")]
+
+
+async def test_headers_beyond_all_measure_are_refused_and_the_server_goes_on(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.server.port, ssl=rig.tls(None))
+    try:
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: node\r\nAuthorization: Bearer " + b"x" * 100_000 + b"\r\n\r\n")
+        async with asyncio.timeout(3):
+            assert (await reader.readline()).split()[1] == b"400"
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+    assert not rig.kube.asked
+    assert "xxx" not in caplog.text
+    assert (await rig.get("/healthz"))[0] == 200
+
+
+async def test_who_speaks_no_tls_is_hung_up_on(rig: Rig) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.server.port)
+    try:
+        writer.write(b"GET /healthz HTTP/1.1\r\n\r\n")
+        async with asyncio.timeout(3):
+            assert b"HTTP" not in await reader.read()
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+    assert (await rig.get("/healthz"))[0] == 200
