@@ -106,11 +106,20 @@ class Group:
 class CgroupManager:
     """Makes and removes groups. ``memory`` and ``cpu`` say what can be enforced."""
 
-    def __init__(self, owner: str, *, root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self")) -> None:
+    def __init__(
+        self,
+        owner: str,
+        *,
+        enabled: bool = True,
+        root: Path = Path("/sys/fs/cgroup"),
+        process: Path = Path("/proc/self"),
+    ) -> None:
         self._owner = f"{_PREFIX}{owner}"
         self._version = 1
         self._memory: Path | None = None
         self._cpu: Path | None = None
+        if not enabled:
+            return
         try:
             own = own_groups(process)
             mounts = controller_mounts(process, root)

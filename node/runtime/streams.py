@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from node.runtime import wire
 from node.runtime.link import CALL_TIMEOUT_SECONDS, SUPPORTED_VERSIONS, error_of, read_message
@@ -51,7 +51,7 @@ class SupervisorStream:
             if "error" in answer:
                 raise error_of(answer["error"])
 
-    async def frames(self) -> AsyncIterator[StreamFrame]:
+    async def frames(self) -> AsyncGenerator[StreamFrame, None]:
         """Output until the end. Raises RuntimeUnavailableError."""
         try:
             while not self._ended:

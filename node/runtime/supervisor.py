@@ -41,7 +41,7 @@ SHUTDOWN_SECONDS = 20.0
 class Supervisor:
     """Serves requests until it is told to end."""
 
-    def __init__(self, paths: NodePaths, logs: LogSettings) -> None:
+    def __init__(self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True) -> None:
         """Raises OSError when the data folder cannot be used."""
         pid = os.getpid()
         start_time = linux.start_time(pid)
@@ -54,7 +54,7 @@ class Supervisor:
         self._ending = False
         remove_traces_of_the_dead(paths.data)
         self._loop = Loop()
-        self._cgroups = CgroupManager(f"{pid}-{start_time}")
+        self._cgroups = CgroupManager(f"{pid}-{start_time}", enabled=use_cgroups)
         self._capabilities = RuntimeCapabilities(
             cpu_limits=self._cgroups.cpu,
             memory_cgroup=self._cgroups.memory,
@@ -298,6 +298,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--log-max-size", type=int, default=LogSettings.max_size_bytes)
     parser.add_argument("--log-max-files", type=int, default=LogSettings.max_files)
     parser.add_argument("--ready-fd", type=int, default=-1)
+    parser.add_argument("--no-cgroups", action="store_true", help="behave as where no control group may be made")
     options = parser.parse_args(arguments)
     if os.fork() != 0:
         return 0
@@ -312,7 +313,7 @@ def main(arguments: list[str]) -> int:
         linux.raise_open_files_limit()
         logs = LogSettings(max_size_bytes=options.log_max_size, max_files=options.log_max_files)
         sandbox.drop_privileges()
-        supervisor = Supervisor(NodePaths(data=options.data_dir), logs)
+        supervisor = Supervisor(NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups)
     except Exception as error:
         logger.exception("cannot start")
         _tell(options.ready_fd, {"error": f"{type(error).__name__}: {error}"})

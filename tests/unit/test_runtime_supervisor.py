@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -370,6 +371,46 @@ async def test_a_memory_hog_is_oomkilled(rig: Rig) -> None:
     status = await rig.run(MEMORY_HOG, memory_limit_bytes=48 * 1024 * 1024)
     assert (status.exit_code, status.reason) == (137, "OOMKilled")
     assert "memory limit" in status.message
+
+
+async def test_without_control_groups_the_supervisor_watches_memory_itself(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    command = [sys.executable, "-P", "-m", "node.runtime.supervisor", f"--data-dir={data}", "--no-cgroups"]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
+    assert await process.wait() == 0
+
+    async def there() -> bool | None:
+        return locate.current(data) is not None or None
+
+    await eventually(there)
+    async with running_supervisor(data) as rig:
+        assert not rig.client.capabilities.memory_cgroup
+        assert not rig.client.capabilities.cpu_limits
+        filled = guest(
+            "(drop (memory.grow (i32.const 1000))) (memory.fill (i32.const 0) (i32.const 1) (i32.const 60000000)) "
+            "(call $sleep_ms (i64.const 3600000))"
+        )
+        status = await rig.run(filled, memory_limit_bytes=48 * 1024 * 1024)
+        assert (status.exit_code, status.reason) == (137, "OOMKilled")
+        modest = await rig.client.start(rig.config(rig.artifact(SLEEPER), memory_limit_bytes=16 * 1024 * 1024))
+        await asyncio.sleep(0.3)
+        (found,) = [known for known in await rig.client.list() if known.id == modest.id]
+        assert found.state is ContainerState.RUNNING, "what is shared with the supervisor does not count"
+
+
+async def test_a_cpu_limit_holds(rig: Rig) -> None:
+    if not rig.client.capabilities.cpu_limits:
+        pytest.skip("no cpu control group may be made here")
+    status = await rig.client.start(rig.config(rig.artifact(SPINNER), cpu_limit_millicores=100))
+    assert status.pid is not None
+    before, started = linux.process_cpu_nanoseconds(status.pid), time.monotonic()
+    await asyncio.sleep(0.5)
+    after, elapsed = linux.process_cpu_nanoseconds(status.pid), time.monotonic() - started
+    assert before is not None
+    assert after is not None
+    assert (after - before) / 1e9 < 0.35 * elapsed
+    await rig.client.remove(status.id)
 
 
 async def test_a_failing_memory_grow_is_an_ordinary_trap(rig: Rig) -> None:
