@@ -187,9 +187,11 @@ def _rust(environ: Mapping[str, str]) -> Check:
 
 
 def _other_compilers(environ: Mapping[str, str]) -> Iterator[Check]:
+    from harness.clang import DEBIAN_PACKAGES as CLANG_PACKAGES
+
     path = environ.get("PATH")
     for name, purpose, hint in (
-        ("clang", "the sample in C", apt.command(("clang", "lld", "wasi-libc"))),
+        ("clang", "the sample in C", apt.command(CLANG_PACKAGES)),
         ("npm", "the sample in TypeScript", "install Node.js 20 or newer"),
     ):
         found = shutil.which(name, path=path)
