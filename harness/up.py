@@ -13,11 +13,11 @@ from harness.controlplane.components import Component, component_step
 from harness.errors import ApiError, ComponentError, UsageError, WaitTimeoutError
 from harness.kube import Kube, KubeObject, api_path
 from harness.local_registry import COMPONENT as REGISTRY
-from harness.local_registry import registry_component
+from harness.local_registry import registry_address, registry_component
 from harness.play import Finding, Play, Progress, Recap, Step
 from harness.process import check_cancelled, is_alive, tail_of
 from harness.providers import by_name
-from harness.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster
+from harness.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
 from harness.settings import Settings
 from harness.state import State
 
@@ -48,6 +48,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
             hint=f"`invoke down --purge --name {settings.name}` first, or choose another --name",
         )
     with open_cluster(settings) as cluster:
+        check_options(cluster.provider, settings)
         detection = cluster.provider.detect(settings)
         if not detection.usable:
             raise UsageError(f"provider {settings.provider!r} cannot be used: {detection.detail}", hint=detection.hint)
@@ -196,7 +197,11 @@ def _rbac_step(cluster: Cluster) -> Step:
         return Finding.differs(f"create {len(missing)}", [f"+ {name}" for name in names])
 
     def change(_: Progress) -> str:
-        return f"created {len(create_missing(cluster.admin(), wanted()))}"
+        made = create_missing(cluster.admin(), wanted())
+        # What was there before is the cluster's own, and stays when Wasilet goes.
+        known = cluster.state.read().get("created_objects") or []
+        cluster.state.update(created_objects=sorted({*known, *made}))
+        return f"created {len(made)}"
 
     return Step(name=RBAC_STEP, look=look, change=change, after=(API_SERVER_STEP,))
 
@@ -326,15 +331,7 @@ def _kubeconfig_step(cluster: Cluster) -> Step:
         return Path(recorded) if recorded else files.user_kubeconfig(settings.environ)
 
     def ours() -> KubeObject:
-        credentials = cluster.admin_credentials()
-        return files.build(
-            name=settings.context_name,
-            server=credentials.server,
-            ca=credentials.ca,
-            certificate=credentials.certificate,
-            key=credentials.key,
-            token=credentials.token,
-        )
+        return files.renamed(state.admin_kubeconfig, settings.context_name)
 
     def look() -> Finding:
         path = place()
@@ -431,7 +428,12 @@ def node_is_ready(node: KubeObject) -> bool:
 
 def _ready_words(cluster: Cluster) -> str:
     names = ", ".join(cluster.node_names())
-    return f"{names}; registry localhost:{cluster.ports()['registry']}"
+    words = [
+        names,
+        f"registry {registry_address(cluster.ports()['registry'])}",
+        *cluster.provider.access(cluster).notes,
+    ]
+    return "; ".join(words)
 
 
 def _api_answers(cluster: Cluster) -> bool:
