@@ -32,10 +32,15 @@ APP_HELP = "a sample's name or the path of a folder"
     auto_shortflags=False,
     help={
         "name": NAME_HELP,
-        "provider": "host (default), or another one; see `invoke doctor`",
+        "provider": "host (default), kind, k3d, minikube, or existing: any cluster that a kubeconfig names",
         "nodes": "how many wasm nodes join (default: 1, or as many as there are)",
         "taint": "key=value:Effect that new nodes register; repeatable",
         "node-ip": "the address that nodes advertise (default: found)",
+        "image": "the node image of a new cluster (kind, k3d)",
+        "kubernetes-version": "of a new cluster, as 1.34.4 (kind, k3d, minikube)",
+        "config": "the provider's own file: cluster configuration (kind, k3d), or the kubeconfig to read (existing)",
+        "context": "existing: which context of that kubeconfig; must be named, the current one is never guessed",
+        "yes": "existing: it may be changed; without, only what is missing is said",
         "kubeconfig": "write the context to this file and leave ~/.kube/config alone",
         "check": "change nothing, say what would be changed",
         "diff": "show what changes",
@@ -50,6 +55,11 @@ def up(
     nodes: int = 0,
     taint: list[str] | None = None,
     node_ip: str = "",
+    image: str = "",
+    kubernetes_version: str = "",
+    config: str = "",
+    context: str = "",
+    yes: bool = False,
     kubeconfig: str = "",
     check: bool = False,
     diff: bool = False,
@@ -57,10 +67,16 @@ def up(
 ) -> None:
     """Bring a cluster with a wasm node up, or mend it.
 
+    A cluster of that name that runs already (kind, k3d, minikube) is adopted: only what is missing is added, and
+    `down` takes back just that.
+
     Examples:
       invoke up                               a cluster on this machine, then: kubectl get nodes
       invoke up --name two --kubeconfig ./kc  another one beside it, kept out of ~/.kube/config
       invoke up --check --diff                what would be changed?
+      invoke up --nodes 3                     three wasm nodes
+      invoke up --provider kind               a wasm node beside kind's own
+      invoke up --provider existing --context my-cluster --yes
     """
     from harness.up import up as bring_up
 
@@ -72,6 +88,11 @@ def up(
         nodes=nodes or None,
         taints=taint or None,
         node_ip=node_ip,
+        image=image,
+        kubernetes_version=kubernetes_version,
+        config=config,
+        context=context,
+        yes=yes or None,
         kubeconfig=kubeconfig,
     )
     finish(bring_up(settings, reporter=reporter(diff=diff), check=check), output=output)

@@ -5,6 +5,7 @@ Exit codes: 0 all is well, 2 failed or wrong usage, 130 ended by Ctrl-C (143 by 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,9 +21,10 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 
 from harness.console import reporter_for
-from harness.errors import CommandError, ComponentError, HarnessError, UsageError
+from harness.errors import CommandError, ComponentError, HarnessError, StateError, UsageError
 from harness.play import Recap
 from harness.settings import Settings, load
+from harness.state import State
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,12 +85,19 @@ def _words(error: HarnessError) -> str:
     return "\n".join(lines)
 
 
-def settings_of(context: Context, **given: Any) -> Settings:
+def settings_of(context: Context, /, **given: Any) -> Settings:
     """Settings for a task: invoke.yaml, environment, then what was typed. Raises UsageError."""
     section = context.config.get("wasilet", {})
-    if given.get("kubeconfig"):
-        given["kubeconfig"] = str(invocation_path(given["kubeconfig"]))
-    return load(_plain(section), **given)
+    for key in ("kubeconfig", "config"):
+        if given.get(key):
+            given[key] = invocation_path(given[key])
+    settings = load(_plain(section), **given)
+    if not given.get("provider") and not settings.environ.get("WASILET_PROVIDER"):
+        # Nobody has to say again what a cluster was made with.
+        with contextlib.suppress(StateError):
+            if recorded := State.of(settings).read().get("provider"):
+                settings = replace(settings, provider=str(recorded))
+    return settings
 
 
 def invocation_path(path: str) -> str:

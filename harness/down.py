@@ -84,7 +84,7 @@ def _node_folders(state: State) -> list[str]:
 
 
 def _node_step(cluster: Cluster, name: str, *, purge: bool) -> Step:
-    settings, state = cluster.settings, cluster.state
+    state = cluster.state
 
     def look() -> Finding:
         if state.alive(node_component(name)) or state.stray_processes():
@@ -95,31 +95,37 @@ def _node_step(cluster: Cluster, name: str, *, purge: bool) -> Step:
         return Finding.ok("not running")
 
     def change(_: Progress) -> str:
-        limit = settings.timeouts.node_stop_seconds
-        try:
-            run(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "node",
-                    "shutdown",
-                    "--data-dir",
-                    state.node(name),
-                    "--timeout",
-                    f"{limit:g}",
-                ],
-                timeout_seconds=limit + 5,
-                cwd=Path("/"),
-                env=environment_for_tools(settings),
-            )
-        except CommandError as error:
-            # Whatever could not be ended in an orderly way is ended by the next step; nothing may stay behind.
-            return f"did not end by itself ({error.message})"
-        state.forget(node_component(name))
-        return "ended"
+        return end_node(cluster, name)
 
     return Step(name=f"node {name}", look=look, change=change, after=(), log=state.log(node_component(name)))
+
+
+def end_node(cluster: Cluster, name: str) -> str:
+    """End a node's containers and its agent, in an orderly way; words for the report."""
+    settings, state = cluster.settings, cluster.state
+    limit = settings.timeouts.node_stop_seconds
+    try:
+        run(
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "node",
+                "shutdown",
+                "--data-dir",
+                state.node(name),
+                "--timeout",
+                f"{limit:g}",
+            ],
+            timeout_seconds=limit + 5,
+            cwd=Path("/"),
+            env=environment_for_tools(settings),
+        )
+    except CommandError as error:
+        # Whatever could not be ended in an orderly way is ended by the next step; nothing may stay behind.
+        return f"did not end by itself ({error.message})"
+    state.forget(node_component(name))
+    return "ended"
 
 
 def _components_step(cluster: Cluster) -> Step:
@@ -212,9 +218,8 @@ def _provider_step(cluster: Cluster, *, purge: bool) -> Step:
         return "; ".join(cluster.provider.delete(cluster, purge=purge))
 
     def look() -> Finding:
-        if cluster.provider.name == "host":
-            return Finding.ok("nothing but processes")
-        return Finding.differs(f"delete the {cluster.provider.name} cluster")
+        words = cluster.provider.deletion(cluster)
+        return Finding.differs(words) if words else Finding.ok("nothing but processes")
 
     return Step(name=f"provider {cluster.provider.name}", look=look, change=change)
 

@@ -55,6 +55,20 @@ def build(
     }
 
 
+def renamed(path: Path, name: str) -> KubeObject:
+    """A file of one context with every entry under another name, credentials as they are: a plugin stays a plugin.
+    Raises StateError when it has not exactly one of each."""
+    data = read_config(path)
+    if any(len(data.get(section) or []) != 1 for section in SECTIONS):
+        raise StateError(f"{path} should hold one context", hint="`invoke down --purge` removes the cluster")
+    wanted = copy.deepcopy(data)
+    for section in SECTIONS:
+        wanted[section][0]["name"] = name
+    wanted["contexts"][0]["context"] |= {"cluster": name, "user": name}
+    wanted["current-context"] = name
+    return wanted
+
+
 def write_kubeconfig(
     path: Path,
     *,

@@ -28,6 +28,8 @@ storage:
   maintenance:
     uploadpurging:
       enabled: false
+    readonly:
+      enabled: {readonly}
 http:
   addr: {address}
   secret: {secret}
@@ -39,30 +41,36 @@ def registry_address(port: int) -> str:
     return f"localhost:{port}"
 
 
-def registry_component(*, binary: str, port: int, state: State) -> Component:
-    """The process. Writes its configuration file when that is missing or different."""
-    config = _write_config(port=port, state=state)
+def registry_component(
+    *, binary: str, port: int, state: State, name: str = COMPONENT, address: str = LOOPBACK, readonly: bool = False
+) -> Component:
+    """The process. Writes its configuration file when that is missing or different. A second one of another ``name``
+    shares the blobs: distribution keeps no state of its own beside them."""
+    config = _write_config(f"{address}:{port}", state=state, name=name, readonly=readonly)
     return Component(
-        name=COMPONENT,
+        name=name,
         argv=(binary, "serve", str(config)),
         ports={"HTTP": port},
         inputs=(config,),
         # Distribution 3 sends traces to a collector on this machine unless it is told that there is none.
         environ={"OTEL_TRACES_EXPORTER": "none"},
-        ready=Probe(port=port, path="/v2/"),
+        addresses=(address,),
+        ready=Probe(port=port, path="/v2/", host=address),
     )
 
 
-def _write_config(*, port: int, state: State) -> Path:
+def _write_config(address: str, *, state: State, name: str, readonly: bool) -> Path:
     import json
 
-    path = state.etc / "registry.yml"
+    path = state.etc / f"{name}.yml"
     root = state.path / "registry"
     with_secret = str(state.read().get("registry_secret") or "")
     if not with_secret:
         with_secret = secrets.token_hex(16)
         state.update(registry_secret=with_secret)
-    text = _CONFIG.format(root=json.dumps(str(root)), address=f"{LOOPBACK}:{port}", secret=with_secret)
+    text = _CONFIG.format(
+        root=json.dumps(str(root)), address=address, secret=with_secret, readonly=str(readonly).lower()
+    )
     try:
         current = path.read_text()
     except FileNotFoundError:

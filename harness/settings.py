@@ -121,6 +121,21 @@ class Settings:
     kubeconfig: Path | None = None
     """Write the context to this file alone; None: add it to the user's own kubeconfig."""
 
+    image: str = ""
+    """The node image of a new cluster (kind, k3d); empty: the tool's own, or that of ``kubernetes_version``."""
+
+    kubernetes_version: str = ""
+    """Of a new cluster, as ``1.34.4`` (kind, k3d, minikube); empty: the tool's own."""
+
+    config: Path | None = None
+    """The provider's own file: a cluster configuration of kind or k3d, the kubeconfig of an existing cluster."""
+
+    context: str = ""
+    """Which context of the kubeconfig names the existing cluster. Never guessed: the current one may be anybody's."""
+
+    yes: bool = False
+    """Whether an existing cluster may be changed."""
+
     mirror: str = ""
     """A base URL that replaces the official download hosts of the control-plane binaries."""
 
@@ -169,7 +184,7 @@ _ENVIRONMENT = {
 
 
 def load(
-    config: Mapping[str, Any] | None = None, *, environ: Mapping[str, str] | None = None, **given: Any
+    config: Mapping[str, Any] | None = None, /, *, environ: Mapping[str, str] | None = None, **given: Any
 ) -> Settings:
     """Defaults, then ``config`` (the ``wasilet`` section of invoke.yaml), then ``WASILET_*``, then ``given`` (the
     command line; None or an empty string means not given). Raises UsageError for a value that makes no sense."""
@@ -213,8 +228,9 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
     if "taints" in typed and typed["taints"] is not None:
         taints = typed["taints"]
         typed["taints"] = (taints,) if isinstance(taints, str) else tuple(taints)
-    if isinstance(typed.get("kubeconfig"), str):
-        typed["kubeconfig"] = Path(typed["kubeconfig"]).expanduser().absolute()
+    for key in ("kubeconfig", "config"):
+        if isinstance(typed.get(key), str):
+            typed[key] = Path(typed[key]).expanduser().absolute()
     return typed
 
 
@@ -237,6 +253,12 @@ def _checked(settings: Settings) -> Settings:
             raise UsageError(f"setting ports.{port.name}: {value} is no TCP port")
     if not 60 <= settings.token_ttl_seconds <= 365 * 86400:
         raise UsageError("setting token_ttl_seconds: between a minute and a year")
+    if settings.kubernetes_version and not re.fullmatch(r"v?\d+\.\d+\.\d+", settings.kubernetes_version):
+        raise UsageError(f"{settings.kubernetes_version!r} is no version of Kubernetes", hint="write it as 1.34.4")
+    if settings.image and settings.kubernetes_version:
+        raise UsageError("--image and --kubernetes-version both say which version runs", hint="give one of them")
+    if settings.config is not None and not settings.config.is_file():
+        raise UsageError(f"there is no file {settings.config}")
     for taint in settings.taints or ():
         if not re.fullmatch(r"[^=:\s]+(=[^=:\s]*)?:(NoSchedule|PreferNoSchedule|NoExecute)", taint):
             raise UsageError(

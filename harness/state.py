@@ -25,6 +25,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class State:
         self.root = root
         self.name = name
         self.path = root / name
+        self._updating = threading.Lock()
 
     @classmethod
     def of(cls, settings: Settings) -> State:
@@ -142,10 +144,12 @@ class State:
 
     def update(self, **values: Any) -> dict[str, Any]:
         """Merge ``values`` into ``cluster.json`` and return the whole."""
-        data = self.read() | values
-        self.create()
-        write_json(self.path / "cluster.json", data)
-        return data
+        # Steps that run beside each other all write here.
+        with self._updating:
+            data = self.read() | values
+            self.create()
+            write_json(self.path / "cluster.json", data)
+            return data
 
     def run_id(self) -> str:
         """The random name that every process of this cluster carries in its environment; made when missing."""

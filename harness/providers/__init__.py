@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 PROVIDERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "host": ("harness.providers.host", "HostProvider"),
+        "kind": ("harness.providers.kind", "KindProvider"),
+        "k3d": ("harness.providers.k3d", "K3dProvider"),
+        "minikube": ("harness.providers.minikube", "MinikubeProvider"),
+        "existing": ("harness.providers.existing", "ExistingProvider"),
     }
 )
 """Name to module and class."""

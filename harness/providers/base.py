@@ -100,6 +100,13 @@ class Cluster:
                 self._kube = Kube(self.admin_credentials())
             return self._kube
 
+    def forget_admin(self) -> None:
+        """Read ``state.admin_kubeconfig`` anew when a client is next asked for."""
+        with self._lock:
+            if self._kube is not None:
+                self._kube.close()
+            self._kube = None
+
     def admin_credentials(self) -> Credentials:
         """What is in ``state.admin_kubeconfig``."""
         if not self.state.admin_kubeconfig.is_file():
@@ -119,6 +126,18 @@ class Cluster:
         return self.provider.default_taints if self.settings.taints is None else self.settings.taints
 
 
+PROVIDER_OPTIONS = ("image", "kubernetes_version", "config", "context")
+
+
+def check_options(provider: Provider, settings: Settings) -> None:
+    """Raises UsageError for an option that the provider would silently ignore."""
+    for option in PROVIDER_OPTIONS:
+        if getattr(settings, option) and option not in provider.options:
+            raise UsageError(
+                f"--{option.replace('_', '-')} means nothing to provider {provider.name!r}", hint=provider.summary
+            )
+
+
 class Provider(Protocol):
     """One way of having a cluster."""
 
@@ -129,6 +148,10 @@ class Provider(Protocol):
     @property
     def summary(self) -> str:
         """One line for tables."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Which of ``image``, ``kubernetes_version``, ``config`` and ``context`` mean something to it."""
 
     @property
     def default_taints(self) -> tuple[str, ...]:
@@ -160,6 +183,9 @@ class Provider(Protocol):
 
     def components(self, cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
         """The provider's own long-lived processes by name, for ``status`` and ``logs``; empty when it has none."""
+
+    def deletion(self, cluster: Cluster) -> str:
+        """What :meth:`delete` would do, in words; empty: nothing."""
 
     def delete(self, cluster: Cluster, *, purge: bool) -> list[str]:
         """End what the provider started, but for the processes in ``state.records()``, which are ended for it.

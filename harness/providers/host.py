@@ -43,6 +43,7 @@ class HostProvider:
 
     name = "host"
     summary = "plain processes on this machine; no Docker, no root"
+    options: tuple[str, ...] = ()
     default_taints: tuple[str, ...] = ()
     binaries = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
     wanted_ports = ("apiserver", "etcd", "etcd_peer", "controller_manager", "scheduler")
@@ -106,6 +107,10 @@ class HostProvider:
     def approver_kubeconfig(self, cluster: Cluster) -> Path:
         """Written with the others, beside the certificates."""
         return cluster.state.etc / "approver.conf"
+
+    def deletion(self, cluster: Cluster) -> str:  # noqa: ARG002
+        """Nothing but processes, which are in the records."""
+        return ""
 
     def delete(self, cluster: Cluster, *, purge: bool) -> list[str]:  # noqa: ARG002
         """Its processes are all in the records."""
