@@ -4,7 +4,8 @@ A precompiled file loads only into an engine with the settings it was compiled w
 supervisor and ``invoke run`` must never differ: they all come here. No fuel and no epochs: both cost guest speed, and
 neither can wake a module that sleeps in ``poll_oneoff``; a sandbox is a process and is ended by a signal.
 
-Nothing here builds a ``Module``: that starts threads, and the supervisor forks.
+Nothing here builds a ``Module``: that starts threads, and the supervisor forks. wasmtime itself is imported where an
+engine is made: the agent needs the key alone, and is spared the library.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import wasmtime
-from wasmtime import component as wasmtime_component
+if TYPE_CHECKING:
+    import wasmtime
+    from wasmtime import component as wasmtime_component
 
 WASM_STACK_BYTES = 1024 * 1024
 """What a guest's native frames may use of the main thread's stack, which is 8 MiB on the usual Linux."""
@@ -42,6 +44,8 @@ class Linkers:
 
 def make_engine() -> wasmtime.Engine:
     """An engine with the project's settings."""
+    import wasmtime
+
     config: Any = wasmtime.Config()
     for name, value in _SETTINGS:
         setattr(config, name, value)
@@ -50,6 +54,9 @@ def make_engine() -> wasmtime.Engine:
 
 def make_linkers() -> Linkers:
     """WASI preview 1 for modules and preview 2 for components; neither can reach the network."""
+    import wasmtime
+    from wasmtime import component as wasmtime_component
+
     engine = make_engine()
     module: Any = wasmtime.Linker(engine)
     module.define_wasi()
