@@ -1,0 +1,191 @@
+"""Images for end-to-end tests, by name: pushed once a session into the registry of the cluster.
+
+``toolbox`` (``guests/toolbox``) does what its arguments say and is what most cases run, here in each of the layouts.
+The others are what an image must not be, or must be in a way that no tool of ours writes: an index, a Linux image, a
+module without an entry point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import wasmtime
+
+from harness.artifact import Artifact, Blob, Layout, make_artifact
+from harness.build import build
+from harness.push import push, reference_named
+from harness.samples import find_app
+from node.images import mediatypes
+from tests.unit.runtime_guests import component_guest
+
+FOLDER = Path(__file__).parent / "guests"
+_EMPTY: Mapping[str, Any] = {}
+
+
+@dataclass
+class Guests:
+    """What was pushed: name to reference, and to digest."""
+
+    registry: str
+    references: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, artifact: Artifact) -> str:
+        """Push an artifact under ``guests/<name>:v1``."""
+        reference = f"{self.registry}/guests/{name}:v1"
+        pushed = push(artifact, reference_named(reference))
+        self.references[name], self.digests[name] = reference, pushed.digest
+        return reference
+
+    def add_wat(self, name: str, text: str) -> str:
+        """Compile WebAssembly text and push it."""
+        return self.add_bytes(name, bytes(wasmtime.wat2wasm(text)))
+
+    def add_bytes(self, name: str, module: bytes, layout: Layout = Layout.CNCF) -> str:
+        """Push a module."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{name}.wasm"
+            file.write_bytes(module)
+            return self.add(name, make_artifact(file, layout=layout, environ={"SOURCE_DATE_EPOCH": "0"}))
+
+    def add_index(self, name: str, platforms: Mapping[str, str]) -> str:
+        """An index: platform (``os/architecture``) to the name of a guest."""
+        manifests = []
+        for platform, guest in platforms.items():
+            system, _, architecture = platform.partition("/")
+            manifest = self._manifest(guest)
+            manifests.append(
+                {
+                    "mediaType": mediatypes.OCI_MANIFEST,
+                    "digest": f"sha256:{hashlib.sha256(manifest).hexdigest()}",
+                    "size": len(manifest),
+                    "platform": {"os": system, "architecture": architecture},
+                }
+            )
+            self._put("indexes", manifest, mediatypes.OCI_MANIFEST, f"m{len(manifests)}", mount_from=guest)
+        index = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": manifests}
+        data = json.dumps(index).encode()
+        self._put("indexes", data, mediatypes.OCI_INDEX, name)
+        self.references[name] = f"{self.registry}/guests/indexes:{name}"
+        self.digests[name] = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        return self.references[name]
+
+    def _manifest(self, guest: str) -> bytes:
+        return self._request("GET", f"/v2/guests/{guest}/manifests/v1", {"Accept": mediatypes.ACCEPT})
+
+    def _put(self, repository: str, data: bytes, media_type: str, tag: str, *, mount_from: str = "") -> None:
+        if mount_from:
+            for blob in _blobs(json.loads(data)):
+                query = f"mount={blob}&from=guests/{mount_from}"
+                self._request("POST", f"/v2/guests/{repository}/blobs/uploads/?{query}", {"Content-Length": "0"})
+        self._request("PUT", f"/v2/guests/{repository}/manifests/{tag}", {"Content-Type": media_type}, data)
+
+    def _request(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None) -> bytes:
+        connection = http.client.HTTPConnection(self.registry, timeout=10)
+        try:
+            connection.request(method, path, body, dict(headers))
+            response = connection.getresponse()
+            answer = response.read()
+            assert response.status < 300, f"{method} {path}: {response.status} {answer!r}"
+            return answer
+        finally:
+            connection.close()
+
+
+def _blobs(manifest: Mapping[str, Any]) -> list[str]:
+    return [manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
+
+
+def push_guests(registry: str) -> Guests:
+    """All of them."""
+    guests = Guests(registry)
+    toolbox = build(find_app(str(FOLDER / "toolbox")), say=lambda _: None, environ=os.environ).module.read_bytes()
+    guests.add_bytes("toolbox", toolbox)
+    for layout in (Layout.KRUSTLET, Layout.RUNWASI, Layout.IMAGE):
+        guests.add_bytes(f"toolbox-{layout}", toolbox, layout)
+    for name, make in _OTHERS.items():
+        guests.add(name, make(toolbox))
+    guests.add_index("index", {"linux/amd64": "linux", "wasi/wasm": "toolbox-runwasi"})
+    guests.add_index("linux-index", {"linux/amd64": "linux", "linux/arm64": "linux"})
+    for name, text in _TEXTS.items():
+        guests.add_wat(name, text)
+    return guests
+
+
+def image(files: Mapping[str, bytes], config: Mapping[str, Any], *, platform: str = "wasi/wasm") -> Artifact:
+    """A container image of one tar layer. ``config``: Entrypoint, Cmd, Env, WorkingDir."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(data), 0o755
+            tar.addfile(entry, io.BytesIO(data))
+    layer = Blob(media_type=mediatypes.OCI_LAYER_TAR, data=archive.getvalue())
+    system, _, architecture = platform.partition("/")
+    document = {
+        "os": system,
+        "architecture": architecture,
+        "config": dict(config),
+        "rootfs": {"type": "layers", "diff_ids": [layer.digest]},
+    }
+    return artifact(layer, Blob(media_type=mediatypes.OCI_CONFIG, data=json.dumps(document).encode()))
+
+
+def artifact(layer: Blob, config: Blob) -> Artifact:
+    """An OCI manifest of one layer."""
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": mediatypes.OCI_MANIFEST,
+        "config": config.descriptor(),
+        "layers": [layer.descriptor()],
+    }
+    data = json.dumps(manifest).encode()
+    return Artifact(manifest=Blob(media_type=mediatypes.OCI_MANIFEST, data=data), config=config, layer=layer)
+
+
+def wasm_artifact(module: bytes) -> Artifact:
+    """The CNCF layout around any bytes, a module or not."""
+    layer = Blob(media_type=mediatypes.CNCF_WASM_LAYER, data=module)
+    config = {"architecture": "wasm", "os": "wasip1", "layerDigests": [layer.digest]}
+    return artifact(layer, Blob(media_type=mediatypes.CNCF_WASM_CONFIG, data=json.dumps(config).encode()))
+
+
+_OTHERS: Mapping[str, Callable[[bytes], Artifact]] = {
+    "linux": lambda _: image({"bin/sh": b"\x7fELF"}, {"Entrypoint": ["/bin/sh"]}, platform="linux/amd64"),
+    "configured": lambda toolbox: image(
+        {"app/main.wasm": toolbox},
+        {
+            "Entrypoint": ["/app/main.wasm", "say entrypoint"],
+            "Cmd": ["say cmd"],
+            "Env": ["FROM_IMAGE=image", "BOTH=image"],
+            "WorkingDir": "/work",
+        },
+    ),
+    "chart": lambda _: artifact(
+        Blob(media_type="application/vnd.cncf.helm.chart.content.v1.tar+gzip", data=b"chart"),
+        Blob(media_type="application/vnd.cncf.helm.config.v1+json", data=b"{}"),
+    ),
+    "text": lambda _: wasm_artifact(b"this is no module"),
+    "cut-short": lambda toolbox: wasm_artifact(toolbox[: len(toolbox) // 2]),
+}
+
+_TEXTS: Mapping[str, str] = {
+    "no-start": '(module (memory (export "memory") 1) (func (export "main")))',
+    "foreign-import": '(module (import "env" "fetch" (func)) (memory (export "memory") 1) (func (export "_start")))',
+    "trap-at-start": '(module (memory (export "memory") 1) (func $boom unreachable) (start $boom) '
+    '(func (export "_start")))',
+    "component": component_guest("(i32.const 0)"),
+    "component-fails": component_guest("(i32.const 1)"),
+    "component-exit-7": component_guest("(call $exit_code (i32.const 7)) (i32.const 0)"),
+    "component-traps": component_guest("unreachable"),
+}
