@@ -8,8 +8,8 @@ the list of the container; so must every redirect, which otherwise ends with DES
 network of the node, so a *name* in the list must not resolve to the node's own loopback, to link-local addresses
 (cloud metadata services), to multicast or to the unspecified address: whoever runs that name's DNS would choose the
 target. The address that was checked is the one that is connected to. An address literal or ``localhost`` that the list
-itself names is the author's visible decision, and passes. ``insecure:allow-all`` (0.10) allows every origin, with the
-same rule for names, and no literal of those kinds.
+itself names is the author's visible decision, and passes. The crate's ``insecure:allow-all`` is no origin, and so allows
+nothing.
 
 Host, Content-Length and the hop-by-hop headers are ours: a guest that set Host could speak to a neighbour of the
 server that it may speak to.
@@ -35,7 +35,6 @@ import wasmtime
 from node.runtime.protocol import HttpPolicy
 
 MODULE = "wasi_experimental_http"
-ALLOW_ALL = "insecure:allow-all"
 CONNECT_TIMEOUT_SECONDS = 10.0
 IDLE_TIMEOUT_SECONDS = 30.0
 REQUEST_TIMEOUT_SECONDS = 120.0
@@ -204,16 +203,13 @@ class HttpClient:
     """Sends requests under one policy."""
 
     def __init__(self, policy: HttpPolicy | None) -> None:
-        origins = policy.allowed_origins if policy else ()
-        self._allowed = allowed_origins(origins)
-        self._allow_all = ALLOW_ALL in origins
+        self._allowed = allowed_origins(policy.allowed_origins if policy else ())
         self._tls: ssl.SSLContext | None = None
 
     def check(self, origin: Origin) -> None:
         """Raises HttpCallError DESTINATION_NOT_ALLOWED unless the policy names the origin."""
-        if origin in self._allowed or (self._allow_all and origin.scheme in _DEFAULT_PORTS):
-            return
-        raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED)
+        if origin not in self._allowed:
+            raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED)
 
     def send(self, target: Target, method: str, headers: list[tuple[str, str]], body: bytes) -> _Response:
         """The response after redirects. Raises HttpCallError."""
@@ -266,10 +262,9 @@ class HttpClient:
 
     def _connect(self, origin: Origin, deadline: float) -> socket.socket:
         named = _is_name(origin.host) and origin.host != "localhost"
-        vetted = not named and origin in self._allowed
         addresses = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
         last: OSError | None = None
-        if not vetted and any(is_reserved(str(entry[4][0])) for entry in addresses):
+        if named and any(is_reserved(str(entry[4][0])) for entry in addresses):
             raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED, "the name resolves to a reserved address")
         for family, kind, protocol, _, address in addresses:
             left = deadline - time.monotonic()
