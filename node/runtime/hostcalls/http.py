@@ -8,7 +8,7 @@ the list of the container; so must every redirect, which otherwise ends with DES
 network of the node, so a *name* in the list must not resolve to the node's own loopback, to link-local addresses
 (cloud metadata services), to multicast or to the unspecified address: whoever runs that name's DNS would choose the
 target. The address that was checked is the one that is connected to. An address literal or ``localhost`` that the list
-itself names is the author's visible decision, and passes. The crate's ``insecure:allow-all`` is no origin, and so allows
+itself names is the author's visible decision, and passes. The crate's ``insecure:allow-all`` is no origin: it allows
 nothing.
 
 Host, Content-Length and the hop-by-hop headers are ours: a guest that set Host could speak to a neighbour of the
