@@ -14,6 +14,7 @@ import contextlib
 import http.client
 import json
 import os
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,43 @@ class Credentials:
     verify: bool = True
     server_name: str = ""
     """Checked against the server's certificate in place of the host of ``server``."""
+
+
+class Hangup:
+    """Ends watches and streams from another thread: what reads them gets an ApiError at once. Used once."""
+
+    def __init__(self) -> None:
+        self._sockets: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self.done = False
+
+    def add(self, connection: http.client.HTTPConnection) -> None:
+        """To be ended too."""
+        with self._lock:
+            if connection.sock is not None:
+                self._sockets.add(connection.sock)
+                if self.done:
+                    _shut(connection.sock)
+
+    def discard(self, open_socket: socket.socket | None) -> None:
+        """Over by itself."""
+        with self._lock:
+            if open_socket is not None:
+                self._sockets.discard(open_socket)
+
+    def end(self) -> None:
+        """End all there are, and all that will be added."""
+        with self._lock:
+            self.done = True
+            for open_socket in self._sockets:
+                _shut(open_socket)
+            self._sockets.clear()
+
+
+def _shut(open_socket: socket.socket) -> None:
+    # The TCP connection below: shutting TLS down is not safe while another thread reads.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
 
 
 class Kube:
@@ -158,15 +196,25 @@ class Kube:
 
     @contextlib.contextmanager
     def watch(
-        self, path: str, *, timeout_seconds: int = 300, idle_seconds: float = 330.0, **query: str
+        self,
+        path: str,
+        *,
+        timeout_seconds: int = 300,
+        idle_seconds: float = 330.0,
+        hangup: Hangup | None = None,
+        **query: str,
     ) -> Iterator[Iterator[KubeObject]]:
         """A watch on a connection of its own: yields ``{"type": ..., "object": ...}`` until the server ends it after
-        ``timeout_seconds``. Raises ApiError, also when nothing came for ``idle_seconds``."""
+        ``timeout_seconds``. Raises ApiError, also when nothing came for ``idle_seconds`` or ``hangup`` ended it."""
         query |= {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_seconds)}
         connection = self._open(idle_seconds)
+        open_socket = None
         try:
             with self._unreachable():
                 connection.request("GET", f"{self._prefix}{path}?{urlencode(query)}", headers=self._headers({}))
+                open_socket = connection.sock
+                if hangup is not None:
+                    hangup.add(connection)
                 response = connection.getresponse()
             if response.status >= http.HTTPStatus.BAD_REQUEST:
                 with contextlib.suppress(ValueError):
@@ -174,6 +222,8 @@ class Kube:
                 raise _refused(response.status, {}, f"WATCH {path}")
             yield self._events(response)
         finally:
+            if hangup is not None:
+                hangup.discard(open_socket)
             connection.close()
 
     def _events(self, response: http.client.HTTPResponse) -> Iterator[KubeObject]:
@@ -188,14 +238,20 @@ class Kube:
                 raise ApiError("the watch sent something that is not JSON") from error
 
     @contextlib.contextmanager
-    def stream(self, path: str, *, idle_seconds: float = 330.0, **query: str) -> Iterator[Iterator[str]]:
+    def stream(
+        self, path: str, *, idle_seconds: float = 330.0, hangup: Hangup | None = None, **query: str
+    ) -> Iterator[Iterator[str]]:
         """A body that comes line by line, as a log that is followed, on a connection of its own. Raises ApiError, also
-        when nothing came for ``idle_seconds``."""
+        when nothing came for ``idle_seconds`` or ``hangup`` ended it."""
         connection = self._open(idle_seconds)
+        open_socket = None
         try:
             with self._unreachable():
                 target = f"{self._prefix}{path}" + ("?" + urlencode(query) if query else "")
                 connection.request("GET", target, headers=self._headers({}))
+                open_socket = connection.sock
+                if hangup is not None:
+                    hangup.add(connection)
                 response = connection.getresponse()
             if response.status >= http.HTTPStatus.BAD_REQUEST:
                 body = response.read(MAX_ERROR_BYTES)
@@ -206,6 +262,8 @@ class Kube:
                 raise _refused(response.status, answer, f"GET {path}")
             yield self._lines(response)
         finally:
+            if hangup is not None:
+                hangup.discard(open_socket)
             connection.close()
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[str]:
