@@ -9,9 +9,9 @@ The outcome goes through a pipe of its own, as JSON lines, because a wait status
 134: ``{"started": true}`` once guest code is about to run, then one of ``{"exit": code}``, ``{"trap": message}``,
 ``{"error": message, "artifact": bool}``.
 
-Privileges (``drop_privileges``). The uid stays: volumes belong to the agent's user, and secrets are 0600. As root,
-every capability is dropped but CAP_DAC_OVERRIDE, which root in a container holds too and without which a hostPath of
-another user could not be read; supplementary groups go. ``no_new_privs`` holds for everybody. The supervisor needs none
+Privileges (``drop_privileges``). The uid stays: volumes belong to the agent's user, and secrets are 0600. Every
+capability is dropped but CAP_DAC_OVERRIDE, which root in a container holds too and without which a hostPath of another
+user could not be read; root's supplementary groups go. ``no_new_privs`` holds for everybody. The supervisor needs none
 of all this itself, so it drops it once, before its first fork, and a sandbox never had it.
 """
 
@@ -193,7 +193,7 @@ def drop_privileges() -> None:
     if os.geteuid() == 0:
         with contextlib.suppress(PermissionError):  # root of a user namespace that denies setgroups
             os.setgroups([])
-        linux.keep_only_capabilities(frozenset({linux.CAP_DAC_OVERRIDE}))
+    linux.keep_only_capabilities(frozenset({linux.CAP_DAC_OVERRIDE}))
 
 
 def _limit() -> None:
