@@ -1,8 +1,8 @@
 """Control groups for sandboxes, version 1 and 2, where this process may make them; nothing where it may not.
 
 Groups are made beneath the supervisor's own group, so that a limit on the agent's service still holds for its modules.
-Layout: ``<own group>/wasilet-<owner>/<container>``; the middle one names the supervisor, so that groups left behind
-by a dead one are found and removed by the next.
+Layout: ``<own group>/wasilet-<pid>-<start time>/<container>``; the middle one names the supervisor, so that groups left
+behind by a dead one are found and removed by the next, also when nothing else is left of it.
 
 Version 1 has one tree a controller; memory and cpu are taken independently. Version 2 lets controllers be handed to
 children only by a group without processes of its own (cgroup v2, "no internal process constraint"), so the supervisor
@@ -26,6 +26,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from node.runtime import linux
+
 logger = logging.getLogger(__name__)
 
 PERIOD_US = 100_000
@@ -33,6 +35,7 @@ MIN_QUOTA_US = 1_000
 MIN_SHARES = 2
 REMOVE_TIMEOUT_SECONDS = 2.0
 _PREFIX = "wasilet-"
+_OWNER = re.compile(r"wasilet-(\d+)-(\d+)")
 _LEAF = "wasilet-agent"
 
 
@@ -203,6 +206,7 @@ class CgroupManager:
 
     def _mkdir(self, parent: Path) -> Path | None:
         directory = parent / self._owner
+        _remove_orphans(parent)
         try:
             directory.mkdir(mode=0o755, exist_ok=True)
         except OSError:
@@ -329,6 +333,17 @@ def controller_mounts(process: Path, root: Path) -> Mapping[str, Path]:
             for option in options.split(" ")[-1].split(","):
                 mounts[option] = point
     return mounts
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Empty groups of supervisors that are gone. None is emptied: a pid of another namespace looks dead from here."""
+    for directory in parent.glob(f"{_PREFIX}*-*"):
+        match = _OWNER.fullmatch(directory.name)
+        if match is None or linux.start_time(int(match[1])) == int(match[2]):
+            continue
+        for folder in sorted((Path(path) for path, _, _ in os.walk(directory)), key=lambda path: -len(path.parts)):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def remove_tree(directory: Path) -> None:

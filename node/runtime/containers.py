@@ -25,6 +25,12 @@ from node.settings import LogSettings
 logger = logging.getLogger(__name__)
 
 MEMORY_WATCH_SECONDS = 0.1
+MEMORY_WATCH_NEAR_SECONDS = 0.02
+"""While a container uses more than half of its limit."""
+
+WATCH_HEADROOM_BYTES = 256 * 1024 * 1024
+"""What a module can touch between two looks, and some: then the kill comes before ``memory.grow`` fails."""
+
 START_REPORT_SECONDS = 5.0
 """A guest whose start function runs longer than this counts as running."""
 
@@ -72,7 +78,7 @@ def memory_backstop(limit_bytes: int | None, *, kernel: bool) -> int | None:
         return None
     if kernel:
         return max(4 * limit_bytes, limit_bytes + 4 * 1024**3)
-    return limit_bytes + max(16 * 1024**2, limit_bytes // 4)
+    return limit_bytes + WATCH_HEADROOM_BYTES
 
 
 class Containers:
@@ -329,22 +335,29 @@ class Containers:
         if not group.remove() and attempts > 0:
             self._loop.call_later(GROUP_REMOVE_RETRY_SECONDS, lambda: self._remove_group(group, attempts - 1))
 
-    def _watch_memory(self) -> None:
+    def _watch_memory(self, seconds: float = MEMORY_WATCH_NEAR_SECONDS) -> None:
         if not self._watching:
             self._watching = True
-            self._loop.call_later(MEMORY_WATCH_SECONDS, self._look_at_memory)
+            self._loop.call_later(seconds, self._look_at_memory)
 
     def _look_at_memory(self) -> None:
         self._watching = False
+        again = False
+        seconds = MEMORY_WATCH_SECONDS
         for container in self.running():
             limit = container.config.memory_limit_bytes
             if limit is None or container.process is None:
                 continue
             if container.group is not None and container.group.memory is not None:
                 continue
-            self._watch_memory()
+            again = True
             pid = container.process.pid
             # The resident set is cheap to read but counts what is shared with this process; the rest is exact.
-            if linux.resident_bytes(pid) > limit and linux.private_bytes(pid) > limit:
-                container.oom_by_watch = True
-                container.process.kill()
+            resident = linux.resident_bytes(pid)
+            if resident > limit // 2 and (private := linux.private_bytes(pid)) > limit // 2:
+                seconds = MEMORY_WATCH_NEAR_SECONDS
+                if private > limit:
+                    container.oom_by_watch = True
+                    container.process.kill()
+        if again:
+            self._watch_memory(seconds)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from node.runtime import linux
 from node.runtime.cgroups import CgroupManager, Group, cpu_quota_us, cpu_shares, cpu_weight
 
 pytestmark = pytest.mark.unit
@@ -174,3 +175,19 @@ def test_version_2_without_controllers_is_nothing(tree: Tree) -> None:
     assert not manager.memory
     assert not manager.cpu
     assert not (base / "wasilet-1-2").exists()
+
+
+def test_groups_of_supervisors_that_are_gone_are_removed_and_no_others(tree: Tree) -> None:
+    tree.v1(controllers=("memory",))
+    parent = tree.root / "memory" / "service"
+    alive = f"wasilet-{os.getpid()}-{linux.start_time(os.getpid())}"
+    for name in ("wasilet-1-1/container", f"{alive}/container", "wasilet-agent", "wasilet-1-1x", "other-1-1"):
+        (parent / name).mkdir(parents=True)
+    tree.manager()
+    assert {path.name for path in parent.iterdir()} == {
+        alive,
+        "wasilet-1-2",
+        "wasilet-agent",
+        "wasilet-1-1x",
+        "other-1-1",
+    }
