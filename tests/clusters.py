@@ -59,11 +59,14 @@ class TestCluster:
 
 
 @contextlib.contextmanager
-def temporary_settings(name: str = "wasilet", **given: Any) -> Iterator[Settings]:
-    """Settings with a state root that exists only in this block; whatever still runs there at its end is ended."""
+def temporary_settings(
+    name: str = "wasilet", *, environment: Mapping[str, str] | None = None, **given: Any
+) -> Iterator[Settings]:
+    """Settings with a state root that exists only in this block; whatever still runs there at its end is ended.
+    ``environment``: in place of this process's own."""
     root = Path(tempfile.mkdtemp(prefix="wasilet-t", dir="/tmp"))
     environ: Mapping[str, str] = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("WASILET_")},
+        **{key: value for key, value in (environment or os.environ).items() if not key.startswith("WASILET_")},
         "WASILET_STATE_HOME": str(root / "state"),
         "WASILET_CACHE": str(cache_root()),
         "KUBECONFIG": str(root / "user.conf"),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.clusters import TestCluster, control_plane, whole_cluster
+
+if TYPE_CHECKING:
+    from tests.rigs.kind.session import KindRig
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +26,48 @@ def control_plane_cluster() -> Iterator[TestCluster]:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[TestCluster]:
-    """A whole cluster with a Ready wasm node, of the provider that WASILET_PROVIDER names, shared by the session."""
-    with whole_cluster(provider=os.environ.get("WASILET_PROVIDER", "host")) as made:
+def cluster(request: pytest.FixtureRequest) -> Iterator[TestCluster]:
+    """A whole cluster with a Ready wasm node, of the provider that WASILET_PROVIDER names, shared by the session.
+
+    On kind, where Linux has a node too, that one is tainted and the wasm node is not: what tests apply without a word
+    on where it is to run, runs on wasm, as on ``host``."""
+    provider = os.environ.get("WASILET_PROVIDER", "host")
+    if provider != "kind":
+        with whole_cluster(provider=provider) as made:
+            yield made
+        return
+    rig: KindRig = request.getfixturevalue("kind_rig")
+    with whole_cluster(
+        f"e2e-{os.getpid()}",
+        provider="kind",
+        taints=(),
+        image=rig.image,
+        config=rig.config(linux_taint="wasilet.dev/linux:NoSchedule"),
+        environment=rig.engine.environment,
+    ) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def kind_rig(request: pytest.FixtureRequest) -> Iterator[KindRig]:
+    """Docker and a node image for kind; skips where neither is there nor can be made."""
+    from tests.rigs.kind.session import RigUnavailableError
+    from tests.rigs.kind.session import kind_rig as rig
+
+    folder = Path(tempfile.mkdtemp(prefix="wasilet-rig"))
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            sys.stderr.write(f"kind rig: {line}\n")
+
+    try:
+        with rig(folder, say=say) as made:
+            yield made
+    except RigUnavailableError as error:
+        pytest.skip(error.message)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

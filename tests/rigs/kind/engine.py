@@ -47,7 +47,8 @@ def lacks_sys_resource() -> bool:
     return False
 
 
-def _answers(environment: dict[str, str]) -> bool:
+def answers(environment: dict[str, str]) -> bool:
+    """Whether a Docker engine answers a client with that environment."""
     try:
         done = process.run(
             ["docker", "version", "--format", "{{.Server.Version}}"],
@@ -64,7 +65,7 @@ def _answers(environment: dict[str, str]) -> bool:
 def docker_engine(*, cache: Path, softrunc: Path, say: Callable[[str], None]) -> Iterator[Engine]:
     """An engine for as long as the block runs. Raises HarnessError when there is none and none can be started."""
     environment = dict(os.environ)
-    if _answers(environment):
+    if answers(environment):
         yield Engine(environment=environment, softened=False)
         return
     if os.geteuid() != 0:
@@ -79,7 +80,7 @@ def docker_engine(*, cache: Path, softrunc: Path, say: Callable[[str], None]) ->
     record = _start(folder, sockets, softrunc, say)
     try:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        while not _answers(environment):
+        while not answers(environment):
             if not process.is_alive(record) or time.monotonic() > deadline:
                 tail = "\n".join(process.tail_of(folder / "dockerd.log", 5))
                 raise HarnessError(f"the Docker engine did not start:\n{tail}")

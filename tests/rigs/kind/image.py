@@ -39,14 +39,18 @@ _PAUSE_TAG = "3.10.1"
 
 def build_go_tool(name: str, *, cache: Path) -> Path:
     """Compile one of ``files``'s two small Go programs; Go's own cache makes the second time quick."""
+    return build_go_program(FILES / name, cache / "bin" / name)
+
+
+def build_go_program(source: Path, output: Path) -> Path:
+    """Compile a Go program without dependencies to a static executable. Raises HarnessError."""
     go = find_go(os.environ)
     if go.path is None:
-        raise HarnessError(f"the kind node image needs Go: {go.problem}")
-    output = cache / "bin" / name
+        raise HarnessError(f"{source.name} needs Go: {go.problem}")
     output.parent.mkdir(parents=True, exist_ok=True)
     process.run(
         [str(go.path), "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", str(output), "."],
-        cwd=FILES / name,
+        cwd=source,
         env={**os.environ, "CGO_ENABLED": "0", "GOWORK": "off", "GOTOOLCHAIN": "local", "GOFLAGS": ""},
         timeout_seconds=300,
     )

@@ -1,0 +1,349 @@
+"""The kind provider on real kind: made, joined, used from both kinds of node, adopted, mended, and gone.
+
+The cluster of most tests here is as a user gets it: kind's node without a taint, the wasm node with Krustlet's two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from harness.approver import CSRS
+from harness.console import PlainReporter, SilentReporter
+from harness.controlplane.acquire import acquire
+from harness.down import down
+from harness.errors import ApiError
+from harness.kube import Kube, KubeObject, api_path
+from harness.play import Status
+from harness.process import is_alive
+from harness.providers.docker import Docker
+from harness.providers.kind import CLUSTER_LABEL
+from harness.publish import push_app
+from harness.settings import Settings, cache_root
+from harness.state import port_is_free
+from harness.up import open_cluster, up
+from tests.clusters import TestCluster, temporary_settings, whole_cluster
+from tests.rigs.kind.session import KindRig
+
+pytestmark = pytest.mark.e2e
+
+WAIT_SECONDS = 60.0
+TOLERATIONS = [{"key": "kubernetes.io/arch", "operator": "Equal", "value": "wasm32-wasi"}]
+
+
+@pytest.fixture(scope="module")
+def own(kind_rig: KindRig) -> Iterator[TestCluster]:
+    with whole_cluster(
+        f"own-{os.getpid()}",
+        provider="kind",
+        image=kind_rig.image,
+        config=kind_rig.config(),
+        environment=kind_rig.engine.environment,
+    ) as made:
+        yield made
+
+
+@pytest.fixture
+def namespace(own: TestCluster) -> Iterator[str]:
+    made = own.kube.create(api_path("namespaces"), {"metadata": {"generateName": "kind-"}})
+    name = str(made["metadata"]["name"])
+    eventually(lambda: own.kube.find(api_path("serviceaccounts", "default", namespace=name)), "a ServiceAccount")
+    yield name
+    own.kube.delete(api_path("namespaces", name))
+
+
+def eventually(probe: Any, what: str, *, seconds: float = WAIT_SECONDS) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := probe()):
+        assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
+        time.sleep(0.1)
+    return found
+
+
+def wasm_node(cluster: TestCluster) -> KubeObject:
+    return cluster.kube.get(api_path("nodes", cluster.cluster.node_names()[0]))
+
+
+def log_of(kube: Kube, namespace: str, pod: str) -> str:
+    try:
+        with kube.stream(f"{api_path('pods', pod, namespace=namespace)}/log", idle_seconds=10.0) as lines:
+            return "\n".join(lines)
+    except ApiError:
+        return ""
+
+
+def kind(rig: KindRig, *arguments: str) -> str:
+    """The pinned kind, as a user would type it."""
+    cache = cache_root()
+    path = acquire(["kind"], cache=cache, environ={}, progress=lambda _: None)["kind"].path
+    done = subprocess.run(
+        [path, *arguments], env=rig.engine.environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.smoke
+def test_the_wasm_node_joins_beside_kinds_own_and_keeps_its_two_taints(own: TestCluster) -> None:
+    nodes = {node["metadata"]["name"]: node for node in own.kube.get(api_path("nodes"))["items"]}
+    assert set(nodes) == {f"{own.settings.name}-control-plane", f"{own.settings.name}-1"}
+    taints = wasm_node(own)["spec"]["taints"]
+    assert {(taint["key"], taint["value"], taint["effect"]) for taint in taints} == {
+        ("kubernetes.io/arch", "wasm32-wasi", "NoSchedule"),
+        ("kubernetes.io/arch", "wasm32-wasi", "NoExecute"),
+    }
+    assert own.status()["ready"]
+
+
+@pytest.mark.smoke
+def test_linux_and_wasm_run_side_by_side_and_wasm_reads_what_a_job_made(
+    own: TestCluster, namespace: str, kind_rig: KindRig
+) -> None:
+    registry = str(own.status()["registry"])
+    linux = kind_rig.push_linux(registry)
+    recap, wasm = push_app("config-reader", own.settings, reporter=SilentReporter())
+    assert recap.succeeded
+    assert wasm is not None
+    kube = own.kube
+    rbac = "rbac.authorization.k8s.io"
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["create"]}
+    account = {"kind": "ServiceAccount", "name": "default", "namespace": namespace}
+    role_ref = {"apiGroup": rbac, "kind": "Role", "name": "maker"}
+    kube.create(api_path("roles", group=rbac, namespace=namespace), {"metadata": {"name": "maker"}, "rules": [rule]})
+    kube.create(
+        api_path("rolebindings", group=rbac, namespace=namespace),
+        {"metadata": {"name": "maker"}, "roleRef": role_ref, "subjects": [account]},
+    )
+    job_pod = {
+        "restartPolicy": "Never",
+        "containers": [{"name": "main", "image": linux, "args": ["make", "made", "greeting", "from a Job"]}],
+    }
+    kube.create(
+        api_path("jobs", group="batch", namespace=namespace),
+        {"metadata": {"name": "maker"}, "spec": {"backoffLimit": 3, "template": {"spec": job_pod}}},
+    )
+    pods = api_path("pods", namespace=namespace)
+    kube.create(
+        pods,
+        {
+            "metadata": {"name": "linux"},
+            "spec": {"containers": [{"name": "main", "image": linux, "args": ["say", "hello from Linux"]}]},
+        },
+    )
+    reference = {"configMapKeyRef": {"name": "made", "key": "greeting"}}
+    container = {
+        "name": "main",
+        "image": f"{registry}/config-reader:latest",
+        "env": [{"name": "APP_GREETING", "valueFrom": reference}],
+        "volumeMounts": [{"name": "made", "mountPath": "/etc/config", "readOnly": True}],
+    }
+    kube.create(
+        pods,
+        {
+            "metadata": {"name": "wasm"},
+            "spec": {
+                "containers": [container],
+                "volumes": [{"name": "made", "configMap": {"name": "made"}}],
+                "nodeSelector": {"kubernetes.io/arch": "wasm32-wasi"},
+                "tolerations": TOLERATIONS,
+            },
+        },
+    )
+    eventually(lambda: "hello from Linux" in log_of(kube, namespace, "linux"), "the Linux pod's line")
+    said = eventually(
+        lambda: (text := log_of(kube, namespace, "wasm")) and "file greeting" in text and text, "the wasm pod's lines"
+    )
+    assert "variable APP_GREETING=from a Job" in said
+    assert "file greeting: from a Job" in said
+    where = {item["metadata"]["name"]: item["spec"]["nodeName"] for item in kube.get(pods)["items"]}
+    assert where["wasm"] == f"{own.settings.name}-1"
+    assert where["linux"] == f"{own.settings.name}-control-plane"
+
+
+@pytest.mark.smoke
+def test_kubectl_follows_a_log_through_the_container_network(own: TestCluster, namespace: str) -> None:
+    registry = str(own.status()["registry"])
+    assert push_app("hello-world", own.settings, reporter=SilentReporter())[0].succeeded
+    spec = {
+        "containers": [
+            {
+                "name": "main",
+                "image": f"{registry}/hello-world:latest",
+                "env": [{"name": "INTERVAL_SECONDS", "value": "0.2"}],
+            }
+        ],
+        "nodeSelector": {"kubernetes.io/arch": "wasm32-wasi"},
+        "tolerations": TOLERATIONS,
+    }
+    pods = api_path("pods", namespace=namespace)
+    own.kube.create(pods, {"metadata": {"name": "hello"}, "spec": spec})
+    eventually(lambda: "Hello" in log_of(own.kube, namespace, "hello"), "a first line")
+    kubectl = acquire(["kubectl"], cache=cache_root(), environ=os.environ, progress=lambda _: None)["kubectl"].path
+    command = [str(kubectl), "--kubeconfig", str(own.admin_kubeconfig), "-n", namespace, "logs", "-f", "hello"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout is not None
+        lines = [following.stdout.readline() for _ in range(5)]
+        assert all("Hello, from WASI" in line for line in lines)
+        own.kube.delete(f"{pods}/hello")
+        following.communicate(timeout=20)
+        assert following.returncode == 0
+
+
+@pytest.mark.smoke
+def test_daemon_sets_of_the_cluster_keep_off_the_wasm_node(own: TestCluster) -> None:
+    """kube-proxy tolerates every taint; what keeps it off is that it selects ``kubernetes.io/os: linux``."""
+    proxy = own.kube.get(api_path("daemonsets", "kube-proxy", group="apps", namespace="kube-system"))
+    assert {"operator": "Exists"} in proxy["spec"]["template"]["spec"]["tolerations"]
+    assert proxy["status"]["desiredNumberScheduled"] == 1
+    assert proxy["status"]["numberMisscheduled"] == 0
+    name = own.cluster.node_names()[0]
+    there = own.kube.get(api_path("pods"), fieldSelector=f"spec.nodeName={name}")["items"]
+    assert [pod for pod in there if pod["metadata"]["namespace"] == "kube-system"] == []
+
+
+@pytest.mark.smoke
+def test_a_second_up_changes_nothing(own: TestCluster) -> None:
+    recap = up(own.settings, reporter=SilentReporter())
+    assert recap.succeeded
+    assert [outcome.name for outcome in recap.outcomes if outcome.status is not Status.OK] == []
+
+
+@pytest.mark.smoke
+def test_tools_are_told_of_the_registry(own: TestCluster) -> None:
+    notice = own.kube.get(api_path("configmaps", "local-registry-hosting", namespace="kube-public"))
+    said = yaml.safe_load(notice["data"]["localRegistryHosting.v1"])
+    assert said["host"] == own.status()["registry"]
+    assert said["hostFromContainerRuntime"].startswith(own.access.node_address)
+
+
+@pytest.mark.smoke
+def test_the_registrys_second_door_is_for_reading_only(own: TestCluster) -> None:
+    import http.client
+
+    port = own.cluster.ports()["registry_for_nodes"]
+    connection = http.client.HTTPConnection(own.access.node_address, port, timeout=5)
+    connection.request("GET", "/v2/")
+    assert connection.getresponse().read() is not None
+    connection.request("POST", "/v2/intruder/blobs/uploads/")
+    assert connection.getresponse().status == 405
+    connection.close()
+    assert port_is_free(port, "127.0.0.1")
+    assert port_is_free(own.cluster.ports()["registry"], own.access.node_address)
+
+
+@pytest.mark.smoke
+def test_the_approver_has_a_credential_of_its_own_that_can_do_nothing_else(own: TestCluster) -> None:
+    approver = Kube.from_kubeconfig(own.cluster.state.etc / "approver.conf")
+    try:
+        assert approver.get(CSRS)["kind"] == "CertificateSigningRequestList"
+        for path in (api_path("secrets"), api_path("nodes"), api_path("pods")):
+            with pytest.raises(ApiError) as refused:
+                approver.get(path)
+            assert refused.value.code == 403
+    finally:
+        approver.close()
+    left = [csr for csr in own.kube.get(CSRS)["items"] if csr["metadata"]["name"].startswith("wasilet-approver")]
+    assert left == []
+
+
+@pytest.mark.smoke
+def test_down_leaves_nothing(own: TestCluster, kind_rig: KindRig) -> None:
+    """The last of this cluster's tests."""
+    state = own.cluster.state
+    processes = [record.process for record in state.records()]
+    recap = down(own.settings, reporter=PlainReporter(io.StringIO()), purge=True)
+    assert recap.succeeded
+    assert processes
+    assert not any(is_alive(process) for process in processes)
+    assert Docker(kind_rig.engine.environment).containers(f"{CLUSTER_LABEL}={own.settings.name}") == []
+    assert not state.path.exists()
+    assert not Path(str(own.settings.kubeconfig)).exists()
+
+
+def test_a_cluster_made_by_hand_is_adopted_and_left_as_it_was(kind_rig: KindRig, tmp_path: Path) -> None:
+    name = f"hand-{os.getpid()}"
+    arguments = ["create", "cluster", "--name", name, "--kubeconfig", str(tmp_path / "hand.conf")]
+    arguments += ["--config", str(kind_rig.config())] + (["--image", kind_rig.image] if kind_rig.image else [])
+    try:
+        kind(kind_rig, *arguments)
+        theirs = Kube.from_kubeconfig(tmp_path / "hand.conf")
+        before = inventory(theirs)
+        with temporary_settings(name, provider="kind", environment=kind_rig.engine.environment) as settings:
+            log = io.StringIO()
+            assert up(settings, reporter=PlainReporter(log)).succeeded, log.getvalue()
+            assert inventory(theirs) != before
+            assert down(settings, reporter=SilentReporter(), purge=True).succeeded
+            assert inventory(theirs) == before
+        certs_d = kind_rig.engine.docker("exec", f"{name}-control-plane", "ls", "/etc/containerd/certs.d").stdout
+        assert certs_d.strip() == ""
+        theirs.close()
+    finally:
+        kind(kind_rig, "delete", "cluster", "--name", name, "--kubeconfig", str(tmp_path / "hand.conf"))
+
+
+def inventory(kube: Kube) -> dict[str, list[str]]:
+    """Names of what the harness may add to a cluster."""
+    rbac = "rbac.authorization.k8s.io"
+    paths = {
+        "nodes": api_path("nodes"),
+        "roles": api_path("clusterroles", group=rbac),
+        "bindings": api_path("clusterrolebindings", group=rbac),
+        "secrets": api_path("secrets"),
+        "notices": api_path("configmaps", namespace="kube-public"),
+    }
+    return {kind: sorted(item["metadata"]["name"] for item in kube.get(path)["items"]) for kind, path in paths.items()}
+
+
+@pytest.mark.slow
+def test_what_an_interrupted_run_left_half_made_is_made_anew(kind_rig: KindRig, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"provider": "kind", "image": kind_rig.image, "config": kind_rig.config()}
+    name = f"half-{os.getpid()}"
+    docker = Docker(kind_rig.engine.environment)
+    with temporary_settings(name, environment=kind_rig.engine.environment, **given) as settings:
+        kill_while(settings, lambda: docker.containers(f"{CLUSTER_LABEL}={name}"), tmp_path, after_seconds=2.0)
+        half = docker.containers(f"{CLUSTER_LABEL}={name}")
+        assert len(half) == 1
+        log = io.StringIO()
+        recap = up(settings, reporter=PlainReporter(log))
+        assert recap.succeeded, log.getvalue()
+        whole = docker.containers(f"{CLUSTER_LABEL}={name}")
+        assert [container.id for container in whole] != [container.id for container in half]
+        with open_cluster(settings) as cluster:
+            assert cluster.state.read()["external"]["created"] is True
+        # kind's own clean-up of the killed run must not have reached into the new cluster.
+        assert up(settings, reporter=SilentReporter()).succeeded
+
+
+def kill_while(settings: Settings, until: Any, folder: Path, *, after_seconds: float) -> None:
+    """Start `up` in a process of its own, wait for ``until`` and a while, and kill it as a power cut would."""
+    script = folder / "up.py"
+    values = {"name": settings.name, "provider": "kind", "image": settings.image, "config": str(settings.config)}
+    script.write_text(
+        "import json, os, sys\n"
+        "from harness.console import PlainReporter\n"
+        "from harness.settings import load\n"
+        "from harness.up import up\n"
+        f"up(load(environ=os.environ, kubeconfig={str(settings.kubeconfig)!r}, **json.loads({json.dumps(values)!r})),"
+        " reporter=PlainReporter(sys.stderr))\n"
+    )
+    root = Path(__file__).resolve().parent.parent.parent
+    env = {**settings.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, "-P", script], env=env, stderr=subprocess.DEVNULL, cwd="/") as process:
+        try:
+            eventually(until, "a container")
+            time.sleep(after_seconds)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)

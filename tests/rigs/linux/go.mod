@@ -1,0 +1,3 @@
+module linux
+
+go 1.21
