@@ -198,10 +198,11 @@ class Kube:
     def watch(
         self,
         path: str,
+        hangup: Hangup | None = None,
+        /,
         *,
         timeout_seconds: int = 300,
         idle_seconds: float = 330.0,
-        hangup: Hangup | None = None,
         **query: str,
     ) -> Iterator[Iterator[KubeObject]]:
         """A watch on a connection of its own: yields ``{"type": ..., "object": ...}`` until the server ends it after
@@ -239,7 +240,7 @@ class Kube:
 
     @contextlib.contextmanager
     def stream(
-        self, path: str, *, idle_seconds: float = 330.0, hangup: Hangup | None = None, **query: str
+        self, path: str, hangup: Hangup | None = None, /, *, idle_seconds: float = 330.0, **query: str
     ) -> Iterator[Iterator[str]]:
         """A body that comes line by line, as a log that is followed, on a connection of its own. Raises ApiError, also
         when nothing came for ``idle_seconds`` or ``hangup`` ended it."""

@@ -196,7 +196,7 @@ class Observer:
                     version = self._list(path, plural, learn)
                 query = {"resourceVersion": version}
                 with self._kube.watch(
-                    path, timeout_seconds=WATCH_SECONDS, idle_seconds=WATCH_SECONDS + 10.0, hangup=self._hangup, **query
+                    path, self._hangup, timeout_seconds=WATCH_SECONDS, idle_seconds=WATCH_SECONDS + 10.0, **query
                 ) as events:
                     for event in events:
                         version = self._learn(event, learn)
@@ -303,7 +303,7 @@ class Observer:
         if previous:
             query["previous"] = "true"
         try:
-            with self._kube.stream(path, idle_seconds=3600.0, hangup=self._hangup, **query) as lines:
+            with self._kube.stream(path, self._hangup, idle_seconds=3600.0, **query) as lines:
                 self._keep(log, lines)
         except ApiError as error:
             log.error = "" if self.closed else error.message
