@@ -8,6 +8,8 @@ health as the container's. So it fails, and says why; with ``host`` it does what
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +105,17 @@ async def http_get(action: dict[str, Any], container: Container, *, timeout_seco
             ok=False, output=f'Get "{url}": context deadline exceeded (Client.Timeout exceeded while awaiting headers)'
         )
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        return Outcome(ok=False, output=f'Get "{url}": {error}')
+        return Outcome(ok=False, output=f'Get "{url}": {_dial_words(error, host, port)}')
+
+
+def _dial_words(error: Exception, host: str, port: int) -> str:
+    """A failed connection as Go words it, which is what people search for; anything else in its own words."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, socket.gaierror):
+        return f"dial tcp: lookup {host}: no such host"
+    if isinstance(cause, OSError) and cause.errno:
+        return f"dial tcp {host}:{port}: connect: {os.strerror(cause.errno).lower()}"
+    return str(error)
 
 
 async def _get(url: str, headers: Sequence[tuple[str, str]]) -> Outcome:
@@ -150,6 +162,6 @@ async def tcp_connect(action: dict[str, Any], container: Container, *, timeout_s
     except TimeoutError:
         return Outcome(ok=False, output=f"dial tcp {host}:{port}: i/o timeout")
     except (OSError, ValueError) as error:
-        return Outcome(ok=False, output=f"dial tcp {host}:{port}: {error}")
+        return Outcome(ok=False, output=_dial_words(error, host, port))
     writer.close()
     return Outcome(ok=True)
