@@ -30,9 +30,10 @@ What can be seen::
     logs: [{pod, container, query, lines, equal, without, size, error}]
     objects: [{kind, apiVersion, name, like}]          # any object; like: a part of it
 
-In strings, ``${registry}``, ``${namespace}``, ``${node}``, ``${node_ip}``, ``${image:NAME}`` and ``${digest:NAME}``
-are filled in. A container without ``name`` is called ``main``; its ``image`` is a guest's name (``tests.e2e.guests``),
-by default ``toolbox``.
+In strings, ``${registry}``, ``${namespace}``, ``${node}``, ``${node_ip}``, ``${image:NAME}``, ``${digest:NAME}``,
+``${dockerconfig}`` (the login of the private registry), ``${registry_port}`` (a number where it stands alone) and
+``${scratch}`` (a folder of this machine) are filled in. A container without ``name`` is called ``main``; its ``image``
+is a guest's name (``tests.e2e.guests``), by default ``toolbox``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ import yaml
 FOLDER = Path(__file__).parent / "cases"
 _STEPS = frozenset({"see", "keep", "apply", "patch", "delete", "refused"})
 _FIELDS = frozenset({"case", "kubernetes", "objects", "pod", "within", "see", "then", "note", "slow"})
-_REFERENCE = re.compile(r"\$\{(registry|namespace|node|node_ip|image:[a-z0-9-]+|digest:[a-z0-9-]+)\}")
+_REFERENCE = re.compile(
+    r"\$\{(registry|registry_port|scratch|namespace|node|node_ip|dockerconfig|image:[a-z0-9-]+|digest:[a-z0-9-]+)\}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,8 @@ def _complete(spec: dict[str, Any], values: Mapping[str, str]) -> None:
 
 def filled(value: Any, values: Mapping[str, str]) -> Any:
     """``value`` with every ``${...}`` in its strings replaced. Raises KeyError for an unknown one."""
+    if value == "${registry_port}":
+        return int(values["registry_port"])
     if isinstance(value, str):
         return _REFERENCE.sub(lambda match: values[match[1]], value)
     if isinstance(value, Mapping):

@@ -7,6 +7,7 @@ module without an entry point.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
 import io
@@ -23,13 +24,14 @@ import wasmtime
 
 from harness.artifact import Artifact, Blob, Layout, make_artifact
 from harness.build import build
+from harness.providers.base import Cluster
 from harness.push import push, reference_named
 from harness.samples import find_app
+from harness.services import private_registry
 from node.images import mediatypes
 from tests.unit.runtime_guests import component_guest
 
 FOLDER = Path(__file__).parent / "guests"
-_EMPTY: Mapping[str, Any] = {}
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Guests:
     registry: str
     references: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    dockerconfig: str = ""
+    """The login of the private registry, which holds the guest ``private``."""
 
     def add(self, name: str, artifact: Artifact) -> str:
         """Push an artifact under ``guests/<name>:v1``."""
@@ -53,10 +57,7 @@ class Guests:
 
     def add_bytes(self, name: str, module: bytes, layout: Layout = Layout.CNCF) -> str:
         """Push a module."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{name}.wasm"
-            file.write_bytes(module)
-            return self.add(name, make_artifact(file, layout=layout, environ={"SOURCE_DATE_EPOCH": "0"}))
+        return self.add(name, module_artifact(name, module, layout))
 
     def add_index(self, name: str, platforms: Mapping[str, str]) -> str:
         """An index: platform (``os/architecture``) to the name of a guest."""
@@ -106,10 +107,10 @@ def _blobs(manifest: Mapping[str, Any]) -> list[str]:
     return [manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
 
 
-def push_guests(registry: str) -> Guests:
-    """All of them."""
+def push_guests(cluster: Cluster, registry: str) -> Guests:
+    """All of them, one into a second registry with a login."""
     guests = Guests(registry)
-    toolbox = build(find_app(str(FOLDER / "toolbox")), say=lambda _: None, environ=os.environ).module.read_bytes()
+    toolbox = build_toolbox()
     guests.add_bytes("toolbox", toolbox)
     for layout in (Layout.KRUSTLET, Layout.RUNWASI, Layout.IMAGE):
         guests.add_bytes(f"toolbox-{layout}", toolbox, layout)
@@ -119,7 +120,24 @@ def push_guests(registry: str) -> Guests:
     guests.add_index("linux-index", {"linux/amd64": "linux", "linux/arm64": "linux"})
     for name, text in _TEXTS.items():
         guests.add_wat(name, text)
+    address, environ, secret = private_registry(cluster, "guests", say=lambda _: None)
+    guests.dockerconfig = base64.b64decode(secret["data"][".dockerconfigjson"]).decode()
+    guests.references["private"] = f"{address}/guests/private:v1"
+    push(module_artifact("private", toolbox), reference_named(guests.references["private"]), environ=environ)
     return guests
+
+
+def build_toolbox() -> bytes:
+    """The module of ``guests/toolbox``."""
+    return build(find_app(str(FOLDER / "toolbox")), say=lambda _: None, environ=os.environ).module.read_bytes()
+
+
+def module_artifact(name: str, module: bytes, layout: Layout = Layout.CNCF) -> Artifact:
+    """A module laid out as ``invoke push`` does it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.wasm"
+        file.write_bytes(module)
+        return make_artifact(file, layout=layout, environ={"SOURCE_DATE_EPOCH": "0"})
 
 
 def image(files: Mapping[str, bytes], config: Mapping[str, Any], *, platform: str = "wasi/wasm") -> Artifact:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.errors import ApiError
 from harness.kube import Kube, KubeObject, api_path
 from harness.resources import Resources
 from tests.e2e.cases import Case, filled, whole_object
+from tests.e2e.guests import Guests
 from tests.e2e.matching import mismatches
 from tests.e2e.stage import POLL_SECONDS, Stage
 
@@ -26,7 +28,9 @@ def run_case(case: Case, stage: Stage, values: Mapping[str, str]) -> float:
     """Raises AssertionError with what was missing and what was there instead. Returns the seconds it took."""
     began = time.monotonic()
     with stage.namespace(f"case-{case.id}") as namespace:
-        _Run(case, stage, namespace, {**values, "namespace": namespace}).run()
+        scratch = Path(values["scratch"]) / namespace
+        scratch.mkdir()
+        _Run(case, stage, namespace, {**values, "namespace": namespace, "scratch": str(scratch)}).run()
     return time.monotonic() - began
 
 
@@ -209,15 +213,16 @@ def read_log(stage: Stage, path: str, query: Mapping[str, str]) -> bytes:
         kube.close()
 
 
-def case_values(
-    registry: str, node: KubeObject, references: Mapping[str, str], digests: Mapping[str, str]
-) -> dict[str, str]:
+def case_values(guests: Guests, node: KubeObject, scratch: Path) -> dict[str, str]:
     """What ``${...}`` means in cases."""
     addresses: Sequence[KubeObject] = node["status"]["addresses"]
     return {
-        "registry": registry,
+        "registry": guests.registry,
+        "registry_port": guests.registry.rpartition(":")[2],
+        "scratch": str(scratch),
+        "dockerconfig": guests.dockerconfig,
         "node": node["metadata"]["name"],
         "node_ip": next(a["address"] for a in addresses if a["type"] == "InternalIP"),
-        **{f"image:{name}": reference for name, reference in references.items()},
-        **{f"digest:{name}": digest for name, digest in digests.items()},
+        **{f"image:{name}": reference for name, reference in guests.references.items()},
+        **{f"digest:{name}": digest for name, digest in guests.digests.items()},
     }

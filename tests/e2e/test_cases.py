@@ -39,14 +39,15 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def running(request: pytest.FixtureRequest, cluster: TestCluster) -> Iterator[Running]:
+def running(
+    request: pytest.FixtureRequest, cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     names = {case.id for item in request.session.items if (case := _case_of(item)) is not None}
     selected = [case for case in CASES if case.id in names]
     status = cluster.status()
-    registry = str(status["registry"])
-    guests = push_guests(registry)
+    guests = push_guests(cluster.cluster, str(status["registry"]))
     node = cluster.kube.get("/api/v1/nodes")["items"][0]
-    values = case_values(registry, node, guests.references, guests.digests)
+    values = case_values(guests, node, tmp_path_factory.mktemp("scratch"))
     name = str(node["metadata"]["name"])
     stage = Stage(cluster.cluster.admin_credentials())
     pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="case")

@@ -70,11 +70,11 @@ fn recurse(depth: u64) -> String {
 /// Says what a file holds each time it changes, until the time is over.
 fn follow(path: &str, limit: Duration) {
     let started = Instant::now();
-    let mut before = None;
+    let mut before = String::new();
     while started.elapsed() < limit {
-        let now = fs::read_to_string(path).ok();
+        let now = fs::read_to_string(path).unwrap_or_else(|_| "(missing)".to_string());
         if now != before {
-            say(&format!("{}={}", path, now.as_deref().unwrap_or("(missing)").trim_end()));
+            say(&format!("{}={}", path, now.trim_end()));
             before = now;
         }
         thread::sleep(Duration::from_millis(50));
@@ -109,7 +109,14 @@ fn statement(text: &str) {
         "recurse" => say(&recurse(0)),
         "hog" => hog(number(first) as usize),
         "cat" => say(check(fs::read_to_string(first), first).trim_end_matches('\n')),
-        "write" => check(fs::write(first, second), first),
+        // At once and whole: others wait for the file.
+        "write" => {
+            let beside = format!("{}.new", first);
+            match fs::write(&beside, second).and_then(|_| fs::rename(&beside, first)) {
+                Ok(()) => {}
+                Err(_) => check(fs::write(first, second), first),
+            }
+        }
         "append" => {
             let opened = fs::OpenOptions::new().append(true).create(true).open(first);
             check(check(opened, first).write_all(second.as_bytes()), first);
