@@ -55,6 +55,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
         play = Play(f"up {settings.name} ({settings.provider})", steps(cluster))
         if check:
             return play.run(reporter=reporter, check=True)
+        cluster.provider.confirm(settings)
         with cluster.state.locked(
             timeout_seconds=settings.timeouts.lock_seconds,
             say=lambda line: reporter.step_progress("lock", line),

@@ -168,6 +168,9 @@ class Provider(Protocol):
     def detect(self, settings: Settings) -> Detection:
         """Whether what the provider needs is on this machine; reads only, and answers within seconds."""
 
+    def confirm(self, settings: Settings) -> None:
+        """Called before the first change, never in check mode. Raises UsageError when the user has to agree first."""
+
     def create_steps(self, cluster: Cluster) -> Sequence[Step]:
         """The steps that stand the cluster up or adopt a running one, after BINARIES_STEP and PREPARATION_STEP.
         One is named API_SERVER_STEP, and writes ``state.admin_kubeconfig`` before or while it runs."""

@@ -16,7 +16,7 @@ import contextlib
 import datetime as dt
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ class Found:
     ids: tuple[str, ...] = ()
     """What the tool made (containers), for knowing them again."""
 
+    remember: Mapping[str, str] = field(default_factory=dict)
+    """Further facts of the provider's own."""
+
 
 class ExternalProvider:
     """The base of the providers beside ``host``. Subclasses say how a cluster is found, created and destroyed."""
@@ -73,6 +76,9 @@ class ExternalProvider:
     def detect(self, settings: Settings) -> Detection:
         """See Provider."""
         raise NotImplementedError
+
+    def confirm(self, settings: Settings) -> None:
+        """See Provider."""
 
     def find(self, cluster: Cluster) -> Found | None:
         """The cluster of that name, None when there is none. Reads only. Raises HarnessError when there is one that
@@ -263,6 +269,7 @@ class ExternalProvider:
             created=there.created,
             creating=None,
             ids=list(there.ids),
+            **there.remember,
         )
 
     def _hosting_step(self, cluster: Cluster) -> Step:

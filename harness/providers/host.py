@@ -55,6 +55,9 @@ class HostProvider:
             return Detection(usable=True, detail=f"will acquire {', '.join(missing)}")
         return Detection(usable=True, detail="all binaries are here")
 
+    def confirm(self, settings: Settings) -> None:
+        """Everything here is the user's own."""
+
     def create_steps(self, cluster: Cluster) -> Sequence[Step]:
         """etcd and the API server start together (it waits for etcd by itself); the other two as soon as it answers,
         because they give up, or back off, when it is not there."""
