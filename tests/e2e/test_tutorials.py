@@ -85,7 +85,12 @@ class Shell:
         )
         self._groups.append(process.pid)
         expected = tuple(map(self.real, command.expected))
-        lines, problem = self._follow(process, expected, command)
+        try:
+            lines, problem = self._follow(process, expected, command)
+        finally:
+            # A background job that was given the pipe would hold it open; the pages send such output to a file.
+            if process.stdout is not None:
+                process.stdout.close()
         shown = "\n".join(lines[-60:])
         said = f"line {command.line}: $ {command.text}\n--- the page says\n" + "\n".join(expected)
         assert not problem, f"{said}\n--- {problem}; it printed\n{shown}"
@@ -93,7 +98,7 @@ class Shell:
     def _follow(
         self, process: subprocess.Popen[str], expected: tuple[str, ...], command: Command
     ) -> tuple[list[str], str]:
-        incoming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        incoming: queue.SimpleQueue[str] = queue.SimpleQueue()
         reader = threading.Thread(target=_read, args=(process, incoming), daemon=True)
         reader.start()
         lines: list[str] = []
@@ -104,9 +109,7 @@ class Shell:
                 process.wait()
                 return lines, f"it did not end within {COMMAND_LIMIT_SECONDS:g} s"
             with contextlib.suppress(queue.Empty):
-                line = incoming.get(timeout=0.05)
-                if line is not None:
-                    lines.append(line)
+                lines.append(incoming.get(timeout=0.05))
             if command.interrupted and begins(expected, lines):
                 os.killpg(process.pid, signal.SIGINT)
                 try:
@@ -116,12 +119,9 @@ class Shell:
                     process.wait()
                     return lines, "Ctrl-C did not end it"
                 return lines, ""
-        # A background job may hold the pipe open: what the command itself wrote is there by now, or within a moment.
         reader.join(0.5)
         while not incoming.empty():
-            line = incoming.get()
-            if line is not None:
-                lines.append(line)
+            lines.append(incoming.get())
         if command.interrupted:
             return lines, f"it ended by itself with exit code {process.returncode}"
         if process.returncode != command.exit_code:
@@ -149,10 +149,11 @@ class Shell:
                 process.kill()
 
 
-def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
-    for line in process.stdout or ():
-        lines.put(line.rstrip("\n"))
-    lines.put(None)
+def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> None:
+    # ValueError: closed, since nobody wants to know any more.
+    with contextlib.suppress(ValueError):
+        for line in process.stdout or ():
+            lines.put(line.rstrip("\n"))
 
 
 def _words(process: psutil.Process) -> list[str]:
@@ -176,7 +177,14 @@ def environment(home: Path) -> dict[str, str]:
     path = [part for part in env.get("PATH", "").split(":") if ".venv" not in part]
     env["PATH"] = ":".join([str(kubectl.path.parent), *path])
     env.pop("VIRTUAL_ENV", None)
-    return env | {"HOME": str(home), "WASILET_CACHE": str(cache_root()), "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+    return env | {
+        "HOME": str(home),
+        "WASILET_CACHE": str(cache_root()),
+        # Where it is anyway; said, so that ports are chosen away from those of this user's own cluster.
+        "WASILET_STATE_HOME": str(home / ".local/state/wasilet"),
+        "TERM": "dumb",
+        "LC_ALL": "C.UTF-8",
+    }
 
 
 def free_ports(count: int) -> list[int]:
