@@ -100,10 +100,13 @@ class Compiler:
         async with self._slots:
             if await asyncio.to_thread(self._usable, target):
                 return target
-            with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=self._directory) as folder:
-                output = Path(folder) / "out"
-                await self._run_worker(module_path, output, kind)
-                await asyncio.to_thread(_publish, output, target)
+            try:
+                with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=self._directory) as folder:
+                    output = Path(folder) / "out"
+                    await self._run_worker(module_path, output, kind)
+                    await asyncio.to_thread(_publish, output, target)
+            except OSError as error:
+                raise CompileError(f"the compiled module cannot be kept: {error.strerror or error}") from error
             return target
 
     async def _run_worker(self, module_path: Path, output: Path, kind: GuestKind) -> None:

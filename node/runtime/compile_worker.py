@@ -1,7 +1,8 @@
 """One compilation in a process of its own: ``python -P -m node.runtime.compile_worker IN OUT KIND MEMORY_BYTES``.
 
-Cranelift eats what an image gives it, so it runs under limits, away from the agent and the supervisor. The result is
-written to OUT, which the parent renames when this process ended well. Messages go to stderr, exit code 1.
+Cranelift eats what an image gives it, so it runs under limits and without the agent's privileges, away from it and from
+the supervisor. The result is written to OUT, which the parent renames when this process ended well. Messages go to
+stderr, exit code 1.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> int:
     if os.getppid() != parent:
         return EXIT_REFUSED
     os.nice(NICE)
+    linux.drop_privileges()
+    linux.volunteer_for_oom_kill()
     memory = int(memory_text)
     # RLIMIT_DATA counts memory that can be written; RLIMIT_AS would count wasmtime's and glibc's reservations.
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
@@ -51,12 +54,20 @@ def main(arguments: list[str]) -> int:
         return EXIT_REFUSED
     except MemoryError:
         return EXIT_MEMORY
+    try:
+        _write(target, data)
+    except OSError as error:
+        sys.stderr.write(f"the compiled module cannot be written: {error.strerror}\n")
+        return EXIT_REFUSED
+    return 0
+
+
+def _write(target: str, data: bytes) -> None:
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return 0
 
 
 if __name__ == "__main__":

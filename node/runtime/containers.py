@@ -171,7 +171,11 @@ class Containers:
 
         def forget() -> None:
             self._table.pop(container_id, None)
-            self._records.remove(container_id)
+            try:
+                self._records.remove(container_id)
+            except OSError as error:
+                # What is left tells of an ended container, which the next supervisor lists and the agent removes.
+                logger.error("cannot remove the records of container %s: %s", container_id, error)  # noqa: TRY400
             done()
 
         self.stop(container, forget)

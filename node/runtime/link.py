@@ -49,17 +49,22 @@ class Link:
         if self.lost:
             raise RuntimeUnavailableError("the connection to the supervisor is lost")
         seq = next(self._numbers)
+        try:
+            frame = wire.encode({**message, "seq": seq})
+        except wire.WireError as error:
+            # Only a container's config can grow like that, and asking again would not make it smaller.
+            raise StartError(f"the container's configuration is too large: {error}") from error
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[seq] = future
         try:
             async with asyncio.timeout(timeout_seconds):
-                self._writer.write(wire.encode({**message, "seq": seq}))
+                self._writer.write(frame)
                 await self._writer.drain()
                 return await future
         except TimeoutError:
             operation = message.get("op")
             raise RuntimeUnavailableError(f"the supervisor did not answer {operation} in {timeout_seconds} s") from None
-        except (OSError, wire.WireError) as error:
+        except OSError as error:
             raise RuntimeUnavailableError(f"the supervisor cannot be reached: {error}") from error
         finally:
             self._waiting.pop(seq, None)

@@ -104,6 +104,26 @@ def keep_only_capabilities(keep: frozenset[int]) -> None:
         raise OSError(number, f"capset: {os.strerror(number)}")
 
 
+def drop_privileges() -> None:
+    """For this process and all that it forks: ``no_new_privs``, and of the capabilities CAP_DAC_OVERRIDE at most.
+    Raises OSError."""
+    set_no_new_privs()
+    if os.geteuid() == 0:
+        with contextlib.suppress(PermissionError):  # root of a user namespace that denies setgroups
+            os.setgroups([])
+    keep_only_capabilities(frozenset({CAP_DAC_OVERRIDE}))
+
+
+def volunteer_for_oom_kill() -> None:
+    """When the machine's memory ends, the kernel takes this process before others; needs no privilege."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, b"1000")
+        finally:
+            os.close(descriptor)
+
+
 def effective_capabilities() -> int:
     """The bit set of capabilities in effect for this process."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> None:
 
     with os.fdopen(plan_fd, "rb") as file:
         config = wire.load_config(json.loads(file.read()))
-    sandbox.drop_privileges()
+    linux.drop_privileges()
     tools = sandbox.make_tools(make_linkers())
     sandbox.run_here(config, tools, report=report_fd)
 

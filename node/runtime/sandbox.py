@@ -9,7 +9,7 @@ The outcome goes through a pipe of its own, as JSON lines, because a wait status
 134: ``{"started": true}`` once guest code is about to run, then one of ``{"exit": code}``, ``{"trap": message}``,
 ``{"error": message, "artifact": bool}``.
 
-Privileges (``drop_privileges``). The uid stays: volumes belong to the agent's user, and secrets are 0600. Every
+Privileges (``linux.drop_privileges``). The uid stays: volumes belong to the agent's user, and secrets are 0600. Every
 capability is dropped but CAP_DAC_OVERRIDE, which root in a container holds too and without which a hostPath of another
 user could not be read; root's supplementary groups go. ``no_new_privs`` holds for everybody. The supervisor needs none
 of all this itself, so it drops it once, before its first fork, and a sandbox never had it.
@@ -17,7 +17,6 @@ of all this itself, so it drops it once, before its first fork, and a sandbox ne
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -42,6 +41,11 @@ TRAP_EXIT_CODE = 134
 START_ERROR_EXIT_CODE = 128
 MAX_MESSAGE_BYTES = 12 * 1024
 MAX_OPEN_FILES = 1024
+MAX_STRING_BYTES = 128 * 1024
+MAX_STRINGS_BYTES = 2 * 1024 * 1024
+"""Of one argument or variable, and of all: Linux' own limits for execve (MAX_ARG_STRLEN, and a quarter of the usual
+stack), which pods meet on every other node too. Without them a pod could make the supervisor write without end."""
+
 _PREVIEW1 = "wasi_snapshot_preview1"
 _LEGACY_PREVIEW = "wasi_unstable"
 
@@ -108,13 +112,17 @@ def make_tools(linkers: Linkers) -> GuestTools:
 
 def check_config(config: ContainerConfig) -> None:
     """Refuse what cannot be passed on whole. Raises ConfigError with a message for the user; never a value in it."""
+    total = 0
     for index, argument in enumerate(config.argv):
-        _check_text(argument, f"args[{index}]")
+        total += _check_text(argument, f"args[{index}]")
     for name, value in config.env:
         _check_text(name, f"the name of the environment variable {name!r}")
         if not name or "=" in name:
             raise ConfigError(f"environment variable {name!r}: an empty name, or one with '=', cannot be set")
-        _check_text(value, f"environment variable {name}")
+        total += _check_text(value, f"environment variable {name}") + len(name)
+    if total > MAX_STRINGS_BYTES:
+        what = "arguments and environment"
+        raise ConfigError(f"argument list too long: {what} have {total} bytes, {MAX_STRINGS_BYTES} fit")
     for mount in config.mounts:
         _check_text(mount.guest, f"mount path {mount.guest!r}")
         _check_text(mount.host, f"the host path of {mount.guest}")
@@ -122,13 +130,17 @@ def check_config(config: ContainerConfig) -> None:
             raise ConfigError(f"mount {mount.guest}: host path {mount.host!r} is not absolute")
 
 
-def _check_text(text: str, what: str) -> None:
+def _check_text(text: str, what: str) -> int:
+    """Its bytes."""
     if "\0" in text:
         raise ConfigError(f"{what} contains a NUL byte, which WASI cannot carry")
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError:
         raise ConfigError(f"{what} is not valid UTF-8") from None
+    if size > MAX_STRING_BYTES:
+        raise ConfigError(f"argument list too long: {what} has {size} bytes, {MAX_STRING_BYTES} fit")
+    return size
 
 
 def run_child(plan: ChildPlan, tools: GuestTools) -> NoReturn:
@@ -187,20 +199,13 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     )
 
 
-def drop_privileges() -> None:
-    """For this process and all that it forks. Raises OSError."""
-    linux.set_no_new_privs()
-    if os.geteuid() == 0:
-        with contextlib.suppress(PermissionError):  # root of a user namespace that denies setgroups
-            os.setgroups([])
-    linux.keep_only_capabilities(frozenset({linux.CAP_DAC_OVERRIDE}))
-
-
 def _limit() -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # All containers would die with the supervisor, which would otherwise be as good a victim as any of them.
+    linux.volunteer_for_oom_kill()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = min(hard, MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from types import FrameType
 from node.runtime import engine, linux, locate, sandbox, wire
 from node.runtime.cgroups import CgroupManager, remove_tree
 from node.runtime.containers import Container, Containers, RequestError
-from node.runtime.loop import Loop
+from node.runtime.loop import READ, Loop
 from node.runtime.protocol import PROTOCOL_VERSION, ContainerStatus, RuntimeCapabilities
 from node.runtime.records import Owner, Records
 from node.runtime.sessions import AttachSession, Connection, ExecSession
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_CHECK_SECONDS = 10.0
 SHUTDOWN_SECONDS = 20.0
+ACCEPT_RETRY_SECONDS = 0.5
 
 
 class Supervisor:
@@ -79,7 +81,7 @@ class Supervisor:
             cgroups=self._cgroups.directories,
         )
         locate.write_pointer(paths.data, self._pointer)
-        self._loop.watch(self._listener.fileno(), lambda _events: self._accept(), urgent=True)
+        self._accepting = self._loop.watch(self._listener.fileno(), lambda _events: self._accept(), urgent=True)
         self._loop.call_later(FOLDER_CHECK_SECONDS, self._check_folder)
         self._operations: dict[str, Callable[[Connection, wire.Message, object], None]] = {
             "start": self._start,
@@ -153,7 +155,10 @@ class Supervisor:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
+            # Without a free descriptor the listener stays ready, and looking at it again at once would take all cpu.
             logger.warning("cannot accept a connection: %s", error)
+            self._loop.change(self._accepting, 0)
+            self._loop.call_later(ACCEPT_RETRY_SECONDS, lambda: self._loop.change(self._accepting, READ))
             return
         if wire.peer_uid(sock) not in (os.geteuid(), 0):
             logger.warning("refused a connection of uid %d", wire.peer_uid(sock))
@@ -311,8 +316,10 @@ def main(arguments: list[str]) -> int:
     )
     try:
         linux.raise_open_files_limit()
+        # What it holds are the environments of all containers, secrets included.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         logs = LogSettings(max_size_bytes=options.log_max_size, max_files=options.log_max_files)
-        sandbox.drop_privileges()
+        linux.drop_privileges()
         supervisor = Supervisor(NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups)
     except Exception as error:
         logger.exception("cannot start")

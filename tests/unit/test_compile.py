@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import wasmtime
 from wasmtime import component as wasmtime_component
 
 from node.images.compile import CompileError, Compiler
-from node.runtime import engine
+from node.runtime import engine, linux
 from node.runtime.protocol import GuestKind
 from node.settings import ImageSettings
-from tests.unit.runtime_guests import HELLO, component_guest
+from tests.unit.runtime_guests import HELLO, component_guest, eventually
 
 pytestmark = pytest.mark.unit
 
@@ -48,6 +49,34 @@ async def test_a_module_is_compiled_once_for_all_who_ask(tmp_path: Path, module:
     module.unlink()
     again = await Compiler(tmp_path / "compiled", ImageSettings()).compile(module, DIGEST, GuestKind.MODULE)
     assert again.stat().st_mtime_ns == made
+
+
+async def test_the_compiler_runs_without_privileges_and_goes_first_when_memory_ends(tmp_path: Path) -> None:
+    path = tmp_path / "large.wasm"
+    path.write_bytes(large_module(400))
+    command = (sys.executable, "-P", "-m", "node.runtime.compile_worker", str(path), str(tmp_path / "out"))
+    worker = await asyncio.create_subprocess_exec(*command, "module", str(2**31))
+    try:
+        folder = Path(f"/proc/{worker.pid}")
+
+        async def loaded() -> bool | None:
+            return "wasmtime" in (folder / "maps").read_text() or None
+
+        await eventually(loaded)
+        status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines())
+        assert status["NoNewPrivs"] == "1"
+        assert int(status["CapEff"], 16) & ~(1 << linux.CAP_DAC_OVERRIDE) == 0
+        assert (folder / "oom_score_adj").read_text() == "1000\n"
+    finally:
+        worker.kill()
+        await worker.wait()
+
+
+async def test_a_folder_that_cannot_be_written_is_the_compilers_error(tmp_path: Path, module: Path) -> None:
+    compiler = Compiler(tmp_path / "compiled", ImageSettings())
+    (tmp_path / "compiled").rmdir()
+    with pytest.raises(CompileError, match="cannot be kept: No such file or directory"):
+        await compiler.compile(module, DIGEST, GuestKind.MODULE)
 
 
 async def test_a_component_is_compiled(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from node.runtime.protocol import (
     Mount,
     RuntimeUnavailableError,
     StartError,
+    UnknownContainerError,
 )
 from node.settings import LogSettings, NodePaths
 from tests.unit.runtime_guests import (
@@ -104,7 +107,7 @@ async def test_start_answers_when_the_guest_runs(rig: Rig) -> None:
     assert status.state is ContainerState.RUNNING
     assert status.annotations == {"a": "b"}
     assert status.pid is not None
-    assert Path(f"/proc/{status.pid}").exists()
+    assert Path(f"/proc/{status.pid}/oom_score_adj").read_text() == "1000\n"
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 125, 126, 127, 128, 134, 137, 200, 255, 256, 300, -1])
@@ -551,3 +554,31 @@ def test_the_client_is_a_runtime() -> None:
     def accepts(_runtime: type[Runtime]) -> None: ...
 
     accepts(RuntimeClient)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"env": (("BIG", "x" * (128 * 1024 + 1)),)}, "environment variable BIG has 131073 bytes"),
+        ({"env": tuple((f"V{i}", "x" * 32768) for i in range(80))}, "argument list too long: arguments"),
+        ({"argv": ("guest", "x" * 70_000_000)}, "the container's configuration is too large"),
+    ],
+)
+async def test_more_than_linux_passes_on_is_refused(rig: Rig, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(StartError, match=message):
+        await rig.client.start(rig.config(rig.artifact(HELLO), **fields))
+    assert (await rig.run(HELLO)).exit_code == 0
+
+
+async def test_a_supervisor_without_free_descriptors_waits_for_one(own_rig: Rig) -> None:
+    pid = own_rig.pid()
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(descriptors(pid)) - 1, before[1]))
+    caller = asyncio.create_task(own_rig.client.attach("0" * 64))
+    await asyncio.sleep(0.1)
+    spent = linux.process_cpu_nanoseconds(pid) or 0
+    await asyncio.sleep(0.5)
+    assert (linux.process_cpu_nanoseconds(pid) or 0) - spent < 100_000_000
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    with pytest.raises(UnknownContainerError):
+        await caller
