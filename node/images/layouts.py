@@ -27,6 +27,9 @@ _MAX_STRINGS: Final = 4096
 _MAX_STRING_BYTES: Final = 128 * 1024
 """Linux' own limit for one argument."""
 
+_MAX_STRINGS_BYTES: Final = 256 * 1024
+"""Of a whole list: the index of the store keeps them, in memory and in a file that each pull writes anew."""
+
 
 class LayoutError(Exception):
     """The image is not one that this node can run; the message is meant for status and event."""
@@ -281,6 +284,8 @@ def _strings(value: object, name: str) -> tuple[str, ...]:
     for item in value:
         if not isinstance(item, str) or "\0" in item or len(item) > _MAX_STRING_BYTES or not _encodable(item):
             raise LayoutError(f"the image's config has an {name} that is not a list of strings")
+    if sum(map(len, value)) > _MAX_STRINGS_BYTES:
+        raise LayoutError(f"the image's config has an {name} of more than {_MAX_STRINGS_BYTES} characters")
     return tuple(value)
 
 

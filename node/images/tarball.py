@@ -138,13 +138,14 @@ def _number(field: bytes) -> int:
 def _pax(content: bytes) -> tuple[str, int | None]:
     """``path`` and ``size`` of the records ``<length> <key>=<value>\\n``."""
     path, size = "", None
-    while content:
-        digits, space, _ = content[:20].partition(b" ")
+    start = 0
+    while start < len(content):
+        digits, space, _ = content[start : start + 20].partition(b" ")
         if not space or not digits.isdigit():
             raise LayerError("the image's layer has a pax header that does not parse")
-        length = int(digits)
-        record = content[len(digits) + 1 : length]
-        if length > len(content) or not record.endswith(b"\n"):
+        end = start + int(digits)
+        record = content[start + len(digits) + 1 : end]
+        if end > len(content) or not record.endswith(b"\n"):
             raise LayerError("the image's layer has a pax header that does not parse")
         key, _, value = record[:-1].partition(b"=")
         if key == b"path":
@@ -155,7 +156,7 @@ def _pax(content: bytes) -> tuple[str, int | None]:
             size = int(value)
         elif key.startswith(b"GNU.sparse."):
             raise LayerError("the image's layer holds a sparse file, which is not supported")
-        content = content[length:]
+        start = end
     return path, size
 
 

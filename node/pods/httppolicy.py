@@ -16,6 +16,7 @@ from node.volumes.base import ContainerConfigError
 ALLOWED_DOMAINS = "alpha.wasi.krustlet.dev/allowed-domains"
 MAX_CONCURRENT_REQUESTS = "alpha.wasi.krustlet.dev/max-concurrent-requests"
 _MAX_REQUESTS = 2**32 - 1
+_MAX_DIGITS = 20
 
 
 def http_policy(pod: Pod) -> HttpPolicy | None:
@@ -27,7 +28,7 @@ def http_policy(pod: Pod) -> HttpPolicy | None:
         return None
     try:
         listed = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContainerConfigError(f"annotation {ALLOWED_DOMAINS} is not a JSON array of origins: {error}") from error
     if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
         raise ContainerConfigError(f"annotation {ALLOWED_DOMAINS} is not a JSON array of strings: {text[:200]!r}")
@@ -56,6 +57,6 @@ def _limit(text: str | None) -> int | None:
     if text is None:
         return None
     digits = text.strip()
-    if not (digits.isascii() and digits.isdigit()) or int(digits) > _MAX_REQUESTS:
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > _MAX_DIGITS or int(digits) > _MAX_REQUESTS:
         raise ContainerConfigError(f"annotation {MAX_CONCURRENT_REQUESTS} is not a whole number: {text[:200]!r}")
     return int(digits)

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _write(target: str, data: bytes) -> None:
+def _write(target: str, data: bytes | bytearray) -> None:
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)

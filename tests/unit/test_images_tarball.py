@@ -144,6 +144,17 @@ def test_a_pax_header_that_does_not_parse_is_refused(tmp_path: Path, record: byt
         take(layer(tmp_path, data), "main.wasm")
 
 
+def test_many_small_pax_records_cost_no_more_than_their_length(tmp_path: Path) -> None:
+    record = b"5 a=\n" * 13_000
+    info = special("x", b"x")
+    info.size = len(record)
+    header = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(-(-len(record) // 512) * 512, b"\0")
+    began = time.process_time()
+    found, _ = take(layer(tmp_path, header * 60 + archive(("main.wasm", DATA))), "main.wasm")
+    assert found == Found(size=len(DATA))
+    assert time.process_time() - began < 2.0
+
+
 @pytest.mark.parametrize(
     ("data", "media_type", "words"),
     [

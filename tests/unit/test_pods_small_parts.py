@@ -106,6 +106,7 @@ def test_origins_and_the_limit_are_read() -> None:
         '["https://a/path"]',
         '["https://a:99999"]',
         '["https://"]',
+        "[" * 200_000,
     ],
 )
 def test_what_is_no_list_of_origins_fails_the_container(domains: str) -> None:
@@ -113,7 +114,7 @@ def test_what_is_no_list_of_origins_fails_the_container(domains: str) -> None:
         http_policy(annotated(domains=domains))
 
 
-@pytest.mark.parametrize("limit", ["", "-1", "1.5", "many", "99999999999", "٣"])
+@pytest.mark.parametrize("limit", ["", "-1", "1.5", "many", "99999999999", "9" * 5000, "٣"])
 def test_what_is_no_number_fails_the_container(limit: str) -> None:
     with pytest.raises(ContainerConfigError, match="max-concurrent-requests"):
         http_policy(annotated(domains="[]", limit=limit))
