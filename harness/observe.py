@@ -374,3 +374,10 @@ def event_time(event: KubeObject) -> float:
         if at := seconds_of(stamp):
             return at
     return seconds_of(event["metadata"].get("creationTimestamp"))
+
+
+def event_order(event: KubeObject) -> int:
+    """To sort events by: the order in which they were written. Their times are of whole seconds in most cases, of
+    microseconds in others, and so put the scheduler's after the kubelet's."""
+    version = str(event["metadata"].get("resourceVersion") or "")
+    return int(version) if version.isdecimal() else 0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from harness.errors import ApiError, UsageError, WaitTimeoutError
@@ -15,6 +14,7 @@ from harness.kube import KubeObject, api_path
 from harness.observe import LogLine, Observer, PodView
 from harness.plugin.cluster import RUN_LABEL, WasmCluster
 from harness.plugin.expected import Judge, Text, explain, numbered, printable, texts
+from harness.plugin.objects import pod_object
 
 SERVICE_ACCOUNT_SECONDS = 30.0
 DEFAULT_WITHIN_SECONDS = 30.0
@@ -110,6 +110,43 @@ class Scene:
         self._names.add(str(made["metadata"]["name"]))
         return Pod(self, observer.add(made, created_at=began))
 
+    def apply(self, objects: Sequence[KubeObject]) -> list[Any]:
+        """See the fixture ``apply``. Raises UsageError and ApiError; what exists already is an error too."""
+        from harness.render import place
+        from harness.resources import Resources
+
+        resources = Resources(self.cluster.kube, self.namespace)
+        made: list[Any] = []
+        for obj in objects:
+            if self.cluster.has_other_nodes:
+                place([obj])
+            if obj["kind"] == "Pod" and obj["metadata"].get("namespace") in {None, self.namespace}:
+                made.append(self.create_pod(obj))
+                continue
+            answer = self.cluster.kube.create(resources.collection(obj), obj)
+            # Answers of built-in kinds carry both; those of lists would not.
+            answer = {"apiVersion": obj["apiVersion"], "kind": obj["kind"], **answer}
+            self.created.append(answer)
+            made.append(answer)
+        return made
+
+    def remove_strays(self, *, everything: bool) -> None:
+        """Delete what the test made outside of its namespace, or (``everything``) all that it made, when the namespace
+        is not its own. Raises ApiError."""
+        from harness.resources import Resources
+
+        for obj in reversed(self.created):
+            if everything or obj["metadata"].get("namespace") != self.namespace:
+                resources = Resources(self.cluster.kube, self.namespace)
+                body = {"preconditions": {"uid": obj["metadata"]["uid"]}, "propagationPolicy": "Background"}
+                try:
+                    self.cluster.kube.request(
+                        "DELETE", resources.path(obj), body={"apiVersion": "v1", "kind": "DeleteOptions", **body}
+                    )
+                except ApiError as error:
+                    if error.code not in {404, 409}:
+                        raise
+
     def _free_name(self, image: str) -> str:
         base = re.split(r"[:@]", image.rsplit("/", 1)[-1])[0]
         base = re.sub(r"[^a-z0-9]+", "-", base.lower()).strip("-")[:50] or "pod"
@@ -196,9 +233,9 @@ class Scene:
             )
         except ApiError as error:
             return [f"cannot be read: {error}"]
-        from harness.observe import event_time
+        from harness.observe import event_order
 
-        events = sorted(answer.get("items") or [], key=event_time)
+        events = sorted(answer.get("items") or [], key=event_order)
         return [
             f"{event.get('type')} {event.get('reason')}: {event.get('message')}"
             + (f" (x{event['count']})" if (event.get("count") or 1) > 1 else "")
@@ -420,61 +457,3 @@ def _selection(namespace: str, given: Pod | str) -> tuple[str, Callable[[PodView
         return False
 
     return given, belongs
-
-
-def pod_object(
-    image: str,
-    *,
-    name: str,
-    command: Sequence[str] | None = None,
-    args: Sequence[str] | None = None,
-    env: Mapping[str, object] | None = None,
-    restart_policy: str = "Never",
-    labels: Mapping[str, str] | None = None,
-    annotations: Mapping[str, str] | None = None,
-    container: Mapping[str, Any] | None = None,
-    spec: Mapping[str, Any] | None = None,
-) -> KubeObject:
-    """A pod with one container. ``container`` and ``spec`` hold what else is to be in these two."""
-    made: KubeObject = {"name": name, "image": image}
-    if command is not None:
-        made["command"] = list(command)
-    if args is not None:
-        made["args"] = list(args)
-    if env:
-        made["env"] = [{"name": key, "value": str(value)} for key, value in env.items()]
-    metadata: KubeObject = {"name": name}
-    if labels:
-        metadata["labels"] = dict(labels)
-    if annotations:
-        metadata["annotations"] = dict(annotations)
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": metadata,
-        "spec": {"restartPolicy": restart_policy, "containers": [{**made, **(container or {})}], **(spec or {})},
-    }
-
-
-def read_objects(source: Any, variables: Mapping[str, Any], folders: Sequence[Path]) -> list[KubeObject]:
-    """What ``apply`` is given: an object, a list of them, YAML, or a file (``.j2``: a template). Raises UsageError."""
-    import copy
-
-    from harness.render import parse_objects, render_file
-
-    if isinstance(source, Mapping):
-        return [copy.deepcopy(dict(source))]
-    if isinstance(source, list | tuple):
-        return [obj for part in source for obj in read_objects(part, variables, folders)]
-    if isinstance(source, str) and "\n" in source:
-        return parse_objects(source, Path("the YAML text"))
-    given = Path(source).expanduser()
-    found = next((folder / given for folder in folders if (folder / given).is_file()), None)
-    if found is None:
-        raise UsageError(f"there is no file {given}", hint=f"looked in {', '.join(map(str, folders))}")
-    if found.suffix == ".j2":
-        return parse_objects(render_file(found.parent, found.name, variables), found)
-    try:
-        return parse_objects(found.read_text(), found)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{found} cannot be read: {error}") from error
