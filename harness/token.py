@@ -198,6 +198,14 @@ def read_bootstrap_file(path: Path) -> KubeObject:
     return data if isinstance(data, dict) else {}
 
 
+def bootstrap_token_id(path: Path) -> str:
+    """The id of the token in a bootstrap file; empty when there is none."""
+    try:
+        return str(read_bootstrap_file(path)["users"][0]["user"]["token"]).partition(".")[0]
+    except (KeyError, IndexError, TypeError):
+        return ""
+
+
 def usable_token(kube: Kube, path: Path, *, server: str, ca: bytes | None, client_ca: bytes | None) -> TokenInfo | None:
     """The token in a bootstrap file, when the file is right for this cluster and the token will last a while."""
     data = read_bootstrap_file(path)

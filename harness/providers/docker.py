@@ -7,15 +7,20 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import CommandError, HarnessError, UsageError
-from harness.process import Completed, run
+from harness.process import Completed, check_cancelled, run
 
 ASK_SECONDS = 15.0
 """For a question. An engine that is paging may take seconds; one that hangs must not."""
+
+
+SETTLE_SECONDS = 30.0
+"""For a container that is being made or removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +58,22 @@ class Docker:
 
     def containers(self, label: str) -> list[Container]:
         """Every container with a label (``key=value``), stopped ones too, by name. Raises CommandError."""
-        ids = self.run("ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={label}").stdout.split()
-        if not ids:
-            return []
-        found = [_container(entry) for entry in json.loads(self.run("inspect", "--type", "container", *ids).stdout)]
-        return sorted(found, key=lambda container: container.name)
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            ids = self.run("ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={label}").stdout.split()
+            if not ids:
+                return []
+            try:
+                data = json.loads(self.run("inspect", "--type", "container", *ids).stdout)
+            except CommandError as error:
+                # Going, or still coming: the engine lists a container while it makes its volumes, for seconds, and
+                # goes on with that when whoever asked for it is gone.
+                if "no such container" not in error.message.lower() or time.monotonic() >= deadline:
+                    raise
+                check_cancelled()
+                time.sleep(0.2)
+                continue
+            return sorted((_container(entry) for entry in data), key=lambda container: container.name)
 
     def read(self, container: str, path: str) -> str:
         """A file of a container; empty when there is none. Raises CommandError for anything else."""

@@ -478,17 +478,17 @@ def forget_identities(cluster: Cluster) -> None:
 
 
 def withdraw(cluster: Cluster) -> int:
-    """Delete from a cluster what the harness added: its Nodes, tokens, the notice, and those roles and bindings that
-    it created. Returns how many. Raises ApiError."""
+    """Delete from a cluster what the harness added: its Nodes, its token, the notice, and those roles and bindings
+    that it created. Returns how many. Raises ApiError."""
     from harness.manifests import object_path
+    from harness.token import bootstrap_token_id, delete_token
 
     kube = cluster.admin()
     count = 0
     for node in cluster.node_names():
         count += kube.delete(api_path("nodes", node))
-    secrets = api_path("secrets", namespace="kube-system")
-    for secret in kube.get(secrets, labelSelector=f"{OURS}=wasilet").get("items") or []:
-        count += kube.delete(f"{secrets}/{secret['metadata']['name']}")
+    if token := bootstrap_token_id(cluster.state.bootstrap_file):
+        count += delete_token(kube, token)
     notice = kube.find(HOSTING)
     if notice is not None and is_ours(notice):
         count += kube.delete(HOSTING)
