@@ -304,7 +304,7 @@ class KubeletServer:
             logger.debug(
                 "%s %s %s from %s: %s in %.1f ms",
                 request.method,
-                request.path,
+                request.rel_url.raw_path,
                 request[USER].name if USER in request else "-",
                 request.remote,
                 response.status if response is not None else "gone",
@@ -347,12 +347,12 @@ class KubeletServer:
                 text = "404 page not found\n"
             return web.Response(status=error.status, text=text, headers=kept)
         except RuntimeUnavailableError:
-            logger.warning("the container runtime does not answer: %s cannot be served", request.path)
+            logger.warning("the container runtime does not answer: %s cannot be served", request.rel_url.raw_path)
             return web.Response(status=500, text="the container runtime does not answer")
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
-            logger.exception("%s %s failed", request.method, request.path)
+            logger.exception("%s %s failed", request.method, request.rel_url.raw_path)
             return web.Response(status=500, text="Internal Server Error")
 
 

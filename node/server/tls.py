@@ -111,7 +111,8 @@ class Acceptor:
         self._established = established
         self._make_room = make_room
         self._max_connections = max_connections
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], None] = {}
+        """In the order in which they began."""
 
     async def run(self, listener: socket.socket) -> None:
         """Accept until cancelled; the socket stays the caller's."""
@@ -126,17 +127,26 @@ class Acceptor:
                     logger.warning("cannot accept a connection to the kubelet API", exc_info=True)
                     await asyncio.sleep(ACCEPT_RETRY_SECONDS)
                     continue
-                if len(self._handshakes) + self._established() >= self._max_connections and not self._make_room():
+                if len(self._handshakes) + self._established() >= self._max_connections and not self._find_room():
                     logger.debug("refused a connection: %d are open", self._max_connections)
                     connection.close()
                     continue
                 task = loop.create_task(self._shake_hands(connection))
-                self._handshakes.add(task)
-                task.add_done_callback(self._handshakes.discard)
+                self._handshakes[task] = None
+                task.add_done_callback(lambda done: self._handshakes.pop(done, None))
         finally:
             for task in self._handshakes:
                 task.cancel()
             await asyncio.gather(*self._handshakes, return_exceptions=True)
+
+    def _find_room(self) -> bool:
+        """Whether something was closed: the oldest handshake first, since honest ones take milliseconds, and a few
+        clients that connect and say nothing would otherwise shut out all others."""
+        if self._handshakes:
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            return oldest.cancel()
+        return self._make_room()
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:

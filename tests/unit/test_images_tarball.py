@@ -152,7 +152,7 @@ def test_many_small_pax_records_cost_no_more_than_their_length(tmp_path: Path) -
     began = time.process_time()
     found, _ = take(layer(tmp_path, header * 60 + archive(("main.wasm", DATA))), "main.wasm")
     assert found == Found(size=len(DATA))
-    assert time.process_time() - began < 2.0
+    assert time.process_time() - began < 5.0
 
 
 @pytest.mark.parametrize(

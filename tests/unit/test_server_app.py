@@ -200,6 +200,17 @@ async def test_strangers_that_hold_connections_make_room_for_others(rig: Rig) ->
         await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
 
 
+async def test_strangers_that_never_begin_tls_make_room_for_others(rig: Rig) -> None:
+    writers = [(await asyncio.open_connection("127.0.0.1", rig.server.port))[1] for _ in range(LIMIT)]
+    try:
+        async with asyncio.timeout(5):
+            assert (await rig.get("/healthz"))[0] == 200
+    finally:
+        for writer in writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
+
+
 async def test_a_log_is_served_whole(rig: Rig) -> None:
     pod = rig.pods.add(make_pod(state={"terminated": {"exitCode": 0, "containerID": "wasmtime://a0"}}))
     (log_folder(rig.log_root, pod) / "0.log").write_bytes(NAME_LINE % (1, b"one") + NAME_LINE % (2, b"two"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from node.server.streams import frames
 from node.server.streams.frames import ControlFrame, DataFrame, Frame, FrameDecoder, FrameEncoder, SpdyError
-from node.server.streams.spdy import MAX_STREAMS, READ_AHEAD_BYTES, SpdyConnection, Stream
+from node.server.streams.spdy import MAX_STREAMS, MAX_UNSENT_BYTES, READ_AHEAD_BYTES, SpdyConnection, Stream
 
 pytestmark = pytest.mark.unit
 
@@ -99,7 +99,11 @@ class Peer:
         self._decoder = FrameDecoder()
         self._sent = bytearray()
         self.connection = SpdyConnection(
-            send=self._sent.extend, drain=self._drain, pause=self.paused.append, accept=accept or self._accept
+            send=self._sent.extend,
+            drain=self._drain,
+            pause=self.paused.append,
+            accept=accept or self._accept,
+            unsent=lambda: len(self._sent),
         )
 
     def _accept(self, stream: Stream) -> str | None:
@@ -178,6 +182,13 @@ async def test_a_ping_is_answered_and_an_answer_is_not() -> None:
     peer = Peer()
     peer.connection.feed(frames.ping(3) + frames.ping(4))
     assert peer.seen() == [ControlFrame(type=frames.PING, value=3)]
+
+
+async def test_a_peer_that_pings_and_never_reads_is_hung_up_on() -> None:
+    peer = Peer()
+    peer.connection.feed(frames.ping(3) * (MAX_UNSENT_BYTES // len(frames.ping(3))))
+    with pytest.raises(SpdyError, match="does not read"):
+        peer.connection.feed(frames.ping(3) * 2)
 
 
 async def test_a_reader_that_is_slow_stops_the_socket_and_one_that_catches_up_starts_it() -> None:

@@ -17,6 +17,7 @@ import pytest
 from node.runtime.protocol import RuntimeUnavailableError
 from node.server.streams import frames
 from node.server.streams.frames import ControlFrame, DataFrame, FrameDecoder, FrameEncoder
+from node.server.streams.portforward import MAX_PAIRS
 from tests.unit.server_rig import Rig, make_pod, running
 
 pytestmark = pytest.mark.unit
@@ -270,13 +271,29 @@ async def test_a_forward_tunnelled_in_a_websocket_is_told_too(rig: Rig) -> None:
                 text += frame.data if isinstance(frame, DataFrame) else b""
 
 
-async def test_a_stream_for_no_port_is_refused(rig: Rig) -> None:
+@pytest.mark.parametrize("port", ["0", "65536", "", "web", "9" * 5000])
+async def test_a_stream_for_no_port_is_refused(rig: Rig, port: str) -> None:
     async with spdy(rig) as client:
         await client.upgrade("/portForward/default/web", protocol="portforward.k8s.io")
-        client.open(1, streamType="error", port="0")
+        client.open(1, streamType="error", port=port)
         async with asyncio.timeout(3):
             [frame] = client.decoder.feed(await client.reader.read(1024))
     assert frame == ControlFrame(type=frames.RST_STREAM, stream_id=1, value=frames.REFUSED_STREAM)
+
+
+async def test_half_open_pairs_are_limited_though_their_streams_were_reset(rig: Rig) -> None:
+    async with spdy(rig) as client:
+        await client.upgrade("/portForward/default/web", protocol="portforward.k8s.io")
+        for number in range(1, 2 * MAX_PAIRS + 2, 2):
+            client.open(number, streamType="error", port="80", requestID=str(number))
+            client.writer.write(frames.rst_stream(number, frames.CANCEL))
+        client.writer.write(frames.ping(1))
+        seen: list[frames.Frame] = []
+        async with asyncio.timeout(5):
+            while ControlFrame(type=frames.PING, value=1) not in seen:
+                seen += client.decoder.feed(await client.reader.read(65536))
+    refused = [frame for frame in seen if isinstance(frame, ControlFrame) and frame.type == frames.RST_STREAM]
+    assert [frame.stream_id for frame in refused] == [2 * MAX_PAIRS + 1]
 
 
 async def test_a_forward_by_websocket_channels_names_the_port_first(rig: Rig) -> None:

@@ -31,6 +31,8 @@ TUNNEL_PROTOCOL = "SPDY/3.1+portforward.k8s.io"
 CHANNEL_PROTOCOLS = ("v4.channel.k8s.io",)
 CONNECTION_SECONDS = 4 * 3600.0
 MAX_PORTS = 128
+MAX_PAIRS = 256
+"""Half open, or waiting for their answer: what a client resets is no longer counted as an open stream."""
 
 
 class PortForwardView:
@@ -85,10 +87,12 @@ class _Answers:
     def accept(self, stream: Stream) -> str | None:
         kind = stream.headers.get("streamtype", "")
         port = stream.headers.get("port", "")
-        if kind not in {"data", "error"} or not port.isdecimal() or not 0 < int(port) < 65536:
+        if kind not in {"data", "error"} or not _is_port(port):
             return "a stream needs a port and a stream type"
         # clients that give no request id open the error stream first, and number by twos
         key = stream.headers.get("requestid") or str(stream.id - (2 if kind == "data" else 0))
+        if key not in self._pairs and len(self._pairs) + self._complete.qsize() >= MAX_PAIRS:
+            return "too many streams wait for their other half"
         pair = self._pairs.setdefault(key, {})
         if kind in pair:
             return f"{kind} stream already assigned"
@@ -126,10 +130,14 @@ def refusal(pod: Pod, port: int) -> str:
     )
 
 
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65536
+
+
 def _ports(request: web.Request) -> list[int]:
     ports = []
     for text in (part for value in request.query.getall("port", []) for part in value.split(",")):
-        if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 65536:
+        if not _is_port(text):
             raise web.HTTPBadRequest(text=f'unable to parse "{text}" as a port')
         ports.append(int(text))
     if not ports:

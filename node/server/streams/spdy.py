@@ -23,6 +23,8 @@ MAX_STREAMS = 512
 READ_AHEAD_BYTES = 256 * 1024
 WRITE_CHUNK_BYTES = 32 * 1024
 WINDOW_BYTES = 32 * 1024
+MAX_UNSENT_BYTES = 4 * 1024 * 1024
+"""Answers to pings and openings wait for no reader; a peer that sends those and reads nothing is hung up on."""
 
 
 class Stream:
@@ -110,6 +112,7 @@ class SpdyConnection:
     """The protocol's state over any transport: ``feed`` takes what comes in, ``send`` gives out.
 
     ``accept`` decides on each new stream: a text refuses it. ``pause`` is told when to stop and to go on reading.
+    ``unsent`` says how many bytes the transport still holds.
     """
 
     def __init__(
@@ -119,7 +122,9 @@ class SpdyConnection:
         drain: Callable[[], Awaitable[None]],
         pause: Callable[[bool], None],
         accept: Callable[[Stream], str | None],
+        unsent: Callable[[], int],
     ) -> None:
+        self._unsent = unsent
         self._send = send
         self._drain = drain
         self._pause = pause
@@ -188,6 +193,8 @@ class SpdyConnection:
             stream.remote_end()
 
     def _on_control(self, frame: ControlFrame) -> None:
+        if self._unsent() > MAX_UNSENT_BYTES:
+            raise SpdyError("the peer does not read what it is sent")
         if frame.type == frames.SYN_STREAM:
             self._on_open(frame)
         elif frame.type == frames.PING:

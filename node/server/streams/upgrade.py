@@ -123,7 +123,11 @@ class _SpdyProtocol(asyncio.Protocol):
         """The transport is closed for good."""
 
         self.connection = SpdyConnection(
-            send=transport.write, drain=self._drain, pause=self._pause_reading, accept=accept
+            send=transport.write,
+            drain=self._drain,
+            pause=self._pause_reading,
+            accept=accept,
+            unsent=transport.get_write_buffer_size,
         )
 
     def data_received(self, data: bytes) -> None:
@@ -171,8 +175,11 @@ async def tunnel(
     room.set()
     reading = asyncio.Event()
     reading.set()
+    unsent = 0
 
     def send(data: bytes) -> None:
+        nonlocal unsent
+        unsent += len(data)
         outgoing.put_nowait(data)
         if outgoing.qsize() > 64:
             room.clear()
@@ -183,12 +190,14 @@ async def tunnel(
     def pause(stop: bool) -> None:  # noqa: FBT001 - a callback with one meaning
         (reading.clear if stop else reading.set)()
 
-    connection = SpdyConnection(send=send, drain=drain, pause=pause, accept=accept)
+    connection = SpdyConnection(send=send, drain=drain, pause=pause, accept=accept, unsent=lambda: unsent)
 
     async def write() -> None:
+        nonlocal unsent
         while True:
             data = await outgoing.get()
             await socket.send_bytes(data)
+            unsent -= len(data)
             outgoing.task_done()
             if outgoing.qsize() <= 32:
                 room.set()
