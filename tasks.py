@@ -272,6 +272,102 @@ def token(
         emit("  ".join(str(value) for value in entry.values() if value))
 
 
+@task(
+    auto_shortflags=False,
+    help={
+        "node": "the new node's name",
+        "file": "where to write the bootstrap file (default: ./bootstrap.conf)",
+        "address": "of this machine, as the other one reaches it (default: that of the default route)",
+        "registry": "let the other machine pull from the local registry too; whoever reaches the address may read it",
+        "ttl": "how long the token lives, in seconds",
+        "name": NAME_HELP,
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def bootstrap(
+    c: Context,
+    node: str,
+    file: str = "bootstrap.conf",
+    address: str = "",
+    registry: bool = False,
+    ttl: int = 3600,
+    name: str = "",
+    output: str = "text",
+) -> None:
+    """Let a node of another machine join: write a bootstrap file, and say what to type there.
+
+    A cluster that listens on loopback gets a door for it on --address, which `status` lists and `down` closes.
+
+    Examples:
+      invoke bootstrap --node wasm-2
+      invoke bootstrap --node wasm-2 --address 192.0.2.10 --registry
+    """
+    from pathlib import Path
+
+    from harness import join
+    from harness.up import open_cluster
+
+    checked_output(output)
+    with open_cluster(settings_of(c, name=name, token_ttl_seconds=ttl)) as cluster:
+        target = Path(invocation_path(file))
+        made = join.bootstrap(cluster, node=node, file=target, address=address, registry=registry)
+    if output == "json":
+        emit_json({**vars(made), "file": str(made.file)})
+        return
+    for line in join.joining_lines(made):
+        emit(line)
+
+
+@task(
+    auto_shortflags=False,
+    help={
+        "node": "the node's name",
+        "systemd": "print a systemd unit in place of the command line",
+        "file": "write the unit to this file",
+        "data-dir": "where the node keeps what it has (default: /var/lib/wasilet/NODE)",
+        "bootstrap-file": "default: /etc/wasilet/bootstrap.conf",
+        "user": "whom the node runs as (default: root, which can limit cpu and memory everywhere)",
+    },
+)
+@command
+def node(
+    c: Context,
+    node: str,
+    systemd: bool = False,
+    file: str = "",
+    data_dir: str = "",
+    bootstrap_file: str = "/etc/wasilet/bootstrap.conf",
+    user: str = "",
+) -> None:
+    """Print how a node of this machine is run for good: a command line, or a systemd unit.
+
+    What follows -- are further options of the node; see `python -P -m node --help`.
+
+    Examples:
+      invoke node --node wasm-1 --systemd --file /etc/systemd/system/wasilet-node.service
+      invoke node --node wasm-1 --systemd -- --max-pods 500
+    """
+    import shlex
+    from pathlib import Path
+
+    from harness import join
+
+    data = data_dir or f"/var/lib/wasilet/{node}"
+    if not systemd:
+        emit(
+            shlex.join(
+                join.node_command(node=node, data_dir=data, bootstrap_file=bootstrap_file, arguments=remainder())
+            )
+        )
+        return
+    unit = join.systemd_unit(node=node, data_dir=data, bootstrap_file=bootstrap_file, user=user, arguments=remainder())
+    if file:
+        join.write_unit(Path(invocation_path(file)), unit)
+        return
+    emit(unit.rstrip())
+
+
 @task(help={"name": NAME_HELP, "namespace": "only pods of this namespace"})
 @command
 def diagnose(c: Context, name: str = "", namespace: str = "") -> None:

@@ -157,9 +157,14 @@ def _run_action(cluster: Cluster, settings: Settings, action: str, *, token_id: 
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def bootstrap_config(*, server: str, ca: bytes | None, client_ca: bytes | None, token: Token) -> KubeObject:
-    """The kubeconfig of a joining node."""
+def bootstrap_config(
+    *, server: str, ca: bytes | None, client_ca: bytes | None, token: Token, tls_server_name: str = ""
+) -> KubeObject:
+    """The kubeconfig of a joining node. ``tls_server_name``: what the server's certificate is for, when that is not
+    the host of its URL."""
     cluster: KubeObject = {"server": server}
+    if tls_server_name:
+        cluster["tls-server-name"] = tls_server_name
     if ca:
         cluster["certificate-authority-data"] = base64.b64encode(ca).decode()
     if client_ca:

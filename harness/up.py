@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.controlplane.components import Component, component_step
 from harness.errors import ApiError, ComponentError, UsageError, WaitTimeoutError
+from harness.join import door_steps, doors
 from harness.kube import Kube, KubeObject, api_path
 from harness.local_registry import COMPONENT as REGISTRY
 from harness.local_registry import registry_address, registry_component
@@ -91,6 +92,7 @@ def steps(cluster: Cluster) -> list[Step]:
             made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP,)
         ),
         _token_step(cluster),
+        *door_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
         *nodes,
         _ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.name for n in nodes))),
     ]  # fmt: skip
@@ -109,6 +111,7 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
         ),
         APPROVER: lambda: _approver_component(cluster),
     }
+    made.update(doors(cluster))
     for index, node in enumerate(cluster.node_names()):
         made[node_component(node)] = lambda node=node, index=index: _node_component(cluster, node, index)  # type: ignore[misc]
     return made

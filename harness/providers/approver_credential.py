@@ -25,21 +25,23 @@ from harness.process import check_cancelled
 USER = "wasilet:approver"
 SIGNER = "kubernetes.io/kube-apiserver-client"
 SIGN_SECONDS = 20.0
-"""For the controller that signs. It watches, so a second is long; after this, none is there."""
+"""For the controller that signs, in a cluster that runs. It watches, so a second is long; after this, none is there."""
 
 _POLL_SECONDS = 0.05
 
 
-def approver_credential(admin: Callable[[], Kube], path: Path, *, server: str, ca: bytes | None) -> None:
+def approver_credential(
+    admin: Callable[[], Kube], path: Path, *, server: str, ca: bytes | None, sign_seconds: float = SIGN_SECONDS
+) -> None:
     """See that ``path`` is a kubeconfig of the approver for that server, with two thirds of its life behind it at
-    most. Raises HarnessError when the cluster signs no client certificates."""
+    most. Raises HarnessError when the cluster signs no client certificates within ``sign_seconds``."""
     held = _held(path)
     if held is not None and _fresh(held):
         if held.server == server and held.ca == ca:
             return
         certificate, key = held.certificate, held.key
     else:
-        certificate, key = _request(admin())
+        certificate, key = _request(admin(), sign_seconds)
     write_kubeconfig(path, name="wasilet", server=server, ca=ca, certificate=certificate, key=key)
 
 
@@ -61,7 +63,7 @@ def _fresh(held: Credentials) -> bool:
     return certificate.not_valid_after_utc - dt.datetime.now(dt.UTC) > life / 3
 
 
-def _request(kube: Kube) -> tuple[bytes, bytes]:
+def _request(kube: Kube, sign_seconds: float) -> tuple[bytes, bytes]:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -90,15 +92,15 @@ def _request(kube: Kube) -> tuple[bytes, bytes]:
             "message": "the credential of Wasilet's approver, asked for by `invoke up`",
         }
         kube.replace(f"{path}/approval", csr | {"status": {"conditions": [condition]}})
-        certificate = _signed(kube, path)
+        certificate = _signed(kube, path, sign_seconds)
     finally:
         kube.delete(path)
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return certificate, pem
 
 
-def _signed(kube: Kube, path: str) -> bytes:
-    deadline = time.monotonic() + SIGN_SECONDS
+def _signed(kube: Kube, path: str, sign_seconds: float) -> bytes:
+    deadline = time.monotonic() + sign_seconds
     while True:
         try:
             status = kube.get(path).get("status") or {}
@@ -111,7 +113,7 @@ def _signed(kube: Kube, path: str) -> bytes:
                 raise HarnessError(f"the cluster refused the approver a certificate: {condition.get('message')}")
         if time.monotonic() >= deadline:
             raise HarnessError(
-                f"nobody signs client certificates in this cluster (signer {SIGNER}, for {SIGN_SECONDS:g} s)",
+                f"nobody signs client certificates in this cluster (signer {SIGNER}, for {sign_seconds:g} s)",
                 hint="nodes could not join: the controller-manager needs its csrsigning controller and the "
                 "authority's key, see docs/providers/existing.md",
             )

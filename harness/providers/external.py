@@ -25,7 +25,7 @@ from harness.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
 from harness.kube import Kube, KubeObject, api_path, load_yaml, read_credentials
 from harness.play import Finding, Progress, Step
 from harness.process import check_cancelled, stop
-from harness.providers.approver_credential import approver_credential
+from harness.providers.approver_credential import SIGN_SECONDS, approver_credential
 from harness.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
 from harness.settings import KRUSTLET_TAINTS, Settings
 from harness.state import write_file
@@ -154,7 +154,9 @@ class ExternalProvider:
         """A client certificate of its own, renewed by ``up`` in the last third of its life."""
         path = cluster.state.etc / "approver.conf"
         access = self.access(cluster)
-        approver_credential(cluster.admin, path, server=access.server, ca=access.ca)
+        # In a cluster that was made a moment ago the controller-manager may still be starting.
+        patience = cluster.settings.timeouts.ready_seconds if facts(cluster).get("created") else SIGN_SECONDS
+        approver_credential(cluster.admin, path, server=access.server, ca=access.ca, sign_seconds=patience)
         return path
 
     def deletion(self, cluster: Cluster) -> str:
