@@ -73,6 +73,20 @@ class RetryBackoff:
         self.delay = 0.0
 
 
+@dataclass(frozen=True)
+class NotBefore:
+    """A time before which nothing is tried again: ``seconds`` from ``since``, which is seconds since the epoch.
+
+    A clock that is set back ends the wait, since nobody can tell by then how long it should still be."""
+
+    since: float = 0.0
+    seconds: float = 0.0
+
+    def left(self, now: float) -> float:
+        """Seconds; 0: now."""
+        return max(0.0, self.since + self.seconds - now) if now >= self.since else 0.0
+
+
 def go_duration(seconds: float) -> str:
     """As Go prints a duration of whole seconds: ``10s``, ``1m20s``, ``5m0s``."""
     whole = round(seconds)

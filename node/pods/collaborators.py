@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from node.images.model import Credential, Images
@@ -14,6 +14,7 @@ from node.pods.spec import Container, Pod
 from node.runtime.protocol import Runtime
 from node.settings import NodePaths
 from node.volumes.base import Volumes
+from node.volumes.host_threads import HostThreads
 
 
 class Environments(Protocol):
@@ -74,6 +75,9 @@ class Collaborators:
     paths: NodePaths
     node: NodeSource
     timing: Timing = Timing()
+    host_threads: HostThreads = field(default_factory=HostThreads)
+    """For files that may lie on a volume of the machine."""
+
     wall_clock: Callable[[], float] = time.time
 
 

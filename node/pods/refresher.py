@@ -8,6 +8,7 @@ import random
 
 from node.kube.base import KubeError
 from node.pods import spec
+from node.pods.backoff import NotBefore
 from node.pods.collaborators import Collaborators
 from node.pods.spec import Pod
 from node.volumes.base import ContainerConfigError, VolumeError
@@ -22,26 +23,26 @@ class Refresher:
 
     def __init__(self, services: Collaborators) -> None:
         self._services = services
-        self._due_at = 0.0
+        self._due = NotBefore()
         self._task: asyncio.Task[None] | None = None
 
     def set_up(self) -> None:
         """The volumes have just been made, so they are fresh."""
-        self._due_at = self._services.wall_clock() + self._interval()
+        self._due = NotBefore(self._services.wall_clock(), self._interval())
 
     def at_once(self) -> None:
         """Labels or annotations have changed, which downwardAPI volumes show."""
-        self._due_at = 0.0
+        self._due = NotBefore()
 
     def check(self, pod: Pod, now: float) -> float | None:
         """Refresh if it is time. Returns in how many seconds to ask again; None: this pod has nothing to refresh."""
         if not any(_REFRESHED_KINDS & volume.keys() for volume in pod["spec"].get("volumes") or ()):
             return None
-        if now >= self._due_at and self._task is None:
-            self._due_at = now + self._interval()
+        if self._due.left(now) <= 0 and self._task is None:
+            self._due = NotBefore(now, self._interval())
             self._task = asyncio.create_task(self._refresh(pod), name=f"refresh volumes of {spec.format_pod(pod)}")
             self._task.add_done_callback(self._ended)
-        return max(0.0, self._due_at - now) or self._interval()
+        return self._due.left(now) or self._interval()
 
     async def close(self) -> None:
         """Stop, also one that is under way; the old content stays, since a swap is atomic."""

@@ -1,15 +1,16 @@
-"""Attempts to start the containers of one pod: back-off, why a container waits, postStart, and its last words."""
+"""Attempts to start the containers of one pod: back-off, why a container waits, and postStart."""
 
 from __future__ import annotations
 
 import logging
 import random
 
-from node.pods import hooks, logtail, spec
+from node.pods import hooks, spec
 from node.pods.backoff import (
     CRASH_LOOP_INITIAL_SECONDS,
     CRASH_LOOP_MAX_SECONDS,
     CrashLoopBackoff,
+    NotBefore,
     RetryBackoff,
     go_duration,
 )
@@ -41,7 +42,7 @@ class Starter:
 
         self._cpu_limit_told = False
         self._crash_loop = CrashLoopBackoff()
-        self._retry_at: dict[str, float] = {}
+        self._retry_at: dict[str, NotBefore] = {}
         self._config_retry: dict[str, RetryBackoff] = {}
         self._image_retry: dict[str, RetryBackoff] = {}
         self._failed_starts: dict[str, int] = {}
@@ -80,7 +81,7 @@ class Starter:
 
     def retry_in(self, name: str, now: float) -> float:
         """Seconds until a container that could not be started is tried again."""
-        return max(0.0, self._retry_at.get(name, 0.0) - now)
+        return self._retry_at.get(name, NotBefore()).left(now)
 
     # ---- starting
 
@@ -97,7 +98,7 @@ class Starter:
         except LaunchError as error:
             self.unsure = self.unsure or error.at_once
             self.waiting[name] = Waiting(reason=error.reason, message=error.message)
-            self._retry_at[name] = self._services.wall_clock() + self._delay(name, error)
+            self._retry_at[name] = NotBefore(since=self._services.wall_clock(), seconds=self._delay(name, error))
             return None
         if latest is not None and not fresh:
             self._crash_loop.next(_key(container), finished_at=latest.finished_at_ns / NANOSECONDS, now=now)
@@ -173,20 +174,6 @@ class Starter:
             self.waiting[container["name"]] = Waiting(reason="PostStartHookError", message=str(error))
             return str(error)
         return None
-
-    # ---- the end of an instance
-
-    def exit_message(self, pod: Pod, container: Container, instance: ContainerStatus) -> str:
-        """The runtime's message (a trap), then the termination message: the file, or the log's tail after a failure."""
-        said = ""
-        try:
-            said = self._services.volumes.termination_message(pod, container, attempt=instance.attempt)
-        except OSError as error:
-            logger.warning("termination message of %s in %s: %s", container["name"], spec.format_pod(pod), error)
-        on_error = container.get("terminationMessagePolicy") == "FallbackToLogsOnError"
-        if not said and on_error and instance.exit_code != 0 and instance.reason != "StartError":
-            said = logtail.tail(instance.log_path)
-        return ": ".join(part for part in (instance.message, said) if part)
 
 
 def _key(container: Container) -> str:

@@ -65,6 +65,13 @@ class Grace:
         self._timer.cancel()
 
 
+def kill_grace(pod: Pod, container: Mapping[str, Any], reason: str) -> float:
+    """How long a single container may take to end: a probe can have a limit of its own (KEP-2238)."""
+    field = {"LivenessProbe": "livenessProbe", "StartupProbe": "startupProbe"}.get(reason, "")
+    own = (container.get(field) or {}).get("terminationGracePeriodSeconds")
+    return spec.grace_seconds(pod) if own is None else float(own)
+
+
 Observe = Callable[[ContainerStatus], None]
 
 

@@ -20,8 +20,9 @@ from typing import Any
 from node.kube.base import KubeError, NotFoundError
 from node.pods import logtail, recovery, resources, spec, termination
 from node.pods import status as status_of
-from node.pods.backoff import RetryBackoff
+from node.pods.backoff import NotBefore, RetryBackoff
 from node.pods.collaborators import Collaborators
+from node.pods.lastwords import LastWords
 from node.pods.patcher import StatusPatcher
 from node.pods.plan import Plan, has_ever_started, make_plan
 from node.pods.probes import PodProbes
@@ -81,13 +82,13 @@ class PodWorker:
         )
         self._starter = Starter(services, late=self.observe)
         self._refresher = Refresher(services)
-        self._messages: dict[str, str] = {}
+        self._last_words = LastWords(services, changed=self._wake.set)
         self._seen_at: dict[str, float] = {}
         self._job: asyncio.Task[None] | None = None
         self._volumes_ready = False
         self._volume_retry = RetryBackoff(initial=services.timing.config_retry_first)
         self._job_retry = RetryBackoff()
-        self._not_before = 0.0
+        self._not_before = NotBefore()
         self._grace: Grace | None = None
         self._stopped = False
         self._finished = False
@@ -196,6 +197,7 @@ class PodWorker:
             if self._job is not None:
                 self._job.cancel()
                 await asyncio.wait({self._job})
+            await self._last_words.close()
             await self._refresher.close()
             await self._patcher.close()
 
@@ -219,12 +221,15 @@ class PodWorker:
 
     def _spawn(self, job: Any, now: float, delays: list[float]) -> None:
         """Begin a job, unless the last one failed a moment ago."""
-        if now < self._not_before:
+        if (left := self._not_before.left(now)) > 0:
             job.close()
-            delays.append(self._not_before - now)
+            delays.append(left)
             return
         self._job = asyncio.create_task(job, name=f"pod {spec.format_pod(self.pod)}")
         self._job.add_done_callback(self._job_ended)
+
+    def _put_off(self, retry: RetryBackoff) -> None:
+        self._not_before = NotBefore(self.services.wall_clock(), retry.next())
 
     def _job_ended(self, task: asyncio.Task[None]) -> None:
         self._job = None
@@ -233,8 +238,8 @@ class PodWorker:
             return
         if (error := task.exception()) is not None:
             logger.error("pod %s: a job failed", spec.format_pod(self.pod), exc_info=error)
-            self._not_before = self.services.wall_clock() + self._job_retry.next()
-        elif self.services.wall_clock() >= self._not_before:
+            self._put_off(self._job_retry)
+        elif self._not_before.left(self.services.wall_clock()) <= 0:
             self._job_retry.reset()
 
     # ---- the end
@@ -260,7 +265,7 @@ class PodWorker:
         self.stage = Stage.ENDING
         self._grace = Grace(grace_seconds)
         self._probes.end_with_pod()
-        self._not_before = 0.0
+        self._not_before = NotBefore()
         if self._job is not None:
             self._job.cancel()
 
@@ -278,6 +283,7 @@ class PodWorker:
             for instance in live.values():
                 self._assume_dead(instance)
         grace.close()
+        await self._last_words.settle()
         await self._refresher.close()
         self._stopped = True
         self._probes.close()
@@ -304,12 +310,14 @@ class PodWorker:
                 self.removed = True
             except KubeError as error:
                 logger.warning("deletion of %s: %s", spec.format_pod(self.pod), error)
-                self._not_before = self.services.wall_clock() + self._job_retry.next()
+                self._put_off(self._job_retry)
                 return
         # From here on the pod may still be seen (a finalizer keeps it), but nothing of it is left on the node.
         for known in self.instances.values():
             for instance in known:
-                await self.services.runtime.remove(instance.id)
+                # What only the status knows has no record here, and its id is whatever somebody wrote there.
+                if instance.log_path:
+                    await self.services.runtime.remove(instance.id)
         self.services.references.release(self.uid)
         await asyncio.to_thread(logtail.remove_folder, logtail.pod_folder(self.services.paths, self.pod))
         self._finished = True
@@ -345,7 +353,7 @@ class PodWorker:
             instance = self.latest().get(kill.container)
             if found is None or instance is None or instance.id != kill.container_id:
                 continue
-            grace = Grace(_kill_grace(self.pod, found[1], kill.reason))
+            grace = Grace(termination.kill_grace(self.pod, found[1], kill.reason))
             try:
                 stopped = await termination.kill_container(
                     self.services, self.pod, found[1], instance, message=kill.message, grace=grace
@@ -371,7 +379,7 @@ class PodWorker:
             return False
         except (VolumeError, ContainerConfigError) as error:
             self.services.events.event(self.pod, "Warning", "FailedMount", str(error))
-            self._not_before = self.services.wall_clock() + self._volume_retry.next()
+            self._put_off(self._volume_retry)
             return False
         self._volumes_ready = True
         self._volume_retry.reset()
@@ -390,6 +398,7 @@ class PodWorker:
             return
         if self._starter.unsure and not await self._ask_runtime():
             return
+        await self._last_words.settle()
         started = await self._starter.start(self.pod, container, latest, fresh=fresh)
         if started is None:
             self._wake.set()
@@ -409,7 +418,7 @@ class PodWorker:
         try:
             listed = await self.services.runtime.list()
         except RuntimeUnavailableError:
-            self._not_before = self.services.wall_clock() + self._job_retry.next()
+            self._put_off(self._job_retry)
             return False
         known = {instance.id for each in self.instances.values() for instance in each}
         found = [i for i in listed if i.pod_uid == self.uid and i.id not in known]
@@ -424,13 +433,14 @@ class PodWorker:
         while len(known) > 2:
             old = known[-1]
             try:
-                await self.services.runtime.remove(old.id)
+                if old.log_path:
+                    await self.services.runtime.remove(old.id)
             except RuntimeUnavailableError as error:
                 logger.info("the record of %s is left to the next restart: %s", old.id, error)
                 return
-            logtail.remove_attempt(self.services.paths, self.pod, name, old.attempt)
+            await asyncio.to_thread(logtail.remove_attempt, self.services.paths, self.pod, name, old.attempt)
             known.remove(old)
-            self._messages.pop(old.id, None)
+            self._last_words.forget(old.id)
             self._seen_at.pop(old.id, None)
 
     # ---- what is known
@@ -445,15 +455,9 @@ class PodWorker:
     def _note(self, instance: ContainerStatus) -> None:
         """Remember what will be gone later: when it was seen, and the message of its end."""
         self._seen_at.setdefault(instance.id, asyncio.get_running_loop().time())
-        if instance.state is not ContainerState.EXITED or instance.id in self._messages:
-            return
-        found = spec.find_container(self.pod, instance.container_name)
-        known = recovery.known_message(self.pod, instance.id)
-        newest = self.instances.get(instance.container_name, [instance])[0].id == instance.id
-        if known is not None or found is None or not newest or not instance.log_path:
-            self._messages[instance.id] = instance.message if known is None else known
-        else:
-            self._messages[instance.id] = self._starter.exit_message(self.pod, found[1], instance)
+        if instance.state is ContainerState.EXITED:
+            newest = self.instances.get(instance.container_name, [instance])[0].id == instance.id
+            self._last_words.note(self.pod, instance, newest=newest)
 
     def _publish(self) -> None:
         """Compute the status and have it sent; one that only says "being created" may wait for what comes next."""
@@ -475,7 +479,7 @@ class PodWorker:
                 node=self.services.node(),
                 now=now,
                 waiting=waiting,
-                message_of=lambda instance: self._messages.get(instance.id, instance.message),
+                message_of=self._last_words.of,
                 sandbox_ready=self._volumes_ready or bool(self._live()),
                 terminal=self._stopped,
                 terminated=self._stopped,
@@ -484,6 +488,8 @@ class PodWorker:
         )
         if self.stage is Stage.ENDING and not self._stopped and not self._live():
             # The last container has just ended: the final status follows at once, and one patch says it all.
+            return
+        if self._last_words.pending:
             return
         begun = has_ever_started(self.pod, self.latest()) or bool(waiting)
         self._patcher.submit(self.status, urgent=begun or self.stage is not Stage.ACTIVE)
@@ -494,9 +500,3 @@ class PodWorker:
         if not self.status or self.status is api:
             return api
         return status_of.rebased(self.status, api)
-
-
-def _kill_grace(pod: Pod, container: Mapping[str, Any], reason: str) -> float:
-    field = {"LivenessProbe": "livenessProbe", "StartupProbe": "startupProbe"}.get(reason, "")
-    own = (container.get(field) or {}).get("terminationGracePeriodSeconds")
-    return spec.grace_seconds(pod) if own is None else float(own)

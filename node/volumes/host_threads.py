@@ -19,21 +19,26 @@ _T = TypeVar("_T")
 
 
 class HostThreads:
-    """``limit`` calls at a time, each given up on after ``timeout_seconds`` (its thread goes on)."""
+    """``limit`` calls at a time, each given up on after ``timeout_seconds`` (its thread goes on, and keeps its place).
+    Those above the limit wait for a place as long as that."""
 
     def __init__(self, *, limit: int = 32, timeout_seconds: float = 10.0) -> None:
-        self._free = threading.BoundedSemaphore(limit)
+        self._free = asyncio.Semaphore(limit)
         self._timeout_seconds = timeout_seconds
 
     async def run(self, what: str, function: Callable[[], _T]) -> _T:
         """Call ``function`` in a thread. Raises what it raises, and VolumeError naming ``what`` when it hangs or too
         many others do."""
-        if not self._free.acquire(blocking=False):
-            raise VolumeError(f"{what}: too many other paths of the machine do not answer")
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._free.acquire()
+        except TimeoutError:
+            raise VolumeError(f"{what}: too many other paths of the machine do not answer") from None
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_T] = loop.create_future()
 
         def settle(result: _T | None, error: Exception | None) -> None:
+            self._free.release()
             if future.done():
                 return
             if error is not None:
@@ -48,13 +53,15 @@ class HostThreads:
                 result = function()
             except Exception as error:  # noqa: BLE001 - handed to whoever awaits
                 problem = error
-            finally:
-                self._free.release()
             # The loop may have ended while the file system hung.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, result, problem)
 
-        threading.Thread(target=call, name="host path", daemon=True).start()
+        try:
+            threading.Thread(target=call, name="host path", daemon=True).start()
+        except RuntimeError as error:
+            self._free.release()
+            raise VolumeError(f"{what}: {error}") from error
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await future

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -486,6 +487,46 @@ async def test_the_termination_message_joins_the_traps(fakes: Fakes) -> None:
         fakes.runtime.exit(code=134, message="wasm trap: unreachable")
         await eventually(lambda: phase(fakes) == "Failed")
         assert container(fakes)["state"]["terminated"]["message"] == "wasm trap: unreachable: I am done"
+
+
+async def test_a_termination_message_that_hangs_holds_up_its_own_pod_alone(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+
+    def message(*_: object, **__: object) -> str:
+        answer.wait(10)
+        return "at last"
+
+    monkeypatch.setattr(fakes.volumes, "termination_message", message)
+    try:
+        async with running(fakes):
+            fakes.kube.add(make_pod(restartPolicy="Never"))
+            await eventually(lambda: phase(fakes) == "Running")
+            fakes.runtime.exit(code=1)
+            await asyncio.sleep(0.05)
+            assert phase(fakes) == "Running"
+            assert fakes.volumes.torn_down == [], "the message would go with the volumes"
+            fakes.kube.add(make_pod("other"))
+            await eventually(lambda: phase(fakes, "other") == "Running")
+            answer.set()
+            await eventually(lambda: phase(fakes) == "Failed")
+            assert container(fakes)["state"]["terminated"]["message"] == "at last"
+    finally:
+        answer.set()
+
+
+async def test_an_id_that_only_the_status_knows_is_not_removed(fakes: Fakes) -> None:
+    pod = make_pod(restartPolicy="Never")
+    running_state = {"running": {"startedAt": "2025-01-01T00:00:00Z"}}
+    foreign = {"name": "c", "containerID": "wasmtime://another-pods", "restartCount": 7, "state": running_state}
+    pod["status"] = {"phase": "Running", "containerStatuses": [foreign]}
+    async with running(fakes) as manager:
+        fakes.kube.add(pod)
+        await eventually(lambda: phase(fakes) == "Failed")
+        fakes.kube.ask_deletion("a")
+        await eventually(lambda: not manager.pods())
+    assert "another-pods" not in fakes.runtime.removed
 
 
 async def test_a_restarted_agent_takes_over_what_runs(fakes: Fakes) -> None:

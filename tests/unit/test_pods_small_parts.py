@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.pods import logtail, spec
-from node.pods.backoff import CrashLoopBackoff, RetryBackoff, go_duration
+from node.pods.backoff import CrashLoopBackoff, NotBefore, RetryBackoff, go_duration
 from node.pods.httppolicy import ALLOWED_DOMAINS, MAX_CONCURRENT_REQUESTS, http_policy
 from node.runtime.protocol import HttpPolicy
 from node.settings import NodePaths
@@ -68,6 +68,12 @@ def test_retries_double_up_to_their_limit() -> None:
     assert [retry.next() for _ in range(4)] == [1, 2, 4, 5]
     retry.reset()
     assert retry.next() == 1
+
+
+def test_a_clock_that_is_set_back_ends_a_wait() -> None:
+    wait = NotBefore(since=1000.0, seconds=10.0)
+    assert [wait.left(now) for now in (1000.0, 1004.0, 1010.0, 2000.0)] == [10.0, 6.0, 0.0, 0.0]
+    assert wait.left(999.0) == 0.0
 
 
 # ---- the annotations of wasi-experimental-http

@@ -65,6 +65,15 @@ async def test_hanging_paths_are_limited_and_free_again_when_they_answer(hang: t
         pytest.fail("the threads did not come back")
 
 
+async def test_a_burst_waits_for_a_free_thread() -> None:
+    threads = HostThreads(limit=2)
+    begin = threading.Event()
+    calls = [asyncio.create_task(threads.run("x", begin.wait)) for _ in range(20)]
+    await asyncio.sleep(0.02)
+    begin.set()
+    assert await asyncio.gather(*calls) == [True] * 20
+
+
 async def test_one_that_is_cancelled_is_cancelled(hang: threading.Event) -> None:
     task = asyncio.create_task(HostThreads().run("/mnt/dead", hang.wait))
     await asyncio.sleep(0.01)
