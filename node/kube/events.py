@@ -1,8 +1,10 @@
 """core/v1 Events, as every kubelet user knows them from ``kubectl describe``.
 
-Events are told to people, so they may be lost but must never hurt: ``event`` only puts into a bounded queue, one task
-writes, and what cannot be written is dropped with a log line. The three rules that keep a crash loop from filling etcd
-are those of client-go's correlator (tools/record/events_cache.go), with its numbers:
+Events are told to people, so they may be lost but must never hurt: ``event`` only puts into a bounded queue, a few
+tasks write (one after another for one object, so that its Events stay in order), and what cannot be written is dropped
+with a log line. A single writer falls behind by minutes when a busy API server takes 0.1 s for each and pods come in
+bursts. The three rules that keep a crash loop from filling etcd are those of client-go's correlator
+(tools/record/events_cache.go), with its numbers:
 
 - the same text again: the first Event's ``count`` and ``lastTimestamp`` are patched;
 - ten different texts of one reason within ten minutes: the rest is one Event, ``(combined from similar events): ...``;
@@ -44,6 +46,7 @@ _WRITES_PER_SECOND = 50.0
 """kubelet's eventRecordQPS: a burst of pods must not have its status patches wait behind its Events."""
 
 _WRITE_BURST = 100
+_PARALLEL_WRITES = 8
 _MAX_MESSAGE_CHARACTERS = 1024
 _MAX_NAME_CHARACTERS = 253 - 17
 _ATTEMPTS = 12
@@ -162,12 +165,42 @@ class KubeEventRecorder:
 
     async def run(self) -> None:
         """Write what comes, until cancelled."""
-        while True:
-            said = await self._queue.get()
-            try:
-                await self._write(said)
-            finally:
-                self._queue.task_done()
+        slots = asyncio.Semaphore(_PARALLEL_WRITES)
+        last: dict[str, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await slots.acquire()
+                said = await self._queue.get()
+                correlated = self._correlate(said)
+                if correlated is None:
+                    self._queue.task_done()
+                    slots.release()
+                    continue
+                wait = self._writes.wait_seconds(self._clock())
+                if wait > 0:
+                    await asyncio.sleep(wait)
+                self._writes.take(self._clock())
+                subject = said.involved.get("uid", "")
+                task = group.create_task(self._write_after(last.get(subject), said, *correlated))
+                last[subject] = task
+
+                def ended(task: asyncio.Task[None], subject: str = subject) -> None:
+                    self._queue.task_done()
+                    slots.release()
+                    if last.get(subject) is task:
+                        del last[subject]
+
+                task.add_done_callback(ended)
+
+    async def _write_after(
+        self, before: asyncio.Task[None] | None, said: _Said, observed: _Observed, count: int, message: str
+    ) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        try:
+            await self._write(said, observed, count, message)
+        except Exception:
+            logger.exception("an event (%s) was not written", said.reason)
 
     async def flush(self, *, timeout_seconds: float) -> None:
         """Wait until everything said so far is written, but no longer than that. ``run`` must be running."""
@@ -184,18 +217,10 @@ class KubeEventRecorder:
             self._dropped_said_at = now
             logger.warning("%d events were dropped so far: %s", self._dropped, why)
 
-    async def _write(self, said: _Said) -> None:
-        correlated = self._correlate(said)
-        if correlated is None:
-            return
-        observed, message = correlated
-        wait = self._writes.wait_seconds(self._clock())
-        if wait > 0:
-            await asyncio.sleep(wait)
-        self._writes.take(self._clock())
+    async def _write(self, said: _Said, observed: _Observed, count: int, message: str) -> None:
         for _ in range(_ATTEMPTS):
             try:
-                await self._send(said, observed, message)
+                await self._send(said, observed, count, message)
                 return
             except ApiUnavailableError:
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -209,8 +234,8 @@ class KubeEventRecorder:
                 return
         self._drop("the API server does not answer")
 
-    def _correlate(self, said: _Said) -> tuple[_Observed, str] | None:
-        """The Event to create (count 1) or to patch, with its text; None: filtered as spam."""
+    def _correlate(self, said: _Said) -> tuple[_Observed, int, str] | None:
+        """The Event to create (count 1) or to patch, with its count and text; None: filtered as spam."""
         now = self._clock()
         subject = tuple(said.involved.get(key, "") for key in ("kind", "apiVersion", "namespace", "name", "uid"))
         similar = self._similar.get((*subject, said.type, said.reason), _Similar)
@@ -231,13 +256,13 @@ class KubeEventRecorder:
             observed.name = f"{stem}.{time.time_ns():x}"
             observed.first_timestamp = _text(said.at)
         bucket = self._spam.get((*subject, said.type), lambda: _Bucket(_SPAM_BURST, _SPAM_REFILL_PER_SECOND, now))
-        return (observed, message) if bucket.take(now) else None
+        return (observed, observed.count, message) if bucket.take(now) else None
 
-    async def _send(self, said: _Said, observed: _Observed, message: str) -> None:
+    async def _send(self, said: _Said, observed: _Observed, count: int, message: str) -> None:
         namespace = said.involved.get("namespace") or "default"
         path = f"/api/v1/namespaces/{namespace}/events"
-        if observed.count > 1:
-            patch: dict[str, Any] = {"count": observed.count, "lastTimestamp": _text(said.at), "message": message}
+        if count > 1:
+            patch: dict[str, Any] = {"count": count, "lastTimestamp": _text(said.at), "message": message}
             try:
                 await self._kube.patch(f"{path}/{observed.name}", patch)
                 return
@@ -257,7 +282,7 @@ class KubeEventRecorder:
             "reportingInstance": self._host,
             "firstTimestamp": observed.first_timestamp,
             "lastTimestamp": _text(said.at),
-            "count": observed.count,
+            "count": count,
         }
         try:
             await self._kube.create(path, body)

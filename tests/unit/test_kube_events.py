@@ -282,3 +282,26 @@ async def test_a_pod_with_the_longest_name_has_events_too(recorder: KubeEventRec
     recorder.event({**POD, "metadata": {**POD["metadata"], "name": "p" * 253}}, "Normal", "Started", "x")
     await recorder.flush(timeout_seconds=2)
     assert len(store.created[0]["metadata"]["name"]) <= 253
+
+
+async def test_a_slow_api_server_does_not_hold_the_events_of_other_pods_back(clock: Clock) -> None:
+    class Slow(Store):
+        async def create(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
+            await asyncio.sleep(0.1)
+            return await super().create(path, body, timeout_seconds=timeout_seconds)
+
+    store = Slow()
+    recorder = KubeEventRecorder(store, host="n1", clock=clock)
+    task = asyncio.create_task(recorder.run())
+    for number in range(24):
+        recorder.event({**POD, "metadata": {**POD["metadata"], "uid": str(number)}}, "Normal", "Started", "x")
+    for reason in ("Pulling", "Pulled", "Created", "Started"):
+        recorder.event(POD, "Normal", reason, "x")
+    began = asyncio.get_running_loop().time()
+    await recorder.flush(timeout_seconds=5)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert len(store.created) == 28
+    assert asyncio.get_running_loop().time() - began < 1.5
+    mine = [event["reason"] for event in store.created if event["involvedObject"]["uid"] == "u1"]
+    assert mine == ["Pulling", "Pulled", "Created", "Started"]
