@@ -103,6 +103,9 @@ class Observer:
         self.error = ""
         """Why the API server could not be asked, while it cannot."""
 
+        self.listed = bool(version)
+        """Whether what there was at the beginning is known."""
+
         self._follow = follow
         self._began = time.time()
         self._hangup = Hangup()
@@ -219,6 +222,7 @@ class Observer:
                 for view in self.pods.values():
                     if view.uid not in there and not view.deleted:
                         self._gone(view)
+                self.listed = True
             self.error = ""
             self.changed.notify_all()
         return str((answer.get("metadata") or {}).get("resourceVersion") or "")

@@ -9,11 +9,20 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from harness.kube import KubeObject
+from harness.errors import ApiError
+from harness.kube import KubeObject, api_path
 from harness.observe import Observer, PodView, event_order, event_time
 
+if TYPE_CHECKING:
+    from harness.console import Reporter
+    from harness.play import Recap
+    from harness.settings import Settings
+
+LIST_SECONDS = 10.0
+LOG_SECONDS = 2.0
 MAX_SHOWN_LINES = 500
 MAX_SHOWN_EVENTS = 100
 _STAGES = (
@@ -23,6 +32,13 @@ _STAGES = (
     ("first line", "finished", "running"),
 )
 """From a mark, to a mark, what happens in between: each is a bar."""
+
+_AFTER = {
+    "created": ("started", "first line", "finished", "deleted"),
+    "scheduled": ("first line", "finished", "deleted"),
+    "started": ("finished", "deleted"),
+    "first line": ("deleted",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +218,10 @@ def _rows(chapter: Chapter) -> list[dict[str, Any]]:
             stop = pod.marks.get(end)
             ongoing = stop is None
             if stop is None:
-                # The stage in which it is now, or was when it was looked at last.
-                if any(
-                    later in pod.marks for later in ("started", "first line", "finished") if later not in {begin, end}
-                ):
-                    later_marks = [pod.marks[k] for k in ("started", "first line", "finished") if k in pod.marks]
-                    if any(at > start for at in later_marks):
-                        stop, ongoing = min(at for at in later_marks if at > start), False
-                stop = began + length if stop is None else stop
+                # A stage may have been skipped (a pod that printed nothing ends without a first line): then it lasted
+                # until the next thing that did happen; else it lasts still.
+                later = [at for mark, at in pod.marks.items() if mark in _AFTER[begin] and at >= start]
+                stop, ongoing = (min(later), False) if later else (began + length, True)
             if stop >= start:
                 bars.append(
                     {
@@ -274,3 +286,65 @@ def _clock(at: float) -> str:
 def _visible(text: str) -> str:
     """Control characters and those that turn the direction of writing, made visible."""
     return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+# --- invoke report ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """The page on disk."""
+
+    file: Path
+    recap: Recap | None
+    """Of the demo, when one was run."""
+
+
+def write_report(settings: Settings, *, app: str, namespace: str, file: Path, reporter: Reporter) -> Written:
+    """Run the demo of ``app`` and tell of it; without ``app`` tell of what is in the namespace now.
+
+    Raises UsageError when there is no such cluster or app, StateError when the file cannot be written."""
+    from harness.apps import DemoOptions, demo, running_cluster
+    from harness.down import unknown_cluster
+    from harness.state import State, storage_errors
+    from harness.up import open_cluster
+
+    if not app and not State.of(settings).exists():
+        raise unknown_cluster(settings)
+    recap: Recap | None = None
+    with running_cluster(settings, reporter=reporter) if app else open_cluster(settings) as cluster:
+        kube = cluster.admin()
+        names = None
+        with Observer(kube, namespace, follow=True) as observer:
+            # The first list is what was there before the demo.
+            observer.wait(lambda: True if observer.listed or observer.error else None, within_seconds=LIST_SECONDS)
+            if observer.error:
+                raise ApiError(f"the pods cannot be listed: {observer.error}", hint="`invoke up` mends a cluster")
+            before = frozenset(observer.pods)
+            if app:
+                recap = demo(app, settings, options=DemoOptions(namespace=namespace), reporter=reporter).recap
+                with observer.changed:
+                    names = frozenset(view.name for uid, view in observer.pods.items() if uid not in before)
+                    for uid in before:
+                        observer.pods.pop(uid, None)
+            observer.wait(lambda: _quiet(observer), within_seconds=LOG_SECONDS)
+            events = kube.get(api_path("events", namespace=namespace)).get("items") or []
+            chapter = chapter_of(
+                f"demo {app}" if app else f"namespace {namespace}",
+                observer,
+                events,
+                outcome="" if recap is None else "passed" if recap.succeeded else "failed",
+                steps=[outcome.to_json() for outcome in recap.outcomes] if recap else (),
+                names=names,
+            )
+    text = page(chapter.title, [chapter], cluster=settings.name)
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return Written(file=file, recap=recap)
+
+
+def _quiet(observer: Observer) -> bool | None:
+    """Whether every log that there is has been read so far: each has a line, or is over."""
+    logs = [log for view in observer.pods.values() for log in view.logs.values()]
+    return True if all(log.lines or log.ended for log in logs) else None
