@@ -28,10 +28,13 @@ from tests.docs_pages import DOCS, Command, File, begins, items, matches
 
 pytestmark = pytest.mark.e2e
 
-COMMAND_LIMIT_SECONDS = 300.0
+COMMAND_LIMIT_SECONDS = 900.0
 """The first build of an app with dependencies fetches and compiles them."""
 
 INTERRUPT_LIMIT_SECONDS = 10.0
+RUNS_ON_SECONDS = 0.5
+"""A command that the page interrupts is still there after this time."""
+
 CHECKOUT = DOCS.parent
 PORTS = {"localhost:5000": "registry", "--port 3000": "node", "127.0.0.1:8090": "api", "--port 8090": "api"}
 """What the pages call them, and what stands for it in a test: another program may have these ports."""
@@ -111,6 +114,9 @@ class Shell:
             with contextlib.suppress(queue.Empty):
                 lines.append(incoming.get(timeout=0.05))
             if command.interrupted and begins(expected, lines):
+                time.sleep(RUNS_ON_SECONDS)
+                if process.poll() is not None:
+                    break
                 os.killpg(process.pid, signal.SIGINT)
                 try:
                     process.wait(INTERRUPT_LIMIT_SECONDS)
@@ -131,10 +137,8 @@ class Shell:
     def close(self) -> None:
         """End what the page left: background jobs, its cluster, nodes that joined it by hand."""
         for group in self._groups:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, number)
-                    time.sleep(0.1)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGTERM)
         subprocess.run(
             [CHECKOUT / "run", "down", "--purge"], cwd=CHECKOUT, env=self._env, capture_output=True, check=False
         )
