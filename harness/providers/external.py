@@ -16,7 +16,7 @@ import contextlib
 import datetime as dt
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +113,27 @@ class ExternalProvider:
         """The tool, the cluster, and where its own nodes find the registry."""
         tools = tuple(self.tool_steps(cluster))
         steps = [*tools, self._cluster_step(cluster, after=tuple(step.name for step in tools))]
-        registry = tuple(self.registry_steps(cluster))
-        if registry:
-            steps.append(
-                component_step(
-                    self.components(cluster)[REGISTRY_FOR_NODES],
-                    REGISTRY_FOR_NODES,
-                    title=REGISTRY_FOR_NODES_STEP,
-                    state=cluster.state,
-                    settings=cluster.settings,
-                    after=(API_SERVER_STEP,),
-                )
-            )
-            steps += [*registry, self._hosting_step(cluster)]
+        if registry := tuple(self.registry_steps(cluster)):
+            steps += [self._second_door_step(cluster), *registry, self._hosting_step(cluster)]
         return steps
+
+    def _second_door_step(self, cluster: Cluster) -> Step:
+        step = component_step(
+            lambda: registry_for_nodes(cluster),
+            REGISTRY_FOR_NODES,
+            title=REGISTRY_FOR_NODES_STEP,
+            state=cluster.state,
+            settings=cluster.settings,
+            after=(API_SERVER_STEP,),
+        )
+
+        def look() -> Finding:
+            known = facts(cluster)
+            if known.get("uid") and not known.get("registry_address"):
+                return Finding.skip("its nodes could not be told of it")
+            return step.look()
+
+        return replace(step, look=look)
 
     def must_settle(self) -> tuple[str, ...]:
         """Nothing: what runs behind the API server is the cluster's own affair."""
@@ -134,7 +141,7 @@ class ExternalProvider:
 
     def components(self, cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
         """The second door of the registry, where the cluster's own nodes have one."""
-        if not facts(cluster).get("registry_address") and not self.registry_steps(cluster):
+        if not facts(cluster).get("registry_address"):
             return {}
         return {REGISTRY_FOR_NODES: lambda: registry_for_nodes(cluster)}
 
@@ -296,6 +303,8 @@ class ExternalProvider:
         def look() -> Finding:
             if not cluster.state.admin_kubeconfig.is_file():
                 return Finding.differs("say in kube-public where the registry is")
+            if not facts(cluster).get("registry_address"):
+                return Finding.skip("the cluster's nodes cannot pull from it")
             there = cluster.admin().find(HOSTING)
             if there is None:
                 return Finding.differs("say in kube-public where the registry is", ["+ local-registry-hosting"])

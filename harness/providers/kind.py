@@ -1,38 +1,26 @@
 """kind: Kubernetes in Docker. The cluster is called as ``--name`` says; one of that name that runs is adopted.
 
-The wasm node is a process of this machine beside kind's containers. The API server reaches it, and kind's own nodes
-reach the registry, by the gateway of the cluster's Docker network; both listen there and on loopback, nowhere else.
-kind's own files are left alone: its kubeconfig entry goes to a file of ours, since ``up`` adds one for every provider.
+kind's own kubeconfig entry goes to a file of ours and not into the user's, since ``up`` adds one for every provider.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.controlplane.acquire import acquire, locate
-from harness.errors import ApiError, CommandError, HarnessError, UsageError
-from harness.kube import Kube, KubeObject, load_yaml, read_credentials
+from harness.errors import CommandError, HarnessError, UsageError
+from harness.kube import KubeObject, load_yaml
 from harness.play import Finding, Progress, Step
 from harness.process import run
 from harness.providers.base import API_SERVER_STEP, Cluster, Detection
-from harness.providers.docker import Container, Docker, gateway
-from harness.providers.external import (
-    REGISTRY_FOR_NODES_STEP,
-    ExternalProvider,
-    Found,
-    HalfMadeError,
-    facts,
-    hosts_toml,
-    made_since,
-    update_facts,
-)
+from harness.providers.contained import ContainedProvider
+from harness.providers.docker import Container, Docker
+from harness.providers.external import REGISTRY_FOR_NODES_STEP, Found, facts, hosts_toml
 from harness.settings import Settings
-from harness.state import RUN_ID_VARIABLE, write_file
+from harness.state import RUN_ID_VARIABLE
 
 OLDEST = (0, 27)
 """Its node images are the first whose containerd reads registry hosts without being configured to."""
@@ -45,10 +33,9 @@ CLUSTER_LABEL = "io.x-k8s.kind.cluster"
 ROLE_LABEL = "io.x-k8s.kind.role"
 TOOL_STEP = "kind's command line"
 WIRE_STEP = "registry of kind's nodes"
-_ANSWER_SECONDS = 5.0
 
 
-class KindProvider(ExternalProvider):
+class KindProvider(ContainedProvider):
     """See the module."""
 
     name = "kind"
@@ -64,106 +51,58 @@ class KindProvider(ExternalProvider):
 
     # --- the cluster -------------------------------------------------------------------------------------------------
 
-    def find(self, cluster: Cluster) -> Found | None:
-        """By the labels that kind gives its containers."""
-        name = cluster.settings.name
-        docker = Docker(cluster.settings.environ)
-        containers = docker.containers(f"{CLUSTER_LABEL}={name}")
-        if not containers:
-            return None
-        ours = _ours(cluster, containers)
-        planes = [container for container in containers if container.labels.get(ROLE_LABEL) == "control-plane"]
-        stopped = [container.name for container in containers if not container.running]
-        unfinished = bool(facts(cluster).get("creating"))
-        if ours and unfinished:
-            if not planes or stopped or not self._answers(cluster):
-                raise HalfMadeError(f"an interrupted run left kind cluster {name} half made")
-        elif stopped and ours:
-            docker.run("start", *stopped, timeout_seconds=60.0)
-        elif stopped:
-            raise UsageError(f"kind cluster {name} is stopped", hint=f"docker start {' '.join(stopped)}")
-        elif not planes:
-            raise _half_made(name)
-        return self._found(cluster, docker.containers(f"{CLUSTER_LABEL}={name}"), created=ours)
+    def label(self, name: str) -> str:
+        """kind's own."""
+        return f"{CLUSTER_LABEL}={name}"
 
-    def _found(self, cluster: Cluster, containers: Sequence[Container], *, created: bool) -> Found:
-        address = cluster.settings.node_ip or gateway(containers, what=f"kind cluster {cluster.settings.name}")
-        return Found(
-            kubeconfig=self._kubeconfig(cluster),
-            node_address=address,
-            registry_address=address,
-            created=created,
-            ids=tuple(container.id for container in containers),
+    def is_server(self, container: Container) -> bool:
+        """By its role; the balancer before several control planes has another one."""
+        return container.labels.get(ROLE_LABEL) == "control-plane"
+
+    def is_node(self, container: Container) -> bool:
+        """Control planes run pods too."""
+        return container.labels.get(ROLE_LABEL) in {"control-plane", "worker"}
+
+    def kubeconfig(self, cluster: Cluster) -> KubeObject:
+        """``kind get kubeconfig``."""
+        data = load_yaml(
+            self._kind(cluster, "get", "kubeconfig", "--name", cluster.settings.name, timeout_seconds=30.0)
         )
-
-    def _kubeconfig(self, cluster: Cluster) -> KubeObject:
-        name = cluster.settings.name
-        try:
-            text = self._kind(cluster, "get", "kubeconfig", "--name", name, timeout_seconds=30.0)
-        except CommandError as error:
-            raise _half_made(name) from error
-        data = load_yaml(text)
         if not isinstance(data, dict):
-            raise _half_made(name)
+            raise HarnessError(f"kind gave no kubeconfig for {cluster.settings.name}")
         return data
-
-    def _answers(self, cluster: Cluster) -> bool:
-        """Whether the cluster is whole after all: the run that made it died after kind had finished."""
-        path = cluster.state.etc / "kind.conf"
-        try:
-            write_file(path, json.dumps(self._kubeconfig(cluster)).encode())
-            kube = Kube(read_credentials(path))
-        except HarnessError:
-            return False
-        deadline = time.monotonic() + _ANSWER_SECONDS
-        try:
-            while time.monotonic() < deadline:
-                if kube.ready() and kube.get("/api/v1/nodes").get("items"):
-                    return True
-                time.sleep(cluster.settings.timeouts.poll_seconds)
-        except ApiError:
-            return False
-        finally:
-            kube.close()
-        return False
 
     def create(self, cluster: Cluster, say: Progress) -> Found:
         """``kind create cluster``, its progress passed on."""
         settings = cluster.settings
-        docker = Docker(settings.environ)
-        label = f"{CLUSTER_LABEL}={settings.name}"
 
         def progress(line: str) -> None:
             words = re.sub(r"[^\x20-\x7e]", "", line).strip()
-            if not words.endswith("..."):
-                return
-            say(words.removesuffix("...").strip())
-            if not facts(cluster).get("ids"):
-                update_facts(cluster, ids=[container.id for container in docker.containers(label)])
+            if words.endswith("..."):
+                say(words.removesuffix("...").strip())
+                self.note_containers(cluster)
 
-        arguments = ["create", "cluster", "--name", settings.name, "--kubeconfig", str(cluster.state.etc / "kind.conf")]
+        arguments = ["create", "cluster", "--name", settings.name, "--kubeconfig", self._own_file(cluster)]
         if image := node_image(settings):
             arguments += ["--image", image]
         if settings.config is not None:
             arguments += ["--config", str(settings.config)]
         self._kind(cluster, *arguments, timeout_seconds=CREATE_SECONDS, on_line=progress)
-        return self._found(cluster, docker.containers(label), created=True)
+        return self.found(cluster, Docker(settings.environ).containers(self.label(settings.name)), created=True)
 
-    def destroy(self, cluster: Cluster) -> str:
-        """``kind delete cluster``, when the containers of that name are those that were made here."""
-        name = cluster.settings.name
-        docker = Docker(cluster.settings.environ)
-        docker.check()
-        self._end_orphans(cluster)
-        containers = docker.containers(f"{CLUSTER_LABEL}={name}")
-        if not containers:
-            return f"kind cluster {name} was gone already"
-        if not _ours(cluster, containers):
-            return f"kind cluster {name} is another one by now, and stays"
-        conf = str(cluster.state.etc / "kind.conf")
-        self._kind(cluster, "delete", "cluster", "--name", name, "--kubeconfig", conf, timeout_seconds=120.0)
-        Path(conf).unlink(missing_ok=True)
-        return f"kind cluster {name} deleted"
+    def delete_by_tool(self, cluster: Cluster) -> None:
+        """``kind delete cluster``."""
+        file = self._own_file(cluster)
+        words = ("delete", "cluster", "--name", cluster.settings.name, "--kubeconfig", file)
+        self._kind(cluster, *words, timeout_seconds=120.0)
+        Path(file).unlink(missing_ok=True)
+
+    def delete_command(self, name: str) -> str:
+        """For messages."""
+        return f"kind delete cluster --name {name}"
+
+    def _own_file(self, cluster: Cluster) -> str:
+        return str(cluster.state.etc / "kind.conf")
 
     # --- the tool ----------------------------------------------------------------------------------------------------
 
@@ -175,9 +114,9 @@ class KindProvider(ExternalProvider):
             if theirs := user_kind(settings):
                 return Finding.ok(f"{theirs[0]}, {theirs[1]}")
             found = locate("kind", cache=settings.cache, environ={})
-            return (
-                Finding.ok(f"{found.path}, {found.version}") if found else Finding.differs("acquire kind", ["+ kind"])
-            )
+            if found is None:
+                return Finding.differs("acquire kind", ["+ kind"])
+            return Finding.ok(f"{found.path}, {found.version}")
 
         def change(progress: Progress) -> str:
             found = acquire(
@@ -192,13 +131,7 @@ class KindProvider(ExternalProvider):
 
         return (Step(name=TOOL_STEP, look=look, change=change, after=()),)
 
-    def _kind(
-        self,
-        cluster: Cluster,
-        *arguments: str,
-        timeout_seconds: float,
-        on_line: Progress | None = None,
-    ) -> str:
+    def _kind(self, cluster: Cluster, *arguments: str, timeout_seconds: float, on_line: Progress | None = None) -> str:
         settings = cluster.settings
         theirs = user_kind(settings)
         path = Path(theirs[0]) if theirs else None
@@ -207,6 +140,7 @@ class KindProvider(ExternalProvider):
             if found is None:
                 raise HarnessError("kind is not there", hint="`invoke up` brings it")
             path = found.path
+        # The run id finds a kind that outlived the run that started it.
         env = {**settings.environ, RUN_ID_VARIABLE: cluster.state.run_id()}
         return run([path, *arguments], timeout_seconds=timeout_seconds, env=env, on_line=on_line).stdout
 
@@ -218,25 +152,25 @@ class KindProvider(ExternalProvider):
 
         def unwired() -> list[str]:
             folder, text = hosts_toml(cluster)
-            nodes = facts(cluster).get("ids") or []
-            return [node for node in nodes if docker.read(node, f"{CERTS_D}/{folder}/hosts.toml") != text]
+            return [
+                node for node in self.node_ids(cluster) if docker.read(node, f"{CERTS_D}/{folder}/hosts.toml") != text
+            ]
 
         def look() -> Finding:
             if not facts(cluster).get("registry_address") or "registry_for_nodes" not in cluster.ports():
                 return Finding.differs("tell kind's nodes where it is")
             nodes = unwired()
-            return (
-                Finding.differs(f"tell {len(nodes)} nodes where it is") if nodes else Finding.ok("known to each node")
-            )
+            if nodes:
+                return Finding.differs(f"tell {len(nodes)} nodes where it is")
+            return Finding.ok("known to each node")
 
         def change(_: Progress) -> str:
             folder, text = hosts_toml(cluster)
             nodes = unwired()
             for node in nodes:
                 docker.write(node, f"{CERTS_D}/{folder}/hosts.toml", text)
-            deaf = [node for node in nodes if CERTS_D not in docker.read(node, "/etc/containerd/config.toml")]
-            if deaf:
-                return f"its containerd is not set up for {CERTS_D}: Linux images of {folder} cannot be pulled"
+            if any(CERTS_D not in docker.read(node, "/etc/containerd/config.toml") for node in nodes):
+                return f"containerd is not set up for {CERTS_D}: Linux images of {folder} cannot be pulled"
             return f"{folder}, in {len(nodes)} nodes"
 
         return (Step(name=WIRE_STEP, look=look, change=change, after=(API_SERVER_STEP, REGISTRY_FOR_NODES_STEP)),)
@@ -245,7 +179,7 @@ class KindProvider(ExternalProvider):
         """Remove the ``hosts.toml`` again."""
         folder, _ = hosts_toml(cluster)
         docker = Docker(cluster.settings.environ)
-        for node in facts(cluster).get("ids") or []:
+        for node in self.node_ids(cluster):
             docker.remove(node, f"{CERTS_D}/{folder}")
 
 
@@ -275,20 +209,3 @@ def user_kind(settings: Settings) -> tuple[str, str] | None:
             hint="update it, or take it off PATH and Wasilet brings its own",
         )
     return path, found[0]
-
-
-def _ours(cluster: Cluster, containers: Sequence[Container]) -> bool:
-    """Whether these are the containers that the harness had made: by their ids, or, when it was killed before it knew
-    them, by having been made since it began."""
-    known = facts(cluster)
-    if ids := known.get("ids"):
-        return bool(known.get("created") or known.get("creating")) and set(ids) >= {c.id for c in containers}
-    since = str(known.get("creating") or "")
-    return bool(since) and all(made_since(container.created, since) for container in containers)
-
-
-def _half_made(name: str) -> UsageError:
-    return UsageError(
-        f"kind cluster {name} has no working control plane, and was not made here",
-        hint=f"`kind delete cluster --name {name}` removes it",
-    )
