@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from node.certificates_store import NodeNames, Pair
     from node.kube.client import KubeClient
     from node.kube.events import KubeEventRecorder
+    from node.pods.probes import ProbeReport
     from node.registration import Registration
     from node.runtime.client import RuntimeClient
     from node.server.app import KubeletServer
@@ -169,6 +170,18 @@ class _Agent:
         def on_client_ca(pem: str | None) -> None:
             server.set_client_ca(pem.encode() if pem is not None else None)
 
+        def on_probe(report: ProbeReport) -> None:
+            namespace, name = report.pod["metadata"]["namespace"], report.pod["metadata"]["name"]
+            server.probes.record(
+                kind=report.kind.value,
+                result="successful" if report.successful else "failed",
+                container=report.container,
+                pod=name,
+                namespace=namespace,
+                pod_uid=report.pod["metadata"]["uid"],
+                duration_seconds=report.duration_seconds if report.successful else None,
+            )
+
         registration = Registration(
             kube=kube,
             events=events,
@@ -207,6 +220,7 @@ class _Agent:
             references=references,
             parse_credentials=from_secrets,
             node=registration.info,
+            observe_probe=on_probe,
         )
         client_ca = certificates.client_ca()
         server = KubeletServer(
@@ -292,16 +306,16 @@ class _Agent:
         written = None
         while True:
             self._server_changed.clear()
-            if (registration.address, server.port) != written:
-                self._write_record(registration, server)
-                written = (registration.address, server.port)
+            place = (registration.address, server.port)
+            if place != written and self._write_record(registration, server):
+                written = place
             try:
                 async with asyncio.timeout(_RECORD_CHECK_SECONDS):
                     await self._server_changed.wait()
             except TimeoutError:
                 pass
 
-    def _write_record(self, registration: Registration, server: KubeletServer) -> None:
+    def _write_record(self, registration: Registration, server: KubeletServer) -> bool:
         pid = os.getpid()
         record = instance.AgentRecord(
             pid=pid,
@@ -310,7 +324,13 @@ class _Agent:
             address=self._settings.bind_address or registration.address,
             port=server.port or 0,
         )
-        instance.write(self._settings.paths.data, record)
+        try:
+            instance.write(self._settings.paths.data, record)
+        except OSError as error:
+            # Others find the agent by it; a full disk is no reason to end the one that could make room on it.
+            logger.warning("agent.json cannot be written: %s", error.strerror or error)
+            return False
+        return True
 
     def _copy_kubeconfig(self) -> None:
         """Where Krustlet's users expect it; never over a file that is not a node's."""

@@ -266,7 +266,11 @@ class Registration:
                 else:
                     seen = seen or event.type == "SYNC"
                     self._node = event.object
-                    self._info = replace(self._info, labels=event.object.get("metadata", {}).get("labels") or {})
+                    self._info = replace(
+                        self._info,
+                        labels=event.object.get("metadata", {}).get("labels") or {},
+                        taints=_taints_of(event.object),
+                    )
                     if self._disagrees(event.object):
                         self._wake.set()
 
@@ -367,6 +371,7 @@ class Registration:
             labels=(node.get("metadata") or {}).get("labels") or self._labels(),
             allocatable=_allocatable(machine, self._settings.max_pods),
             pressures=pressures(now_levels),
+            taints=_taints_of(node),
         )
 
     def _labels(self) -> dict[str, str]:
@@ -429,6 +434,10 @@ def _allocatable(machine: Facts, max_pods: int) -> dict[str, str]:
 
 def _cpu(millicores: int) -> str:
     return str(millicores // 1000) if millicores % 1000 == 0 else f"{millicores}m"
+
+
+def _taints_of(node: KubeObject) -> tuple[dict[str, str], ...]:
+    return tuple((node.get("spec") or {}).get("taints") or ())
 
 
 def _taint(text: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Whether a pod that was bound to this node may run here, with kubelet's reasons and messages.
 
 What the scheduler has checked is checked again, because a pod may be bound by ``spec.nodeName`` or while the node
-changed: capacity, node selector and affinity, host ports. What kubelet would refuse is refused: the pod becomes
-Failed.
+changed: capacity, node selector and affinity, host ports, and NoExecute taints (NoSchedule is the scheduler's alone).
+What kubelet would refuse is refused: the pod becomes Failed.
 
 A pod that can never run on this node (an unsupported kind of volume, Windows) is another matter. Where its controller
 would put a new pod in its place, Failed starts a loop: ReplicaSets replace failed pods at once and for ever, DaemonSets
@@ -11,8 +11,6 @@ reason, one event, and nothing that repeats. That is also what becomes of Daemon
 CNI) which tolerate every taint: those whose node selector asks for Linux are never bound here, since the node's labels
 say otherwise; for the rest the image has the wrong architecture, which leaves one pod a node in ImagePullBackOff, tried
 every five minutes, instead of a stream of failed ones.
-
-Taints are not looked at: NoSchedule is the scheduler's, NoExecute the taint manager's.
 """
 
 from __future__ import annotations
@@ -83,6 +81,10 @@ def admit(pod: Pod, *, node: NodeInfo, neighbours: Iterable[Neighbour]) -> Refus
     taken = {port for other in others for port in _host_ports(other.pod)}
     if any(_conflicts(port, taken) for port in _host_ports(pod)):
         return _predicate("NodePorts", "node(s) didn't have free ports for the requested pod ports")
+    tolerations = pod["spec"].get("tolerations") or ()
+    no_execute = (taint for taint in node.taints if taint.get("effect") == "NoExecute")
+    if any(not any(_tolerates(each, taint) for each in tolerations) for taint in no_execute):
+        return _predicate("TaintToleration", "node(s) had taints that the pod didn't tolerate")
     return ADMITTED
 
 
@@ -108,6 +110,18 @@ def _tolerates_memory_pressure(pod: Pod) -> bool:
         and toleration.get("effect", "") in ("", "NoSchedule")
         for toleration in pod["spec"].get("tolerations") or ()
     )
+
+
+def _tolerates(toleration: Mapping[str, Any], taint: Mapping[str, str]) -> bool:
+    """As ``ToleratesTaint``: what a toleration leaves empty matches everything."""
+    if (toleration.get("effect") or taint.get("effect")) != taint.get("effect"):
+        return False
+    if (toleration.get("key") or taint.get("key")) != taint.get("key"):
+        return False
+    if toleration.get("operator") == "Exists":
+        return True
+    equal = (toleration.get("value") or "") == (taint.get("value") or "")
+    return toleration.get("operator") in (None, "", "Equal") and equal
 
 
 def _never(pod: Pod, reason: str, message: str) -> Refusal:

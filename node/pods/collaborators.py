@@ -10,6 +10,7 @@ from typing import Protocol
 from node.images.model import Credential, Images
 from node.kube.base import EventRecorder, Kube, KubeObject
 from node.pods.nodeinfo import NodeSource
+from node.pods.probes import ProbeObserver, ignore
 from node.pods.spec import Container, Pod
 from node.runtime.protocol import Runtime
 from node.settings import NodePaths
@@ -75,6 +76,7 @@ class Collaborators:
     paths: NodePaths
     node: NodeSource
     timing: Timing = Timing()
+    observe_probe: ProbeObserver = ignore
     host_threads: HostThreads = field(default_factory=HostThreads)
     """For files that may lie on a volume of the machine."""
 

@@ -21,6 +21,7 @@ from node.pods.collaborators import Collaborators, CredentialParser, Environment
 from node.pods.evictor import Evictor
 from node.pods.launch import ANNOTATION_MODULE
 from node.pods.nodeinfo import NodeSource
+from node.pods.probes import ProbeObserver, ignore
 from node.pods.spec import Pod
 from node.pods.worker import PodWorker
 from node.runtime.protocol import ContainerState, ContainerStatus, Runtime, RuntimeUnavailableError
@@ -53,6 +54,7 @@ class PodManager:
         parse_credentials: CredentialParser,
         node: NodeSource,
         timing: Timing | None = None,
+        observe_probe: ProbeObserver = ignore,
     ) -> None:
         self._services = Collaborators(
             kube=kube,
@@ -66,6 +68,7 @@ class PodManager:
             paths=settings.paths,
             node=node,
             timing=timing or Timing(),
+            observe_probe=observe_probe,
         )
         self._node_name = settings.node_name
         self._evictor = Evictor(self._services)

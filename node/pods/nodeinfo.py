@@ -28,6 +28,8 @@ class NodeInfo:
     """Quantities: ``cpu``, ``memory``, ``ephemeral-storage``, ``pods``. A missing one is not checked."""
 
     pressures: tuple[Pressure, ...] = ()
+    taints: tuple[Mapping[str, str], ...] = ()
+    """``spec.taints``, as the API server has them."""
 
 
 NodeSource = Callable[[], NodeInfo]

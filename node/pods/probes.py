@@ -16,6 +16,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from node.kube.base import EventRecorder
@@ -39,12 +40,39 @@ _INITIAL = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeReport:
+    """One probe, for the metrics. An error of the probe itself is none, as in kubelet."""
+
+    pod: Pod
+    container: str
+    kind: ProbeKind
+    successful: bool
+    duration_seconds: float
+
+
+ProbeObserver = Callable[[ProbeReport], None]
+
+
+def ignore(_report: ProbeReport) -> None:
+    """Nobody wants to know."""
+
+
 class PodProbes:
-    """All probes of one pod. ``changed`` is called when a result moved; it must be quick."""
+    """All probes of one pod. ``changed`` is called when a result moved, ``observe`` after every probe; both must be
+    quick."""
 
     def __init__(
-        self, pod: Pod, *, runtime: Runtime, events: EventRecorder, results: ProbeResults, changed: Callable[[], None]
+        self,
+        pod: Pod,
+        *,
+        runtime: Runtime,
+        events: EventRecorder,
+        results: ProbeResults,
+        changed: Callable[[], None],
+        observe: ProbeObserver = ignore,
     ) -> None:
+        self.observe = observe
         self.pod = pod
         self.runtime = runtime
         self.events = events
@@ -176,6 +204,16 @@ class _Probe:
         result = await self._outcome()
         if self._closed:
             return
+        if result is not None:
+            self._pod.observe(
+                ProbeReport(
+                    pod=self._pod.pod,
+                    container=self._container["name"],
+                    kind=self._kind,
+                    successful=result is Result.SUCCESS,
+                    duration_seconds=asyncio.get_running_loop().time() - begun,
+                )
+            )
         if result is not None and self._count(result):
             self._pod.set_result(self._instance.id, self._kind, result)
             if self._kind is ProbeKind.STARTUP or (self._kind is ProbeKind.LIVENESS and result is Result.FAILURE):

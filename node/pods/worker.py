@@ -78,7 +78,12 @@ class PodWorker:
         self._wake = asyncio.Event()
         self._patcher = StatusPatcher(services.kube, pod, on_gone=self.remove)
         self._probes = PodProbes(
-            pod, runtime=services.runtime, events=services.events, results=self.results, changed=self._wake.set
+            pod,
+            runtime=services.runtime,
+            events=services.events,
+            results=self.results,
+            changed=self._wake.set,
+            observe=services.observe_probe,
         )
         self._starter = Starter(services, late=self.observe)
         self._refresher = Refresher(services)

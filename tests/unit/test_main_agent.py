@@ -5,7 +5,8 @@ import json
 import logging
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -35,6 +36,16 @@ class Part:
             await asyncio.sleep(3600)
         finally:
             self.ended = True
+
+
+async def test_a_record_that_cannot_be_written_does_not_end_the_agent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = cast("Any", SimpleNamespace(address="192.0.2.1", port=1))
+    lost = agent(tmp_path / "gone")
+    assert lost._write_record(place, place) is False
+    assert "agent.json cannot be written: No such file or directory" in caplog.text
+    assert agent(tmp_path)._write_record(place, place) is True
 
 
 async def fails() -> None:

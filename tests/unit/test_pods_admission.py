@@ -49,6 +49,49 @@ def test_too_much_memory_is_counted_in_bytes() -> None:
     )
 
 
+TAINTED = dataclasses.replace(
+    NODE,
+    taints=(
+        {"key": "arch", "value": "wasm", "effect": "NoExecute"},
+        {"key": "arch", "value": "wasm", "effect": "NoSchedule"},
+        {"key": "gone", "effect": "PreferNoSchedule"},
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "tolerations",
+    [
+        [{"operator": "Exists"}],
+        [{"key": "arch", "operator": "Exists"}],
+        [{"key": "arch", "operator": "Exists", "effect": "NoExecute"}],
+        [{"key": "other"}, {"key": "arch", "value": "wasm"}],
+        [{"key": "arch", "operator": "Equal", "value": "wasm", "effect": "NoExecute", "tolerationSeconds": 5}],
+    ],
+)
+def test_a_taint_that_is_tolerated_admits(tolerations: list[dict[str, Any]]) -> None:
+    assert admit(make_pod(tolerations=tolerations), node=TAINTED, neighbours=[]) is ADMITTED
+
+
+@pytest.mark.parametrize(
+    "tolerations",
+    [
+        None,
+        [{"key": "arch"}],
+        [{"key": "arch", "value": "arm"}],
+        [{"key": "arch", "operator": "Exists", "effect": "NoSchedule"}],
+        [{"key": "arch", "operator": "Resembles", "value": "wasm"}],
+    ],
+)
+def test_a_no_execute_taint_refuses(tolerations: list[dict[str, Any]] | None) -> None:
+    found = admit(make_pod(tolerations=tolerations), node=TAINTED, neighbours=[])
+    assert found.verdict is not None
+    assert (found.verdict.reason, found.verdict.message) == (
+        "TaintToleration",
+        "Predicate TaintToleration failed: node(s) had taints that the pod didn't tolerate",
+    )
+
+
 def test_a_resource_that_the_node_does_not_state_is_not_checked() -> None:
     assert refusal(pod_with({"ephemeral-storage": "1Ti"})) == ("", "")
 

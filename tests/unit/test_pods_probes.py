@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from node.pods import handlers, hooks
-from node.pods.probes import PodProbes
+from node.pods.probes import PodProbes, ProbeReport
 from node.pods.results import ProbeKind, ProbeResults, Result
 from node.runtime.protocol import ContainerStatus, ExecResult, UnknownContainerError
 from tests.unit.pods_fakes import FakeEvents, FakeRuntime, eventually, make_instance, make_pod
@@ -184,8 +184,14 @@ class Rig:
         self.events = FakeEvents()
         self.results = ProbeResults()
         self.changes = 0
+        self.reports: list[ProbeReport] = []
         self.probes = PodProbes(
-            self.pod, runtime=self.runtime, events=self.events, results=self.results, changed=self.changed
+            self.pod,
+            runtime=self.runtime,
+            events=self.events,
+            results=self.results,
+            changed=self.changed,
+            observe=self.reports.append,
         )
 
     def changed(self) -> None:
@@ -234,6 +240,8 @@ async def test_readiness_turns_only_at_its_thresholds() -> None:
     await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.FAILURE)
     assert rig.changes == 2
     assert rig.events.said[0] == "Unhealthy: Readiness probe failed: out"
+    assert [report.successful for report in rig.reports[:5]] == [True, True, False, False, True]
+    assert {(report.kind, report.container) for report in rig.reports} == {(ProbeKind.READINESS, "c")}
     rig.probes.close()
 
 

@@ -313,8 +313,10 @@ async def test_pods_see_the_labels_that_an_admin_adds_and_the_pressures(
         await asyncio.sleep(0.05)
         changed = rig.store.objects[NODE]
         changed["metadata"]["labels"]["admin"] = "x"
+        changed["spec"]["taints"] = [{"key": "closed", "effect": "NoExecute"}]
         rig.store.put(NODE, changed)
         await until(lambda: registration.info().labels.get("admin") == "x")
+        assert registration.info().taints == ({"key": "closed", "effect": "NoExecute"},)
         low = replace(PLENTY, memory_available_bytes=1)
         monkeypatch.setattr(node.registration, "levels", lambda _: low)
         await until(lambda: [each.resource for each in registration.info().pressures] == ["memory"])
