@@ -150,12 +150,12 @@ class PodManager:
     def _seen(self, pod: KubeObject) -> None:
         uid = spec.uid(pod)
         worker = self._workers.get(uid)
-        if worker is not None:
-            worker.update(pod)
-            return
-        if MIRROR_ANNOTATION in (pod["metadata"].get("annotations") or {}):
-            return
         try:
+            if worker is not None:
+                worker.update(pod)
+                return
+            if MIRROR_ANNOTATION in (pod["metadata"].get("annotations") or {}):
+                return
             worker = self._make_worker(pod)
         except (KeyError, TypeError, ValueError, AttributeError):
             # One pod that cannot be read must not end the watch of all others.

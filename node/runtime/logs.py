@@ -89,16 +89,16 @@ class LogFile:
         if self._size >= self._max_size_bytes:
             self._rotate()
         view = memoryview(b"\n" + data if self._torn else data)
-        self._torn = False
         while view:
             try:
                 written = os.write(self._fd, view)
             except OSError:
                 self.dropped_bytes += len(view)
-                self._torn = len(view) < len(data)
                 return
             self._size += written
             view = view[written:]
+            # While anything is left the file ends in the middle of a line, be it of this call or of one before.
+            self._torn = bool(view)
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -113,11 +113,14 @@ class LogFile:
     def _rotate(self) -> None:
         seconds, rest = divmod(time.time_ns(), 1_000_000_000)
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(seconds))
+        aside = self._path.with_name(f"{self._path.name}.{stamp}.{rest:09d}")
         try:
-            self._path.rename(self._path.with_name(f"{self._path.name}.{stamp}.{rest:09d}"))
+            self._path.rename(aside)
             fresh = self._open()
         except OSError:
-            # Better one file that is too long than a container that cannot write.
+            # Better one file that is too long, under its own name, than a container that cannot write.
+            with contextlib.suppress(OSError):
+                aside.rename(self._path)
             self._size = 0
             return
         os.close(self._fd)

@@ -148,12 +148,17 @@ def write(folder: Path, payload: Payload) -> bool:
     changed = current is None or not current.is_dir() or not _is_current(clean, current)
     if changed:
         new = Path(tempfile.mkdtemp(prefix=time.strftime("..%Y_%m_%d_%H_%M_%S.", time.gmtime()), dir=folder))
-        new.chmod(0o755)
-        _write(clean, new)
-        link = folder / _NEW_DATA_LINK
-        link.unlink(missing_ok=True)
-        link.symlink_to(new.name)
-        link.replace(folder / DATA_LINK)
+        try:
+            new.chmod(0o755)
+            _write(clean, new)
+            link = folder / _NEW_DATA_LINK
+            link.unlink(missing_ok=True)
+            link.symlink_to(new.name)
+            link.replace(folder / DATA_LINK)
+        except OSError:
+            # On a full disk each attempt would leave as much as still fits.
+            shutil.rmtree(new, ignore_errors=True)
+            raise
         current = new
     wanted = {path.split("/", 1)[0] for path in clean}
     for name in wanted:

@@ -4,7 +4,7 @@ On disk (and, for what must stay off it, in memory) a pod has::
 
     <pods>/<uid>/volumes/<volume>/                       emptyDir, configMap, downwardAPI; secret, projected in memory
     <pods>/<uid>/containers/<container>.<attempt>/       what one instance has for itself
-        termination/  files-<n>/  copy-<n>/  cwd/  termination.json
+        termination/  files-<n>/  copy-<n>/  cwd/  root/  tmp/  termination.json
 
 Where a volume is was found out by ``setup`` and is kept in memory only: after a restart of the agent ``setup`` runs
 again for every pod, finds the files, and mends what is missing. A volume that was published before stays usable while
@@ -50,6 +50,8 @@ _T = TypeVar("_T")
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a private folder is made in it, and checked
 _THREADS = 4
+_SLOW_THREADS = 2
+"""For trees that guests made: removing or measuring a million files must not keep other pods from their volumes."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class VolumeManager:
         self._addresses = addresses
         self._cluster_domain = cluster_domain
         self._threads = ThreadPoolExecutor(_THREADS, "volumes")
+        self._slow_threads = ThreadPoolExecutor(_SLOW_THREADS, "volume trees")
         shared = Shared(
             references=references,
             areas=self._areas,
@@ -137,7 +140,8 @@ class VolumeManager:
 
     def close(self) -> None:
         """Give the threads back."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._slow_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- admission
 
@@ -253,9 +257,7 @@ class VolumeManager:
     ) -> Sequence[Mount]:
         """See ``Volumes.mounts``. Folders of instances before the last one are removed."""
         uid = checked_uid(pod["metadata"]["uid"])
-        hosts_content = None
-        if pod.get("spec", {}).get("hostAliases"):
-            hosts_content = hosts.content(pod, self._addresses(), self._cluster_domain)
+        hosts_content = hosts.content(pod, self._addresses(), self._cluster_domain)
         instance = self._instance(pod, container, attempt)
         try:
             make_private(instance.disk)
@@ -311,10 +313,10 @@ class VolumeManager:
                     found[name] = usage(path)
             return found
 
-        return await self._in_thread(measure)
+        return await self._in_slow_thread(measure)
 
     async def instance_usage(self, pod_uid: str) -> Usage:
-        """What a pod's containers wrote outside volumes: working directories and termination messages."""
+        """What a pod's containers wrote outside volumes: root file systems and termination messages."""
         folder = self._areas.pod(pod_uid) / "containers"
 
         def measure() -> Usage:
@@ -322,7 +324,7 @@ class VolumeManager:
                 return usage(folder)
             return Usage(0, 0)
 
-        return await self._in_thread(measure)
+        return await self._in_slow_thread(measure)
 
     async def exceeded(self, pod: Pod) -> str:
         """The eviction message when an emptyDir is over its ``sizeLimit`` (kubelet's text), else empty."""
@@ -355,7 +357,7 @@ class VolumeManager:
                     remove_tree(root, uid)
 
             try:
-                await self._in_thread(remove)
+                await self._in_slow_thread(remove)
             except OSError as error:
                 raise VolumeError(f"the folders of pod {uid} cannot be removed yet: {error}") from error
         self._locks.pop(uid, None)
@@ -377,6 +379,9 @@ class VolumeManager:
 
     def _lock(self, uid: str) -> asyncio.Lock:
         return self._locks.setdefault(uid, asyncio.Lock())
+
+    async def _in_slow_thread(self, function: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._slow_threads, function)
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)

@@ -489,6 +489,19 @@ async def test_the_termination_message_joins_the_traps(fakes: Fakes) -> None:
         assert container(fakes)["state"]["terminated"]["message"] == "wasm trap: unreachable: I am done"
 
 
+async def test_an_update_that_cannot_be_read_leaves_the_watch_alive(fakes: Fakes) -> None:
+    def spoil(pod: dict[str, Any]) -> None:
+        pod["metadata"]["generation"] = 2
+        pod["spec"]["containers"][0]["resources"] = {"requests": {"cpu": "much"}}
+
+    async with running(fakes):
+        fakes.kube.add(make_pod())
+        await eventually(lambda: phase(fakes) == "Running")
+        fakes.kube.change("a", spoil)
+        fakes.kube.add(make_pod("other"))
+        await eventually(lambda: phase(fakes, "other") == "Running")
+
+
 async def test_a_termination_message_that_hangs_holds_up_its_own_pod_alone(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

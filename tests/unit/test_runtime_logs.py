@@ -115,6 +115,41 @@ def test_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, monkeypatch: p
     assert log.dropped_bytes == 4
 
 
+def test_a_disk_that_stays_full_joins_no_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "0.log"
+    log = LogFile(path, max_size_bytes=1000, max_files=2)
+    real, answers = os.write, [3, 0, 0, 100]
+
+    def full(descriptor: int, data: memoryview) -> int:
+        room = answers[0] if answers[0] != 3 else answers.pop(0)
+        if answers[0] == 0 and room == 0:
+            answers.pop(0)
+            raise OSError(errno.ENOSPC, "full")
+        return real(descriptor, data[:room])
+
+    monkeypatch.setattr("node.runtime.logs.os.write", full)
+    for line in (b"broken\n", b"lost\n", b"whole\n"):
+        log.write(line)
+    log.close()
+    assert path.read_bytes() == b"bro\nwhole\n"
+
+
+def test_a_rotation_that_finds_no_room_leaves_the_file_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "0.log"
+    log = LogFile(path, max_size_bytes=5, max_files=2)
+    log.write(b"first\n")
+
+    def full(_: LogFile) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(LogFile, "_open", full)
+    log.write(b"second\n")
+    log.close()
+    assert (path.read_bytes(), rotated(path)) == (b"first\nsecond\n", [])
+
+
 def test_a_log_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.log").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=r"0\.log"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -92,6 +93,20 @@ def test_what_a_killed_write_left_is_cleared(tmp_path: Path, leftover: str) -> N
     atomic.write(tmp_path, files(a="2"))
     assert visible(tmp_path) == {"a": "2"}
     assert len([entry for entry in tmp_path.iterdir() if entry.name.startswith("..")]) == 2
+
+
+def test_a_full_disk_keeps_the_old_files_and_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atomic.write(tmp_path, files(a="1"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic.os, "fchmod", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write(tmp_path, files(a="2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert visible(tmp_path) == {"a": "1"}
 
 
 def test_a_reader_never_sees_a_mixture(tmp_path: Path) -> None:
