@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -139,7 +140,7 @@ class Containers:
             raise RequestError("StartError", str(error)) from error
         created = time.time_ns()
         try:
-            self._records.write_start(config, created)
+            record = self._records.write_start(config, created)
         except OSError as error:
             self._records.remove(config.id)
             raise RequestError("StartError", f"cannot write the container's start record: {error}") from error
@@ -147,9 +148,11 @@ class Containers:
         self._table[config.id] = container
         container.started_waiters.append(lambda: done(container))
         try:
-            self._spawn(container)
+            self._spawn(container, record)
         except (ForkRefusedError, OSError) as error:
             self._ended(container, Outcome(exit_code=128, message=str(error), start_failed=True))
+        finally:
+            os.close(record)
 
     def stop(self, container: Container, done: Callable[[], None]) -> None:
         """Kill; ``done`` is called when it is reaped and its log is complete."""
@@ -208,8 +211,10 @@ class Containers:
         on_output: OutputListener,
         on_started: Callable[[], None],
         on_exit: Callable[[Outcome], None],
+        record: int = -1,
     ) -> SandboxProcess:
-        """Fork a sandbox in the groups of ``container``. Raises ForkRefusedError."""
+        """Fork a sandbox in the groups of ``container``; the file ``record``, if any, is on disk before its guest
+        runs. Raises ForkRefusedError."""
         process = SandboxProcess(self._loop, config, on_output=on_output, on_started=on_started, on_exit=on_exit)
         kernel = container.group is not None and container.group.memory is not None
         process.spawn(
@@ -217,10 +222,11 @@ class Containers:
             guest_stdin=stdin,
             group=container.group,
             backstop_bytes=memory_backstop(config.memory_limit_bytes, kernel=kernel),
+            record=record,
         )
         return process
 
-    def _spawn(self, container: Container) -> None:
+    def _spawn(self, container: Container, record: int) -> None:
         config = container.config
         container.log = LogFile(
             Path(config.log_path), max_size_bytes=self._logs.max_size_bytes, max_files=self._logs.max_files
@@ -242,6 +248,7 @@ class Containers:
             on_output=lambda stream, data: self._output(container, stream, data),
             on_started=lambda: self._running(container),
             on_exit=lambda outcome: self._ended(container, outcome),
+            record=record,
         )
         self._loop.call_later(START_REPORT_SECONDS, lambda: self._running(container))
         if config.memory_limit_bytes is not None and (container.group is None or container.group.memory is None):

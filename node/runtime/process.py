@@ -72,7 +72,13 @@ class SandboxProcess:
         self.finished = False
 
     def spawn(
-        self, tools: sandbox.GuestTools, *, guest_stdin: bool, group: Group | None, backstop_bytes: int | None
+        self,
+        tools: sandbox.GuestTools,
+        *,
+        guest_stdin: bool,
+        group: Group | None,
+        backstop_bytes: int | None,
+        record: int = -1,
     ) -> None:
         """Fork. Raises ForkRefusedError; nothing is left behind then."""
         threads = linux.thread_count()
@@ -109,6 +115,7 @@ class SandboxProcess:
                 guest_stdin=guest_stdin,
                 cgroup_files=tuple(groups),
                 memory_backstop_bytes=backstop_bytes,
+                record=record,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
             self.pid = os.fork()

@@ -1,9 +1,11 @@
 """What the supervisor must not forget: a start record and an exit record a container, beneath ``<data>/containers``.
 
-The start record is on disk before the fork, so that a container never runs twice; the exit record is on disk before
-anybody is told, so that a finished container stays finished. Each costs one fsync and no rename: a record that a crash
-left torn was never acted on, so a torn start record means that nothing was forked, and a torn exit record that nobody
-was told.
+The start record is written before the fork and on disk before the guest runs (its sandbox sees to that, since a sync
+takes longer than all else and would hold up every other start), so that a container never runs twice. The exit record
+is written before anybody is told, so that a finished container stays finished whoever is killed; of a machine that
+loses its power the kernel may not yet have it on disk, and then the container is one of those below unless the API
+server had been told. Neither is renamed into place: a record that a crash left torn was never acted on, so a torn start
+record means that no guest ran, and a torn exit record that nobody was told.
 
 A start record without exit record whose supervisor is gone tells of a container that died with it; how it ended nobody
 knows, and it is reported as kubelet does: exit code 137, reason ContainerStatusUnknown.
@@ -90,19 +92,19 @@ class Records:
         """Whether a container of this id was ever started and not removed, by whichever supervisor."""
         return (self._directory / container_id / "start.json").exists()
 
-    def write_start(self, config: ContainerConfig, created_at_ns: int) -> None:
-        """Durable when this returns."""
+    def write_start(self, config: ContainerConfig, created_at_ns: int) -> int:
+        """The open descriptor of the record, which is durable once that has been synced. Raises OSError."""
         folder = self._directory / config.id
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)  # noqa: PTH102 - this is the hot path of every start
         owner = dataclasses.asdict(self._owner)
         record = {"config": wire.dump_config(config), "created_at_ns": created_at_ns, "owner": owner}
-        _write(folder / "start.json", json.dumps(record).encode())
+        return _write(folder / "start.json", json.dumps(record).encode())
 
     def write_exit(self, status: ContainerStatus) -> None:
-        """Durable when this returns."""
+        """Outlives this process when it returns."""
         folder = self._directory / status.id
-        _write(folder / "exit.json", json.dumps(wire.dump_status(status)).encode())
+        os.close(_write(folder / "exit.json", json.dumps(wire.dump_status(status)).encode()))
 
     def remove(self, container_id: str) -> None:
         """Forget a container. The start record goes last: without it nothing stands in the way of a second start."""
@@ -157,15 +159,16 @@ def _read_start(path: Path) -> StartRecord:
     )
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes) -> int:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
+    except OSError:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -96,6 +96,8 @@ class ChildPlan:
 
     memory_backstop_bytes: int | None
     nice: int
+    record: int = -1
+    """A file that has to be on disk before guest code runs; -1: none."""
 
 
 def make_tools(linkers: Linkers) -> GuestTools:
@@ -181,10 +183,16 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
             os.dup2(source, target)
         else:
             os.set_inheritable(target, True)  # noqa: FBT003
-    linux.close_range_except((plan.report, *plan.cgroup_files))
+    linux.close_range_except((plan.report, plan.record, *plan.cgroup_files))
     linux.set_parent_death_signal()
     if os.getppid() != plan.parent_pid:
         os._exit(START_ERROR_EXIT_CODE)
+    if plan.record >= 0:
+        try:
+            os.fsync(plan.record)
+        except OSError as error:
+            raise LoadError(f"cannot write the container's start record: {error}") from error
+        os.close(plan.record)
     for file in plan.cgroup_files:
         os.write(file, b"0")
         os.close(file)
