@@ -43,7 +43,8 @@ class Volumes(Protocol):
         working_dir: str = "",
     ) -> Sequence[Mount]:
         """The preopens of one container: volumeMounts (subPath, subPathExpr expanded from ``environment``,
-        readOnly), ``workingDir`` as ``.``, hostAliases, the termination log folder. Raises ContainerConfigError.
+        readOnly), ``workingDir`` as ``.``, ``/etc/hosts``, the termination log folder, and the root file system.
+        Raises ContainerConfigError.
 
         ``attempt`` is the instance's restart count: each instance gets its own termination file, so that an old
         message is never taken for a new one. ``working_dir`` is the image's, used when the container names none.

@@ -1,7 +1,8 @@
-"""The contents of ``/etc/hosts`` for pods with hostAliases, in the words of kubelet's managed hosts file.
+"""The contents of ``/etc/hosts``, in the words of kubelet's managed hosts file.
 
-Only pods that ask for aliases get the file: a module has no resolver of its own, and a folder preopened as ``/etc``
-hides what a volume mounted at ``/`` has there.
+Every container has the file, as with kubelet, unless it mounts something of its own there. It is given in a folder
+preopened as ``/etc``, which would hide what a volume mounted at ``/`` has there: with such a volume, only pods that ask
+for aliases get it.
 """
 
 from __future__ import annotations

@@ -10,12 +10,17 @@ What that gives up, compared with a mount namespace:
   with and without its leading ``/``. Mounts below the working directory are preopened under their relative names too,
   and a mount at ``/`` wins over ``.``.
 
+What no mount covers is the container's root file system, in small: a folder that starts empty but for the mount points
+and ``/tmp``, and ends with the instance. With a ``workingDir`` there is none, since ``/`` would win over ``.``; then
+``/tmp`` is a folder of its own, and so it is where single files make up ``/``.
+
 ``mountPropagation`` changes nothing, as guests cannot mount; a read-only preopen is read-only all the way down, so
 ``recursiveReadOnly`` always holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import posixpath
@@ -70,26 +75,57 @@ def plan_mounts(
     *,
     instance: Instance,
     working_dir: str,
-    hosts_content: bytes | None,
+    hosts_content: bytes,
 ) -> tuple[Sequence[Mount], Message | None]:
     """The preopens of an instance, and where its termination message will be. Raises ContainerConfigError, OSError."""
     plan = _Plan(pod, container, places, environment, instance)
     for index, mount in enumerate(container.get("volumeMounts") or []):
         _volume_mount(plan, mount, index)
-    if hosts_content is not None and hosts.PATH not in plan.files and hosts.PATH not in plan.folders:
-        if "/etc" in plan.folders:
-            raise ContainerConfigError(
-                f"hostAliases need {hosts.PATH}, which a module can only be given in a folder of its own at /etc, "
-                f'but container "{plan.name}" mounts a volume there'
-            )
-        plan.files[hosts.PATH] = SingleFile(guest=hosts.PATH, what="hostAliases", content=hosts_content)
+    _hosts(plan, hosts_content)
     message = _termination(plan)
     parent = posixpath.dirname(message.guest) if message is not None and message.root is None else ""
     composed = _compose(plan, parent)
     if message is not None and parent:
         message = message.in_folder(Path(composed[parent].host))
     folders = plan.folders | composed
+    folders |= _root(plan, folders, working_dir)
     return (*_working_dir(plan, folders, working_dir), *(folders[guest] for guest in sorted(folders))), message
+
+
+def _hosts(plan: _Plan, content: bytes) -> None:
+    """kubelet's ``/etc/hosts``, unless the container mounts something of its own there."""
+    if hosts.PATH in plan.files or hosts.PATH in plan.folders:
+        return
+    if _covering(plan.folders, "/etc") is None:
+        plan.files[hosts.PATH] = SingleFile(guest=hosts.PATH, what="hostAliases", content=content)
+    elif not plan.pod["spec"].get("hostAliases"):
+        # The file is there for what is in it; hiding a volume's own /etc for it would take more than it gives.
+        return
+    elif "/etc" in plan.folders:
+        raise ContainerConfigError(
+            f"hostAliases need {hosts.PATH}, which a module can only be given in a folder of its own at /etc, "
+            f'but container "{plan.name}" mounts a volume there'
+        )
+    else:
+        plan.files[hosts.PATH] = SingleFile(guest=hosts.PATH, what="hostAliases", content=content)
+
+
+def _root(plan: _Plan, folders: Mapping[str, Mount], image_working_dir: str) -> dict[str, Mount]:
+    """The instance's own ``/``, or ``/tmp`` alone where it can have no ``/``; nothing where a volume is mounted."""
+    read_only = (plan.container.get("securityContext") or {}).get("readOnlyRootFilesystem") is True
+    if "/" in plan.folders:
+        return {}
+    if "/" in folders or _asked_working_dir(plan, image_working_dir):
+        if "/tmp" in folders or read_only:  # noqa: S108 - a name in the guest
+            return {}
+        return {"/tmp": Mount(host=str(make_private(plan.instance.disk / "tmp")), guest="/tmp")}  # noqa: S108
+    folder = make_private(plan.instance.disk / "root")
+    with opened(open_root(folder)) as root_fd:
+        for guest in (*folders, "/tmp"):  # noqa: S108
+            # An instance that was prepared before may have begun to change what is here; its own names then stay.
+            with contextlib.suppress(OSError):
+                make_directories(root_fd, components(guest.lstrip("/")), 0o755)
+    return {"/": Mount(host=str(folder), guest="/", read_only=read_only)}
 
 
 def _guest_path(path: str) -> str:
@@ -287,12 +323,17 @@ def _compose(plan: _Plan, termination_parent: str) -> dict[str, Mount]:
     return composed
 
 
+def _asked_working_dir(plan: _Plan, image_working_dir: str) -> str:
+    """Empty for none and for ``/``, which relative paths begin at anyway."""
+    asked = _guest_path(str(plan.container.get("workingDir") or image_working_dir or "/"))
+    return "" if asked == "/" else asked
+
+
 def _working_dir(plan: _Plan, folders: Mapping[str, Mount], image_working_dir: str) -> list[Mount]:
     """``.``, what lies below it under relative names, and the folder itself when no mount covers it."""
-    asked = str(plan.container.get("workingDir") or image_working_dir or "")
-    if not asked or _guest_path(asked) == "/":
+    guest = _asked_working_dir(plan, image_working_dir)
+    if not guest:
         return []
-    guest = _guest_path(asked)
     outer = _covering(folders, guest)
     mounts: list[Mount] = []
     if outer is None:

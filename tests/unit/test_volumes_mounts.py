@@ -272,6 +272,69 @@ async def test_host_aliases_are_read_from_etc_hosts(rig: Rig) -> None:
         found.write("/etc/hosts", b"x")
 
 
+async def test_every_pod_has_an_etc_hosts_unless_a_volume_is_mounted_above_it(rig: Rig) -> None:
+    assert b"10.1.2.3\tweb" in (await guest(rig, pod_of(rig))).read("/etc/hosts")
+    for index, path in enumerate(("/etc", "/")):
+        found = await guest(rig, pod_of(rig, mount("e", path), uid=f"above-{index}"))
+        with pytest.raises(OSError, match="WASI errno 44"):
+            found.read("/etc/hosts")
+
+
+async def test_what_no_volume_covers_can_be_written_and_ends_with_the_instance(rig: Rig) -> None:
+    pod = pod_of(rig, mount("e", "/data/deep"))
+    found = await guest(rig, pod)
+    for path in ("/tmp/file", "/file", "relative", "/data/beside"):
+        found.write(path, b"x")
+        assert found.read(path) == b"x"
+    found.write("/data/deep/kept", b"y")
+    again = await guest(rig, pod, attempt=1)
+    for path in ("/tmp/file", "/file", "relative", "/data/beside"):
+        with pytest.raises(OSError, match="WASI errno 44"):
+            again.read(path)
+    assert again.read("/data/deep/kept") == b"y"
+    with pytest.raises(OSError, match="WASI errno"):
+        found.read("/../../../host")
+
+
+async def test_preparing_the_same_instance_again_keeps_its_files_and_follows_no_link(rig: Rig) -> None:
+    pod = pod_of(rig, mount("e", "/data/deep"))
+    root = Path((await rig.mounts(pod))["/"].host)
+    (root / "kept").write_text("x")
+    (root / "data/deep").rmdir()
+    (root / "data").rmdir()
+    (root / "data").symlink_to(rig.folder / "host")
+    found = await guest(rig, pod)
+    assert found.read("/kept") == b"x"
+    assert list((rig.folder / "host").iterdir()) == []
+
+
+async def test_a_read_only_root_file_system_cannot_be_written(rig: Rig) -> None:
+    security = {"securityContext": {"readOnlyRootFilesystem": True}}
+    found = await guest(rig, pod_of(rig, mount("e", "/data"), container=security))
+    found.write("/data/file", b"x")
+    for path in ("/file", "/tmp/file"):
+        with pytest.raises(OSError, match="WASI errno"):
+            found.write(path, b"x")
+    assert set(await rig.mounts(pod_of(rig, container={"workingDir": "/work", **security}, uid="b"))) == {
+        *(".", "/work", "/dev", "/etc")
+    }
+
+
+async def test_a_volume_at_the_root_is_the_root(rig: Rig) -> None:
+    found = await guest(rig, pod_of(rig, mount("h", "/")))
+    found.write("/file", b"x")
+    assert (rig.folder / "host/file").read_bytes() == b"x"
+
+
+async def test_with_a_working_directory_tmp_is_a_folder_of_its_own(rig: Rig) -> None:
+    found = await guest(rig, pod_of(rig, container={"workingDir": "/work"}))
+    found.write("/tmp/file", b"x")
+    found.write("file", b"y")
+    assert found.read("/work/file") == b"y"
+    with pytest.raises(OSError, match="WASI errno 44"):
+        found.read("tmp/other")
+
+
 async def test_a_hosts_file_of_the_user_wins_and_a_volume_at_etc_is_refused(rig: Rig) -> None:
     pod = pod_of(rig, mount("c", "/etc/hosts", subPath="sub/conf"), hostAliases=ALIASES)
     assert (await guest(rig, pod)).read("/etc/hosts") == b"one"
@@ -320,7 +383,7 @@ async def test_a_working_directory_in_no_volume_is_a_private_folder_of_the_insta
 @pytest.mark.parametrize("working_dir", ["", "/"])
 async def test_without_a_working_directory_there_is_no_dot(rig: Rig, working_dir: str) -> None:
     pod = pod_of(rig, mount("e", "/data"), container={"workingDir": working_dir})
-    assert set(await rig.mounts(pod)) == {"/dev", "/data"}
+    assert set(await rig.mounts(pod)) == {"/", "/dev", "/etc", "/data"}
 
 
 async def test_the_images_working_directory_counts_when_the_pod_names_none(rig: Rig) -> None:
@@ -363,7 +426,7 @@ async def test_preparing_the_same_instance_again_keeps_its_message(rig: Rig) -> 
 
 async def test_no_path_means_no_message(rig: Rig) -> None:
     pod = pod_of(rig, container={"terminationMessagePath": ""})
-    assert await rig.mounts(pod) == {}
+    assert set(await rig.mounts(pod)) == {"/", "/etc"}
     assert message_of(rig, pod) == ""
 
 
@@ -409,5 +472,5 @@ async def test_a_message_in_a_folder_that_became_a_link_is_not_followed(rig: Rig
 
 async def test_a_read_only_volume_at_the_messages_folder_leaves_no_message(rig: Rig) -> None:
     pod = pod_of(rig, mount("c", "/conf"), container={"terminationMessagePath": "/conf/end"})
-    assert set(await rig.mounts(pod)) == {"/conf"}
+    assert set(await rig.mounts(pod)) == {"/", "/conf", "/etc"}
     assert message_of(rig, pod) == ""
