@@ -144,9 +144,8 @@ class K3dProvider(ContainedProvider):
         path, _ = user_k3d(settings)
         # k3d touches the file that KUBECONFIG names when it deletes; the user's must stay as it is.
         own = {RUN_ID_VARIABLE: cluster.state.run_id(), "KUBECONFIG": str(cluster.state.etc / "k3d.conf")}
-        return run(
-            [path, *arguments], timeout_seconds=timeout_seconds, env=settings.environ | own, on_line=on_line
-        ).stdout
+        env = {**settings.environ, **own}
+        return run([path, *arguments], timeout_seconds=timeout_seconds, env=env, on_line=on_line).stdout
 
 
 def node_image(settings: Settings) -> str:

@@ -65,9 +65,8 @@ class KindProvider(ContainedProvider):
 
     def kubeconfig(self, cluster: Cluster) -> KubeObject:
         """``kind get kubeconfig``."""
-        data = load_yaml(
-            self._kind(cluster, "get", "kubeconfig", "--name", cluster.settings.name, timeout_seconds=30.0)
-        )
+        words = ("get", "kubeconfig", "--name", cluster.settings.name)
+        data = load_yaml(self._kind(cluster, *words, timeout_seconds=30.0))
         if not isinstance(data, dict):
             raise HarnessError(f"kind gave no kubeconfig for {cluster.settings.name}")
         return data

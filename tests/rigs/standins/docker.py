@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from tests.rigs.standins.commandline import Command, Flag, anything, matches, parse, switch
 from tests.rigs.standins.world import World
 
-COMMANDS = {
+COMMANDS: dict[tuple[str, ...], Command] = {
     ("version",): Command(flags={"--format": Flag(check=anything), "-f": Flag(check=anything)}),
     ("ps",): Command(
         flags={

@@ -79,7 +79,7 @@ CREATE_FLAGS = {
     "-v": Flag(check=anything, repeatable=True),
     "--wait": BOOLEAN,
 }
-COMMANDS = {
+COMMANDS: dict[tuple[str, ...], Command] = {
     ("version",): Command(flags=GLOBAL | {"--output": Flag(check=matches("json")), "-o": Flag(check=matches("json"))}),
     ("cluster", "create"): Command(flags=GLOBAL | CREATE_FLAGS, arguments=(0, 1)),
     ("cluster", "delete"): Command(

@@ -11,7 +11,7 @@ from tests.rigs.standins.world import World
 
 NAME = Flag(check=matches(r"[a-z0-9.-]+"))
 GLOBAL = {"--quiet": switch(), "--verbosity": Flag(check=matches(r"\d+"))}
-COMMANDS = {
+COMMANDS: dict[tuple[str, ...], Command] = {
     ("version",): Command(flags=GLOBAL),
     ("create", "cluster"): Command(
         flags=GLOBAL

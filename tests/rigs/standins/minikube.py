@@ -41,7 +41,7 @@ START_FLAGS = {
     "--wait": Flag(check=matches(rf"({WAITS})(,({WAITS}))*|all|none|true|false")),
     "--wait-timeout": Flag(check=duration),
 }
-COMMANDS = {
+COMMANDS: dict[tuple[str, ...], Command] = {
     ("version",): Command(
         flags=GLOBAL | {"--short": switch(), "--components": switch(), "--output": Flag(check=matches("json|yaml"))}
     ),
