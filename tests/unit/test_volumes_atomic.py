@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_the_old_files_and_takes_nothing(tmp_path: Path, monke
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic.os, "fchmod", full)
+    monkeypatch.setattr("node.volumes.atomic.os.fchmod", full)
     with pytest.raises(OSError, match="No space left"):
         atomic.write(tmp_path, files(a="2"))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
