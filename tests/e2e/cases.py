@@ -66,7 +66,7 @@ class Case:
     note: str = ""
     """For the table of what is supported."""
 
-    within: float = 40.0
+    within: float = 90.0
     steps: tuple[Mapping[str, Any], ...] = field(default_factory=tuple)
 
     @property
@@ -109,7 +109,7 @@ def _case(entry: Mapping[str, Any], area: str, file: str) -> Case:
         file=file,
         kubernetes=str(entry.get("kubernetes") or ""),
         note=str(entry.get("note") or ""),
-        within=float(entry.get("within") or 40),
+        within=float(entry.get("within") or 90),
         steps=tuple(steps),
     )
 

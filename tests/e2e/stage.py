@@ -7,7 +7,7 @@ what has no watch here (logs, other kinds of objects).
 from __future__ import annotations
 
 import contextlib
-import itertools
+import secrets
 import threading
 import time
 from collections import defaultdict
@@ -20,7 +20,6 @@ from harness.resources import Resources
 
 POLL_SECONDS = 0.2
 SERVICE_ACCOUNT_SECONDS = 60.0
-_numbers = itertools.count(1)
 
 Probe = Callable[[], Sequence[str]]
 """What is still missing, one line each; empty when the wait is over."""
@@ -83,11 +82,15 @@ class Stage:
     def namespace(self, prefix: str) -> Iterator[str]:
         """A namespace of one's own, deleted afterwards; nobody waits for that."""
         kube = self.kube()
-        name = f"{prefix[:50].rstrip('-')}-{next(_numbers)}"
+        name = f"{prefix[:50].rstrip('-')}-{secrets.token_hex(3)}"
         kube.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
         try:
             yield name
         finally:
+            # The pods first: the namespace controller takes its time, and a failing probe writes events until then.
+            with contextlib.suppress(ApiError):
+                body = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 1}
+                kube.request("DELETE", api_path("pods", namespace=name), body=body)
             with contextlib.suppress(ApiError):
                 kube.delete(api_path("namespaces", name))
             kube.close()

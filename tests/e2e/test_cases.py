@@ -23,7 +23,7 @@ from tests.e2e.stage import Stage
 
 pytestmark = pytest.mark.e2e
 
-PARALLEL = 24
+PARALLEL = 16
 CASE_SECONDS = 300.0
 GONE_SECONDS = 90.0
 CASES = load()
