@@ -177,10 +177,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if left := config.stash.get(_LEFT, ""):
         for line in left.splitlines():
             terminalreporter.write_line(f"wasilet: {line}")
-    from harness.plugin.annotations import annotation, is_wanted
-
-    if not is_wanted(os.environ) or config.pluginmanager.hasplugin("pytest_github_actions_annotate_failures"):
+    other = "pytest_github_actions_annotate_failures"
+    if os.environ.get("GITHUB_ACTIONS") != "true" or config.pluginmanager.hasplugin(other):
         return
+    from harness.plugin.annotations import annotation
+
     for outcome in ("failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
             if any(name.startswith("wasilet.") for name, _ in getattr(report, "user_properties", ())):
@@ -193,13 +194,25 @@ def _property(item: pytest.Item, name: str, value: str) -> None:
     item.user_properties.append((name, value))
 
 
+def _pytest_kinds_name(config: pytest.Config) -> str:
+    """What pytest-kind calls its cluster, where that plugin is installed and kind is asked for without a name of its
+    own; empty elsewhere. It is never imported: its options and its fixture are all that is used."""
+    provider = config.getoption("wasilet_provider") or os.environ.get("WASILET_PROVIDER", "")
+    if provider != "kind" or config.getoption("wasilet_name") or config.getoption("wasilet_kubeconfig"):
+        return ""
+    absent = object()
+    if config.getoption("kind_kubectl_bin", absent) is absent:
+        return ""
+    return str(config.getoption("cluster_name", ""))
+
+
 def _wish(config: pytest.Config) -> Wish:
     from harness.plugin.cluster import Wish
 
     kubeconfig = config.getoption("wasilet_kubeconfig")
     return Wish(
         provider=config.getoption("wasilet_provider"),
-        name=config.getoption("wasilet_name"),
+        name=config.getoption("wasilet_name") or _pytest_kinds_name(config),
         kubeconfig=str(config.invocation_params.dir / Path(kubeconfig).expanduser()) if kubeconfig else "",
         registry=config.getoption("wasilet_registry"),
         keep=config.getoption("wasilet_keep"),
@@ -239,12 +252,15 @@ def _sayer(config: pytest.Config) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def cluster(pytestconfig: pytest.Config) -> Iterator[WasmCluster]:
+def cluster(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iterator[WasmCluster]:
     """A running cluster with a Ready wasm node (harness.plugin.cluster.WasmCluster), shared by all tests and workers.
 
-    One that runs already is used and left running; else one is stood up, and taken down after the last test."""
+    One that runs already is used and left running; else one is stood up, and taken down after the last test. With
+    pytest-kind installed and provider kind, its fixture makes the cluster, and this one joins a node to it."""
     from harness.plugin.cluster import join, own_process
 
+    if _pytest_kinds_name(pytestconfig):
+        request.getfixturevalue("kind_cluster")
     with _clearly():
         user = own_process(int(_worker_input(pytestconfig).get(CONTROLLER_KEY) or os.getpid()))
         pytestconfig.stash[_JOINED] = True
