@@ -74,8 +74,18 @@ class PodView:
         return str((self.object.get("status") or {}).get("phase") or "")
 
     def first_line_at(self) -> float | None:
-        """When its first line was written."""
-        times = [log.lines[0].at for log in self.logs.values() if log.lines and not log.first and log.lines[0].at]
+        """When its first line was written; None when nobody knows: of a container that was started again, the logs of
+        the instances before the last two are gone."""
+        starts = {str(e.get("name")): int(e.get("restartCount") or 0) + 1 for e in self.containers()}
+        read: dict[str, list[InstanceLog]] = {}
+        for log in self.logs.values():
+            read.setdefault(log.container, []).append(log)
+        times = []
+        for container, logs in read.items():
+            written = [log.lines[0].at for log in logs if log.lines and log.lines[0].at]
+            if len(logs) < starts.get(container, 1) or any(log.first for log in logs):
+                return None
+            times += written
         return min(times, default=None)
 
     def containers(self) -> list[KubeObject]:

@@ -39,6 +39,11 @@ _KEYS = {
     b"g": "first", b"\x1b[H": "first", b"G": "last", b"\x1b[F": "last",
     b"q": "quit", b"Q": "quit", b"\x03": "quit", b"\x04": "quit",
 }  # fmt: skip
+_COLUMNS = (
+    ("NAMESPACE", 2, 0), ("POD", 4, 0), ("PHASE", 0, 9), ("STATE", 3, 0), ("RESTARTS", 0, 8), ("FIRST LINE", 0, 10),
+)  # fmt: skip
+"""Title, and either a share of the width or a width in characters."""
+
 _PHASE_STYLES = {"Running": "green", "Succeeded": "cyan", "Failed": "bold red", "Pending": "yellow"}
 
 
@@ -172,15 +177,8 @@ class View:
         from rich.text import Text
 
         table = Table(box=None, expand=True, padding=(0, 1), header_style="dim", pad_edge=False)
-        for column, ratio in (
-            ("NAMESPACE", 2),
-            ("POD", 4),
-            ("PHASE", 1),
-            ("STATE", 3),
-            ("RESTARTS", 1),
-            ("FIRST LINE", 1),
-        ):
-            table.add_column(column, ratio=ratio, no_wrap=True, overflow="ellipsis")
+        for column, ratio, width in _COLUMNS:
+            table.add_column(column, ratio=ratio or None, width=width or None, no_wrap=True, overflow="ellipsis")
         place = next((index for index, pod in enumerate(pods) if pod.uid == self._chosen), 0)
         first = max(0, min(place - rows // 2, len(pods) - rows))
         for pod in pods[first : first + max(1, rows)]:

@@ -10,11 +10,6 @@ from typing import Any
 MAX_MESSAGE_CHARACTERS = 4000
 
 
-def is_wanted(environ: Mapping[str, str]) -> bool:
-    """Whether a runner of GitHub Actions reads the output."""
-    return environ.get("GITHUB_ACTIONS") == "true"
-
-
 def annotation(report: Any, *, root: Path, environ: Mapping[str, str] = os.environ) -> str:
     """``::error file=...,line=...,title=...::message`` of a failed report."""
     path, line, _ = report.location

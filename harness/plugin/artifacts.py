@@ -5,6 +5,7 @@ Gathered before the namespace goes. Nothing here may fail the test once more: wh
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from harness.errors import HarnessError
 from harness.kube import KubeObject, api_path
 from harness.plugin.scene import Scene
 
+MAX_NAME_CHARACTERS = 100
 MAX_LOG_BYTES = 2_000_000
 MAX_AGENT_LOG_BYTES = 500_000
 REQUEST_SECONDS = 5.0
@@ -22,8 +24,11 @@ _GITIGNORE = "# made by Wasilet's pytest plugin\n*\n"
 
 
 def folder_of(root: Path, test: str) -> Path:
-    """The folder of a test, by its node id."""
-    return root / re.sub(r"[^A-Za-z0-9._-]+", "-", test).strip("-.")[-120:]
+    """The folder of a test, by its node id: below ``root`` whatever that says, and of no other test."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", test).strip("-.")
+    if not name or len(name) > MAX_NAME_CHARACTERS:
+        name = f"{name[:MAX_NAME_CHARACTERS]}-{hashlib.sha256(test.encode()).hexdigest()[:8]}"
+    return root / name
 
 
 def gather(scene: Scene, root: Path, test: str, report: str) -> Path:
