@@ -24,7 +24,8 @@ from node.runtime.records import write_durably
 
 POINTER_NAME = "supervisor.json"
 FOLDER_NAME = "supervisors"
-BACKLOG = 64
+BACKLOG = 1024
+"""A connection an exec: the probes of all pods may come at one moment, and a full queue refuses at once (EAGAIN)."""
 
 
 @dataclass(frozen=True, kw_only=True)

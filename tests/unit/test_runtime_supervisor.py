@@ -582,3 +582,16 @@ async def test_a_supervisor_without_free_descriptors_waits_for_one(own_rig: Rig)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
     with pytest.raises(UnknownContainerError):
         await caller
+
+
+async def test_a_burst_of_connections_waits_its_turn(own_rig: Rig) -> None:
+    pointer = locate.current(own_rig.paths.data)
+    assert pointer is not None
+    os.kill(pointer.pid, signal.SIGSTOP)
+    try:
+        socks = [locate.connect(Path(pointer.socket), timeout_seconds=1.0) for _ in range(300)]
+    finally:
+        os.kill(pointer.pid, signal.SIGCONT)
+    for sock in socks:
+        sock.close()
+    assert (await own_rig.run(HELLO)).exit_code == 0
