@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = "WASILET_STANDIN"
+FOLDER = "STANDIN_MACHINE"
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 TOOLS = ("docker", "kind", "k3d", "minikube")
 
