@@ -82,26 +82,38 @@ def peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def _known(cls: type, data: Message) -> Message:
-    names = {field.name for field in dataclasses.fields(cls)}
+# dataclasses.fields and asdict are slow, and a supervisor lists a thousand containers twice a minute.
+_CONFIG_FIELDS, _STATUS_FIELDS, _MOUNT_FIELDS, _HTTP_FIELDS = (
+    frozenset(field.name for field in dataclasses.fields(cls))
+    for cls in (ContainerConfig, ContainerStatus, Mount, HttpPolicy)
+)
+
+
+def _known(names: frozenset[str], data: Message) -> Message:
     return {name: value for name, value in data.items() if name in names}
+
+
+def _flat(names: frozenset[str], instance: object) -> Message:
+    return {name: getattr(instance, name) for name in names}
 
 
 def dump_config(config: ContainerConfig) -> Message:
     """A config as JSON."""
-    return dataclasses.asdict(config)
+    http = _flat(_HTTP_FIELDS, config.http) if config.http is not None else None
+    mounts = [_flat(_MOUNT_FIELDS, mount) for mount in config.mounts]
+    return {**_flat(_CONFIG_FIELDS, config), "http": http, "mounts": mounts, "annotations": dict(config.annotations)}
 
 
 def load_config(data: Message) -> ContainerConfig:
     """The config in ``data``. Raises WireError."""
     try:
-        fields = _known(ContainerConfig, data)
+        fields = _known(_CONFIG_FIELDS, data)
         fields["kind"] = GuestKind(fields["kind"])
         fields["argv"] = tuple(str(item) for item in fields["argv"])
         fields["env"] = tuple((str(name), str(value)) for name, value in fields["env"])
-        fields["mounts"] = tuple(Mount(**_known(Mount, mount)) for mount in fields["mounts"])
+        fields["mounts"] = tuple(Mount(**_known(_MOUNT_FIELDS, mount)) for mount in fields["mounts"])
         if fields.get("http") is not None:
-            http = _known(HttpPolicy, fields["http"])
+            http = _known(_HTTP_FIELDS, fields["http"])
             http["allowed_origins"] = tuple(http["allowed_origins"])
             fields["http"] = HttpPolicy(**http)
         return ContainerConfig(**fields)
@@ -111,13 +123,13 @@ def load_config(data: Message) -> ContainerConfig:
 
 def dump_status(status: ContainerStatus) -> Message:
     """A status as JSON."""
-    return dataclasses.asdict(status)
+    return {**_flat(_STATUS_FIELDS, status), "annotations": dict(status.annotations)}
 
 
 def load_status(data: Message) -> ContainerStatus:
     """The status in ``data``. Raises WireError."""
     try:
-        fields = _known(ContainerStatus, data)
+        fields = _known(_STATUS_FIELDS, data)
         fields["state"] = ContainerState(fields["state"])
         return ContainerStatus(**fields)
     except (KeyError, TypeError, ValueError) as error:
