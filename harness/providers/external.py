@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from harness.play import Finding, Progress, Step
 from harness.process import check_cancelled, stop
 from harness.providers.approver_credential import SIGN_SECONDS, approver_credential
 from harness.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
+from harness.providers.leaving import HOSTING, OURS, forget_identities, is_ours, withdraw
 from harness.settings import KRUSTLET_TAINTS, Settings
 from harness.state import write_file
 
@@ -34,8 +34,6 @@ REGISTRY_FOR_NODES = "registry-for-nodes"
 REGISTRY_FOR_NODES_STEP = "registry for the cluster's nodes"
 HOSTING_STEP = "registry's notice"
 AUTHENTICATION = api_path("configmaps", "extension-apiserver-authentication", namespace="kube-system")
-HOSTING = api_path("configmaps", "local-registry-hosting", namespace="kube-public")
-OURS = "app.kubernetes.io/managed-by"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,11 +436,6 @@ def _root_ca(kube: Kube) -> bytes | None:
     return str(pem).encode() if pem else None
 
 
-def is_ours(obj: KubeObject) -> bool:
-    """Whether the harness made an object of the cluster."""
-    return bool(((obj.get("metadata") or {}).get("labels") or {}).get(OURS) == "wasilet")
-
-
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -461,49 +454,3 @@ def _argv0(pid: int) -> str:
         return Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")).name
     except OSError:
         return ""
-
-
-# --- identities ------------------------------------------------------------------------------------------------------
-
-
-def forget_identities(cluster: Cluster) -> None:
-    """Remove what belongs to one cluster only: certificates of nodes and the pods they had. Images and compiled
-    modules stay, they are the same everywhere. Agents that still run are ended first."""
-    from harness.down import end_node
-    from harness.up import node_component
-
-    state = cluster.state
-    for name in ("approver.conf", "bootstrap.conf"):
-        (state.etc / name).unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        for folder in sorted((state.path / "nodes").iterdir()):
-            if state.alive(node_component(folder.name)):
-                end_node(cluster, folder.name)
-            for entry in folder.iterdir():
-                if entry.name in {"images", "compiled"}:
-                    continue
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry, ignore_errors=True)
-                else:
-                    entry.unlink(missing_ok=True)
-
-
-def withdraw(cluster: Cluster) -> int:
-    """Delete from a cluster what the harness added: its Nodes, its token, the notice, and those roles and bindings
-    that it created. Returns how many. Raises ApiError."""
-    from harness.manifests import object_path
-    from harness.token import bootstrap_token_id, delete_token
-
-    kube = cluster.admin()
-    count = 0
-    for node in cluster.node_names():
-        count += kube.delete(api_path("nodes", node))
-    if token := bootstrap_token_id(cluster.state.bootstrap_file):
-        count += delete_token(kube, token)
-    notice = kube.find(HOSTING)
-    if notice is not None and is_ours(notice):
-        count += kube.delete(HOSTING)
-    for entry in cluster.state.read().get("created_objects") or []:
-        kind, _, name = str(entry).partition("/")
-        count += kube.delete(object_path({"kind": kind, "metadata": {"name": name}}))
-    return count

@@ -1,6 +1,6 @@
 """What the harness adds on kind, and what ``up`` costs when nothing changes: printed, one figure a line.
 
-``python -P -m tests.bench.providers [kind] [host]``. ``kind create cluster`` is timed as the step does it; what is added
+``python -P -m tests.bench.providers [kind] [host]``. ``kind create cluster`` is timed by its step; what is added
 is the rest of ``up``, from the API server's first answer to a Ready node that takes pods.
 """
 
