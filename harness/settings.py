@@ -7,6 +7,7 @@ the command line. Nothing but :func:`load` reads the environment.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -241,12 +242,23 @@ def _number(name: str, value: Any, kind: type[int | float]) -> Any:
         raise UsageError(f"setting {name} must be a number, not {value!r}") from None
 
 
+def _check_address(text: str) -> None:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is no IP address", hint="--node-ip takes one of this machine's") from None
+    if address.is_unspecified or address.is_multicast:
+        raise UsageError(f"{text!r} is no address that nodes can have", hint="--node-ip takes one of this machine's")
+
+
 def _checked(settings: Settings) -> Settings:
     checked_name(settings.name)
     if not 0 <= settings.nodes <= 50:
         raise UsageError(f"{settings.nodes} nodes: between 1 and 50 can join")
     if not 0 <= settings.max_pods <= 100_000:
         raise UsageError(f"setting max_pods: between 1 and 100000, not {settings.max_pods}")
+    if settings.node_ip:
+        _check_address(settings.node_ip)
     for port in fields(PortSettings):
         value = getattr(settings.ports, port.name)
         if not 0 <= value <= 65535:

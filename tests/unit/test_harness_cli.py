@@ -23,6 +23,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def invoke(*words: str, state: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return _run(sys.executable, "-P", "-m", "invoke", *words, state=state, **environ)
+
+
+def run(*words: str, state: Path) -> subprocess.CompletedProcess[str]:
+    return _run(str(ROOT / "run"), *words, state=state)
+
+
+def _run(*argv: str, state: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("WASILET_")},
         "WASILET_STATE_HOME": str(state / "state"),
@@ -30,10 +38,7 @@ def invoke(*words: str, state: Path, **environ: str) -> subprocess.CompletedProc
         "HOME": str(state),
         **environ,
     }
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "invoke", *words], cwd=ROOT, env=env, text=True, capture_output=True, timeout=60,
-        check=False,
-    )  # fmt: skip
+    return subprocess.run(argv, cwd=ROOT, env=env, text=True, capture_output=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +66,45 @@ def test_bad_input_is_one_clear_line_and_2(tmp_path: Path, words: list[str], exp
     assert expected in line
     assert not (tmp_path / "config").exists()
     assert not list(tmp_path.glob("state/*/cluster.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nonsense"], "no idea what 'nonsense' is (`./run --list`"),
+        (["up", "--nonsense"], "no idea what '--nonsense' is (`./run up --help`"),
+        (["demo"], "'demo' did not receive required positional arguments: 'app'"),
+        (["approve", "csr-x"], "no idea what 'csr-x' is (`./run approve --help`"),
+        (["up", "--nodes", "many"], "an option takes a number, and was given 'many'"),
+        (["up", "--node-ip", "1.2.3"], "'1.2.3' is no IP address"),
+        (["up", "--node-ip", "0.0.0.0"], "'0.0.0.0' is no address that nodes can have"),
+        (["kubectl", "--name", "unknown", "get", "pods"], "there is no cluster 'unknown'"),
+        (["kubectl", "--name=unknown", "exec", "pod", "--", "ls"], "there is no cluster 'unknown'"),
+        (["kubectl", "get", "pods", "--help"], "there is no cluster 'wasilet'"),
+        (["kubectl", "--", "get", "pods"], "there is no cluster 'wasilet'"),
+    ],
+)
+def test_what_run_cannot_make_sense_of_is_one_clear_line_and_2(tmp_path: Path, words: list[str], expected: str) -> None:
+    done = run(*words, state=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert not (tmp_path / "state").exists()
+
+
+def test_run_gives_pytest_its_own_words(tmp_path: Path) -> None:
+    words = ["test", "-m", "unit", "--co", "-q", "-k", "test_the_shipped_file", "tests/unit/test_harness_settings.py"]
+    done = run(*words, state=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test_the_shipped_file_says_what_the_defaults_are" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["kubectl", "--help"], ["test", "--help"], ["up", "--help"], ["--help"], ["--list"]])
+def test_help_is_helps_own(tmp_path: Path, words: list[str]) -> None:
+    done = run(*words, state=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: " in done.stdout or "Available tasks" in done.stdout
 
 
 def test_a_home_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
