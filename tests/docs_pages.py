@@ -149,9 +149,7 @@ def _command(line: int, text: list[str], expected: list[str], exit_code: int) ->
 
 def matches(expected: Sequence[str], printed: Sequence[str]) -> bool:
     """Whether ``printed`` is what the page says; trailing blanks and empty lines at the end do not count."""
-    pattern = "".join(
-        r"(?:[^\n]*\n)*" if line == ANYTHING else _line_pattern(line) + r"[ \t]*\n" for line in expected
-    )
+    pattern = "".join(r"(?:[^\n]*\n)*" if line == ANYTHING else _line_pattern(line) + r"[ \t]*\n" for line in expected)
     text = "".join(f"{line.rstrip()}\n" for line in printed).rstrip("\n") + "\n" if printed else ""
     return re.fullmatch(pattern, text) is not None
 
