@@ -688,6 +688,19 @@ def doctor(c: Context, output: str = "text") -> None:
 
 @task
 @command
+def docs(c: Context) -> None:
+    """Build this project's documentation as a site, strictly.
+
+    Prints the first page's path. The tools are locked in requirements-docs.lock and get an environment of their own.
+    """
+    from harness.docs_site import build_site, site
+
+    finish(build_site(environ=os.environ, reporter=reporter()))
+    emit(str(site() / "index.html"))
+
+
+@task
+@command
 def lint(c: Context) -> None:
     """Check style, types and import contracts of this project."""
     from harness.testing import lint as check_project

@@ -87,17 +87,30 @@ def _words(error: HarnessError) -> str:
 
 def settings_of(context: Context, /, **given: Any) -> Settings:
     """Settings for a task: invoke.yaml, environment, then what was typed. Raises UsageError."""
-    section = context.config.get("wasilet", {})
+    section = _section(context)
     for key in ("kubeconfig", "config"):
         if given.get(key):
             given[key] = invocation_path(given[key])
-    settings = load(_plain(section), **given)
+    settings = load(section, **given)
     if not given.get("provider") and not settings.environ.get("WASILET_PROVIDER"):
         # Nobody has to say again what a cluster was made with.
         with contextlib.suppress(StateError):
             if recorded := State.of(settings).read().get("provider"):
                 settings = replace(settings, provider=str(recorded))
     return settings
+
+
+def _section(context: Context) -> dict[str, Any]:
+    """The ``wasilet`` section. Invoke lets a project's file win over the user's; here the project's holds the defaults,
+    so the user's file, then ``INVOKE_WASILET_*``, then ``--config`` are laid over it again."""
+    from invoke.config import merge_dicts
+
+    section: dict[str, Any] = _plain(context.config.get("wasilet", {}))
+    for level in ("_user", "_env", "_runtime"):
+        over = getattr(context.config, level, None) or {}
+        if isinstance(over.get("wasilet"), dict):
+            merge_dicts(section, over["wasilet"])
+    return section
 
 
 def invocation_path(path: str) -> str:
