@@ -1,0 +1,277 @@
+"""The pytest plugin as its users have it: a pytest of its own, in a folder of its own, on a real cluster."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.kube import api_path
+from harness.new import new_app
+from tests.clusters import TestCluster, temporary_settings
+
+pytestmark = pytest.mark.e2e
+
+RUN_LIMIT_SECONDS = 300
+GONE_LIMIT_SECONDS = 60
+HELLO = """
+def test_hello(wasm_app, run_pod, assert_logs):
+    pod = run_pod(wasm_app("hello-wasm"))
+    assert_logs(pod, contains="Hello, World!", absent="panic")
+    assert pod.wait_finished() == 0
+    assert pod.logs() == "Hello, World!\\n"
+"""
+FAILING = """
+def test_wrong(wasm_app, run_pod, assert_logs):
+    pod = run_pod(wasm_app("hello-wasm"))
+    assert_logs(pod, contains="Hello, Wrold!")
+"""
+
+
+class Project:
+    """A folder with tests in it, and a pytest that is run there."""
+
+    def __init__(self, folder: Path, cluster: TestCluster) -> None:
+        self.folder = folder
+        self.environ = {
+            **{k: v for k, v in cluster.settings.environ.items() if k != "GITHUB_ACTIONS"},
+            "WASILET_NAME": cluster.settings.name,
+            "WASILET_OFFLINE": "1",
+        }
+        (folder / "pytest.ini").write_text(
+            "[pytest]\naddopts = --strict-markers\nfilterwarnings = error\n"
+            "asyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
+        )
+
+    def pytest(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *words],
+            cwd=self.folder,
+            env={**self.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=RUN_LIMIT_SECONDS,
+            check=False,
+        )
+
+    def write(self, text: str, name: str = "test_it.py") -> None:
+        (self.folder / name).write_text(text)
+
+
+@pytest.fixture
+def project(tmp_path: Path, cluster: TestCluster) -> Project:
+    return Project(tmp_path, cluster)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(cluster: TestCluster) -> Iterator[None]:
+    """The namespaces that a test run made are gone soon after it, and no other is."""
+    before = namespaces(cluster)
+    yield
+    deadline = time.monotonic() + GONE_LIMIT_SECONDS
+    while (left := namespaces(cluster)) - before:
+        assert time.monotonic() < deadline, f"left behind: {left - before}"
+        time.sleep(0.2)
+    assert left == before
+
+
+def namespaces(cluster: TestCluster) -> set[str]:
+    return {item["metadata"]["name"] for item in cluster.kube.get(api_path("namespaces"))["items"]}
+
+
+def passed(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_app_from_its_sample_to_asserted_logs(project: Project, cluster: TestCluster) -> None:
+    project.write(HELLO)
+    passed(project.pytest("--junitxml", "junit.xml"))
+    assert not (project.folder / "wasilet-artifacts").exists()
+    properties = {p.get("name"): p.get("value") for p in ET.parse(project.folder / "junit.xml").iter("property")}  # noqa: S314
+    assert properties["wasilet.cluster"] == f"{cluster.settings.name} (host)"
+    assert str(properties["wasilet.namespace"]).startswith("test-hello-")
+    assert cluster.status()["ready"], "a cluster that ran before is left running"
+
+
+def test_every_fixture_in_plain_and_asynchronous_tests(project: Project) -> None:
+    (project.folder / "map.yaml.j2").write_text(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: greeting}\ndata: {text: '{{ text }}'}\n"
+    )
+    project.write("""
+import asyncio
+import pytest
+
+def test_objects(apply, kubectl, get_pod, wasm_app, namespace, cluster, registry):
+    (made,) = apply("map.yaml.j2", text="hello there")
+    assert made["metadata"]["namespace"] == namespace
+    assert "hello there" in kubectl("get", "configmap", "greeting", "-o", "yaml")
+    assert wasm_app("hello-wasm").startswith(registry + "/hello-wasm:")
+    (pod,) = apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": {"restartPolicy": "Never",
+                    "containers": [{"name": "c", "image": wasm_app("hello-wasm")}]}})
+    assert get_pod("one").wait_finished() == pod.exit_code == 0
+    assert any("Pulled" in event for event in pod.events())
+    assert "error" in kubectl("get", "nonsense", check=False)
+
+@pytest.mark.wasilet_within(60)
+def test_long_running(run_pod, wasm_app, assert_logs):
+    pod = run_pod(wasm_app("hello-world"), env={"INTERVAL_SECONDS": "0.05"})
+    assert_logs(pod, in_order=["Hello", "Hello", "Hello"])
+    assert pod.phase == "Running"
+    pod.delete()
+
+async def test_asynchronous(run_pod, wasm_app, assert_logs):
+    pods = [run_pod(wasm_app("hello-wasm")) for _ in range(3)]
+    logs = await asyncio.gather(*(asyncio.to_thread(assert_logs, pod, matches="^Hello") for pod in pods))
+    assert [log for log in logs] == [["Hello, World!"]] * 3
+    assert len({pod.name for pod in pods}) == 3
+
+def test_a_job(apply, wasm_app, assert_logs):
+    pod = {"restartPolicy": "Never", "containers": [{"name": "c", "image": wasm_app("hello-wasm")}]}
+    apply({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "j"}, "spec": {"template": {"spec": pod}}})
+    assert_logs("job/j", contains="Hello, World!")
+""")
+    passed(project.pytest())
+
+
+def test_a_failure_shows_the_log_the_status_and_the_events_and_names_the_artifacts(project: Project) -> None:
+    project.write(FAILING)
+    done = project.pytest(GITHUB_ACTIONS="true", GITHUB_WORKSPACE=str(project.folder))
+    assert done.returncode == 1
+    for words in (
+        r"MISSING  contains 'Hello, Wrold!'",
+        r"line 1 is most like it",
+        r"1  Hello, World!",
+        r"pod/hello-wasm: Succeeded on ",
+        r"Normal Pulled: Successfully pulled image",
+        r"artifacts: .*/wasilet-artifacts/test_it.py-test_wrong",
+        r"(?m)^::error file=test_it.py,line=4,title=test_it.py%3A%3Atest_wrong::AssertionError",
+    ):
+        assert re.search(words, done.stdout), f"{words}\n{done.stdout}"
+    assert "harness/" not in done.stdout.replace("harness/data", ""), "the plugin's own frames are of no interest"
+    folder = project.folder / "wasilet-artifacts/test_it.py-test_wrong"
+    assert "Hello, World!" in (folder / "logs/hello-wasm-hello-wasm.log").read_text()
+    assert "kind: Pod" in (folder / "pods/hello-wasm.yaml").read_text()
+    assert "Scheduled" in (folder / "events.txt").read_text()
+    assert list((folder / "nodes").glob("*.yaml"))
+    assert list((folder / "nodes").glob("*.log"))
+    assert not (folder / "problems.txt").exists()
+
+
+def test_an_image_that_is_not_there_fails_at_once_with_the_registrys_word(project: Project) -> None:
+    project.write("""
+def test_it(run_pod, registry, assert_logs):
+    assert_logs(run_pod(registry + "/nobody:v1"), contains="x", within_seconds=120)
+""")
+    began = time.monotonic()
+    done = project.pytest()
+    assert time.monotonic() - began < 100
+    assert done.returncode == 1
+    assert "ImagePullBackOff" in done.stdout
+    assert "nobody:v1" in done.stdout
+
+
+def test_an_app_that_does_not_compile_shows_the_compilers_words(project: Project) -> None:
+    broken = project.folder / "broken"
+    broken.mkdir()
+    (broken / "main.c").write_text("int main(void) { return nonsense; }\n")
+    project.write('def test_it(wasm_app):\n    wasm_app("./broken")\n')
+    done = project.pytest()
+    assert done.returncode == 1
+    assert "use of undeclared identifier 'nonsense'" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_what_is_no_app_is_said_with_what_there_is(project: Project) -> None:
+    project.write('def test_it(wasm_app):\n    wasm_app("helo-wasm")\n')
+    assert "hello-wasm" in project.pytest().stdout
+
+
+def test_one_failure_among_workers_leaves_the_others_alone(project: Project) -> None:
+    project.write("import pytest\n" + HELLO.replace("(wasm", "(n, wasm").replace(
+        "def test_hello", '@pytest.mark.parametrize("n", range(6))\ndef test_hello') + FAILING)  # fmt: skip
+    done = project.pytest("-n", "2", "--wasilet-report", "report.html")
+    assert done.returncode == 1
+    assert "1 failed, 6 passed" in done.stdout
+    page = (project.folder / "report.html").read_text()
+    assert page.count("<section>") == 7
+
+
+def test_kept_namespaces_of_failed_tests_stay(project: Project, cluster: TestCluster) -> None:
+    project.write(HELLO + FAILING)
+    before = namespaces(cluster)
+    done = project.pytest("--wasilet-keep")
+    left = namespaces(cluster) - before
+    failed = {name for name in left if name.startswith("test-wrong-")}
+    assert len(failed) == 1
+    assert f"namespace: {failed.pop()} and kept" in done.stdout
+    for name in left:
+        cluster.kube.delete(api_path("namespaces", name))
+
+
+def test_a_kubeconfig_alone_is_enough(project: Project, cluster: TestCluster) -> None:
+    project.write(HELLO)
+    address = cluster.status()["registry"]
+    passed(project.pytest(
+        "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), "--wasilet-registry", address,
+        WASILET_STATE_HOME=str(project.folder / "nothing"),
+    ))  # fmt: skip
+    done = project.pytest(
+        "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), WASILET_STATE_HOME=str(project.folder / "nothing")
+    )
+    assert "--wasilet-registry" in done.stdout
+
+
+def test_the_template_of_new_passes_its_own_test(project: Project) -> None:
+    new_app("greeter", str(project.folder))
+    passed(project.pytest("greeter"))
+
+
+def test_a_cluster_of_its_own_is_shared_by_workers_and_gone_afterwards(project: Project) -> None:
+    with temporary_settings("shared") as settings:
+        project.write("import pytest\n" + HELLO.replace("(wasm", "(n, wasm").replace(
+            "def test_hello", '@pytest.mark.parametrize("n", range(4))\ndef test_hello'))  # fmt: skip
+        state = settings.environ["WASILET_STATE_HOME"]
+        kubeconfig = Path(settings.environ["KUBECONFIG"])
+        passed(project.pytest("-n", "2", WASILET_STATE_HOME=state, WASILET_NAME="shared", KUBECONFIG=str(kubeconfig)))
+        assert not (Path(state) / "shared").exists()
+        assert not list((Path(state) / ".pytest").glob("*.json"))
+        assert not kubeconfig.exists(), "the user's kubeconfig is left alone"
+
+
+def test_the_wheel_alone_is_enough(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Installed into an empty environment, with nothing of the checkout on the path but the dependencies."""
+    root = Path(__file__).resolve().parents[2]
+    work = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(work)]
+    subprocess.run(build, cwd=root, check=True, capture_output=True, timeout=120)
+    (wheel,) = work.glob("*.whl")
+    venv = work / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=120)
+    python = venv / "bin/python"
+    (site,) = venv.glob("lib/python*/site-packages")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index",
+         "--disable-pip-version-check", wheel], check=True, timeout=120,
+    )  # fmt: skip
+    # The dependencies, but not this project's own editable installation.
+    for entry in Path(pytest.__file__).parents[1].iterdir():
+        if not entry.name.startswith(("wasilet", "_wasilet", "_editable")) and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
+    for leftover in site.glob("*wasilet*.pth"):
+        leftover.unlink()
+    project.write(HELLO + "\ndef test_where():\n    import harness\n    assert 'venv' in harness.__file__\n")
+    environ = {k: v for k, v in project.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--wasilet-report", "r.html"],
+        cwd=project.folder, env=environ, capture_output=True, text=True, timeout=RUN_LIMIT_SECONDS, check=False,
+    )  # fmt: skip
+    passed(done)
+    assert (project.folder / "r.html").is_file()
+    shutil.rmtree(work)
