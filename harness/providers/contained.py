@@ -12,9 +12,18 @@ from collections.abc import Sequence
 
 from harness.errors import ApiError, HarnessError, UsageError
 from harness.kube import Kube, KubeObject, read_credentials
+from harness.play import Progress
 from harness.providers.base import Cluster
 from harness.providers.docker import Container, Docker, gateway
-from harness.providers.external import ExternalProvider, Found, HalfMadeError, facts, made_since, update_facts
+from harness.providers.external import (
+    ExternalProvider,
+    Found,
+    HalfMadeError,
+    StoppedError,
+    facts,
+    made_since,
+    update_facts,
+)
 from harness.state import write_file
 
 _ANSWER_SECONDS = 5.0
@@ -50,7 +59,7 @@ class ContainedProvider(ExternalProvider):
     # --- ExternalProvider --------------------------------------------------------------------------------------------
 
     def find(self, cluster: Cluster) -> Found | None:
-        """By label. A cluster of ours that was stopped (the machine was restarted) is started again."""
+        """By label."""
         name = cluster.settings.name
         docker = Docker(cluster.settings.environ)
         containers = docker.containers(self.label(name))
@@ -65,11 +74,17 @@ class ContainedProvider(ExternalProvider):
         elif not servers:
             raise self.half_made(name)
         elif stopped and ours:
-            docker.run("start", *stopped, timeout_seconds=60.0)
-            containers = docker.containers(self.label(name))
+            raise StoppedError(f"{self.name} cluster {name} is stopped")
         elif stopped:
             raise UsageError(f"{self.name} cluster {name} is stopped", hint=f"docker start {' '.join(stopped)}")
         return self.found(cluster, containers, created=ours)
+
+    def start(self, cluster: Cluster, say: Progress) -> None:
+        """``docker start``, as the tools' own commands do."""
+        docker = Docker(cluster.settings.environ)
+        stopped = [c.name for c in docker.containers(self.label(cluster.settings.name)) if not c.running]
+        say(f"starting {', '.join(stopped)}")
+        docker.run("start", *stopped, timeout_seconds=60.0)
 
     def found(self, cluster: Cluster, containers: Sequence[Container], *, created: bool) -> Found:
         """The facts of running containers. Raises HarnessError when the cluster is not whole."""
@@ -124,6 +139,7 @@ class ContainedProvider(ExternalProvider):
         """Whether the cluster is whole after all: the run that made it died after the tool had finished."""
         path = cluster.state.etc / f"{self.name}.look.conf"
         try:
+            cluster.state.create()
             write_file(path, json.dumps(self.kubeconfig(cluster)).encode())
             kube = Kube(read_credentials(path))
         except HarnessError:

@@ -80,11 +80,15 @@ class ExternalProvider:
 
     def find(self, cluster: Cluster) -> Found | None:
         """The cluster of that name, None when there is none. Reads only. Raises HarnessError when there is one that
-        cannot be used, and HalfMadeError when it is what a killed run of the harness left."""
+        cannot be used; HalfMadeError when it is what a killed run of the harness left; StoppedError."""
         raise NotImplementedError
 
     def create(self, cluster: Cluster, say: Progress) -> Found:
         """Make the cluster. Raises HarnessError."""
+        raise NotImplementedError
+
+    def start(self, cluster: Cluster, say: Progress) -> None:
+        """Start a cluster that the harness created and that was stopped. Raises HarnessError."""
         raise NotImplementedError
 
     def destroy(self, cluster: Cluster) -> str:
@@ -189,10 +193,14 @@ class ExternalProvider:
 
     def _cluster_step(self, cluster: Cluster, *, after: tuple[str, ...]) -> Step:
         found: list[Found | None] = []
+        stopped: list[str] = []
 
         def look() -> Finding:
             try:
                 found[:] = [self.find(cluster)]
+            except StoppedError as error:
+                stopped.append(error.message)
+                return Finding.differs(f"{error.message}; start it")
             except HalfMadeError as error:
                 return Finding.differs(f"{error.message}; make it anew", [f"- {self.name} cluster", "+ another one"])
             there = found[0]
@@ -205,6 +213,9 @@ class ExternalProvider:
             return Finding.differs(f"{verb} the {self.name} cluster {cluster.settings.name}")
 
         def change(say: Progress) -> str:
+            if stopped:
+                self.start(cluster, say)
+                found[:] = [self.find(cluster)]
             there = found[0] if found else None
             if not found:
                 say("deleting what an interrupted run left of the cluster")
@@ -331,6 +342,10 @@ class ExternalProvider:
             return [f"the {self.name} cluster stays; took back {withdraw(cluster)} objects"]
         except (ApiError, UsageError) as error:
             return [f"the {self.name} cluster stays as it is: {error.message}"]
+
+
+class StoppedError(HarnessError):
+    """A cluster that the harness created does not run, as after the machine was restarted; it can be started."""
 
 
 class HalfMadeError(HarnessError):

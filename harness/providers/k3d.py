@@ -143,7 +143,10 @@ class K3dProvider(ContainedProvider):
         settings = cluster.settings
         path, _ = user_k3d(settings)
         # k3d touches the file that KUBECONFIG names when it deletes; the user's must stay as it is.
-        own = {RUN_ID_VARIABLE: cluster.state.run_id(), "KUBECONFIG": str(cluster.state.etc / "k3d.conf")}
+        own = {
+            RUN_ID_VARIABLE: str(cluster.state.read().get("run_id", "")),
+            "KUBECONFIG": str(cluster.state.etc / "k3d.conf"),
+        }
         env = {**settings.environ, **own}
         return run([path, *arguments], timeout_seconds=timeout_seconds, env=env, on_line=on_line).stdout
 

@@ -140,7 +140,7 @@ class KindProvider(ContainedProvider):
                 raise HarnessError("kind is not there", hint="`invoke up` brings it")
             path = found.path
         # The run id finds a kind that outlived the run that started it.
-        env = {**settings.environ, RUN_ID_VARIABLE: cluster.state.run_id()}
+        env = {**settings.environ, RUN_ID_VARIABLE: str(cluster.state.read().get("run_id", ""))}
         return run([path, *arguments], timeout_seconds=timeout_seconds, env=env, on_line=on_line).stdout
 
     # --- the registry ------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from harness.providers.external import (
     ExternalProvider,
     Found,
     HalfMadeError,
+    StoppedError,
     facts,
     hosts_toml,
 )
@@ -77,7 +78,7 @@ class MinikubeProvider(ExternalProvider):
         if not running:
             if not ours:
                 raise UsageError(f"minikube profile {name} does not run", hint=f"minikube start -p {name}")
-            self._start(cluster, say=lambda _: None)
+            raise StoppedError(f"minikube profile {name} does not run")
         return self._found(cluster, profile, created=ours)
 
     def _found(self, cluster: Cluster, profile: dict[str, Any], *, created: bool) -> Found:
@@ -93,7 +94,7 @@ class MinikubeProvider(ExternalProvider):
 
     def create(self, cluster: Cluster, say: Progress) -> Found:
         """``minikube start``; its driver is minikube's choice, or that of MINIKUBE_DRIVER."""
-        self._start(cluster, say)
+        self.start(cluster, say)
         profile = self._profile(cluster)
         if profile is None:
             raise HarnessError(f"minikube made no profile {cluster.settings.name}")
@@ -115,7 +116,8 @@ class MinikubeProvider(ExternalProvider):
         say("trying a bootstrap token")
         try_bootstrap_token(kube, read_credentials(cluster.state.admin_kubeconfig))
 
-    def _start(self, cluster: Cluster, say: Progress) -> None:
+    def start(self, cluster: Cluster, say: Progress) -> None:
+        """``minikube start``, which makes a profile or starts one."""
         settings = cluster.settings
         arguments = [
             "start",
@@ -210,7 +212,7 @@ class MinikubeProvider(ExternalProvider):
     ) -> str:
         settings = cluster.settings
         path, _ = user_minikube(settings)
-        env = {**settings.environ, RUN_ID_VARIABLE: cluster.state.run_id()}
+        env = {**settings.environ, RUN_ID_VARIABLE: str(cluster.state.read().get("run_id", ""))}
         if self._ours(cluster):
             env["KUBECONFIG"] = str(self._own_file(cluster))
         chosen = (f"--profile={settings.name}",) if profile else ()

@@ -20,7 +20,7 @@ from harness.errors import UsageError
 from harness.play import Recap
 from harness.providers.base import Cluster
 from harness.providers.docker import is_local
-from harness.providers.external import made_since, update_facts
+from harness.providers.external import StoppedError, made_since, update_facts
 from harness.providers.kind import KindProvider, node_image
 from harness.settings import Settings, cache_root, load
 from harness.state import State
@@ -191,10 +191,13 @@ def test_a_stopped_cluster_of_ours_is_started_again(world: World, cluster: Clust
     world.configure(kubeconfig=str(tmp_path / "admin"))
     theirs(world, running=False)
     update_facts(cluster, created=True, ids=["theirs"])
+    with pytest.raises(StoppedError, match="is stopped"):
+        KindProvider().find(cluster)
+    assert world.calls("docker", "start") == []
+    KindProvider().start(cluster, say=lambda _: None)
     found = KindProvider().find(cluster)
     assert found is not None
     assert found.created
-    assert world.calls("docker", "start")
 
 
 def test_what_an_interrupted_run_left_is_deleted_and_made_anew(world: World, settings: Settings) -> None:
@@ -231,6 +234,18 @@ def test_down_of_a_cluster_that_is_gone_already_succeeds(world: World, settings:
         update_facts(cluster, created=True, ids=["ours"])
     recap = down(settings, reporter=SilentReporter(), purge=True)
     assert recap.succeeded
+    assert not State.of(settings).path.exists()
+
+
+def test_check_of_a_cluster_that_could_be_adopted_changes_nothing(
+    world: World, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "admin").write_text(ADMIN)
+    world.configure(kubeconfig=str(tmp_path / "admin"))
+    theirs(world)
+    recap = up(settings, reporter=SilentReporter(), check=True)
+    assert recap.succeeded
+    assert "adopt the kind cluster unit" in next(o.detail for o in recap.outcomes if o.name == "API server")
     assert not State.of(settings).path.exists()
 
 

@@ -4,6 +4,13 @@ go 1.24.0
 
 require k8s.io/kubernetes v1.34.4
 
+require (
+	github.com/go-task/slim-sprig/v3 v3.0.0 // indirect
+	github.com/google/pprof v0.0.0-20241029153458-d1b30febd7db // indirect
+	github.com/onsi/ginkgo/v2 v2.21.0 // indirect
+	golang.org/x/tools v0.26.0 // indirect
+)
+
 replace (
 	k8s.io/api => k8s.io/api v0.34.4
 	k8s.io/apiextensions-apiserver => k8s.io/apiextensions-apiserver v0.34.4
@@ -37,3 +44,5 @@ replace (
 	k8s.io/sample-cli-plugin => k8s.io/sample-cli-plugin v0.34.4
 	k8s.io/sample-controller => k8s.io/sample-controller v0.34.4
 )
+
+tool github.com/onsi/ginkgo/v2/ginkgo

@@ -70,6 +70,7 @@ pub fn program(argv: &[String], streams: &Streams) -> Option<i32> {
         "grep" => grep(&flags, &operands, streams),
         "head" | "tail" if flags.contains('f') => streams::sleep_for_ever(),
         "head" | "tail" => ends(name == "tail", &words, streams),
+        "awk" => awk(&operands, streams),
         "hexdump" => hexdump(first, streams),
         "dd" => dd(&operands, streams),
         "stat" => each(&operands, |path| streams.report(name, path, fs::metadata(path).map(|_| ()))),
@@ -243,8 +244,11 @@ fn ls(path: &str, streams: &Streams) -> i32 {
 
 fn wc(flags: &str, path: &str, streams: &Streams) -> i32 {
     match contents(path, streams) {
-        Ok(data) if flags.contains('c') => streams.say(&data.len().to_string()),
-        Ok(data) => streams.say(&data.iter().filter(|byte| **byte == b'\n').count().to_string()),
+        Ok(data) => {
+            let lines = data.iter().filter(|byte| **byte == b'\n').count();
+            let count = if flags.contains('c') { data.len() } else { lines };
+            streams.say(format!("{} {}", count, path).trim_end())
+        }
         Err(error) => streams.report("wc", path, Err(error)),
     }
 }
@@ -299,6 +303,28 @@ fn ends(last: bool, words: &[&str], streams: &Streams) -> i32 {
             chosen.iter().map(|line| streams.say(line)).fold(0, i32::max)
         }
         Err(error) => streams.report("tail", path, Err(error)),
+    }
+}
+
+/// `awk '{print $NUMBER}' [FILE]`.
+fn awk(operands: &[&str], streams: &Streams) -> i32 {
+    let program: String = operands.first().unwrap_or(&"").chars().filter(|c| !c.is_whitespace()).collect();
+    let number = program.strip_prefix("{print$").and_then(|rest| rest.strip_suffix('}'));
+    let column: usize = match number.map(str::parse) {
+        Some(Ok(column)) if column > 0 => column,
+        _ => {
+            streams.complain(&format!("awk: {} is not known here", program));
+            return 2;
+        }
+    };
+    match contents(operands.get(1).copied().unwrap_or(""), streams) {
+        Ok(data) => {
+            for line in String::from_utf8_lossy(&data).lines() {
+                streams.say(line.split_whitespace().nth(column - 1).unwrap_or(""));
+            }
+            0
+        }
+        Err(error) => streams.report("awk", operands[1], Err(error)),
     }
 }
 
