@@ -15,18 +15,16 @@ from typing import Any
 import aiohttp
 import pytest
 
-from harness.controlplane.pki import CLUSTER_CA, Pki
 from harness.kube import api_path
 from node.kube.client import KubeClient
 from node.kube.kubeconfig import Cluster, Credentials
 from node.runtime.protocol import StartError
 from node.server.app import KubeletServer
 from tests.clusters import TestCluster
+from tests.component.plane import ControlPlane
 from tests.unit.server_rig import (
-    Authority,
     FakePods,
     FakeRuntime,
-    Pair,
     client_context,
     log_folder,
     make_pod,
@@ -39,43 +37,9 @@ NODE = "server-1"
 LINE = b"2025-01-01T00:00:0%d.000000000Z stdout F %s\n"
 
 
-class ControlPlane:
-    """The shared API server, and its authority to issue certificates of a node and its callers."""
-
-    def __init__(self, cluster: TestCluster) -> None:
-        self._cluster = cluster
-        pki = Pki(cluster.cluster.state.pki)
-        self.kube = cluster.kube
-        self.authority = Authority(existing=Pair(pki.read_certificate(CLUSTER_CA), pki.key(CLUSTER_CA).read_bytes()))
-        self.url = cluster.access.server
-        self.node = self.authority.issue(f"system:node:{NODE}", organizations=["system:nodes"])
-
-    def kubectl(self, *arguments: str) -> list[str]:
-        """argv of a kubectl command as admin."""
-        binary = self._cluster.cluster.binary("kubectl")
-        return [binary, "--kubeconfig", str(self._cluster.admin_kubeconfig), *arguments]
-
-    def place_node(self, port: int) -> None:
-        """The Node object, whose kubelet listens on this port of loopback."""
-        if self.kube.find(api_path("nodes", NODE)) is None:
-            self.kube.create(api_path("nodes"), {"metadata": {"name": NODE}})
-        status = {
-            "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
-            "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
-        }
-        self.kube.patch(api_path("nodes", NODE) + "/status", {"status": status})
-
-    def place_pod(self, pod: dict[str, Any]) -> dict[str, Any]:
-        """Create a pod bound to the node, and give back what the API server made of it."""
-        spec = {**pod["spec"], "nodeName": NODE, "automountServiceAccountToken": False}
-        body = {"metadata": {"name": pod["metadata"]["name"]}, "spec": spec}
-        made = self.kube.create(api_path("pods", namespace="default"), body)
-        return {**made, "status": pod["status"]}
-
-
 @pytest.fixture(scope="module")
 def plane(control_plane_cluster: TestCluster) -> ControlPlane:
-    return ControlPlane(control_plane_cluster)
+    return ControlPlane(control_plane_cluster, NODE)
 
 
 class Kubelet:
@@ -159,7 +123,9 @@ async def test_kubectl_logs_reads_tails_and_follows(kubelet: Kubelet) -> None:
         "",
     )
     following = asyncio.create_task(kubelet.kubectl("logs", "-f", "logs"))
-    await asyncio.sleep(1)
+    async with asyncio.timeout(20):
+        while not kubelet.server._watcher._waiters:  # noqa: ASYNC110 - kubectl takes its time on a busy machine
+            await asyncio.sleep(0.05)
     with path.open("ab") as file:
         file.write(LINE % (3, b"three"))
     pod["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 0}}

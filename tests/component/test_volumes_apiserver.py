@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness.kube import api_path
 from node.kube.base import ForbiddenError, NotFoundError
 from node.kube.client import KubeClient
 from node.kube.kubeconfig import Cluster, Credentials
@@ -19,19 +20,17 @@ from node.pods.environment import EnvironmentBuilder
 from node.settings import NodePaths
 from node.volumes.base import ContainerConfigError, VolumeError
 from node.volumes.manager import VolumeManager
-from tests.component.server_rig import ControlPlane, control_plane
+from tests.clusters import TestCluster
+from tests.component.plane import ControlPlane
 
 pytestmark = pytest.mark.component
 
-PODS = "/api/v1/namespaces/default/pods"
-
 
 @pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    with control_plane(tmp_path_factory.mktemp("plane")) as plane:
-        plane.place_node(10250)
-        plane.call("POST", "/api/v1/namespaces/default/serviceaccounts", {"metadata": {"name": "default"}})
-        yield plane
+def plane(control_plane_cluster: TestCluster) -> ControlPlane:
+    plane = ControlPlane(control_plane_cluster, "volumes-1")
+    plane.place_node(10250)
+    return plane
 
 
 class Node:
@@ -52,8 +51,8 @@ class Node:
         )
 
     async def put(self, kind: str, name: str, **body: Any) -> None:
-        path = f"/api/v1/namespaces/default/{kind}"
-        await asyncio.to_thread(self.plane.call, "POST", path, {"metadata": {"name": name}, **body})
+        path = api_path(kind, namespace="default")
+        await asyncio.to_thread(self.plane.kube.create, path, {"metadata": {"name": name}, **body})
 
     async def bind(
         self, name: str, *volumes: dict[str, Any], env: list[dict[str, Any]] | None = None
@@ -134,7 +133,7 @@ async def test_an_update_of_a_shared_config_map_reaches_both_pods(node: Node) ->
     pods = [await node.bind(f"share-{number}", {"name": "c", "configMap": {"name": "shared"}}) for number in range(2)]
     files = [await node.host(pod, "/v0") / "k" for pod in pods]
     body = {"metadata": {"name": "shared"}, "data": {"k": "2"}}
-    await asyncio.to_thread(node.plane.call, "PUT", "/api/v1/namespaces/default/configmaps/shared", body)
+    await asyncio.to_thread(node.plane.kube.replace, api_path("configmaps", "shared", namespace="default"), body)
     until = time.monotonic() + 10
     while [file.read_text() for file in files] != ["2", "2"]:
         assert time.monotonic() < until, "the watch did not bring the update"
@@ -160,8 +159,8 @@ async def test_a_claim_on_a_local_volume_is_read_by_name(node: Node, tmp_path: P
     await node.put("persistentvolumeclaims", "data", spec=claim)
     with pytest.raises(VolumeError, match="error processing PVC default/data: PVC is not bound"):
         await node.volumes.setup(pod)
-    path = "/api/v1/namespaces/default/persistentvolumeclaims/data"
-    made = await asyncio.to_thread(node.plane.call, "GET", path)
+    path = api_path("persistentvolumeclaims", "data", namespace="default")
+    made = await asyncio.to_thread(node.plane.kube.get, path)
     reference = {"namespace": "default", "name": "data", "uid": made["metadata"]["uid"]}
     volume = {
         "capacity": {"storage": "1Gi"},
@@ -170,9 +169,11 @@ async def test_a_claim_on_a_local_volume_is_read_by_name(node: Node, tmp_path: P
         "hostPath": {"path": str(tmp_path / "disk")},
     }
     body = {"metadata": {"name": "pv-1"}, "spec": volume}
-    await asyncio.to_thread(node.plane.call, "POST", "/api/v1/persistentvolumes", body)
-    made["status"] = {"phase": "Bound"}
-    await asyncio.to_thread(node.plane.call, "PUT", f"{path}/status", made)
+    await asyncio.to_thread(node.plane.kube.create, api_path("persistentvolumes"), body)
+    until = time.monotonic() + 20
+    while (await asyncio.to_thread(node.plane.kube.get, path))["status"].get("phase") != "Bound":
+        assert time.monotonic() < until, "the controller did not bind the claim"
+        await asyncio.sleep(0.1)
     assert await node.host(pod, "/v0") == tmp_path / "disk"
 
 
