@@ -28,7 +28,7 @@ def instances_of(pod: Pod, known: Iterable[ContainerStatus]) -> dict[str, list[C
     """The instances of each container, newest first: those of the runtime, and those that only the status knows."""
     found: dict[str, list[ContainerStatus]] = {}
     for instance in known:
-        found.setdefault(instance.container_name, []).append(instance)
+        found.setdefault(instance.container_name, []).append(_as_told(pod, instance))
     for status in _statuses(pod):
         lost = _from_status(pod, status, {instance.id for instance in found.get(status["name"], ())})
         newest = max((instance.attempt for instance in found.get(status["name"], ())), default=-1)
@@ -46,11 +46,23 @@ def unknown_end(instance: ContainerStatus) -> ContainerStatus:
 
 def known_message(pod: Pod, container_id: str) -> str | None:
     """The message that the status already has for an ended instance; None: it knows nothing of it."""
+    terminated = _told_end(pod, container_id)
+    return None if terminated is None else str(terminated.get("message", ""))
+
+
+def _as_told(pod: Pod, instance: ContainerStatus) -> ContainerStatus:
+    """An end that the runtime has forgotten (its record was not on disk when the power went) but had told."""
+    if instance.reason != _UNKNOWN["reason"] or (terminated := _told_end(pod, instance.id)) is None:
+        return instance
+    return _exited(instance, terminated, started_at_ns=instance.started_at_ns)
+
+
+def _told_end(pod: Pod, container_id: str) -> Mapping[str, Any] | None:
     for status in _statuses(pod):
         for state in (status.get("state") or {}, status.get("lastState") or {}):
-            terminated = state.get("terminated")
+            terminated: Mapping[str, Any] | None = state.get("terminated")
             if terminated and terminated.get("containerID") == ID_PREFIX + container_id:
-                return str(terminated.get("message", ""))
+                return terminated
     return None
 
 

@@ -149,6 +149,19 @@ def test_what_the_status_knows_of_a_lost_container_is_kept() -> None:
     assert instances_of(pod, [newer])["c"] == [newer]
 
 
+def test_an_end_that_was_told_stays_as_it_was_told_when_the_runtime_has_forgotten_it() -> None:
+    """The exit record was not on disk when the machine lost its power."""
+    forgotten = make_instance(state=ContainerState.EXITED, exit_code=137, reason="ContainerStatusUnknown")
+    pod = make_pod()
+    assert instances_of(pod, [forgotten])["c"] == [forgotten]
+    told = {"exitCode": 7, "reason": "Error", "message": "m", "containerID": f"wasmtime://{forgotten.id}"}
+    entry = {"name": "c", "restartCount": 0, "containerID": told["containerID"]}
+    for where in ({"state": {"terminated": told}}, {"state": {"waiting": {}}, "lastState": {"terminated": told}}):
+        pod["status"]["containerStatuses"] = [{**entry, **where}]
+        (found,) = instances_of(pod, [forgotten])["c"]
+        assert (found.exit_code, found.reason, found.message) == (7, "Error", "m")
+
+
 # ---- patches
 
 
