@@ -30,28 +30,26 @@ def run_case(case: Case, stage: Stage, values: Mapping[str, str]) -> float:
     with stage.namespace(f"case-{case.id}") as namespace:
         scratch = Path(values["scratch"]) / namespace
         scratch.mkdir()
-        _Run(case, stage, namespace, {**values, "namespace": namespace, "scratch": str(scratch)}).run()
+        with stage.kube() as kube:
+            _Run(case, stage, kube, namespace, {**values, "namespace": namespace, "scratch": str(scratch)}).run()
     return time.monotonic() - began
 
 
 class _Run:
-    def __init__(self, case: Case, stage: Stage, namespace: str, values: Mapping[str, str]) -> None:
+    def __init__(self, case: Case, stage: Stage, kube: Kube, namespace: str, values: Mapping[str, str]) -> None:
         self.case = case
         self.stage = stage
         self.namespace = namespace
         self.values = values
-        self.kube = stage.kube()
-        self.resources = Resources(self.kube, namespace)
+        self.kube = kube
+        self.resources = Resources(kube, namespace)
 
     def run(self) -> None:
-        try:
-            for number, step in enumerate(self.case.steps, 1):
-                try:
-                    self._step(step)
-                except AssertionError as error:
-                    raise AssertionError(f"step {number}: {error}\n{self._scene()}") from None
-        finally:
-            self.kube.close()
+        for number, step in enumerate(self.case.steps, 1):
+            try:
+                self._step(step)
+            except AssertionError as error:
+                raise AssertionError(f"step {number}: {error}\n{self._scene()}") from None
 
     def _step(self, step: Mapping[str, Any]) -> None:
         within = float(step.get("within") or self.case.within)
@@ -206,11 +204,8 @@ def _log_mismatches(entry: Mapping[str, Any], text: bytes) -> Iterator[str]:
 
 def read_log(stage: Stage, path: str, query: Mapping[str, str]) -> bytes:
     """A container's log as bytes. Raises ApiError with kubelet's message."""
-    kube: Kube = stage.kube()
-    try:
+    with stage.kube() as kube:
         return kube.body(path, timeout_seconds=LOG_TIMEOUT_SECONDS, **query)
-    finally:
-        kube.close()
 
 
 def case_values(guests: Guests, node: KubeObject, scratch: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.errors import ApiError
-from harness.kube import Credentials, Kube, KubeObject, api_path
+from harness.kube import Credentials, Hangup, Kube, KubeObject, api_path
 from harness.resources import Resources
 
 POLL_SECONDS = 0.2
@@ -33,17 +33,28 @@ class Stage:
         self._changed = threading.Condition()
         self._pods: dict[str, dict[str, KubeObject]] = defaultdict(dict)
         self._events: dict[str, dict[str, KubeObject]] = defaultdict(dict)
-        self._closed = threading.Event()
-        for kind, keep in (("pods", self._pods), ("events", self._events)):
-            threading.Thread(target=self._watch, args=(kind, keep), name=f"watch {kind}", daemon=True).start()
+        self._hangup = Hangup()
+        self._threads = [
+            threading.Thread(target=self._watch, args=(kind, keep), name=f"watch {kind}", daemon=True)
+            for kind, keep in (("pods", self._pods), ("events", self._events))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
-        """End the watches (their threads end with the next event, or with the process)."""
-        self._closed.set()
+        """End the watches."""
+        self._hangup.end()
+        for thread in self._threads:
+            thread.join(15)
 
-    def kube(self) -> Kube:
+    @contextlib.contextmanager
+    def kube(self) -> Iterator[Kube]:
         """A client of one's own: one connection serves one thread at a time."""
-        return Kube(self._credentials)
+        kube = Kube(self._credentials)
+        try:
+            yield kube
+        finally:
+            kube.close()
 
     # --- what is there ---------------------------------------------------------------------------------------------
 
@@ -81,19 +92,17 @@ class Stage:
     @contextlib.contextmanager
     def namespace(self, prefix: str) -> Iterator[str]:
         """A namespace of one's own, deleted afterwards; nobody waits for that."""
-        kube = self.kube()
         name = f"{prefix[:50].rstrip('-')}-{secrets.token_hex(3)}"
-        kube.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+        with self.kube() as kube:
+            kube.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
         try:
             yield name
         finally:
             # The pods first: the namespace controller takes its time, and a failing probe writes events until then.
-            with contextlib.suppress(ApiError):
-                body = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 1}
-                kube.request("DELETE", api_path("pods", namespace=name), body=body)
-            with contextlib.suppress(ApiError):
-                kube.delete(api_path("namespaces", name))
-            kube.close()
+            body = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 1}
+            for path in (api_path("pods", namespace=name), api_path("namespaces", name)):
+                with contextlib.suppress(ApiError), self.kube() as kube:
+                    kube.request("DELETE", path, body=body)
 
     def create(self, kube: Kube, namespace: str, obj: KubeObject) -> KubeObject:
         """Create an object; a pod waits until the namespace has its ServiceAccount."""
@@ -112,25 +121,20 @@ class Stage:
 
     def _watch(self, kind: str, keep: dict[str, dict[str, KubeObject]]) -> None:
         path = f"/api/v1/{kind}"
-        while not self._closed.is_set():
-            try:
-                kube = self.kube()
+        while not self._hangup.done:
+            with contextlib.suppress(ApiError), self.kube() as kube:
                 listed = kube.get(path)
                 with self._changed:
                     keep.clear()
                     for item in listed.get("items") or []:
                         keep[item["metadata"]["namespace"]][item["metadata"]["name"]] = item
                     self._changed.notify_all()
-                kube.close()
-                version = str(listed["metadata"]["resourceVersion"])
-                with kube.watch(path, timeout_seconds=3600, idle_seconds=3700.0, resourceVersion=version) as changes:
+                version = {"resourceVersion": str(listed["metadata"]["resourceVersion"])}
+                with kube.watch(path, self._hangup, timeout_seconds=3600, idle_seconds=3700.0, **version) as changes:
                     for change in changes:
-                        if self._closed.is_set():
-                            return
                         if not self._learn(change, keep):
                             break
-            except ApiError:
-                time.sleep(0.5)
+            time.sleep(0.2)
 
     def _learn(self, change: Mapping[str, Any], keep: dict[str, dict[str, KubeObject]]) -> bool:
         if change["type"] == "BOOKMARK":
