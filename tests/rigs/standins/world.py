@@ -70,6 +70,8 @@ class World:
         """``base`` with launchers of these tools before everything else on PATH."""
         bin_folder = self.folder / "bin"
         bin_folder.mkdir(exist_ok=True)
+        for old in bin_folder.iterdir():
+            old.unlink()
         for tool in tools:
             launcher = bin_folder / tool
             launcher.write_text(
