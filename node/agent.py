@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from node import instance
+from node.runtime.linux import start_time
 from node.settings import NodeSettings
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ class _Agent:
         pid = os.getpid()
         record = instance.AgentRecord(
             pid=pid,
-            start_time=instance.start_time(pid) or 0,
+            start_time=start_time(pid) or 0,
             node_name=self._settings.node_name,
             address=self._settings.bind_address or registration.address,
             port=server.port or 0,
@@ -337,7 +338,7 @@ class _Agent:
         target = self._kubeconfig_copy
         if target is None:
             return
-        from node.certificates_store import write_private
+        from node.files import write_private
         from node.kube.kubeconfig import is_node_kubeconfig
 
         data = (self._settings.paths.data / "kubeconfig").read_bytes()

@@ -40,8 +40,8 @@ from node.certificates_store import (
     make_folder,
     save_pair,
     self_signed,
-    write_private,
 )
+from node.files import write_private
 from node.kube.base import ApiStatusError, ApiUnavailableError, KubeError
 from node.kube.client import KubeClient
 from node.kube.kubeconfig import (

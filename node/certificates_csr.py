@@ -36,8 +36,8 @@ from node.certificates_store import (
     key_to_pem,
     make_pair,
     new_key,
-    write_private,
 )
+from node.files import write_private
 from node.kube.base import ApiStatusError, Kube, KubeObject
 
 logger = logging.getLogger(__name__)

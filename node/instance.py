@@ -15,7 +15,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from node.certificates_store import make_folder, write_private
+from node.certificates_store import make_folder
+from node.files import write_private
+from node.runtime.linux import start_time
 
 _LOCK_NAME = "agent.lock"
 _RECORD_NAME = "agent.json"
@@ -97,16 +99,6 @@ def read(data: Path) -> AgentRecord | None:
 def remove(data: Path) -> None:
     """The agent ends in good order."""
     (data / _RECORD_NAME).unlink(missing_ok=True)
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None: no such process, or one that is only to be reaped."""
-    try:
-        # The name, in parentheses, may itself hold spaces and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def stop(record: AgentRecord, *, grace_seconds: float, kill_seconds: float = 2.0) -> bool:

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from node.files import write_private
 from node.runtime import linux
-from node.runtime.records import write_durably
 
 POINTER_NAME = "supervisor.json"
 FOLDER_NAME = "supervisors"
@@ -68,8 +68,8 @@ def read_pointer(path: Path) -> Pointer | None:
 def write_pointer(data: Path, pointer: Pointer) -> None:
     """Publish a supervisor as the current one. Raises OSError."""
     body = json.dumps(asdict(pointer)).encode()
-    write_durably(data / FOLDER_NAME / f"{pointer.pid}.json", body)
-    write_durably(data / POINTER_NAME, body)
+    write_private(data / FOLDER_NAME / f"{pointer.pid}.json", body)
+    write_private(data / POINTER_NAME, body)
 
 
 def pointers(data: Path) -> Iterator[tuple[Path, Pointer]]:

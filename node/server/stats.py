@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from node import machine
+from node.runtime import linux
 from node.runtime.protocol import ContainerState, ContainerStatus, Runtime
 from node.server.pods import PodSource, full_name
 from node.settings import NodeSettings
@@ -113,7 +114,7 @@ class UsageReader:
                 usage = usages.get(status.id)
                 if usage is None:
                     continue
-                rss = resident_bytes(status.pid)
+                rss = linux.resident_bytes(status.pid) if status.pid is not None else 0
                 by_uid.setdefault(status.pod_uid, []).append(
                     ContainerSample(
                         status=status,
@@ -243,7 +244,7 @@ class SummaryView:
                     "name": "kubelet",
                     "startTime": self._started,
                     "cpu": {"time": moment, "usageCoreNanoSeconds": agent_ns},
-                    "memory": _memory(moment, resident_bytes(os.getpid())),
+                    "memory": _memory(moment, linux.resident_bytes(os.getpid())),
                 },
                 {
                     "name": "pods",
@@ -319,17 +320,6 @@ class SummaryView:
 def rfc3339(nanoseconds: int) -> str:
     """metav1.Time: UTC, whole seconds."""
     return datetime.fromtimestamp(nanoseconds // _BILLION, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def resident_bytes(pid: int | None) -> int:
-    """VmRSS of a process; 0 when it is gone."""
-    if pid is None:
-        return 0
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu(moment: str, nanocores: int, nanoseconds: int) -> dict[str, Any]:

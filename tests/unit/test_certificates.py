@@ -26,8 +26,8 @@ from node.certificates_store import (
     new_key,
     save_pair,
     self_signed,
-    write_private,
 )
+from node.files import write_private
 from node.kube.base import ApiStatusError
 from node.kube.client import KubeClient
 from tests.unit.certificates_rig import FakeCluster, fake_cluster
@@ -438,7 +438,7 @@ def test_a_private_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, mon
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("node.certificates_store.os.fsync", fail)
+    monkeypatch.setattr("node.files.os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
         write_private(path, b"new")
     assert path.read_bytes() == b"old"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from node import instance
 from node.commandline import RunCommand, ShutdownCommand, UsageError, parse
 from node.instance import AgentRecord, AlreadyRunningError, ForeignFolderError
+from node.runtime.linux import start_time
 from node.settings import NodeSettings
 from node.shutdown import shutdown
 
@@ -287,7 +288,7 @@ def stubborn() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def record_of(process: subprocess.Popen[bytes]) -> AgentRecord:
-    started = instance.start_time(process.pid)
+    started = start_time(process.pid)
     assert started is not None
     return AgentRecord(pid=process.pid, start_time=started, node_name="n", address="", port=0)
 
@@ -309,7 +310,7 @@ def test_a_reused_pid_is_never_killed(stubborn: subprocess.Popen[bytes]) -> None
 def test_a_process_that_only_waits_to_be_reaped_counts_as_gone() -> None:
     process = subprocess.Popen([sys.executable, "-P", "-c", ""])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert instance.start_time(process.pid) is None
+    assert start_time(process.pid) is None
     process.wait()
 
 
