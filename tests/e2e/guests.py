@@ -1,6 +1,6 @@
 """Images for end-to-end tests, by name: pushed once a session into the registry of the cluster.
 
-``toolbox`` (``guests/toolbox``) does what its arguments say and is what most cases run, here in each of the layouts.
+``toolbox`` (``tests/e2e/toolbox``) does what its arguments say and is what most cases run, here in each of the layouts.
 The others are what an image must not be, or must be in a way that no tool of ours writes: an index, a Linux image, a
 module without an entry point.
 """
@@ -31,7 +31,7 @@ from harness.services import private_registry
 from node.images import mediatypes
 from tests.unit.runtime_guests import component_guest
 
-FOLDER = Path(__file__).parent / "guests"
+FOLDER = Path(__file__).parent
 
 
 @dataclass
@@ -128,7 +128,7 @@ def push_guests(cluster: Cluster, registry: str) -> Guests:
 
 
 def build_toolbox() -> bytes:
-    """The module of ``guests/toolbox``."""
+    """The module of ``tests/e2e/toolbox``."""
     return build(find_app(str(FOLDER / "toolbox")), say=lambda _: None, environ=os.environ).module.read_bytes()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from harness.errors import ApiError
 from harness.kube import Kube, KubeObject, api_path
 from harness.resources import Resources
-from tests.e2e.cases import Case, filled, whole_object
+from tests.e2e.casefiles import Case, filled, whole_object
 from tests.e2e.guests import Guests
 from tests.e2e.matching import mismatches
 from tests.e2e.stage import POLL_SECONDS, Stage

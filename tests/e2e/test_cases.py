@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.clusters import TestCluster
-from tests.e2e.cases import Case, load
+from tests.e2e.casefiles import Case, load
 from tests.e2e.guests import push_guests
 from tests.e2e.runner import case_values, run_case
 from tests.e2e.stage import Stage
