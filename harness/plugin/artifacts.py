@@ -46,10 +46,10 @@ def gather(scene: Scene, root: Path, test: str, report: str) -> Path:
     for name, lines in (("events.txt", _events(scene)), ("cluster.txt", _cluster(scene))):
         (folder / name).write_text("".join(f"{line}\n" for line in _tried(lines, problems)))
     for pod in _tried(_items(scene, "pods"), problems):
-        _write_yaml(folder / "pods" / f"{pod['metadata']['name']}.yaml", pod)
+        _write_yaml(folder / "pods" / f"{pod['metadata']['name']}.yaml", "Pod", pod)
         _logs(scene, pod, folder / "logs", problems)
     for node in _tried(_wasm_nodes(scene), problems):
-        _write_yaml(folder / "nodes" / f"{node['metadata']['name']}.yaml", node)
+        _write_yaml(folder / "nodes" / f"{node['metadata']['name']}.yaml", "Node", node)
     for name, log in scene.cluster.node_logs.items():
         _tail(log, folder / "nodes" / f"{name}.log", problems)
     if problems:
@@ -125,12 +125,14 @@ def _ran(entry: KubeObject, key: str) -> bool:
     return state.get("running") is not None or state.get("terminated") is not None
 
 
-def _write_yaml(file: Path, obj: KubeObject) -> None:
+def _write_yaml(file: Path, kind: str, obj: KubeObject) -> None:
     import yaml
 
     dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     metadata = {key: value for key, value in obj["metadata"].items() if key != "managedFields"}
-    file.write_text(yaml.dump({**obj, "metadata": metadata}, Dumper=dumper, sort_keys=False))
+    file.write_text(
+        yaml.dump({"apiVersion": "v1", "kind": kind, **obj, "metadata": metadata}, Dumper=dumper, sort_keys=False)
+    )
 
 
 def _tail(source: Path, target: Path, problems: list[str]) -> None:

@@ -111,7 +111,7 @@ class Users:
     @classmethod
     def of(cls, settings: Settings) -> Users:
         """Of the cluster that settings name."""
-        return cls(settings.state_root / ".pytest" / f"{settings.name}.json")
+        return cls(settings.state_root / f".pytest-{settings.name}.json")
 
     @contextlib.contextmanager
     def locked(self, *, timeout_seconds: float = LOCK_TIMEOUT_SECONDS) -> Iterator[dict[str, Any]]:

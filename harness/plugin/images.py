@@ -52,7 +52,8 @@ class Images:
             path = (folder / Path(given).expanduser()).resolve()
             if path.exists():
                 return path
-        return (self._folders[0] / given).resolve()
+        # Neither: what a bare word names that is nowhere was meant as a sample's name, and is refused as one.
+        return (self._folders[0] / given).resolve() if "/" in given or given.endswith(".wasm") else None
 
     def _push(self, given: str, place: Path | None) -> str:
         from harness.artifact import layout_named, make_artifact

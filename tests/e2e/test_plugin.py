@@ -194,7 +194,7 @@ def test_what_is_no_app_is_said_with_what_there_is(project: Project) -> None:
 
 
 def test_one_failure_among_workers_leaves_the_others_alone(project: Project) -> None:
-    project.write("import pytest\n" + HELLO.replace("(wasm", "(n, wasm").replace(
+    project.write("import pytest\n" + HELLO.replace("(wasm_app, run", "(n, wasm_app, run").replace(
         "def test_hello", '@pytest.mark.parametrize("n", range(6))\ndef test_hello') + FAILING)  # fmt: skip
     done = project.pytest("-n", "2", "--wasilet-report", "report.html")
     assert done.returncode == 1
@@ -235,13 +235,13 @@ def test_the_template_of_new_passes_its_own_test(project: Project) -> None:
 
 def test_a_cluster_of_its_own_is_shared_by_workers_and_gone_afterwards(project: Project) -> None:
     with temporary_settings("shared") as settings:
-        project.write("import pytest\n" + HELLO.replace("(wasm", "(n, wasm").replace(
+        project.write("import pytest\n" + HELLO.replace("(wasm_app, run", "(n, wasm_app, run").replace(
             "def test_hello", '@pytest.mark.parametrize("n", range(4))\ndef test_hello'))  # fmt: skip
         state = settings.environ["WASILET_STATE_HOME"]
         kubeconfig = Path(settings.environ["KUBECONFIG"])
         passed(project.pytest("-n", "2", WASILET_STATE_HOME=state, WASILET_NAME="shared", KUBECONFIG=str(kubeconfig)))
         assert not (Path(state) / "shared").exists()
-        assert not list((Path(state) / ".pytest").glob("*.json"))
+        assert not list(Path(state).glob(".pytest-*.json"))
         assert not kubeconfig.exists(), "the user's kubeconfig is left alone"
 
 

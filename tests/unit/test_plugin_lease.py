@@ -184,7 +184,6 @@ def test_a_failed_up_says_which_step_failed_and_what_to_type(machine: Machine) -
 def test_a_damaged_file_makes_nothing_be_removed(machine: Machine) -> None:
     machine.start()
     users = Users.of(machine.wish.settings())
-    users.path.parent.mkdir()
     users.path.write_text("{")
     join(machine.wish, me())
     leave(machine.wish, me())
