@@ -50,9 +50,9 @@ class LineFramer:
         return out
 
     def finish(self, timestamp: bytes) -> bytes:
-        """The last line, if it had no end."""
+        """The last line, if it had no end: a part, as containerd has it, so that no reader adds an end to it."""
         rest, self._pending = self._pending, b""
-        return timestamp + self._full + rest + b"\n" if rest else b""
+        return timestamp + self._partial + rest + b"\n" if rest else b""
 
     def _lines(self, data: bytes, timestamp: bytes) -> bytes:
         prefix = timestamp + self._full
