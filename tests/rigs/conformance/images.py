@@ -1,0 +1,95 @@
+"""The images that the tests ask for, in a local registry: one wasm module under the names of Linux images.
+
+Each keeps its original's entrypoint, because the module looks at ``argv[0]`` as busybox does, and because tests of
+``command`` and ``args`` look at it too. An image that is not listed is not there, and its tests fail with a pull error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from harness import process
+from harness.artifact import Artifact, Blob
+from harness.build import build
+from harness.push import push, reference_named
+from harness.samples import find_app
+from node.images import mediatypes
+from tests.rigs.conformance.suite import HERE, Suite
+
+REPOSITORY = "e2e"
+_LIST_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Image:
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+
+
+_IMAGES: Mapping[str, _Image] = {
+    "agnhost": _Image(("/agnhost",), ("pause",)),
+    "busybox": _Image(cmd=("sh",)),
+    "httpd": _Image(cmd=("httpd",)),
+    "kitten": _Image(cmd=("kitten",)),
+    "nautilus": _Image(cmd=("nautilus",)),
+    "nginx": _Image(cmd=("nginx",)),
+    "nonroot": _Image(cmd=("id",)),
+    "pause": _Image(("/pause",)),
+    "perl": _Image(cmd=("perl",)),
+    "resource-consumer": _Image(("/resource-consumer",)),
+}
+
+
+def repositories(registry: str) -> str:
+    """The file of ``KUBE_TEST_REPO_LIST``: every registry of the tests is ``registry``, but the one that must not
+    exist, and those of images with a login, which stay what they are."""
+    names = ("promoterE2eRegistry", "buildImageRegistry", "gcEtcdRegistry", "gcRegistry", "sigStorageRegistry")
+    more = ("dockerLibraryRegistry", "cloudProviderGcpRegistry")
+    return yaml.safe_dump(dict.fromkeys((*names, *more), f"{registry}/{REPOSITORY}"))
+
+
+def push_images(suite: Suite, registry: str, repository_list: Path, *, say: Callable[[str], None]) -> list[str]:
+    """Build the stand-in and push it as every image that the tests name and that it can be. Raises HarnessError."""
+    module = build(find_app(str(HERE / "standin")), say=say, environ=os.environ).module.read_bytes()
+    listed = process.run(
+        [suite.tests, "--list-images"],
+        timeout_seconds=_LIST_TIMEOUT_SECONDS,
+        env={**os.environ, "KUBE_TEST_REPO_LIST": str(repository_list)},
+    ).stdout.split()
+    pushed = []
+    for reference in listed:
+        image = _IMAGES.get(reference.rpartition("/")[2].partition(":")[0])
+        if image is not None and reference.startswith(f"{registry}/{REPOSITORY}/"):
+            push(_artifact(module, image), reference_named(reference))
+            pushed.append(reference)
+    return pushed
+
+
+def _artifact(module: bytes, image: _Image) -> Artifact:
+    """runwasi's layout: an image config, which names entrypoint and command, around a wasm layer."""
+    layer = Blob(
+        media_type=mediatypes.RUNWASI_LAYER,
+        data=module,
+        annotations=((mediatypes.TITLE_ANNOTATION, "standin.wasm"),),
+    )
+    document = {
+        "architecture": "wasm",
+        "os": "wasi",
+        "config": {"Entrypoint": list(image.entrypoint), "Cmd": list(image.cmd)},
+        "rootfs": {"type": "layers", "diff_ids": [layer.digest]},
+    }
+    config = Blob(media_type=mediatypes.OCI_CONFIG, data=json.dumps(document, sort_keys=True).encode())
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": mediatypes.OCI_MANIFEST,
+        "config": config.descriptor(),
+        "layers": [layer.descriptor()],
+    }
+    data = json.dumps(manifest, sort_keys=True).encode()
+    return Artifact(manifest=Blob(media_type=mediatypes.OCI_MANIFEST, data=data), config=config, layer=layer)

@@ -1,0 +1,158 @@
+"""What a run of the suite showed, from ginkgo's JSON report, and the page that tells it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.rigs.conformance.suite import HERE, VERSION
+
+_INTRODUCTION = """\
+Made by `./run test -m slow tests/e2e/test_conformance.py`: the end-to-end tests of Kubernetes {version}, as they are,
+those labelled Conformance or NodeConformance, on a cluster whose only node is a wasm node. The images they ask for
+(agnhost, busybox, pause, nginx...) are one [wasm module](../tests/rigs/conformance/standin) that stands in for them.
+What a module cannot do is left out by name, each with its reason, in
+[selection.yaml](../tests/rigs/conformance/selection.yaml); a stand-in never claims what it did not do.
+"""
+_GROUP = re.compile(r"\[(sig-[a-z-]+)\] ")
+_MARKS = re.compile(r" \[(?:Conformance|NodeConformance|LinuxOnly)\]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """Tests that a wasm node cannot pass, and why."""
+
+    reason: str
+    tests: tuple[str, ...]
+    """Parts of full names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which tests are run: ``selection.yaml``."""
+
+    labels: str
+    groups: tuple[str, ...]
+    skips: tuple[Skip, ...]
+
+    @classmethod
+    def load(cls, path: Path = HERE / "selection.yaml") -> Selection:
+        """Raises OSError, KeyError."""
+        data = yaml.safe_load(path.read_text())
+        skips = tuple(Skip(reason=skip["reason"], tests=tuple(skip["tests"])) for skip in data["skips"])
+        return cls(labels=data["labels"], groups=tuple(data["groups"]), skips=skips)
+
+    def reason(self, name: str) -> str:
+        """Why a test is not run; empty when it is."""
+        return next((skip.reason for skip in self.skips if any(part in name for part in skip.tests)), "")
+
+    def stale(self, names: Sequence[str]) -> list[str]:
+        """Parts of names that match no test: a misspelt one would skip nothing, unseen."""
+        parts = [part for skip in self.skips for part in skip.tests]
+        return [part for part in parts if not any(part in name for name in names)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One test. ``state``: passed, failed, skipped (by the test itself) or excluded (by the selection)."""
+
+    name: str
+    state: str
+    seconds: float = 0.0
+    why: str = ""
+
+    @property
+    def group(self) -> str:
+        """``sig-node`` and the like."""
+        found = _GROUP.match(self.name)
+        return found.group(1) if found else "other"
+
+    @property
+    def title(self) -> str:
+        """The name without the group and without what all share."""
+        return _MARKS.sub("", _GROUP.sub("", self.name)).strip()
+
+
+def read(path: Path, selection: Selection) -> list[Result]:
+    """The results of the tests that ``selection`` speaks of. Raises OSError, ValueError."""
+    found: dict[str, Result] = {}
+    for suite in json.loads(path.read_text()):
+        for spec in suite.get("SpecReports") or []:
+            if spec["LeafNodeType"] == "It" and (result := _result(spec, selection)) is not None:
+                found[result.name] = result
+    return sorted(found.values(), key=lambda result: result.name)
+
+
+def _result(spec: Mapping[str, Any], selection: Selection) -> Result | None:
+    name = " ".join([*(spec.get("ContainerHierarchyTexts") or []), spec["LeafNodeText"]])
+    labels = {label for found in spec.get("ContainerHierarchyLabels") or [] for label in found or []}
+    labels |= set(spec.get("LeafNodeLabels") or [])
+    group = _GROUP.match(name)
+    if group is None or group.group(1) not in selection.groups or not labels & {"Conformance", "NodeConformance"}:
+        return None
+    seconds = spec.get("RunTime", 0) / 1e9
+    state, failure = spec["State"], spec.get("Failure") or {}
+    message = " ".join(str(failure.get("Message", "")).split())[:400]
+    if state == "passed":
+        return Result(name=name, state="passed", seconds=seconds)
+    if state == "skipped" and message:
+        return Result(name=name, state="skipped", why=message)
+    if state in {"skipped", "pending"}:
+        reason = selection.reason(name)
+        return Result(name=name, state="excluded", why=reason) if reason else None
+    return Result(name=name, state="failed", seconds=seconds, why=message or state)
+
+
+def failures(results: Sequence[Result]) -> list[Result]:
+    """Those that were to pass and did not."""
+    return [result for result in results if result.state == "failed"]
+
+
+def page(results: Sequence[Result]) -> str:
+    """``docs/conformance.md``."""
+    return "\n".join(_lines(results)) + "\n"
+
+
+def _lines(results: Sequence[Result]) -> Iterator[str]:
+    states = ("passed", "failed", "skipped", "excluded")
+    counts = Counter((result.group, result.state) for result in results)
+    groups = sorted({result.group for result in results})
+    yield "# Kubernetes' own tests on a Wasilet node"
+    yield ""
+    yield from _INTRODUCTION.format(version=VERSION).splitlines()
+    yield ""
+    yield "| group | passed | failed | skipped by the test | cannot be for wasm |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for group in groups:
+        yield f"| {group} | " + " | ".join(str(counts[group, state]) for state in states) + " |"
+    totals = [sum(counts[group, state] for group in groups) for state in states]
+    yield "| **all** | " + " | ".join(f"**{total}**" for total in totals) + " |"
+    for heading, state in (("Failed", "failed"), ("Skipped by the test itself", "skipped")):
+        chosen = [result for result in results if result.state == state]
+        if chosen:
+            yield from ("", f"## {heading}", "")
+            yield from (f"- {result.group}: {result.title} ({_cell(result.why)})" for result in chosen)
+    yield from ("", "## What cannot be for wasm", "")
+    by_reason: dict[str, list[Result]] = {}
+    for result in results:
+        if result.state == "excluded":
+            by_reason.setdefault(result.why, []).append(result)
+    for reason, chosen in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        yield f"**{reason}** ({len(chosen)})"
+        yield ""
+        yield from (f"- {result.group}: {result.title}" for result in chosen)
+        yield ""
+    yield from ("## Passed", "")
+    yield from (f"- {result.group}: {result.title}" for result in results if result.state == "passed")
+
+
+def _cell(text: str) -> str:
+    """Text of a failure without what Markdown or HTML would take for its own."""
+    return re.sub(r"[<>`*_|\[\]]", " ", text)[:200].strip()

@@ -1,0 +1,107 @@
+"""Runs Kubernetes' end-to-end tests against a cluster of Wasilet's.
+
+``PYTHONPATH=. python -P -m tests.rigs.conformance.run`` brings up a cluster of its own and runs all that
+``selection.yaml`` selects; ``--focus`` takes part of it, ``--cluster`` a cluster that runs already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from harness import process
+from harness.controlplane.acquire import acquire as acquire_binaries
+from harness.settings import cache_root, load
+from harness.status import status
+from harness.up import open_cluster
+from tests.clusters import TestCluster, whole_cluster
+from tests.rigs.conformance import images, report, suite
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs" / "conformance.md"
+LIMIT_SECONDS = 3 * 3600.0
+
+
+def run(
+    cluster: TestCluster, *, folder: Path, focus: Sequence[str] = (), procs: int = 2, say: Callable[[str], None]
+) -> list[report.Result]:
+    """Run the selection, or the part of it whose names match one of ``focus``; logs and reports go to ``folder``.
+    Raises HarnessError when the suite cannot be had or did not run."""
+    selection = report.Selection.load()
+    programs = suite.acquire(cache=cache_root(), say=say)
+    kubectl = acquire_binaries(["kubectl"], cache=cache_root(), environ=os.environ, progress=say)["kubectl"]
+    registry = str(cluster.status()["registry"])
+    repository_list = folder / "repositories.yaml"
+    repository_list.write_text(images.repositories(registry))
+    pushed = images.push_images(programs, registry, repository_list, say=say)
+    say(f"{len(pushed)} images in {registry}; the log is {folder / 'log'}")
+    skips = [re.escape(part) for skip in selection.skips for part in skip.tests]
+    argv: list[str | Path] = [
+        *(programs.ginkgo, f"--procs={procs}", "--no-color", f"--label-filter={selection.labels}"),
+        *(f"--output-dir={folder}", "--json-report=report.json", f"--timeout={LIMIT_SECONDS:.0f}s", "-v"),
+        *(f"--focus={words}" for words in focus or [rf"^\[({'|'.join(selection.groups)})\]"]),
+        *(f"--skip={words}" for words in skips),
+        *(programs.tests, "--", f"--kubeconfig={cluster.admin_kubeconfig}", f"--kubectl-path={kubectl.path}"),
+        *("--provider=skeleton", "--num-nodes=1", "--node-os-distro=custom", "--node-os-arch=custom"),
+        *("--dump-logs-on-failure=false", "--minStartupPods=0", f"--e2e-output-dir={folder}"),
+    ]
+    with (folder / "log").open("w") as log:
+
+        def on_line(line: str) -> None:
+            log.write(line + "\n")
+            if re.match(r"• |\S*\[(FAIL|PANIC|TIMEDOUT)", line):
+                say(line)
+
+        process.run(
+            argv,
+            cwd=folder,
+            env={**os.environ, "KUBE_TEST_REPO_LIST": str(repository_list)},
+            timeout_seconds=LIMIT_SECONDS + 600,
+            check=False,
+            on_line=on_line,
+        )
+    return report.read(folder / "report.json", selection)
+
+
+@contextlib.contextmanager
+def _running(name: str) -> Iterator[TestCluster]:
+    settings = load(environ=os.environ, name=name)
+    status(settings)
+    with open_cluster(settings) as cluster:
+        yield TestCluster(settings, cluster)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="conformance", description=__doc__)
+    parser.add_argument("--focus", action="append", default=[], help="regular expression of names; repeatable")
+    parser.add_argument("--procs", type=int, default=2, help="how many tests run at a time")
+    parser.add_argument("--cluster", default="", help="the name of a cluster that runs; without, one is made")
+    parser.add_argument("--folder", type=Path, help="where log and report go")
+    parser.add_argument("--page", action="store_true", help="write docs/conformance.md")
+    options = parser.parse_args()
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="wasilet-conformance-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _running(options.cluster) if options.cluster else whole_cluster("conformance") as cluster:
+        results = run(cluster, folder=folder.absolute(), focus=options.focus, procs=options.procs, say=say)
+    if options.page:
+        PAGE.write_text(report.page(results))
+    failed = report.failures(results)
+    for result in failed:
+        say(f"FAILED {result.name}: {result.why}")
+    say(f"{sum(result.state == 'passed' for result in results)} passed, {len(failed)} failed; see {folder}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
