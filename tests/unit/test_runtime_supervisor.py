@@ -127,7 +127,7 @@ async def test_a_trap_is_134_with_its_message_and_the_output_before_it(rig: Rig)
 
 async def test_output_without_a_line_end_is_not_lost(rig: Rig) -> None:
     status = await rig.run(guest(say("no end") + "(call $proc_exit (i32.const 3))", text="no end"))
-    assert Path(status.log_path).read_text().endswith(" stdout F no end\n")
+    assert Path(status.log_path).read_text().endswith(" stdout P no end\n")
 
 
 async def test_both_streams_are_kept_apart(rig: Rig) -> None:
