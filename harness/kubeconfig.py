@@ -101,7 +101,7 @@ def read_config(path: Path) -> KubeObject:
 
     try:
         data = load_yaml(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise StateError(f"cannot read kubeconfig {path}: {error.strerror}") from error
@@ -112,6 +112,24 @@ def read_config(path: Path) -> KubeObject:
     if not isinstance(data, dict) or not all(isinstance(data.get(s) or [], list) for s in SECTIONS):
         raise StateError(f"{path} is no kubeconfig", hint="mend it, or use --kubeconfig PATH")
     return data
+
+
+def check_changeable(path: Path) -> None:
+    """Raise StateError when a kubeconfig could not be changed: it is damaged, or cannot be written where it is."""
+    if path.is_dir():
+        raise StateError(f"{path} is a folder, not a kubeconfig", hint="use --kubeconfig PATH")
+    target = path.resolve() if path.is_symlink() else path
+    read_config(path)
+    # A symbolic link's lock stands beside the link, and the file is replaced where it really is.
+    for folder in {path.parent, target.parent}:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if not there.is_dir():
+            raise StateError(f"cannot write kubeconfig {path}: {there} is no folder", hint="use --kubeconfig PATH")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise StateError(
+                f"cannot write kubeconfig {path}: {there} is not yours to write to, or is read-only",
+                hint="use --kubeconfig PATH",
+            )
 
 
 def holds(path: Path, ours: KubeObject) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.console import Reporter, SilentReporter
-from harness.errors import CancelledError, CommandError, ComponentError, HarnessError
+from harness.errors import CancelledError, CommandError, ComponentError, HarnessError, PortTakenError
 from harness.process import cancelled_by, tail_of
 
 GIVE_UP_SECONDS = 10.0
@@ -322,7 +322,8 @@ def _failed(step: Step, error: HarnessError, diff: tuple[str, ...]) -> Outcome:
         log, tail = error.log or log, error.tail
     elif isinstance(error, CommandError):
         tail = error.tail
-    if log is not None and not log.exists():
+    if log is not None and (not log.exists() or isinstance(error, PortTakenError)):
+        # Nothing was started: what the log says is about an earlier run.
         log = None
     if log is not None and not tail and not isinstance(error, CancelledError):
         tail = tail_of(log)

@@ -288,12 +288,15 @@ def last_lines(text: str, count: int = TAIL_LINES) -> tuple[str, ...]:
     return tuple(deque((line for line in text.splitlines() if line.strip()), maxlen=count))
 
 
-def tail_of(path: Path, count: int = TAIL_LINES, *, limit_bytes: int = 65536) -> tuple[str, ...]:
-    """The last lines of a log file; empty when there is none."""
+def tail_of(path: Path, count: int = TAIL_LINES, *, limit_bytes: int = 65536, start_bytes: int = 0) -> tuple[str, ...]:
+    """The last lines of a log file, but for its first ``start_bytes`` (an earlier process's); empty when there is
+    none."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - limit_bytes))
+            size = file.tell()
+            # A log that is shorter than it was has been rotated since.
+            file.seek(max(start_bytes if start_bytes <= size else 0, size - limit_bytes))
             return last_lines(file.read().decode(errors="replace"), count)
     except OSError:
         return ()

@@ -55,6 +55,9 @@ class ComponentRecord:
     argv_digest: str
     """SHA-256 of the command line and configuration it was started with: another one means a restart."""
 
+    log_start_bytes: int = 0
+    """How long the log was before: what precedes is an earlier process's."""
+
 
 class State:
     """The folder of one cluster. Nothing is made before :meth:`create`."""
@@ -167,6 +170,7 @@ class State:
                 process=ProcessRecord.from_json(data["process"]),
                 log=Path(data["log"]),
                 argv_digest=str(data["argv_digest"]),
+                log_start_bytes=int(data.get("log_start_bytes", 0)),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -184,7 +188,12 @@ class State:
         self.create()
         write_json(
             self.run / f"{record.name}.json",
-            {"process": record.process.to_json(), "log": str(record.log), "argv_digest": record.argv_digest},
+            {
+                "process": record.process.to_json(),
+                "log": str(record.log),
+                "argv_digest": record.argv_digest,
+                "log_start_bytes": record.log_start_bytes,
+            },
         )
 
     def forget(self, component: str) -> None:

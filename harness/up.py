@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.controlplane.components import Component, component_step
-from harness.errors import ApiError, ComponentError, UsageError, WaitTimeoutError
+from harness.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
 from harness.join import door_steps, doors
 from harness.kube import Kube, KubeObject, api_path
 from harness.local_registry import COMPONENT as REGISTRY
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 APPROVER = "approver"
 RBAC_STEP = "RBAC"
 TOKEN_STEP = "bootstrap token"  # noqa: S105  (a step's name)
+NEEDED_BYTES = 250_000_000
+"""Of disk for a new control plane: etcd alone reserves two files of 64 MB for its log."""
 NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovider.kubernetes.io/uninitialized"})
 
 
@@ -53,6 +56,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
         detection = cluster.provider.detect(settings)
         if not detection.usable:
             raise UsageError(f"provider {settings.provider!r} cannot be used: {detection.detail}", hint=detection.hint)
+        _check_places(cluster)
         play = Play(f"up {settings.name} ({settings.provider})", steps(cluster))
         if check:
             return play.run(reporter=reporter, check=True)
@@ -62,7 +66,32 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
             say=lambda line: reporter.step_progress("lock", line),
             what="invoke up",
         ):
-            return play.run(reporter=reporter)
+            try:
+                return play.run(reporter=reporter)
+            finally:
+                if not cluster.state.exists():
+                    # The very first step failed: there is no cluster, so there is no folder of one.
+                    cluster.state.remove()
+
+
+def _check_places(cluster: Cluster) -> None:
+    """Refuse what would fail half-way: a kubeconfig that cannot be changed, a disk that is (nearly) full. Raises
+    StateError."""
+    from harness import kubeconfig as files
+
+    settings, state = cluster.settings, cluster.state
+    if not _kubeconfig_is_right(cluster):
+        files.check_changeable(_kubeconfig_place(cluster))
+    if "etcd" not in cluster.provider.wanted_ports or (state.path / "etcd").exists():
+        return
+    place = next(folder for folder in (state.path, *state.path.parents) if folder.is_dir())
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < NEEDED_BYTES:
+        raise StateError(
+            f"only {free_bytes // 1_000_000} MB are free in {place}, and cluster {settings.name!r} needs "
+            f"{NEEDED_BYTES // 1_000_000} MB",
+            hint="set WASILET_STATE_HOME to a folder with more room",
+        )
 
 
 def control_plane_steps(cluster: Cluster) -> list[Step]:
@@ -141,9 +170,10 @@ def _preparation_step(cluster: Cluster) -> Step:
 
     def change(_: Progress) -> str:
         state.create()
-        state.run_id()
-        state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
+        # First, because it may fail: then nothing is written down yet.
         ports = state.allocate_ports(wanted())
+        state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
+        state.run_id()
         return f"{state.path}, ports {', '.join(f'{name} {port}' for name, port in ports.items())}"
 
     return Step(name=PREPARATION_STEP, look=look, change=change, after=())
@@ -323,29 +353,44 @@ def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) 
     )
 
 
+def _kubeconfig_place(cluster: Cluster) -> Path:
+    """The file that gets our context: the one asked for, else where it is already, else the user's own."""
+    from harness.kubeconfig import user_kubeconfig
+
+    if cluster.settings.kubeconfig is not None:
+        return cluster.settings.kubeconfig
+    recorded = cluster.state.read().get("kubeconfig", {}).get("path")
+    return Path(recorded) if recorded else user_kubeconfig(cluster.settings.environ)
+
+
+def _kubeconfig_entries(cluster: Cluster) -> KubeObject:
+    from harness.kubeconfig import renamed
+
+    return renamed(cluster.state.admin_kubeconfig, cluster.settings.context_name)
+
+
+def _kubeconfig_is_right(cluster: Cluster) -> bool:
+    from harness.kubeconfig import holds
+
+    path = _kubeconfig_place(cluster)
+    recorded = cluster.state.read().get("kubeconfig", {}).get("path")
+    known = cluster.state.admin_kubeconfig.is_file() and recorded == str(path)
+    return known and holds(path, _kubeconfig_entries(cluster))
+
+
 def _kubeconfig_step(cluster: Cluster) -> Step:
     from harness import kubeconfig as files
 
     settings, state = cluster.settings, cluster.state
 
-    def place() -> Path:
-        recorded = state.read().get("kubeconfig", {}).get("path")
-        if settings.kubeconfig is not None:
-            return settings.kubeconfig
-        return Path(recorded) if recorded else files.user_kubeconfig(settings.environ)
-
-    def ours() -> KubeObject:
-        return files.renamed(state.admin_kubeconfig, settings.context_name)
-
     def look() -> Finding:
-        path = place()
-        recorded = state.read().get("kubeconfig", {})
-        if state.admin_kubeconfig.is_file() and recorded.get("path") == str(path) and files.holds(path, ours()):
+        path = _kubeconfig_place(cluster)
+        if _kubeconfig_is_right(cluster):
             return Finding.ok(f"{path}, context {settings.context_name}")
         return Finding.differs(f"add context {settings.context_name} to {path}", [f"+ context {settings.context_name}"])
 
     def change(_: Progress) -> str:
-        path = place()
+        path = _kubeconfig_place(cluster)
         recorded: dict[str, Any] = state.read().get("kubeconfig", {})
         if recorded.get("path") not in {None, str(path)}:
             files.remove(
@@ -367,7 +412,7 @@ def _kubeconfig_step(cluster: Cluster) -> Step:
                 "server": cluster.admin_credentials().server,
             }
         )
-        files.add(path, ours())
+        files.add(path, _kubeconfig_entries(cluster))
         return f"{path}, context {settings.context_name}"
 
     return Step(name="kubeconfig", look=look, change=change, after=(API_SERVER_STEP,))

@@ -121,23 +121,25 @@ def ensure_running(component: Component, *, state: State, settings: Settings) ->
         return record
     if record is not None:
         stop(record.process, grace_seconds=settings.timeouts.stop_grace_seconds)
-    _free_ports(component, state=state, settings=settings)
+    _end_unrecorded(component, state=state, settings=settings)
+    _wait_for_ports(component, state=state, settings=settings)
     log = state.log(component.name)
     rotate(log)
+    before_bytes = log.stat().st_size if log.exists() else 0
     process = spawn(component.argv, log=log, env=environment(component, state=state, settings=settings))
-    started = ComponentRecord(name=component.name, process=process, log=log, argv_digest=wanted)
+    started = ComponentRecord(
+        name=component.name, process=process, log=log, argv_digest=wanted, log_start_bytes=before_bytes
+    )
     state.remember(started)
     return started
 
 
-def _free_ports(component: Component, *, state: State, settings: Settings) -> None:
-    """See that its ports are free, ending what a killed run left on them. Raises PortTakenError."""
+def _wait_for_ports(component: Component, *, state: State, settings: Settings) -> None:
+    """See that its ports are free. Raises PortTakenError."""
     # One that was killed a moment ago gives its ports back only when the kernel has taken down its last thread.
     patience = time.monotonic() + (PORT_RELEASE_SECONDS if state.record(component.name) else 0.0)
     for what, port in component.ports.items():
         for address in component.addresses:
-            if not port_is_free(port, address):
-                _end_unrecorded(component, state=state, settings=settings)
             while not port_is_free(port, address):
                 if time.monotonic() >= patience:
                     raise port_taken(port, f"{component.name} ({what})")
@@ -145,14 +147,17 @@ def _free_ports(component: Component, *, state: State, settings: Settings) -> No
 
 
 def _end_unrecorded(component: Component, *, state: State, settings: Settings) -> None:
-    """A run that was killed between starting a process and writing that down leaves one that nobody knows."""
+    """End what a run that was killed between starting a process and writing that down has left.
+
+    Only the very same command line is meant: the steps run beside each other, and what another one has started this
+    moment is not written down yet either. A node's supervisor, which no record names, is not touched."""
     known = {record.process.pid for record in state.records()}
-    executable = component.argv[0].encode()
+    wanted = [word.encode() for word in component.argv]
     strays = []
     for process in state.stray_processes():
         with contextlib.suppress(OSError):
-            argv = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
-            if process.pid not in known and argv[0] == executable:
+            argv = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[:-1]
+            if process.pid not in known and argv == wanted:
                 strays.append(process)
     stop(strays, grace_seconds=settings.timeouts.stop_grace_seconds)
 
@@ -180,9 +185,10 @@ def wait_ready(
     answers = component.serving or component.ready
     while not answers():
         if not is_alive(record.process):
-            tail = tail_of(record.log)
+            tail = tail_of(record.log, start_bytes=record.log_start_bytes)
+            why = telling_line(tail)
             raise ComponentError(
-                f"{component.name} ended while it was starting" + (f": {tail[-1][:300]}" if tail else ""),
+                f"{component.name} ended while it was starting" + (f": {why[:300]}" if why else ""),
                 log=record.log,
                 tail=tail,
             )
@@ -190,10 +196,20 @@ def wait_ready(
             raise ComponentError(
                 f"{component.name} was not ready within {timeout_seconds:g} s",
                 log=record.log,
-                tail=tail_of(record.log),
+                tail=tail_of(record.log, start_bytes=record.log_start_bytes),
             )
         check_cancelled()
         time.sleep(settings.timeouts.poll_seconds)
+
+
+def telling_line(tail: tuple[str, ...]) -> str:
+    """The line of a log's end that says why a program ended; empty when there is none. A Go program that panics ends
+    with its stack, the reason stands above it."""
+    for sign in ("no space left on device", "panic: ", "fatal", "rror: "):
+        for line in tail:
+            if sign in line:
+                return line.strip() if sign != "no space left on device" else sign
+    return tail[-1].strip() if tail else ""
 
 
 def digest(component: Component) -> str:

@@ -27,7 +27,7 @@ from harness.approver import CSRS
 from harness.console import PlainReporter
 from harness.controlplane.pki import Pki
 from harness.down import down
-from harness.errors import ApiError, PortTakenError, UsageError
+from harness.errors import ApiError, PortTakenError, StateError, UsageError
 from harness.kube import Credentials, Kube, api_path, read_credentials
 from harness.play import Recap, Status
 from harness.settings import Settings
@@ -318,6 +318,26 @@ def test_a_wanted_port_that_is_taken_is_named_with_its_holder() -> None:
         assert isinstance(failure.error, PortTakenError)
         assert str(port) in failure.detail
         assert f"pid {os.getpid()}" in failure.detail
+        assert not State.of(settings).path.exists(), "nothing half-made"
+
+
+@pytest.mark.parametrize("what", ["kubeconfig", "disk"])
+def test_what_would_fail_half_way_is_refused_before_anything_is_made(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    with temporary_settings("refused") as made:
+        settings = made
+        if what == "kubeconfig":
+            damaged = tmp_path / "config"
+            damaged.write_text("clusters: 7\n")
+            settings = replace(made, kubeconfig=damaged)
+        else:
+            monkeypatch.setattr("harness.up.NEEDED_BYTES", 1 << 62)
+        with pytest.raises(StateError, match="is no kubeconfig" if what == "kubeconfig" else r"only \d+ MB are free"):
+            up(settings, reporter=PlainReporter(io.StringIO()))
+        assert not State.of(settings).path.exists()
 
 
 def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.errors import StateError
-from harness.kubeconfig import add, build, holds, locked, read_config, remove, user_kubeconfig
+from harness.kubeconfig import add, build, check_changeable, holds, locked, read_config, remove, user_kubeconfig
 
 pytestmark = pytest.mark.unit
 
@@ -262,3 +262,29 @@ def test_whatever_the_file_looks_like_only_our_entries_come_and_go(
     assert [e["name"] for e in read_config(path)["clusters"]] == [*names, "wasilet"]
     remove(path, "wasilet", previous=previous)
     assert normal(read_config(path)) == normal(data)
+
+
+def test_a_file_that_could_not_be_changed_is_refused_beforehand(tmp_path: Path) -> None:
+    check_changeable(tmp_path / "new" / "folders" / "config")
+    assert not (tmp_path / "new").exists()
+    damaged = tmp_path / "damaged"
+    damaged.write_text("{not: [yaml")
+    with pytest.raises(StateError, match="is not YAML"):
+        check_changeable(damaged)
+    with pytest.raises(StateError, match="is a folder, not a kubeconfig"):
+        check_changeable(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="is no folder"):
+        check_changeable(tmp_path / "file" / "config")
+
+
+def test_a_folder_that_is_not_ones_own_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode))
+    with pytest.raises(StateError, match="is not yours to write to, or is read-only"):
+        check_changeable(tmp_path / "config")
+    link = tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "config")
+    with pytest.raises(StateError, match="is not yours to write to"):
+        check_changeable(link)
