@@ -699,6 +699,38 @@ def docs(c: Context) -> None:
     emit(str(site() / "index.html"))
 
 
+@task(
+    positional=["what"],
+    auto_shortflags=False,
+    help={
+        "what": "up (the command line) or pods (what the node does)",
+        "runs": "bench up: how often (default: 3); medians are printed",
+        "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300)",
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def bench(c: Context, what: str, runs: int = 3, pods: int = 300, output: str = "text") -> None:
+    """Measure this machine and print the figures beside the targets; judges nothing.
+
+    A cluster of its own is brought up and taken down again.
+
+    Examples:
+      invoke bench pods
+      invoke bench pods --pods 10000     half an hour; is memory flat?
+      invoke bench up --runs 5
+    """
+    from harness.bench import figures
+
+    checked_output(output)
+    measured = figures(what, settings_of(c), runs=runs, pods=pods, reporter=reporter())
+    if output == "json":
+        emit_json([figure.to_json() for figure in measured])
+    else:
+        for figure in measured:
+            emit(figure.line())
+
+
 @task
 @command
 def lint(c: Context) -> None:
