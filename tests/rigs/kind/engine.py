@@ -2,11 +2,13 @@
 
 An engine changes iptables, sysctls, links and cgroups of the host. What was there before is written down before it
 starts and put back after it stops, also when the run that started it was killed: the next start looks for the note.
+Test runs beside each other share one engine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from harness import apt, process
 from harness.errors import HarnessError
@@ -47,12 +50,12 @@ def lacks_sys_resource() -> bool:
     return False
 
 
-def answers(environment: dict[str, str]) -> bool:
+def answers(environment: dict[str, str], *, patience_seconds: float = 30.0) -> bool:
     """Whether a Docker engine answers a client with that environment."""
     try:
         done = process.run(
             ["docker", "version", "--format", "{{.Server.Version}}"],
-            timeout_seconds=10,
+            timeout_seconds=patience_seconds,
             env=environment,
             check=False,
         )
@@ -63,7 +66,10 @@ def answers(environment: dict[str, str]) -> bool:
 
 @contextlib.contextmanager
 def docker_engine(*, cache: Path, softrunc: Path, say: Callable[[str], None]) -> Iterator[Engine]:
-    """An engine for as long as the block runs. Raises HarnessError when there is none and none can be started."""
+    """An engine for as long as the block runs. Raises HarnessError when there is none and none can be started.
+
+    Runs share it: each holds a lock for reading, and the last to leave stops it. The kernel lets go of the lock of a
+    run that is killed; the next one takes over what it left, or puts the machine in order first."""
     environment = dict(os.environ)
     if answers(environment):
         yield Engine(environment=environment, softened=False)
@@ -74,22 +80,56 @@ def docker_engine(*, cache: Path, softrunc: Path, say: Callable[[str], None]) ->
         apt.install(missing, why="a Docker engine for the kind tests", say=say)
     folder = cache / "docker"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _restore(folder, say)
-    sockets = Path(tempfile.mkdtemp(prefix="wasilet-docker-"))
-    environment["DOCKER_HOST"] = f"unix://{sockets}/docker.sock"
-    record = _start(folder, sockets, softrunc, say)
-    try:
+    with (folder / "users.lock").open("w") as users:
+        _take_part(users, folder, softrunc, environment, say)
+        try:
+            yield Engine(environment=environment, softened=lacks_sys_resource())
+        finally:
+            _leave(users, folder, say)
+
+
+def _take_part(
+    users: IO[str], folder: Path, softrunc: Path, environment: dict[str, str], say: Callable[[str], None]
+) -> None:
+    """Join the engine of another run, or start one; then ``users`` is held for reading."""
+    with (folder / "start.lock").open("w") as starting:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        note = _note(folder)
+        if "process" in note and process.is_alive(process.ProcessRecord.from_json(note["process"])):
+            environment["DOCKER_HOST"] = f"unix://{note['sockets']}/docker.sock"
+            if answers(environment, patience_seconds=START_TIMEOUT_SECONDS):
+                fcntl.flock(users, fcntl.LOCK_SH)
+                return
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HarnessError(
+                "another run's Docker engine gives no answer", hint=f"see {folder}/dockerd.log"
+            ) from None
+        _restore(folder, say)
+        sockets = Path(tempfile.mkdtemp(prefix="wasilet-docker-"))
+        environment["DOCKER_HOST"] = f"unix://{sockets}/docker.sock"
+        record = _start(folder, sockets, softrunc, say)
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while not answers(environment):
             if not process.is_alive(record) or time.monotonic() > deadline:
                 tail = "\n".join(process.tail_of(folder / "dockerd.log", 5))
+                _restore(folder, say)
                 raise HarnessError(f"the Docker engine did not start:\n{tail}")
             time.sleep(0.1)
-        yield Engine(environment=environment, softened=lacks_sys_resource())
-    finally:
-        process.stop(record, grace_seconds=20)
+        fcntl.flock(users, fcntl.LOCK_SH)
+
+
+def _leave(users: IO[str], folder: Path, say: Callable[[str], None]) -> None:
+    """The last one stops the engine and puts the machine in order."""
+    with (folder / "start.lock").open("w") as starting:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_UN)
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
         _restore(folder, say)
-        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def _start(folder: Path, sockets: Path, softrunc: Path, say: Callable[[str], None]) -> process.ProcessRecord:
@@ -126,12 +166,20 @@ def _links() -> list[str]:
     return sorted(path.name for path in Path("/sys/class/net").iterdir())
 
 
+def _note(folder: Path) -> dict[str, Any]:
+    """What the machine was like before the engine; empty when none was started."""
+    try:
+        note: dict[str, Any] = json.loads((folder / "before.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return note
+
+
 def _restore(folder: Path, say: Callable[[str], None]) -> None:
-    """Put back what the last engine of ``folder`` changed; nothing to do where it left no note."""
-    note = folder / "before.json"
-    if not note.exists():
+    """Stop the last engine of ``folder`` and put back what it changed; nothing to do where it left no note."""
+    before = _note(folder)
+    if not before:
         return
-    before = json.loads(note.read_text(encoding="utf-8"))
     if "process" in before:
         process.stop(process.ProcessRecord.from_json(before["process"]), grace_seconds=20)
     say("putting back the network as it was before the Docker engine")
@@ -145,7 +193,7 @@ def _restore(folder: Path, say: Callable[[str], None]) -> None:
     for group in (*Path("/sys/fs/cgroup").glob("*/docker"), Path("/sys/fs/cgroup/docker")):
         _remove_groups(group)
     shutil.rmtree(before["sockets"], ignore_errors=True)
-    note.unlink()
+    (folder / "before.json").unlink()
 
 
 _EMPTY_TABLES = "".join(
