@@ -1,0 +1,78 @@
+"""What is run of Kubernetes' own tests, and how their report is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rigs.conformance import report
+from tests.rigs.conformance.report import Result, Selection, Skip
+
+pytestmark = pytest.mark.unit
+
+SELECTION = Selection(
+    labels="Conformance", groups=("sig-node",), skips=(Skip(reason="no ports", tests=("listens on a port",)),)
+)
+
+
+def spec(name: str, state: str, message: str = "", **more: Any) -> dict[str, Any]:
+    return {
+        "LeafNodeType": "It",
+        "ContainerHierarchyTexts": ["[sig-node] Pods"],
+        "LeafNodeText": name,
+        "LeafNodeLabels": ["Conformance"],
+        "State": state,
+        "RunTime": 1_500_000_000,
+        **({"Failure": {"Message": message}} if message else {}),
+        **more,
+    }
+
+
+def read(tmp_path: Path, *specs: dict[str, Any]) -> list[Result]:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps([{"SpecReports": list(specs)}]))
+    return report.read(file, SELECTION)
+
+
+def test_each_state_is_told_apart(tmp_path: Path) -> None:
+    results = read(
+        tmp_path,
+        spec("a", "passed"),
+        spec("b", "failed", "expected\n  one"),
+        spec("c", "timedout"),
+        spec("d", "skipped", "needs two nodes"),
+        spec("e listens on a port", "skipped"),
+        spec("not in focus", "skipped"),
+        spec("of no conformance", "passed", LeafNodeLabels=[]),
+        spec("of others", "passed", ContainerHierarchyTexts=["[sig-network] Services"]),
+        spec("set-up", "failed", LeafNodeType="BeforeEach"),
+    )
+    assert [(result.name.removeprefix("[sig-node] Pods "), result.state, result.why) for result in results] == [
+        ("a", "passed", ""),
+        ("b", "failed", "expected one"),
+        ("c", "failed", "timedout"),
+        ("d", "skipped", "needs two nodes"),
+        ("e listens on a port", "excluded", "no ports"),
+    ]
+    assert [result.name[-1] for result in report.failures(results)] == ["b", "c"]
+
+
+def test_the_page_counts_and_lists(tmp_path: Path) -> None:
+    page = report.page(read(tmp_path, spec("a [Conformance]", "passed"), spec("b", "failed", "got <nil> | x")))
+    assert "| sig-node | 1 | 1 | 0 | 0 |" in page
+    assert "- sig-node: Pods a\n" in page
+    assert "- sig-node: Pods b (got  nil    x)" in page
+
+
+def test_a_part_of_a_name_that_matches_no_test_is_stale() -> None:
+    assert SELECTION.stale(["[sig-node] x listens on a port"]) == []
+    assert SELECTION.stale(["[sig-node] x"]) == ["listens on a port"]
+
+
+def test_the_selection_of_the_repository_gives_each_skip_a_reason() -> None:
+    selection = Selection.load()
+    assert selection.groups
+    assert all(skip.reason and skip.tests for skip in selection.skips)
