@@ -157,7 +157,7 @@ def short(bench: Bench, count: int) -> Mapping[str, Any]:
             )
             creator.delete(pod["metadata"]["name"] for pod in batch)
             history.wait(lambda h: h.present() == 0, within=60, what="all gone")
-            if start % 500 == 0:
+            if start % 200 == 0:
                 flat.append(bench.footprint())
         seconds = time.monotonic() - began
         counts = run_counts(bench.runs)

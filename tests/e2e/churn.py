@@ -68,8 +68,10 @@ class Creator:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="create")
 
     def close(self) -> None:
-        """End its threads."""
+        """End its threads and connections."""
         self._pool.shutdown(cancel_futures=True)
+        while not self._clients.empty():
+            self._clients.get().close()
 
     def create(self, pods: Iterable[KubeObject]) -> list[str]:
         """Create them all; their uids."""

@@ -77,6 +77,7 @@ class History:
         with self.changed:
             self.changed.notify_all()
         self._thread.join(5)
+        self._kube.close()
 
     def wait(self, over: Callable[[History], bool], *, within: float, what: str) -> float:
         """Until ``over(self)``, asked after each change; the seconds it took. Raises AssertionError."""
