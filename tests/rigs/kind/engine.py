@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from harness import apt, process
 from harness.errors import HarnessError
 
@@ -162,6 +164,19 @@ def _start(folder: Path, sockets: Path, softrunc: Path, say: Callable[[str], Non
     return record
 
 
+def _strays(sockets: str) -> list[process.ProcessRecord]:
+    """What an engine that was killed left running: all that was started with its own folder's name, and their children
+    (the containers)."""
+    found: dict[int, process.ProcessRecord] = {}
+    for started in psutil.process_iter(["cmdline"]):
+        if any(sockets in word for word in started.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.Error):
+                for each in (started, *started.children(recursive=True)):
+                    if record := process.find(each.pid):
+                        found[each.pid] = record
+    return list(found.values())
+
+
 def _links() -> list[str]:
     return sorted(path.name for path in Path("/sys/class/net").iterdir())
 
@@ -182,6 +197,7 @@ def _restore(folder: Path, say: Callable[[str], None]) -> None:
         return
     if "process" in before:
         process.stop(process.ProcessRecord.from_json(before["process"]), grace_seconds=20)
+    process.stop(_strays(before["sockets"]), grace_seconds=5)
     say("putting back the network as it was before the Docker engine")
     for link in set(_links()) - set(before["links"]):
         if link.startswith(("docker", "br-", "veth")):
