@@ -50,11 +50,25 @@ def known_message(pod: Pod, container_id: str) -> str | None:
     return None if terminated is None else str(terminated.get("message", ""))
 
 
-def _as_told(pod: Pod, instance: ContainerStatus) -> ContainerStatus:
-    """An end that the runtime has forgotten (its record was not on disk when the power went) but had told."""
-    if instance.reason != _UNKNOWN["reason"] or (terminated := _told_end(pod, instance.id)) is None:
+def with_start_of(instance: ContainerStatus, started_at_ns: int) -> ContainerStatus:
+    """With the start that was known before, if there was one: a supervisor that takes the records of a dead one over
+    knows only when the container was created."""
+    if not started_at_ns or instance.reason != _UNKNOWN["reason"] or instance.started_at_ns == started_at_ns:
         return instance
-    return _exited(instance, terminated, started_at_ns=instance.started_at_ns)
+    return replace(instance, started_at_ns=started_at_ns)
+
+
+def _as_told(pod: Pod, instance: ContainerStatus) -> ContainerStatus:
+    """An end that the runtime has forgotten (its record was not on disk when the power went), as it was told before."""
+    if instance.reason != _UNKNOWN["reason"]:
+        return instance
+    if (terminated := _told_end(pod, instance.id)) is not None:
+        return _exited(instance, terminated, started_at_ns=instance.started_at_ns)
+    for status in _statuses(pod):
+        running = (status.get("state") or {}).get("running")
+        if running and status.get("containerID") == ID_PREFIX + instance.id:
+            return with_start_of(instance, _nanoseconds(running.get("startedAt")))
+    return instance
 
 
 def _told_end(pod: Pod, container_id: str) -> Mapping[str, Any] | None:

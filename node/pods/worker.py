@@ -133,7 +133,7 @@ class PodWorker:
             if before.id == instance.id:
                 if _ORDER[instance.state] < _ORDER[before.state]:
                     return
-                known[i] = instance
+                known[i] = recovery.with_start_of(instance, before.started_at_ns)
                 break
         else:
             known.append(instance)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -629,6 +630,29 @@ async def test_an_evicted_pod_is_failed_with_its_reason(fakes: Fakes) -> None:
         )
         assert condition(fakes, "DisruptionTarget")["reason"] == "TerminationByKubelet"
         assert fakes.runtime.latest().state is ContainerState.EXITED
+
+
+async def test_a_start_time_stays_when_another_supervisor_takes_over(fakes: Fakes) -> None:
+    """It knows only when the container was created."""
+    async with running(fakes):
+        fakes.kube.add(make_pod(restartPolicy="Never"))
+        await eventually(lambda: container(fakes).get("state", {}).get("running"))
+        started = container(fakes).get("state", {})["running"]["startedAt"]
+        instance = fakes.runtime.latest()
+        created = instance.started_at_ns - 5 * 10**9
+        fakes.runtime._change(
+            dataclasses.replace(
+                instance,
+                state=ContainerState.EXITED,
+                exit_code=137,
+                reason="ContainerStatusUnknown",
+                created_at_ns=created,
+                started_at_ns=created,
+                finished_at_ns=time.time_ns(),
+            )
+        )
+        await eventually(lambda: container(fakes).get("state", {}).get("terminated"))
+        assert container(fakes).get("state", {})["terminated"]["startedAt"] == started
 
 
 @pytest.mark.parametrize("lost", [1, 6])

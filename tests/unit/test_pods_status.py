@@ -160,6 +160,10 @@ def test_an_end_that_was_told_stays_as_it_was_told_when_the_runtime_has_forgotte
         pod["status"]["containerStatuses"] = [{**entry, **where}]
         (found,) = instances_of(pod, [forgotten])["c"]
         assert (found.exit_code, found.reason, found.message) == (7, "Error", "m")
+    running = {"state": {"running": {"startedAt": "2026-01-01T00:00:05Z"}}}
+    pod["status"]["containerStatuses"] = [{**entry, **running}]
+    (found,) = instances_of(pod, [forgotten])["c"]
+    assert (found.exit_code, found.started_at_ns) == (137, 1767225605 * 10**9)
 
 
 # ---- patches
