@@ -300,6 +300,8 @@ class _Watched:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._watch, name="watch pods", daemon=True)
         self._failure = ""
+        self._failures = 0
+        self._there: set[str] = set()
         self.at: dict[tuple[str, str], float] = {}
 
     def __enter__(self) -> Self:
@@ -323,32 +325,51 @@ class _Watched:
                 self._changed.wait(seconds)
 
     def _watch(self) -> None:
+        """Lists anew when a watch ends: a server that is busy drops watchers, and what happened meanwhile counts."""
         path = api_path("pods", namespace=NAMESPACE)
         while not self._hangup.done:
             try:
-                with self._kube.watch(path, self._hangup, timeout_seconds=3600, idle_seconds=3700.0) as changes:
-                    for change in changes:
-                        self._learn(change)
+                listed = self._kube.get(path)
+                items = listed.get("items") or []
+                for name in self._there - {str(pod["metadata"]["name"]) for pod in items}:
+                    self._see(name, "gone")
+                for pod in items:
+                    self._learn({"type": "MODIFIED", "object": pod})
+                version = {"resourceVersion": str(listed["metadata"]["resourceVersion"])}
+                with self._kube.watch(path, self._hangup, timeout_seconds=3600, idle_seconds=3700.0, **version) as news:
+                    for change in news:
+                        if change["type"] == "ERROR":
+                            break
+                        if change["type"] != "BOOKMARK":
+                            self._learn(change)
             except ApiError as error:
-                if not self._hangup.done:
+                self._failures += 1
+                if not self._hangup.done and self._failures > 20:
                     with self._changed:
                         self._failure = str(error)
                         self._changed.notify_all()
-                return
+                    return
+                time.sleep(0.2)
 
     def _learn(self, change: KubeObject) -> None:
-        now = time.monotonic()
-        if change["type"] in {"BOOKMARK", "ERROR"}:
-            return
         name = str(change["object"]["metadata"]["name"])
-        phase = str(change["object"]["status"].get("phase"))
-        with self._changed:
-            if change["type"] == "ADDED":
+        if change["type"] == "DELETED":
+            self._see(name, "gone")
+            return
+        if name not in self._there:
+            self._there.add(name)
+            with self._changed:
                 for seen in ("Running", "Succeeded", "gone"):
                     self.at.pop((name, seen), None)
-            seen = "gone" if change["type"] == "DELETED" else phase
-            self.at.setdefault((name, seen), now)
-            if phase == "Succeeded":
+        self._see(name, str(change["object"]["status"].get("phase")))
+
+    def _see(self, name: str, what: str) -> None:
+        now = time.monotonic()
+        if what == "gone":
+            self._there.discard(name)
+        with self._changed:
+            self.at.setdefault((name, what), now)
+            if what == "Succeeded":
                 self.at.setdefault((name, "Running"), now)
             self._changed.notify_all()
 
