@@ -45,9 +45,9 @@ class Docker:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = dict(environ)
 
-    def run(self, *arguments: str, timeout_seconds: float = ASK_SECONDS, stdin: str | None = None) -> Completed:
+    def run(self, *arguments: str, timeout_seconds: float = ASK_SECONDS) -> Completed:
         """Run the client. Raises CommandError."""
-        return run(["docker", *arguments], timeout_seconds=timeout_seconds, env=self._environ, input=stdin)
+        return run(["docker", *arguments], timeout_seconds=timeout_seconds, env=self._environ)
 
     def check(self) -> str:
         """The engine's version. Raises UsageError, in one line with a hint, when it cannot be used."""
@@ -81,9 +81,12 @@ class Docker:
         return self.run("exec", container, "sh", "-c", script, "sh", path).stdout
 
     def write(self, container: str, path: str, text: str) -> None:
-        """Write a file of a container, folders included. Raises CommandError."""
-        script = 'mkdir -p -- "$(dirname -- "$1")" && cat >"$1.new" && mv -- "$1.new" "$1"'
-        self.run("exec", "--interactive", container, "sh", "-c", script, "sh", path, stdin=text)
+        """Write a small file of a container, folders included. Raises CommandError.
+
+        The text is an argument: on a busy machine ``docker exec --interactive`` was seen to end before its input had
+        arrived, and to call that success."""
+        script = 'mkdir -p -- "$(dirname -- "$1")" && printf %s "$2" >"$1.new" && mv -- "$1.new" "$1"'
+        self.run("exec", container, "sh", "-c", script, "sh", path, text)
 
     def remove(self, container: str, path: str) -> None:
         """Remove a folder of a container. Raises CommandError."""

@@ -168,6 +168,8 @@ class KindProvider(ContainedProvider):
             nodes = unwired()
             for node in nodes:
                 docker.write(node, f"{CERTS_D}/{folder}/hosts.toml", text)
+            if unwired():
+                raise HarnessError(f"kind's nodes did not keep what they were told of {folder}")
             if any(CERTS_D not in docker.read(node, "/etc/containerd/config.toml") for node in nodes):
                 return f"containerd is not set up for {CERTS_D}: Linux images of {folder} cannot be pulled"
             return f"{folder}, in {len(nodes)} nodes"

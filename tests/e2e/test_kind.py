@@ -39,7 +39,7 @@ from tests.rigs.kind.session import KindRig
 
 pytestmark = pytest.mark.e2e
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 90.0
 TOLERATIONS = [{"key": "kubernetes.io/arch", "operator": "Equal", "value": "wasm32-wasi"}]
 
 
@@ -64,10 +64,10 @@ def namespace(own: TestCluster) -> Iterator[str]:
     own.kube.delete(api_path("namespaces", name))
 
 
-def eventually(probe: Any, what: str, *, seconds: float = WAIT_SECONDS) -> Any:
+def eventually(probe: Any, what: str, *, seconds: float = WAIT_SECONDS, scene: Any = lambda: "") -> Any:
     deadline = time.monotonic() + seconds
     while not (found := probe()):
-        assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
+        assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s: {scene()}"
         time.sleep(0.1)
     return found
 
@@ -161,7 +161,11 @@ def test_linux_and_wasm_run_side_by_side_and_wasm_reads_what_a_job_made(
             },
         },
     )
-    eventually(lambda: "hello from Linux" in log_of(kube, namespace, "linux"), "the Linux pod's line")
+    eventually(
+        lambda: "hello from Linux" in log_of(kube, namespace, "linux"),
+        "the Linux pod's line",
+        scene=lambda: [event["message"] for event in kube.get(api_path("events", namespace=namespace))["items"]],
+    )
     said = eventually(
         lambda: (text := log_of(kube, namespace, "wasm")) and "file greeting" in text and text, "the wasm pod's lines"
     )

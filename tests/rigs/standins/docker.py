@@ -86,7 +86,6 @@ def _inspected(container: dict[str, Any]) -> dict[str, Any]:
 
 def _exec(world: World, words: list[str]) -> NoReturn:
     """The three scripts that Wasilet runs, on files of the stand-ins' machine."""
-    words = [word for word in words if word != "--interactive"]
     container, command = words[0], words[1:]
     root = world.folder / "files" / container
     if command[:1] == ["rm"]:
@@ -94,13 +93,13 @@ def _exec(world: World, words: list[str]) -> NoReturn:
         for path in sorted(target.rglob("*"), reverse=True) if target.is_dir() else ():
             path.rmdir() if path.is_dir() else path.unlink()
         sys.exit(0)
-    if command[:2] != ["sh", "-c"] or len(command) != 5:
+    if command[:2] != ["sh", "-c"] or len(command) not in {5, 6}:
         sys.stderr.write(f"unexpected command in a container: {command}\n")
         sys.exit(126)
     target = _inside(root, command[4])
-    if "cat >" in command[2]:
+    if len(command) == 6:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(sys.stdin.read())
+        target.write_text(command[5])
     elif target.is_file():
         sys.stdout.write(target.read_text())
     sys.exit(0)
