@@ -6,6 +6,7 @@ so now and then. Data (``--output json``, paths, references) goes to stdout and 
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -102,8 +103,14 @@ class PlainReporter:
         self._write(recap.line())
 
     def _write(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            # Whoever read this has gone (`up 2>&1 | head`): what was begun is finished all the same.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 class RichReporter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -171,6 +172,16 @@ def test_the_recap_is_json() -> None:
     assert data["succeeded"] is False
     assert data["steps"][1]["hint"] == "free it"
     assert set(data["steps"][0]) == {"name", "status", "detail", "seconds", "diff"}
+
+
+def test_a_reader_that_went_away_stops_nothing() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    things = [Thing("a"), Thing("b")]
+    with os.fdopen(write, "w") as stream:
+        recap = Play("p", [thing.step() for thing in things]).run(reporter=PlainReporter(stream))
+    assert recap.succeeded
+    assert [thing.changes for thing in things] == [1, 1]
 
 
 def test_plain_lines_show_the_difference_only_when_asked() -> None:
