@@ -256,6 +256,7 @@ class KubeletServer:
             ("/configz", health.configz),
             ("/pods", pods.list),
             ("/pods/", pods.list),
+            ("/runningpods", pods.running),
             ("/runningpods/", pods.running),
             ("/stats/summary", stats.summary),
             ("/metrics", self._metrics.kubelet),

@@ -1,6 +1,6 @@
 """Resource usage of the node, its pods and their containers, and ``GET /stats/summary``.
 
-One reading of the runtime serves everybody who asks within a second. Usage per second (``usageNanoCores``) is the
+One reading of the runtime serves everybody who asks within a moment. Usage per second (``usageNanoCores``) is the
 difference between two readings at least five seconds apart; before there are two, the average since the start. What
 this node cannot know is left out rather than given as zero: there is no pod network, and no writable image layer.
 Source of the shapes: k8s.io/kubelet/pkg/apis/stats/v1alpha1.
@@ -26,7 +26,9 @@ from node.runtime.protocol import ContainerState, ContainerStatus, Runtime
 from node.server.pods import PodSource, full_name
 from node.settings import NodeSettings
 
-SNAPSHOT_SECONDS = 1.0
+SNAPSHOT_SECONDS = 0.2
+"""Short enough that whoever saw a pod become Ready finds it; scrapes are seconds apart."""
+
 RATE_SECONDS = 5.0
 IMAGE_SIZE_SECONDS = 60.0
 _BILLION = 1_000_000_000
@@ -102,7 +104,7 @@ class UsageReader:
         self._memory_bytes: int | None = None
 
     async def snapshot(self) -> Snapshot:
-        """At most a second old. Raises RuntimeUnavailableError."""
+        """At most ``SNAPSHOT_SECONDS`` old. Raises RuntimeUnavailableError."""
         async with self._lock:
             if self._latest is not None and self._clock() - self._latest[0] < SNAPSHOT_SECONDS:
                 return self._latest[1]

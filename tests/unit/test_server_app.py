@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import ssl
@@ -151,6 +152,14 @@ async def test_a_wrong_method_is_405(rig: Rig, method: str) -> None:
 
 async def test_an_unknown_path_is_404_for_those_who_may_ask(rig: Rig) -> None:
     assert await rig.get("/nowhere") == (404, "404 page not found\n")
+
+
+@pytest.mark.parametrize("path", ["/pods", "/pods/", "/runningpods", "/runningpods/"])
+async def test_lists_of_pods_are_served_with_and_without_a_slash(rig: Rig, path: str) -> None:
+    """The API server's proxy leaves the last one out, as virtual-kubelet's suite found."""
+    status, body = await rig.get(path)
+    assert status == 200
+    assert json.loads(body)["kind"] == "PodList"
 
 
 async def test_an_error_does_not_show_internals(rig: Rig) -> None:

@@ -38,6 +38,7 @@ def der(pem: bytes) -> bytes:
         ("/pods", ("pods", "proxy")),
         ("/pods/", ("pods", "proxy")),
         ("/podsecurity", ("proxy",)),
+        ("/runningpods", ("pods", "proxy")),
         ("/runningpods/", ("pods", "proxy")),
         ("/healthz", ("healthz", "proxy")),
         ("/healthz/syncloop", ("healthz", "proxy")),
