@@ -99,10 +99,12 @@ def leftovers(node: Path) -> list[str]:
 
 
 _ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|Traceback|never retrieved|never awaited")
+_ENTRY = re.compile(r"^(?=\d{4}-\d{2}-\d{2}T)", re.MULTILINE)
 
 
 def unexpected_lines(cluster: TestCluster) -> list[str]:
-    """Lines of the agents' logs that tell of a mistake of ours."""
+    """Entries of the agents' logs, tracebacks and all, that tell of a mistake of ours."""
     state = cluster.cluster.state
     files = [state.log(record.name) for record in state.records() if record.name.startswith("node-")]
-    return [line for file in files for line in file.read_text(errors="replace").splitlines() if _ERROR.search(line)]
+    entries = [entry for file in files for entry in _ENTRY.split(file.read_text(errors="replace"))]
+    return [entry for entry in entries if _ERROR.search(entry)]
