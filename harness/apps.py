@@ -99,6 +99,13 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
             f"{app.name} has no demo", hint=f"{app.folder / 'demo.yaml'} would say what is applied and asserted"
         )
     render(app, {}, lenient=True)
+    if not is_running(settings):
+        from harness.publish import build_app
+
+        # What does not compile, or has no compiler, needs no cluster to say so.
+        built, _ = build_app(name, settings, reporter=reporter)
+        if not built.succeeded:
+            return DemoResult(recap=built, image="", logs={}, next=())
     with running_cluster(settings, reporter=reporter) as cluster:
         run = Run(app=app, cluster=cluster, options=options, push_environ=settings.environ)
         recap = Play(f"demo {app.name}", steps(run)).run(reporter=reporter)
@@ -129,18 +136,23 @@ def _named_secret(app: App) -> KubeObject:
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": pull_secret_name(app.name)}}
 
 
+def is_running(settings: Settings) -> bool:
+    """Whether the cluster is there and pods can start in it."""
+    from harness.up import missing_for_pods, open_cluster
+
+    with open_cluster(settings) as cluster:
+        try:
+            return cluster.state.exists() and not missing_for_pods(cluster.admin(), cluster.node_names())
+        except (ApiError, UsageError):
+            return False
+
+
 def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
     """The cluster, stood up when it is not there or not ready. Raises HarnessError when that fails."""
-    from harness.up import missing_for_pods, open_cluster, up
+    from harness.up import open_cluster, up
 
-    cluster = open_cluster(settings)
-    try:
-        if cluster.state.exists() and not missing_for_pods(cluster.admin(), cluster.node_names()):
-            return cluster
-    except (ApiError, UsageError):
-        pass
-    cluster.close()
-    up(settings, reporter=reporter).raise_for_failure()
+    if not is_running(settings):
+        up(settings, reporter=reporter).raise_for_failure()
     return open_cluster(settings)
 
 

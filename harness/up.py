@@ -66,12 +66,18 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
             say=lambda line: reporter.step_progress("lock", line),
             what="invoke up",
         ):
+            new = not cluster.state.exists()
             try:
                 return play.run(reporter=reporter)
             finally:
-                if not cluster.state.exists():
-                    # The very first step failed: there is no cluster, so there is no folder of one.
+                if new and not _left_something(cluster):
+                    # It failed before anything was started: there is no cluster, so there is no folder of one.
                     cluster.state.remove()
+
+
+def _left_something(cluster: Cluster) -> bool:
+    state = cluster.state
+    return bool(state.records() or state.stray_processes() or cluster.provider.deletion(cluster))
 
 
 def _check_places(cluster: Cluster) -> None:

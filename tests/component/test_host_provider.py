@@ -321,6 +321,23 @@ def test_a_wanted_port_that_is_taken_is_named_with_its_holder() -> None:
         assert not State.of(settings).path.exists(), "nothing half-made"
 
 
+def test_a_first_up_without_binaries_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from harness.controlplane.acquire import AcquireError
+
+    def nowhere(*_: object, **__: object) -> None:
+        raise AcquireError("can be had from nowhere")
+
+    monkeypatch.setattr("harness.controlplane.acquire.acquire", nowhere)
+    with temporary_settings("bare") as made:
+        environ = {k: v for k, v in made.environ.items() if k != "KUBEBUILDER_ASSETS"}
+        environ |= {"WASILET_CACHE": str(tmp_path / "cache"), "PATH": str(tmp_path)}
+        recap = up(replace(made, environ=environ), reporter=PlainReporter(io.StringIO()))
+        assert [o.name for o in recap.failures] == ["binaries"]
+        assert not State.of(made).path.exists()
+
+
 @pytest.mark.parametrize("what", ["kubeconfig", "disk"])
 def test_what_would_fail_half_way_is_refused_before_anything_is_made(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
