@@ -164,6 +164,7 @@ def test_many_small_pax_records_cost_no_more_than_their_length(tmp_path: Path) -
         (archive(("a", b"x" * 5000))[:1000], OCI_LAYER_TAR, "ends within a file"),
         (bz2.compress(b"x"), "application/vnd.oci.image.layer.v1.tar+bzip2", "is not one that an image may have"),
     ],
+    ids=["no tar", "no gzip", "a gzip cut short", "a tar cut short", "bzip2"],  # the same in every xdist worker
 )
 def test_what_is_not_the_archive_it_says_is_refused(tmp_path: Path, data: bytes, media_type: str, words: str) -> None:
     with pytest.raises(LayerError, match=words):
