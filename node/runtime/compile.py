@@ -59,9 +59,15 @@ class Compiler:
         if task is None:
             task = asyncio.create_task(self._compile(module_path, target, kind), name=f"compile {module_digest}")
             self._running[module_digest] = task
-            task.add_done_callback(lambda _task: self._running.pop(module_digest, None))
+            task.add_done_callback(lambda task: self._ended(module_digest, task))
         # Shielded: a pod that is deleted meanwhile must not take the compilation from the others.
         return await asyncio.shield(task)
+
+    def _ended(self, module_digest: str, task: asyncio.Task[Path]) -> None:
+        self._running.pop(module_digest, None)
+        if not task.cancelled():
+            # Looked at even when all who waited are gone, or asyncio reports it as forgotten.
+            task.exception()
 
     async def prune(self, keep_digests: Collection[str]) -> None:
         """Remove what no module in ``keep_digests`` needs, older engines' files included. Running guests keep theirs:
