@@ -87,7 +87,11 @@ def own() -> Iterator[TestCluster]:
 @pytest.fixture(scope="module")
 def joined(own: TestCluster, machine: Machine) -> Iterator[join.Joining]:
     """The other machine's node, until the module's tests are over."""
-    folder = Path(tempfile.mkdtemp(prefix="wj", dir="/tmp"))
+    with tempfile.TemporaryDirectory(prefix="wj", dir="/tmp") as folder:
+        yield from _joined(own, machine, Path(folder))
+
+
+def _joined(own: TestCluster, machine: Machine, folder: Path) -> Iterator[join.Joining]:
     data = folder / "data"
     made = join.bootstrap(own.cluster, node="other-1", file=folder / "b.conf", address=HERE, registry=True)
     command = [sys.executable, *made.command[1:], "--node-ip", THERE, "--data-dir", str(data)]
@@ -102,7 +106,6 @@ def joined(own: TestCluster, machine: Machine) -> Iterator[join.Joining]:
         shutdown = [sys.executable, "-P", "-m", "node", "shutdown", "--data-dir", str(data), "--timeout", "10"]
         machine.run(*shutdown, env=env, cwd="/").wait(20)
         agent.wait(20)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def eventually(probe: Callable[[], Any], what: str, scene: Callable[[], str] = lambda: "") -> Any:
