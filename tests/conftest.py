@@ -14,8 +14,28 @@ import pytest
 
 from tests.clusters import TestCluster, control_plane, whole_cluster
 
+_LEFT_OUT = pytest.StashKey[int]()
+
 if TYPE_CHECKING:
     from tests.rigs.kind.session import KindRig
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked slow, unless the marker expression or a path on the command line names it."""
+    if "slow" in (config.option.markexpr or ""):
+        return
+    named = {str(Path(argument.partition("::")[0]).resolve()) for argument in config.args}
+    left_out = [item for item in items if item.get_closest_marker("slow") and str(item.path) not in named]
+    if left_out:
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[_LEFT_OUT] = len(left_out)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
+    """Say what is not run, and how it is."""
+    count = config.stash.get(_LEFT_OUT, 0)
+    return f"{count} tests marked slow are left out: `./run test -m slow` runs them" if count else None
 
 
 @pytest.fixture(scope="session")
