@@ -18,6 +18,7 @@ from harness.console import PlainReporter, SilentReporter
 from harness.down import down
 from harness.errors import UsageError
 from harness.play import Recap
+from harness.process import stop
 from harness.providers.base import Cluster
 from harness.providers.docker import is_local
 from harness.providers.external import StoppedError, made_since, update_facts
@@ -48,8 +49,11 @@ def world(tmp_path: Path) -> World:
 
 
 @pytest.fixture
-def settings(world: World, tmp_path: Path) -> Settings:
-    return settings_with(world, tmp_path, "docker", "kind")
+def settings(world: World, tmp_path: Path) -> Iterator[Settings]:
+    made = settings_with(world, tmp_path, "docker", "kind")
+    yield made
+    # A failed `up` leaves what it started for `down`, or the next `up`.
+    stop([record.process for record in State.of(made).records()], grace_seconds=2)
 
 
 def settings_with(world: World, folder: Path, *tools: str, **given: Any) -> Settings:
