@@ -41,6 +41,8 @@ def pytest_command(settings: Settings, words: Sequence[str], *, reporter: Report
         play = Play("what the tests need", [_binaries_step(settings)])
         play.run(reporter=reporter).raise_for_failure()
     env = {**settings.environ, "WASILET_PROVIDER": settings.provider}
+    if "slow" in " ".join(words):
+        words += ["-o", "faulthandler_timeout=0"]  # the limit on one test that keeps a hang from lasting for ever
     return [sys.executable, "-P", "-m", "pytest", *_paths(words, settings)], env
 
 

@@ -201,20 +201,21 @@ async def _resume(kube: Kube, wanted: Wanted, pending_file: Path) -> _Pending | 
 async def _wait(kube: Kube, wanted: Wanted, pending: _Pending) -> str | None:
     """The signed certificate; None when the request is gone."""
     speaker = asyncio.create_task(_speak(wanted, pending.name))
-    seen = False
+    listed = False  # in the list that is being read: each new one, as after a cut, must hold the request
     try:
         events = cast("Any", kube.watch(CSR_PATH, field_selector=f"metadata.name={pending.name}"))
         async with aclosing(events):
             async for event in events:
                 if event.type == "SYNCED":
-                    if not seen:
+                    if not listed:
                         return None
+                    listed = False
                     continue
                 if event.object.get("metadata", {}).get("uid") != pending.uid:
                     continue
                 if event.type == "DELETED":
                     return None
-                seen = True
+                listed = event.type == "SYNC"
                 certificate = _certificate_of(event.object, pending.name)
                 if certificate is not None:
                     return certificate

@@ -78,6 +78,7 @@ class FakeCluster:
         self.url = ""
         self.token = TOKEN
         self.requests: dict[str, dict[str, Any]] = {}
+        self.deleted: dict[str, dict[str, Any]] = {}
         self.users: list[str] = []
         """Who asked, by request: ``bootstrap`` or a common name."""
 
@@ -128,7 +129,7 @@ class FakeCluster:
 
     async def delete(self, name: str) -> None:
         """As the API server's garbage collector does after a day."""
-        request = self.requests.pop(name)
+        request = self.deleted[name] = self.requests.pop(name)
         request["deleted"] = True
         await self._touch(request)
 
@@ -197,7 +198,7 @@ class FakeCluster:
         response = web.StreamResponse()
         await response.prepare(request)
         seen = int(request.query["resourceVersion"])
-        followed = self.requests.get(name)
+        followed = self.requests.get(name) or self.deleted.get(name)
         while followed is not None:
             version = int(followed["metadata"]["resourceVersion"])
             if version > seen:
@@ -205,7 +206,8 @@ class FakeCluster:
                 type_ = "DELETED" if followed.get("deleted") else "MODIFIED"
                 await response.write(json.dumps({"type": type_, "object": followed}).encode() + b"\n")
             async with self._changed:
-                await self._changed.wait()
+                # Not a bare wait: what changed while the line above was written must not be slept through.
+                await self._changed.wait_for(lambda: int(followed["metadata"]["resourceVersion"]) > seen)
         return response
 
 
