@@ -206,8 +206,9 @@ class FakeCluster:
                 type_ = "DELETED" if followed.get("deleted") else "MODIFIED"
                 await response.write(json.dumps({"type": type_, "object": followed}).encode() + b"\n")
             async with self._changed:
-                # Not a bare wait: what changed while the line above was written must not be slept through.
-                await self._changed.wait_for(lambda: int(followed["metadata"]["resourceVersion"]) > seen)
+                # Looked at before each wait: what changed while the line above was written is not slept through.
+                while int(followed["metadata"]["resourceVersion"]) <= seen:
+                    await self._changed.wait()
         return response
 
 
