@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import queue
 import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +34,9 @@ COMMAND_LIMIT_SECONDS = 900.0
 INTERRUPT_LIMIT_SECONDS = 10.0
 RUNS_ON_SECONDS = 0.5
 """A command that the page interrupts is still there after this time."""
+
+PROGRESS = "  ...      "
+"""What `./run` says of a step that takes long, without a terminal: more on a slow machine, and in no page."""
 
 CHECKOUT = DOCS.parent
 PORTS = {"localhost:5000": "registry", "--port 3000": "node", "127.0.0.1:8090": "api", "--port 8090": "api"}
@@ -157,7 +160,8 @@ def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> None
     # ValueError: closed, since nobody wants to know any more.
     with contextlib.suppress(ValueError):
         for line in process.stdout or ():
-            lines.put(line.rstrip("\n"))
+            if not line.startswith(PROGRESS):
+                lines.put(line.rstrip("\n"))
 
 
 def _words(process: psutil.Process) -> list[str]:
@@ -200,13 +204,29 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
+@contextlib.contextmanager
+def home_folder(name: str) -> Iterator[Path]:
+    """An empty private folder with a short path, the same each time: what was compiled for an app is kept by the app's
+    path, so that the dependencies of cat-facts are compiled once a machine, and not once a run."""
+    root = Path(f"/tmp/wasilet-docs-{os.getuid()}")
+    root.mkdir(mode=0o700, exist_ok=True)
+    assert root.lstat().st_uid == os.getuid(), f"{root} belongs to somebody else"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        home = root / name
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(mode=0o700)
+        yield home
+        shutil.rmtree(home, ignore_errors=True)
+
+
 @pytest.fixture
-def shell() -> Iterator[Shell]:
-    home = Path(tempfile.mkdtemp(prefix="wd", dir="/tmp"))
-    made = Shell(home)
-    yield made
-    made.close()
-    shutil.rmtree(home, ignore_errors=True)
+def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
+    page = getattr(request.node, "callspec", None)
+    with home_folder(Path(page.params["page"]).stem if page else "shell") as home:
+        made = Shell(home)
+        yield made
+        made.close()
 
 
 @pytest.mark.parametrize("page", PAGES)
