@@ -140,10 +140,11 @@ def _modules(output: str) -> list[Path]:
 
 
 def _has_dependencies(folder: Path) -> bool:
-    """Whether anything comes from a registry; without a lock file the manifest decides."""
+    """Whether anything comes from a registry. The manifest has its say too: a lock file may be older than it."""
     try:
         lock = tomllib.loads((folder / "Cargo.lock").read_text())
-        return any("source" in package for package in lock.get("package", []))
+        if any("source" in package for package in lock.get("package", [])):
+            return True
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
