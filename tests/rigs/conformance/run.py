@@ -29,10 +29,16 @@ LIMIT_SECONDS = 3 * 3600.0
 
 
 def run(
-    cluster: TestCluster, *, folder: Path, focus: Sequence[str] = (), procs: int = 2, say: Callable[[str], None]
+    cluster: TestCluster,
+    *,
+    folder: Path,
+    focus: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    procs: int = 2,
+    say: Callable[[str], None],
 ) -> list[report.Result]:
-    """Run the selection, or the part of it whose names match one of ``focus``; logs and reports go to ``folder``.
-    Raises HarnessError when the suite cannot be had or did not run."""
+    """Run the selection, or the part of it whose names match one of ``focus`` and none of ``skip``; logs and reports go
+    to ``folder``. Raises HarnessError when the suite cannot be had or did not run."""
     selection = report.Selection.load()
     programs = suite.acquire(cache=cache_root(), say=say)
     kubectl = acquire_binaries(["kubectl"], cache=cache_root(), environ=os.environ, progress=say)["kubectl"]
@@ -41,7 +47,7 @@ def run(
     repository_list.write_text(images.repositories(registry))
     pushed = images.push_images(programs, registry, repository_list, say=say)
     say(f"{len(pushed)} images in {registry}; the log is {folder / 'log'}")
-    skips = [re.escape(part) for skip in selection.skips for part in skip.tests]
+    skips = [re.escape(part) for entry in selection.skips for part in entry.tests] + list(skip)
     argv: list[str | Path] = [
         *(programs.ginkgo, f"--procs={procs}", "--no-color", f"--label-filter={selection.labels}"),
         *(f"--output-dir={folder}", "--json-report=report.json", f"--timeout={LIMIT_SECONDS:.0f}s", "-v"),
@@ -55,7 +61,7 @@ def run(
 
         def on_line(line: str) -> None:
             log.write(line + "\n")
-            if re.match(r"• |\S*\[(FAIL|PANIC|TIMEDOUT)", line):
+            if re.match(r"\S+ \[(FAILED|PANICKED|TIMEDOUT|INTERRUPTED)\]", line):
                 say(line)
 
         process.run(
@@ -81,6 +87,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="conformance", description=__doc__)
     parser.add_argument("--focus", action="append", default=[], help="regular expression of names; repeatable")
+    parser.add_argument("--skip", action="append", default=[], help="regular expression of names; repeatable")
     parser.add_argument("--procs", type=int, default=2, help="how many tests run at a time")
     parser.add_argument("--cluster", default="", help="the name of a cluster that runs; without, one is made")
     parser.add_argument("--folder", type=Path, help="where log and report go")
@@ -93,7 +100,9 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="wasilet-conformance-"))
     folder.mkdir(parents=True, exist_ok=True)
     with _running(options.cluster) if options.cluster else whole_cluster("conformance") as cluster:
-        results = run(cluster, folder=folder.absolute(), focus=options.focus, procs=options.procs, say=say)
+        results = run(
+            cluster, folder=folder.absolute(), focus=options.focus, skip=options.skip, procs=options.procs, say=say
+        )
     if options.page:
         PAGE.write_text(report.page(results))
     failed = report.failures(results)

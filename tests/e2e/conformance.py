@@ -1,0 +1,51 @@
+"""Writes ``docs/node-conformance.md`` from the case files: ``python -P -m tests.e2e.conformance``.
+
+What the page says is supported is exactly what a test shows; what a module cannot have is listed by hand, in
+``cannot.yaml``, with its reason. A test compares the page with what this makes.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import yaml
+
+from tests.e2e.casefiles import load
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "node-conformance.md"
+CANNOT = Path(__file__).with_name("cannot.yaml")
+_HEAD = """\
+# What the node supports
+
+This page is made from the end-to-end cases (`tests/e2e/cases/`) by `python -P -m tests.e2e.conformance`. Each line is a
+test that runs on a real cluster. The right-hand column names the test of Kubernetes that says the same, where there is
+one: what a wasm module can satisfy of it holds with the same fields, reasons, messages and events.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    cases = load()
+    parts = [_HEAD]
+    for area, found in groupby(cases, key=lambda case: case.area):
+        parts += [f"\n## {area}\n", "| What holds | Kubernetes' own test |", "| --- | --- |"]
+        for case in found:
+            note = f" ({case.note})" if case.note else ""
+            parts.append(f"| {_cell(case.name + note)} | {_cell(case.kubernetes)} |")
+    parts += [
+        "\n## What does not hold for a wasm module\n",
+        "| Field or feature | What happens | Why |",
+        "| --- | --- | --- |",
+    ]
+    for entry in yaml.safe_load(CANNOT.read_text()):
+        parts.append(f"| {_cell(entry['what'])} | {_cell(entry['happens'])} | {_cell(entry['why'])} |")
+    return "\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
