@@ -17,6 +17,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from harness.errors import ApiError, UsageError
 
 KubeObject = dict[str, Any]
 EXEC_PLUGIN_TIMEOUT_SECONDS = 60.0
+KEEP_SECONDS = 30.0
+"""A connection that was idle for longer is not used again: API servers close theirs after 90 s or more."""
+
 MAX_ERROR_BYTES = 64 * 1024
 
 
@@ -95,6 +99,7 @@ class Kube:
         self._prefix = parts.path.rstrip("/")
         self._context: ssl.SSLContext | None = None
         self._connection: http.client.HTTPConnection | None = None
+        self._used = 0.0
         self._lock = threading.Lock()
 
     @classmethod
@@ -288,6 +293,10 @@ class Kube:
         self, method: str, target: str, body: bytes | None, headers: dict[str, str], timeout_seconds: float
     ) -> tuple[int, bytes]:
         with self._lock:
+            if self._connection is not None and time.monotonic() - self._used > KEEP_SECONDS:
+                # The server may be closing it at this moment, and a POST that meets that must not be sent twice.
+                self._connection.close()
+                self._connection = None
             fresh = self._connection is None
             try:
                 return self._once(method, target, body, headers, timeout_seconds)
@@ -308,7 +317,9 @@ class Kube:
                     self._connection.sock.settimeout(timeout_seconds)
                 self._connection.request(method, self._prefix + target, body=body, headers=self._headers(headers))
                 response = self._connection.getresponse()
-                return response.status, response.read()
+                answer = response.status, response.read()
+                self._used = time.monotonic()
+                return answer
         except BaseException:
             if self._connection is not None:
                 self._connection.close()
