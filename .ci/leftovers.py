@@ -19,7 +19,11 @@ FATAL = frozenset({"processes", "listening ports", "mounts", "network links"})
 SETTLE_SECONDS = 10.0
 """A process that was told to end may take a moment to do so."""
 
-_NOT_OURS = re.compile(r"^(kworker|\[)|(^|/)(sshd|systemd\S*|cron|agetty|apt\S*|dpkg|unattended-upgr)( |$)")
+_OURS = re.compile(
+    r"wasilet|kube-|kubelet|etcd|registry serve|-m (node|harness|pytest|invoke)\b|dockerd|containerd|runc|\bkind\b"
+    r"|chromium|cargo|rustc|go build|e2e\.test"
+)
+"""What the tests start, by command line: a machine has others that come and go."""
 
 
 def facts() -> dict[str, list[str]]:
@@ -29,7 +33,7 @@ def facts() -> dict[str, list[str]]:
         "listening ports": sorted(
             f"{connection.laddr.ip}:{connection.laddr.port}"
             for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN
+            if connection.status == psutil.CONN_LISTEN and _OURS.search(_command_line(connection.pid))
         ),
         "mounts": sorted(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()),
         "network links": sorted(path.name for path in Path("/sys/class/net").iterdir()),
@@ -49,9 +53,16 @@ def _processes() -> list[str]:
         words = process.info["cmdline"] or []
         line = " ".join(words)[:200]
         ended = process.info["status"] == psutil.STATUS_ZOMBIE
-        if line and not ended and process.info["pid"] not in mine and not _NOT_OURS.search(line):
+        if line and not ended and process.info["pid"] not in mine and _OURS.search(line):
             found.append(f"{process.info['pid']} {process.info['create_time']:.0f} {line}")
     return found
+
+
+def _command_line(pid: int | None) -> str:
+    try:
+        return " ".join(psutil.Process(pid).cmdline()) if pid else ""
+    except psutil.Error:
+        return ""
 
 
 def _contexts() -> list[str]:
