@@ -30,6 +30,19 @@ from node.volumes.base import VolumeRefusedError, Volumes
 _SYSTEM_CRITICAL_PRIORITY = 2_000_000_000
 _REPLACING_CONTROLLERS = frozenset({"DaemonSet", "ReplicaSet", "ReplicationController", "StatefulSet"})
 
+_SAFE_SYSCTLS = frozenset(
+    {
+        "kernel.shm_rmid_forced",
+        *(f"net.ipv4.ip_{name}" for name in ("local_port_range", "local_reserved_ports", "unprivileged_port_start")),
+        "net.ipv4.ping_group_range",
+        *(f"net.ipv4.tcp_{name}" for name in ("fin_timeout", "rmem", "syncookies", "wmem")),
+        *(f"net.ipv4.tcp_keepalive_{name}" for name in ("intvl", "probes", "time")),
+    }
+)
+"""kubelet's own list. A module sees no kernel parameter, so these are admitted and change nothing."""
+
+_SYSCTL_SEPARATORS = str.maketrans("./", "/.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
@@ -55,11 +68,27 @@ def never(pod: Pod, *, volumes: Volumes) -> Refusal:
     os_name = (pod["spec"].get("os") or {}).get("name", "")
     if os_name not in ("", "linux"):
         return _never(pod, "PodOSNotSupported", "Failed to admit pod as the OS field doesn't match node OS")
+    if problem := _forbidden_sysctl(pod):
+        return _never(pod, "SysctlForbidden", f"forbidden sysctl: {problem}")
     try:
         volumes.check(pod)
     except VolumeRefusedError as error:
         return _never(pod, "UnsupportedVolume", str(error))
     return ADMITTED
+
+
+def _forbidden_sysctl(pod: Pod) -> str:
+    """kubelet's words for the first sysctl that it would not allow; empty for none."""
+    for sysctl in (pod["spec"].get("securityContext") or {}).get("sysctls") or ():
+        name = str(sysctl["name"])
+        if "/" in name.partition(".")[0]:
+            name = name.translate(_SYSCTL_SEPARATORS)
+        if name not in _SAFE_SYSCTLS:
+            return f'"{name}" not allowlisted'
+        for field, namespace in (("hostNetwork", "Net"), ("hostIPC", "IPC")):
+            if pod["spec"].get(field) and name.startswith("net." if namespace == "Net" else "kernel.shm"):
+                return f'"{name}" not allowed with host {namespace} enabled'
+    return ""
 
 
 def admit(pod: Pod, *, node: NodeInfo, neighbours: Iterable[Neighbour]) -> Refusal:

@@ -49,6 +49,34 @@ def test_too_much_memory_is_counted_in_bytes() -> None:
     )
 
 
+def sysctl_refusal(*names: str, **more: Any) -> str:
+    pod = make_pod(securityContext={"sysctls": [{"name": name, "value": "1"} for name in names]}, **more)
+    found = never(pod, volumes=FakeVolumes())
+    if found is ADMITTED:
+        return ""
+    assert found.verdict is not None
+    assert found.verdict.reason == "SysctlForbidden"
+    return found.verdict.message
+
+
+def test_only_safe_sysctls_are_admitted() -> None:
+    assert sysctl_refusal("kernel.shm_rmid_forced", "kernel/shm_rmid_forced", "net.ipv4.tcp_rmem") == ""
+    assert sysctl_refusal("net.ipv4.tcp_rmem", "kernel.msgmax") == 'forbidden sysctl: "kernel.msgmax" not allowlisted'
+    assert sysctl_refusal("net/ipv4/conf/eth0.1/rp_filter") == (
+        'forbidden sysctl: "net.ipv4.conf.eth0/1.rp_filter" not allowlisted'
+    )
+
+
+def test_sysctls_of_a_namespace_that_the_host_shares_are_refused() -> None:
+    assert sysctl_refusal("net.ipv4.tcp_rmem", hostNetwork=True) == (
+        'forbidden sysctl: "net.ipv4.tcp_rmem" not allowed with host Net enabled'
+    )
+    assert sysctl_refusal("kernel.shm_rmid_forced", hostIPC=True) == (
+        'forbidden sysctl: "kernel.shm_rmid_forced" not allowed with host IPC enabled'
+    )
+    assert sysctl_refusal("kernel.shm_rmid_forced", hostNetwork=True) == ""
+
+
 TAINTED = dataclasses.replace(
     NODE,
     taints=(
