@@ -17,6 +17,7 @@ from pathlib import Path
 
 from harness import process
 from harness.controlplane.acquire import acquire as acquire_binaries
+from harness.errors import HarnessError
 from harness.settings import cache_root, load
 from harness.status import status
 from harness.up import open_cluster
@@ -51,7 +52,7 @@ def run(
     argv: list[str | Path] = [
         *(programs.ginkgo, f"--procs={procs}", "--no-color", f"--label-filter={selection.labels}"),
         *(f"--output-dir={folder}", "--json-report=report.json", f"--timeout={LIMIT_SECONDS:.0f}s", "-v"),
-        *(f"--focus={words}" for words in focus or [rf"^\[({'|'.join(selection.groups)})\]"]),
+        *(f"--focus={words}" for words in focus or [rf"\[({'|'.join(selection.groups)})\] "]),
         *(f"--skip={words}" for words in skips),
         *(programs.tests, "--", f"--kubeconfig={cluster.admin_kubeconfig}", f"--kubectl-path={kubectl.path}"),
         *("--provider=skeleton", "--num-nodes=1", "--node-os-distro=custom", "--node-os-arch=custom"),
@@ -72,7 +73,10 @@ def run(
             check=False,
             on_line=on_line,
         )
-    return report.read(folder / "report.json", selection)
+    results = report.read(folder / "report.json", selection)
+    if not any(result.state in {"passed", "failed"} for result in results):
+        raise HarnessError("no test was run", hint=f"see {folder / 'log'}")
+    return results
 
 
 @contextlib.contextmanager
