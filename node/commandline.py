@@ -30,6 +30,7 @@ _DNS_LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 _DNS_NAME = re.compile(rf"{_DNS_LABEL}(?:\.{_DNS_LABEL})*")
 _NAME_PART = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?")
 _REGISTRY = re.compile(rf"(?:{_DNS_LABEL}(?:\.{_DNS_LABEL})*|\[[0-9a-f:]+\])(?::[0-9]{{1,5}})?")
+_MAX_LABEL_LENGTH = 63
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 
 _ALLOWED_LABELS = frozenset(
@@ -182,7 +183,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     node.add_argument(
         "--hostname", metavar="NAME",
-        help="its host name (default: the machine's) [WASILET_NODE_HOSTNAME, KRUSTLET_HOSTNAME]",
+        help="its host name (default: the node's name, else the machine's) [WASILET_NODE_HOSTNAME, KRUSTLET_HOSTNAME]",
     )  # fmt: skip
     node.add_argument(
         "--node-labels", metavar="KEY=VALUE,...", action="append",
@@ -265,7 +266,12 @@ class _Options:
 
 
 def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> NodeSettings:
-    host = options.get("hostname", ("WASILET_NODE_HOSTNAME", "KRUSTLET_HOSTNAME"), _host) or _own_name(hostname())
+    name = options.get("node_name", ("WASILET_NODE_NAME", "KRUSTLET_NODE_NAME"), _node_name)
+    host = options.get("hostname", ("WASILET_NODE_HOSTNAME", "KRUSTLET_HOSTNAME"), _host)
+    if host is None:
+        # Whoever selects by the label kubernetes.io/hostname takes it for the node's name, and several nodes of one
+        # machine must differ in it: kubelet, too, has one name for both. A label is shorter than a name may be.
+        host = name if name and len(name) <= _MAX_LABEL_LENGTH else _own_name(hostname())
     labels = dict(options.get_all("node_labels", ("WASILET_NODE_LABELS", "NODE_LABELS"), _label))
     taints = options.get_all("taint", ("WASILET_NODE_TAINTS",), _taint)
     seen = set()
@@ -276,7 +282,7 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
         seen.add(identity)
     port = options.get("port", ("WASILET_NODE_PORT", "KRUSTLET_PORT"), _number(0, 65535))
     return NodeSettings(
-        node_name=options.get("node_name", ("WASILET_NODE_NAME", "KRUSTLET_NODE_NAME"), _node_name) or host,
+        node_name=name or host,
         paths=NodePaths(data=data),
         bootstrap_file=_bootstrap_file(options),
         node_ip=options.get("node_ip", ("WASILET_NODE_IP", "KRUSTLET_NODE_IP"), _node_ip),
@@ -330,7 +336,7 @@ def _node_name(text: str) -> str:
 
 def _host(text: str) -> str:
     name = text.lower().rstrip(".")
-    if len(name) > 63 or not (_DNS_NAME.fullmatch(name) or _is_ip(name)):
+    if len(name) > _MAX_LABEL_LENGTH or not (_DNS_NAME.fullmatch(name) or _is_ip(name)):
         raise ValueError("not a host name of at most 63 characters")
     return name
 

@@ -43,6 +43,12 @@ def test_nothing_needs_to_be_said() -> None:
     assert (made.port, made.max_pods, made.node_ip, made.taints, made.labels) == (10250, 110, None, (), {})
 
 
+def test_the_nodes_name_is_its_host_name_too_where_a_label_can_hold_it() -> None:
+    assert settings("--node-name=n1").hostname == "n1"
+    assert settings("--node-name=n1", environ={"KRUSTLET_HOSTNAME": "h"}).hostname == "h"
+    assert settings(f"--node-name={'n' * 64}").hostname == "machine.example"
+
+
 def test_every_flag_arrives() -> None:
     made = settings(
         "--node-ip=192.0.2.7", "--node-name=n1", "--hostname=Host1", "--port=3000", "--data-dir=/d",
