@@ -60,6 +60,17 @@ def milli_value(text: str | float) -> int:
     return math.ceil(parse(text) * 1000)
 
 
+def canonical(number: int, *, like: str) -> str:
+    """A whole number in the shortest exact form of the family of ``like``: binary, decimal or with an exponent."""
+    if like.endswith("i") and abs(number) >= 1 << 10:
+        fits = [name for name, shift in _BINARY.items() if number % (1 << shift) == 0]
+        return f"{number >> _BINARY[fits[-1]]}{fits[-1]}" if fits else str(number)
+    power = max((p for p in (3, 6, 9, 12, 15, 18) if number and number % 10**p == 0), default=0)
+    with_exponent = power and re.search(r"[eE][+-]?\d", like)
+    suffix = f"e{power}" if with_exponent else next(name for name, p in _DECIMAL.items() if p == power)
+    return f"{number // 10**power}{suffix}"
+
+
 def lookup(resources: Mapping[str, str] | None, name: str) -> str:
     """An entry of ``limits`` or ``requests``; ``"0"`` when there is none."""
     return (resources or {}).get(name) or "0"

@@ -7,10 +7,8 @@ nothing of what is short is never evicted, since its end would free nothing.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from node.pods import resources, spec
 from node.pods.nodeinfo import Pressure
@@ -29,12 +27,17 @@ class Usage:
     pod: Pod
     by_container: Mapping[str, int]
     elsewhere: int = 0
-    """Not any container's own: volumes on the node's disk."""
+    """Not any container's own: volumes on the node's disk, and what instances before the last one left."""
 
     @property
     def total(self) -> int:
         """All of it."""
         return sum(self.by_container.values()) + self.elsewhere
+
+
+def is_critical(pod: Pod) -> bool:
+    """kubelet's ``IsCriticalPod``: such a pod is never evicted, whatever it does."""
+    return int(pod["spec"].get("priority") or 0) >= _SYSTEM_CRITICAL_PRIORITY
 
 
 def rank(usages: Iterable[Usage], resource: str) -> list[Usage]:
@@ -48,11 +51,7 @@ def rank(usages: Iterable[Usage], resource: str) -> list[Usage]:
         over = usage.total - requested(usage)
         return (over <= 0, int(usage.pod["spec"].get("priority") or 0), -over)
 
-    candidates = [
-        usage
-        for usage in usages
-        if usage.total >= MINIMUM_BYTES and int(usage.pod["spec"].get("priority") or 0) < _SYSTEM_CRITICAL_PRIORITY
-    ]
+    candidates = [usage for usage in usages if usage.total >= MINIMUM_BYTES and not is_critical(usage.pod)]
     return sorted(candidates, key=order)
 
 
@@ -71,43 +70,6 @@ def verdict(usage: Usage, pressure: Pressure) -> Verdict:
                 f"has larger consumption of {pressure.resource}. "
             )
     return Verdict(reason="Evicted", message=message, disruption="TerminationByKubelet")
-
-
-def size_limit_exceeded(pod: Pod, sizes: Mapping[str, int]) -> Verdict | None:
-    """An emptyDir on disk that outgrew its ``sizeLimit``; ``sizes`` by volume name, in bytes."""
-    for volume in pod["spec"].get("volumes") or ():
-        limit = (volume.get("emptyDir") or {}).get("sizeLimit")
-        used = sizes.get(volume["name"])
-        if limit is None or used is None:
-            continue
-        allowed = resources.amount("memory", limit)
-        if 0 < allowed < used:
-            return Verdict(
-                reason="Evicted",
-                message=f'Usage of EmptyDir volume "{volume["name"]}" exceeds the limit "{limit}". ',
-                disruption="TerminationByKubelet",
-            )
-    return None
-
-
-def disk_usage(folders: Sequence[Path]) -> int:
-    """Bytes on disk beneath some folders, links not followed. Blocks: call it in a thread."""
-    total = 0
-    pending = [os.fspath(folder) for folder in folders]
-    while pending:
-        try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    try:
-                        if entry.is_dir(follow_symlinks=False):
-                            pending.append(entry.path)
-                        else:
-                            total += entry.stat(follow_symlinks=False).st_blocks * 512
-                    except OSError:
-                        continue
-        except OSError:
-            continue
-    return total
 
 
 def _quantity(number: int) -> str:

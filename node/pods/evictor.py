@@ -1,20 +1,23 @@
-"""Looks every ten seconds whether a pod has to go: the node runs short of something, or an emptyDir has outgrown its
-limit. Who goes is decided in ``node.pods.eviction``; unused images go before any pod does.
+"""Looks every ten seconds whether a pod has to go: the node runs short of something, or a pod wrote more than it may.
+
+Who goes is decided in ``node.pods.eviction`` and ``node.pods.ephemeral_storage``; unused images go before any pod does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from node.pods import eviction, logtail, spec
+from node.pods import ephemeral_storage, eviction, logtail, spec
 from node.pods.collaborators import Collaborators
 from node.pods.nodeinfo import Pressure
 from node.pods.spec import Pod
 from node.pods.status import Verdict
 from node.pods.worker import PodWorker
+from node.volumes.removal import usage as tree_usage
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,9 @@ class VolumeMeter(Protocol):
     async def usage(self, pod: Pod) -> Mapping[str, Any]:
         """By volume name, something with ``bytes``."""
 
+    def instance_folder(self, pod: Pod, container: str, attempt: int) -> Path:
+        """Where one instance's root file system lies."""
+
 
 class Evictor:
     """One a node. ``round`` looks once."""
@@ -44,7 +50,7 @@ class Evictor:
     async def round(self, workers: Mapping[str, PodWorker]) -> None:
         """Evict what has to go; raises RuntimeUnavailableError and OSError when that cannot be told."""
         active = {uid: worker for uid, worker in workers.items() if worker.holds_resources and worker.verdict is None}
-        await self._check_size_limits(active)
+        await self._check_storage_limits(active)
         pressures = self._services.node().pressures
         # One pod at a time: whether it helped shows once it has ended, in the next round.
         leaving = any(worker.verdict is not None and worker.holds_resources for worker in workers.values())
@@ -68,32 +74,30 @@ class Evictor:
         self._services.events.event(worker.pod, "Warning", verdict.reason, verdict.message)
         worker.end(verdict, grace_seconds=0)
 
-    async def _check_size_limits(self, active: Mapping[str, PodWorker]) -> None:
-        volumes = self._services.volumes
-        if not isinstance(volumes, VolumeMeter):
-            return
+    async def _check_storage_limits(self, active: Mapping[str, PodWorker]) -> None:
         for worker in active.values():
-            listed = worker.pod["spec"].get("volumes") or ()
-            if not any((volume.get("emptyDir") or {}).get("sizeLimit") for volume in listed):
+            if eviction.is_critical(worker.pod) or not ephemeral_storage.is_limited(worker.pod):
                 continue
-            sizes = {name: int(usage.bytes) for name, usage in (await volumes.usage(worker.pod)).items()}
-            verdict = eviction.size_limit_exceeded(worker.pod, sizes)
+            verdict = ephemeral_storage.exceeded(worker.pod, await self._storage(worker))
             if verdict is not None:
                 self._evict(worker, verdict)
 
+    async def _storage(self, worker: PodWorker) -> ephemeral_storage.StorageUsage:
+        volumes = self._services.volumes
+        if not isinstance(volumes, VolumeMeter):
+            return ephemeral_storage.StorageUsage()
+        logs = logtail.pod_folder(self._services.paths, worker.pod)
+        folders = {
+            name: (logs / name, volumes.instance_folder(worker.pod, name, instance.attempt))
+            for name, instance in worker.latest().items()
+        }
+        sizes = {name: int(usage.bytes) for name, usage in (await volumes.usage(worker.pod)).items()}
+        containers = await asyncio.to_thread(lambda: {name: _bytes(found) for name, found in folders.items()})
+        return ephemeral_storage.StorageUsage(containers=containers, volumes=sizes)
+
     async def _usages(self, active: Mapping[str, PodWorker], resource: str) -> list[eviction.Usage]:
         if resource != "memory":
-            paths = self._services.paths
-            return [
-                eviction.Usage(
-                    pod=worker.pod,
-                    by_container={},
-                    elsewhere=await asyncio.to_thread(
-                        eviction.disk_usage, [paths.pods / uid, logtail.pod_folder(paths, worker.pod)]
-                    ),
-                )
-                for uid, worker in active.items()
-            ]
+            return [await self._disk_usage(uid, worker) for uid, worker in active.items()]
         owners = {i.id: (uid, name) for uid, worker in active.items() for name, i in worker.latest().items()}
         used: dict[str, dict[str, int]] = {}
         for usage in await self._services.runtime.usage():
@@ -101,3 +105,21 @@ class Evictor:
                 uid, name = owners[usage.id]
                 used.setdefault(uid, {})[name] = usage.memory_bytes
         return [eviction.Usage(pod=worker.pod, by_container=used.get(uid, {})) for uid, worker in active.items()]
+
+    async def _disk_usage(self, uid: str, worker: PodWorker) -> eviction.Usage:
+        paths = self._services.paths
+        own = (await self._storage(worker)).containers
+        everything = [paths.pods / uid, logtail.pod_folder(paths, worker.pod)]
+        total = await asyncio.to_thread(_bytes, everything)
+        return eviction.Usage(pod=worker.pod, by_container=own, elsewhere=max(total - sum(own.values()), 0))
+
+
+def _bytes(folders: Iterable[Path]) -> int:
+    """On disk, of trees that guests may have made. Blocks."""
+    total = 0
+    for folder in folders:
+        try:
+            total += tree_usage(folder).bytes
+        except OSError:
+            continue  # not made yet, or just removed
+    return total

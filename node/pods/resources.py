@@ -85,10 +85,8 @@ def pod_requests(pod: Pod) -> Requests:
 
 def limit(container: Container, name: str) -> int | None:
     """A container's limit in thousandths of a core or bytes; None: unlimited."""
-    value = ((container.get("resources") or {}).get("limits") or {}).get(name)
-    if value is None:
-        return None
-    return amount(name, value) or None
+    text = limit_text(container, name)
+    return None if text is None else amount(name, text) or None
 
 
 def request(container: Container, name: str) -> int | None:
@@ -97,6 +95,45 @@ def request(container: Container, name: str) -> int | None:
     if value is None:
         return None
     return amount(name, value) or None
+
+
+def pod_limit(pod: Pod, name: str) -> str | None:
+    """The limits of all containers together, as a quantity; None: no container has one. ``PodLimits`` of
+    k8s.io/component-helpers: the larger of running and initializing, plus overhead. In bytes or other whole units."""
+    running = _total(limit_text(each, name) for each in spec.regular_containers(pod))
+    sidecars: str | None = None
+    peak: str | None = None
+    for container in spec.init_containers(pod):
+        own = limit_text(container, name)
+        if spec.is_sidecar(container):
+            sidecars = _total((sidecars, own))
+            own = sidecars
+        else:
+            own = _total((own, sidecars))
+        peak = _larger(peak, own)
+    total = _larger(_total((running, sidecars)), peak)
+    return total if total is None else _total((total, (pod["spec"].get("overhead") or {}).get(name)))
+
+
+def limit_text(container: Container, name: str) -> str | None:
+    """A container's limit as it is written."""
+    value = ((container.get("resources") or {}).get("limits") or {}).get(name)
+    return None if value is None else str(value)
+
+
+def _total(texts: Iterable[str | None]) -> str | None:
+    """Written as the first that is not zero, as ``Quantity.Add`` has it."""
+    present = [text for text in texts if text is not None]
+    if not present:
+        return None
+    like = next((text for text in present if quantity.value(text)), present[0])
+    return quantity.canonical(sum(quantity.value(text) for text in present), like=like)
+
+
+def _larger(first: str | None, second: str | None) -> str | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return second if quantity.value(second) > quantity.value(first) else first
 
 
 def _compute_lists(pod: Pod) -> Iterable[Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """emptyDir volumes: a folder of the pod's, on disk or in memory, which lives as long as the pod.
 
-``sizeLimit`` is not a quota (there is no mount to put one on): ``VolumeManager.exceeded`` measures, and the pod is
-evicted, as kubelet does it.
+``sizeLimit`` is not a quota (there is no mount to put one on): what is there is measured (``VolumeManager.usage``), and
+the pod is evicted (``node.pods.evictor``), as kubelet does it.
 """
 
 from __future__ import annotations

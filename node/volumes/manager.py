@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from node.kube import quantity
 from node.kube.base import KubeError
 from node.kube.references import References
 from node.runtime.protocol import Mount
@@ -315,31 +314,9 @@ class VolumeManager:
 
         return await self._in_slow_thread(measure)
 
-    async def instance_usage(self, pod_uid: str) -> Usage:
-        """What a pod's containers wrote outside volumes: root file systems and termination messages."""
-        folder = self._areas.pod(pod_uid) / "containers"
-
-        def measure() -> Usage:
-            with contextlib.suppress(OSError):
-                return usage(folder)
-            return Usage(0, 0)
-
-        return await self._in_slow_thread(measure)
-
-    async def exceeded(self, pod: Pod) -> str:
-        """The eviction message when an emptyDir is over its ``sizeLimit`` (kubelet's text), else empty."""
-        limits: dict[str, str] = {}
-        for volume in _volumes(pod):
-            if volume.kind == "emptyDir" and volume.source.get("sizeLimit"):
-                limits[volume.name] = str(volume.source["sizeLimit"])
-        if not limits:
-            return ""
-        measured = await self.usage(pod)
-        for name, limit in limits.items():
-            allowed = quantity.value(limit)
-            if allowed and name in measured and measured[name].bytes > allowed:
-                return f'Usage of EmptyDir volume "{name}" exceeds the limit "{limit}". '
-        return ""
+    def instance_folder(self, pod: Pod, container: str, attempt: int) -> Path:
+        """Where what one instance wrote outside volumes lies on disk: its root file system, its termination message."""
+        return self._instance(pod, {"name": container}, attempt).disk
 
     # ---- the end
 

@@ -239,11 +239,3 @@ def test_who_exceeds_a_request_goes_before_who_does_not_then_by_priority_then_by
         "memory",
     )
     assert [each.pod["metadata"]["name"] for each in ranked] == ["large", "small", "important", "modest"]
-
-
-def test_an_empty_dir_that_outgrew_its_limit() -> None:
-    pod = make_pod(volumes=[{"name": "v", "emptyDir": {"sizeLimit": "1Mi"}}])
-    assert eviction.size_limit_exceeded(pod, {"v": 2**20}) is None
-    verdict = eviction.size_limit_exceeded(pod, {"v": 2**20 + 1})
-    assert verdict is not None
-    assert verdict.message == 'Usage of EmptyDir volume "v" exceeds the limit "1Mi". '

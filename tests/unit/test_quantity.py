@@ -82,3 +82,27 @@ def test_any_text_is_either_a_number_or_a_quantity_error(text: str) -> None:
 def test_a_missing_resource_reads_as_nought() -> None:
     assert quantity.lookup(None, "cpu") == "0"
     assert quantity.lookup({"cpu": "1"}, "cpu") == "1"
+
+
+@pytest.mark.parametrize(
+    ("number", "like", "text"),
+    [
+        (0, "1Mi", "0"),
+        (1000, "1Ki", "1k"),
+        (3 << 20, "1Ki", "3Mi"),
+        ((1 << 30) + 1, "1Gi", "1073741825"),
+        (1536 << 20, "1Gi", "1536Mi"),
+        (1_500_000_000, "1G", "1500M"),
+        (1024, "1", "1024"),
+        (2_000_000, "1e6", "2e6"),
+        (12, "1e6", "12"),
+        (10**18, "1E", "1E"),
+    ],
+)
+def test_a_number_is_written_as_the_api_server_would(number: int, like: str, text: str) -> None:
+    assert quantity.canonical(number, like=like) == text
+
+
+@given(st.integers(min_value=0, max_value=2**62), st.sampled_from(["1Mi", "1M", "1e3"]))
+def test_what_is_written_is_read_again(number: int, like: str) -> None:
+    assert quantity.value(quantity.canonical(number, like=like)) == number

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from node.kube.base import ApiUnavailableError
+from node.volumes import removal
 from node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
 from tests.unit.volumes_rig import Guest, Rig, make_container, make_pod
 
@@ -275,15 +276,16 @@ async def test_what_vanished_from_memory_is_made_again(rig: Rig) -> None:
     assert (await guest_with(rig, pod)).read("/v/k") == b"secret"
 
 
-async def test_an_empty_dir_over_its_limit_is_told_for_eviction(rig: Rig) -> None:
-    pod = pod_with({"emptyDir": {"sizeLimit": "1Mi"}})
+async def test_what_a_guest_writes_is_measured_for_eviction(rig: Rig) -> None:
+    pod = pod_with({"emptyDir": {}})
     guest = await guest_with(rig, pod)
-    guest.write("/v/small", b"x" * 1000)
-    assert await rig.volumes.exceeded(pod) == ""
     for number in range(20):
         guest.write(f"/v/big{number}", b"x" * 100_000)
-    assert await rig.volumes.exceeded(pod) == 'Usage of EmptyDir volume "vol" exceeds the limit "1Mi". '
-    assert (await rig.volumes.usage(pod))["vol"].bytes > 2_000_000
+    for number in range(5):
+        guest.write(f"/outside{number}", b"x" * 100_000)
+    assert 2_000_000 < (await rig.volumes.usage(pod))["vol"].bytes < 3_000_000
+    root = rig.volumes.instance_folder(pod, pod["spec"]["containers"][0]["name"], 0)
+    assert 500_000 < removal.usage(root).bytes < 1_000_000
 
 
 @pytest.mark.parametrize("type_", ["Directory", "DirectoryOrCreate", ""])
