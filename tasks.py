@@ -22,6 +22,9 @@ from harness.cli import (
     reporter,
     settings_of,
 )
+from harness.program import take_over
+
+take_over()
 
 NAME_HELP = "the cluster (default: wasilet, or WASILET_NAME)"
 OUTPUT_HELP = "text or json"
@@ -137,7 +140,8 @@ def status(c: Context, name: str = "", output: str = "text") -> None:
     from harness.status import status as read_status
     from harness.status import status_lines
 
-    data = read_status(settings_of(c, name=name)) if checked_output(output) else {}
+    checked_output(output)
+    data = read_status(settings_of(c, name=name))
     if output == "json":
         emit_json(data)
         return
@@ -220,10 +224,11 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
     from harness.approval import approve_once, pending
     from harness.up import open_cluster
 
+    checked_output(output)
     with open_cluster(settings_of(c, name=name)) as cluster:
         kube = cluster.admin()
         requests = approve_once(kube, request) if request or all else pending(kube)
-    if checked_output(output) == "json":
+    if output == "json":
         emit_json([vars(entry) for entry in requests])
         return
     verb = "approved" if request or all else "pending "
@@ -296,7 +301,9 @@ def bootstrap(
     name: str = "",
     output: str = "text",
 ) -> None:
-    """Let a node of another machine join: write a bootstrap file, and say what to type there.
+    """Let a node of another machine join.
+
+    Writes a bootstrap file, and says what to type there.
 
     A cluster that listens on loopback gets a door for it on --address, which `status` lists and `down` closes.
 
@@ -341,9 +348,9 @@ def node(
     bootstrap_file: str = "/etc/wasilet/bootstrap.conf",
     user: str = "",
 ) -> None:
-    """Print how a node of this machine is run for good: a command line, or a systemd unit.
+    """Print how a node of this machine is run for good.
 
-    What follows -- are further options of the node; see `python -P -m node --help`.
+    As a command line, or as a systemd unit. What follows -- are further options of the node; see `python -P -m node --help`.
 
     Examples:
       invoke node --node wasm-1 --systemd --file /etc/systemd/system/wasilet-node.service
@@ -374,7 +381,12 @@ def node(
 def diagnose(c: Context, name: str = "", namespace: str = "") -> None:
     """Print what to read when something went wrong.
 
-    Processes that are gone, nodes, pods with reasons and events, the ends of logs."""
+    Processes that are gone, nodes, pods with reasons and events, the ends of logs.
+
+    Examples:
+      invoke diagnose
+      invoke diagnose --namespace default
+    """
     from harness.diagnostics import diagnose as collect
     from harness.up import open_cluster
 
@@ -635,7 +647,11 @@ def completion(c: Context, shell: str, program: str = "invoke") -> None:
 @task
 @command
 def samples(c: Context) -> None:
-    """List the samples, each of which has a demo."""
+    """List the samples, each of which has a demo.
+
+    Example:
+      invoke samples                  then: invoke demo hello-world
+    """
     from harness.apps import demo_lines
 
     for line in demo_lines():
@@ -677,8 +693,9 @@ def doctor(c: Context, output: str = "text") -> None:
     from harness.doctor import check_lines, is_fit
     from harness.doctor import doctor as examine
 
+    checked_output(output)
     checks = examine(settings_of(c))
-    if checked_output(output) == "json":
+    if output == "json":
         emit_json([check.to_json() for check in checks])
     else:
         for line in check_lines(checks):
@@ -692,6 +709,9 @@ def docs(c: Context) -> None:
     """Build this project's documentation as a site, strictly.
 
     Prints the first page's path. The tools are locked in requirements-docs.lock and get an environment of their own.
+
+    Example:
+      xdg-open $(invoke docs)
     """
     from harness.docs_site import build_site, site
 
@@ -734,7 +754,11 @@ def bench(c: Context, what: str, runs: int = 3, pods: int = 300, output: str = "
 @task
 @command
 def lint(c: Context) -> None:
-    """Check style, types and import contracts of this project."""
+    """Check style, types and import contracts of this project.
+
+    Example:
+      invoke lint
+    """
     from harness.testing import lint as check_project
 
     check_project()

@@ -58,16 +58,29 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
             raise Exit("ended by SIGTERM", code=EXIT_TERMINATED) from None
         except BrokenPipeError:
             # Whoever read our output has gone (`| head`): nothing is wrong, and nothing more can be said.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            stop_writing()
             raise Exit(code=0) from None
         except OSError as error:
             from harness.state import os_error_words
 
             raise Exit(f"error: {os_error_words(error)}", code=EXIT_FAILED) from error
+        except Exit:
+            raise
+        except Exception as error:
+            # A bug of ours: for its report the whole stack, for scripts the exit code of every failure.
+            traceback.print_exception(error)
+            raise Exit(f"error: internal error: {type(error).__name__}: {error}", code=EXIT_FAILED) from error
         finally:
             signal.signal(signal.SIGTERM, previous)
 
     return guarded
+
+
+def stop_writing() -> None:
+    """Let what is still written to stdout, by Python at its end as well, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _terminate(_signum: int, _frame: FrameType | None) -> None:

@@ -36,7 +36,7 @@ def page() -> Path:
 
 def reference() -> str:
     """Markdown: a section a task, in the order of ``tasks.py``."""
-    return "\n\n".join("\n".join(_section(task)) for task in _tasks(_load(checkout() / "tasks.py"))) + "\n"
+    return "\n\n".join("\n".join(_section(task)) for task in tasks()) + "\n"
 
 
 def updated(text: str) -> str:
@@ -66,10 +66,11 @@ def _load(file: Path) -> ModuleType:
     return module
 
 
-def _tasks(module: ModuleType) -> list[Any]:
+def tasks() -> list[Any]:
+    """The tasks of ``tasks.py``, in its order."""
     from invoke.tasks import Task
 
-    return [value for value in vars(module).values() if isinstance(value, Task)]
+    return [value for value in vars(_load(checkout() / "tasks.py")).values() if isinstance(value, Task)]
 
 
 def _section(task: Any) -> Iterator[str]:

@@ -7,6 +7,7 @@ process does not run. Fields are only ever added.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from harness.down import unknown_cluster
 from harness.errors import ApiError, HarnessError, UsageError
 from harness.kube import KubeObject, api_path
 from harness.local_registry import registry_address
-from harness.process import ProcessRecord, find, is_alive, tail_of
+from harness.process import find, is_alive
 from harness.providers.base import BINARIES_STEP, Cluster
 from harness.settings import Settings
 from harness.state import State, read_json
@@ -180,23 +181,34 @@ def log_file(settings: Settings, component: str) -> Path:
     raise UsageError(f"no component {component!r} has a log", hint=f"there are: {', '.join(names) or 'none'}")
 
 
-def log_lines(path: Path, *, tail: int, follow: bool, process: ProcessRecord | None = None) -> Iterator[str]:
-    """The last ``tail`` lines (0: all), and with ``follow`` those that come, until the process is gone."""
-    if tail:
-        yield from tail_of(path, tail, limit_bytes=1_000_000)
-    position = path.stat().st_size if tail else 0
+def log_lines(path: Path, *, tail: int, follow: bool) -> Iterator[str]:
+    """The last ``tail`` lines (0: all), and with ``follow`` those that come, until the reader has enough: what writes
+    them may be started again. Raises UsageError."""
+    if tail < 0:
+        raise UsageError(f"--lines {tail}: how many of the last lines, or 0 for all")
+    position = _start_of_last(path, tail) if tail else 0
     rest = b""
     while True:
         with path.open("rb") as file:
-            if path.stat().st_size < position:
+            if os.fstat(file.fileno()).st_size < position:
                 position = 0
             file.seek(position)
             block = file.read()
         position += len(block)
         *lines, rest = (rest + block).split(b"\n")
         yield from (line.decode(errors="replace") for line in lines)
-        if not follow or (process is not None and not is_alive(process) and not block):
+        if not follow:
             if rest:
                 yield rest.decode(errors="replace")
             return
         time.sleep(FOLLOW_POLL_SECONDS)
+
+
+def _start_of_last(path: Path, count: int, *, limit_bytes: int = 1_000_000) -> int:
+    """Where the last ``count`` lines begin, as far as ``limit_bytes`` reach."""
+    with path.open("rb") as file:
+        begin = max(0, file.seek(0, os.SEEK_END) - limit_bytes)
+        file.seek(begin)
+        block = file.read()
+    lines = block.splitlines(keepends=True)[1 if begin else 0 :]
+    return begin + len(block) - sum(map(len, lines[-count:]))

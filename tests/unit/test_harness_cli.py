@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from invoke.exceptions import Exit
 
+from harness import docs_tasks
 from harness.cli import command, invocation_path
 from harness.errors import UsageError
 from harness.settings import load
@@ -55,6 +58,13 @@ def _run(*argv: str, state: Path, **environ: str) -> subprocess.CompletedProcess
         (["kubectl", "--", "get", "nodes"], "there is no cluster 'wasilet'"),
         (["token", "list"], "cluster 'wasilet' is not up"),
         (["approve"], "cluster 'wasilet' is not up"),
+        (["approve", "--all", "--output", "xml"], "unknown output 'xml'"),
+        (["token", "create", "--output", "xml"], "unknown output 'xml'"),
+        (["nonsense"], "no idea what 'nonsense' is (`invoke --list`"),
+        (["up", "--nonsense"], "no idea what '--nonsense' is (`invoke up --help`"),
+        (["--help", "nonsense"], "no idea what 'nonsense' is"),
+        (["logs"], "'logs' did not receive required positional arguments: 'component'"),
+        (["up", "--nodes", "many"], "an option takes a number, and was given 'many'"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_2(tmp_path: Path, words: list[str], expected: str) -> None:
@@ -73,6 +83,8 @@ def test_bad_input_is_one_clear_line_and_2(tmp_path: Path, words: list[str], exp
     [
         (["nonsense"], "no idea what 'nonsense' is (`./run --list`"),
         (["up", "--nonsense"], "no idea what '--nonsense' is (`./run up --help`"),
+        (["--help", "nonsense"], "no idea what 'nonsense' is (`./run --list`"),
+        (["--collection", "nonsense", "up"], "can't find any collection named 'nonsense'"),
         (["demo"], "'demo' did not receive required positional arguments: 'app'"),
         (["approve", "csr-x"], "no idea what 'csr-x' is (`./run approve --help`"),
         (["up", "--nodes", "many"], "an option takes a number, and was given 'many'"),
@@ -120,14 +132,37 @@ def test_purging_what_is_not_there_is_done_already(tmp_path: Path) -> None:
     assert invoke("down", "--purge", state=tmp_path).returncode == 0
 
 
-def test_every_task_has_a_help_of_one_line_and_examples(tmp_path: Path) -> None:
-    listed = invoke("--list", state=tmp_path)
-    assert listed.returncode == 0
-    lines = listed.stdout.splitlines()
-    for task in ("up", "down", "status", "logs", "kubectl", "approve", "token", "test"):
-        (line,) = [number for number, text in enumerate(lines) if text.split()[:1] == [task]]
-        assert not lines[line + 1].startswith("     "), f"the help of {task} is longer than a line"
-        assert "Example" in invoke("--help", task, state=tmp_path).stdout, task
+def test_every_task_has_a_help_of_one_line_and_examples() -> None:
+    tasks = list(docs_tasks.tasks())
+    assert len(tasks) > 20
+    for task in tasks:
+        first, _, rest = (inspect.getdoc(task.body) or "").partition("\n")
+        assert 0 < len(first) < 80, task.name
+        assert re.search(r"^Examples?:\n  \S", rest, re.MULTILINE), f"{task.name} shows no example"
+        assert re.search(rf"(invoke|\./run) {task.name}\b", rest), f"{task.name} is not in its own examples"
+
+
+@pytest.mark.parametrize("words", [["--list"], ["--help", "up"]])
+def test_a_reader_of_the_help_may_go(tmp_path: Path, words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        argv = [sys.executable, "-P", "-m", "invoke", *words]
+        done = subprocess.run(argv, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_bug_of_ours_shows_its_stack_and_ends_like_any_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def task() -> None:
+        raise KeyError("nobody thought of it")
+
+    with pytest.raises(Exit, match="internal error: KeyError: 'nobody thought of it'") as caught:
+        task()
+    assert caught.value.code == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "code"), [(UsageError("bad"), 2), (KeyboardInterrupt(), 130), (OSError(28, "x"), 2)])
