@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from harness.controlplane.acquire import locate
-from harness.controlplane.components import Component, component_step
+from harness.controlplane.components import Component, accepts, component_step
 from harness.errors import UsageError
 from harness.local_registry import registry_component
 from harness.manifests import manifests_folder
@@ -80,7 +79,7 @@ def _apiserver_door(cluster: Cluster, address: str) -> Component:
         ),
         ports={"TLS": port},
         addresses=(address,),
-        ready=lambda: _listens(address, port),
+        ready=lambda: accepts(address, port),
     )
 
 
@@ -93,14 +92,6 @@ def _registry_door(cluster: Cluster, address: str) -> Component:
         address=address,
         readonly=True,
     )
-
-
-def _listens(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True
 
 
 # --- invoke bootstrap ------------------------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ PREFERRED_PORTS = {"apiserver": 6443, "registry": 5000, "kubelet": 10250}
 _FIRST_PORT, _LAST_PORT = 20000, 32000
 """Below Linux's ephemeral range (32768), so that no outgoing connection sits on a port of ours."""
 
+EVERYWHERE = "0.0.0.0"  # noqa: S104  (asked about, never listened on)
+"""A port that is free here has no listener on any address of this machine."""
+
 
 @dataclass(frozen=True)
 class ComponentRecord:
@@ -264,7 +267,9 @@ class State:
         """A port for each name, remembered in ``cluster.json``. ``wanted``: the port the user asks for, or 0.
 
         A port that this cluster already has stays. Clusters do not clash: the choice is made under a lock of the state
-        root, knowing the ports of all its clusters. Raises PortTakenError when a wanted port cannot be had."""
+        root, knowing the ports of all its clusters. A port that is chosen has no listener anywhere on this machine; of
+        one that is asked for only ``addresses`` matter, which it will be used on. Raises PortTakenError when it cannot
+        be had."""
         with self._all_ports_locked():
             ports: dict[str, int] = dict(self.read().get("ports", {}))
             others = self._ports_of_others()
@@ -272,25 +277,27 @@ class State:
                 if port and ports.get(name) != port:
                     if port in others:
                         raise PortTakenError(f"port {port} ({name}) belongs to cluster {others[port]!r}")
+                    if twice := [other for other in ports if ports[other] == port]:
+                        raise PortTakenError(f"port {port} is asked for twice: {twice[0]}, {name}")
                     if not all(port_is_free(port, address) for address in addresses):
                         raise port_taken(port, name)
                     ports[name] = port
                 elif name not in ports:
-                    ports[name] = self._free_port(name, set(others) | set(ports.values()), addresses)
+                    ports[name] = self._free_port(name, set(others) | set(ports.values()))
             self.update(ports=ports)
             return {name: ports[name] for name in wanted}
 
-    def _free_port(self, name: str, taken: set[int], addresses: tuple[str, ...]) -> int:
+    def _free_port(self, name: str, taken: set[int]) -> int:
         if self.name == DEFAULT_NAME and "WASILET_STATE_HOME" not in os.environ and name in PREFERRED_PORTS:
             port = PREFERRED_PORTS[name]
-            if port not in taken and all(port_is_free(port, address) for address in addresses):
+            if port not in taken and port_is_free(port, EVERYWHERE):
                 return port
         size = _LAST_PORT - _FIRST_PORT
         # Two state roots know nothing of each other: each begins at a place of its own.
         start = int.from_bytes(hashlib.sha256(os.fsencode(self.path)).digest()[:4], "big") % size
         for offset in range(size):
             port = _FIRST_PORT + (start + offset) % size
-            if port not in taken and all(port_is_free(port, address) for address in addresses):
+            if port not in taken and port_is_free(port, EVERYWHERE):
                 return port
         raise PortTakenError(f"no free TCP port between {_FIRST_PORT} and {_LAST_PORT}")
 
@@ -340,7 +347,8 @@ def port_taken(port: int, what: str) -> PortTakenError:
     holder = port_holder(port)
     by = f" by {holder}" if holder else " by another program"
     return PortTakenError(
-        f"port {port}, which {what} needs, is taken{by}", hint="end that program, or choose another port"
+        f"port {port}, which {what} needs, is taken{by}",
+        hint="end that program, or fix another port in ~/.invoke.yaml; see docs/harness.md, Settings",
     )
 
 

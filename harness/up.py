@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.controlplane.components import Component, component_step
+from harness.controlplane.components import Component, accepts, component_step
 from harness.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
 from harness.join import door_steps, doors
 from harness.kube import Kube, KubeObject, api_path
@@ -21,7 +20,7 @@ from harness.process import check_cancelled, is_alive, tail_of
 from harness.providers import by_name
 from harness.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
 from harness.settings import Settings
-from harness.state import State
+from harness.state import EVERYWHERE, State
 
 if TYPE_CHECKING:
     from harness.console import Reporter
@@ -176,8 +175,12 @@ def _preparation_step(cluster: Cluster) -> Step:
 
     def change(_: Progress) -> str:
         state.create()
-        # First, because it may fail: then nothing is written down yet.
-        ports = state.allocate_ports(wanted())
+        # First, because it may fail: then nothing is written down yet. Nodes are reached from elsewhere, the rest is
+        # not; which address that is, another provider knows only when its cluster is there.
+        asked = wanted()
+        kubelets = {name: asked.pop(name) for name in list(asked) if name.startswith("kubelet")}
+        ports = state.allocate_ports(kubelets, addresses=(settings.node_ip or EVERYWHERE,))
+        ports |= state.allocate_ports(asked)
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
         state.run_id()
         return f"{state.path}, ports {', '.join(f'{name} {port}' for name, port in ports.items())}"
@@ -334,18 +337,10 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         ports={"kubelet API": port},
         addresses=(access.node_address,),
         clients=True,
-        ready=lambda: _listens(access.node_address, port),
+        # The kubelet API answers nobody without a credential, so a connection has to do; the Node's own condition says
+        # the rest, but is believed for 40 s after an agent died.
+        ready=lambda: accepts(access.node_address, port),
     )
-
-
-def _listens(address: str, port: int) -> bool:
-    """The kubelet API answers nobody without a credential, so a connection has to do; the Node's own condition says
-    the rest, but is believed for 40 s after an agent died."""
-    try:
-        socket.create_connection((address, port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True
 
 
 def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) -> Step:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -275,6 +276,15 @@ class Probe:
                 connection.close()
         except (OSError, http.client.HTTPException, ValueError):
             return False
+
+
+def accepts(address: str, port: int) -> bool:
+    """Whether somebody listens there: all that can be asked of what answers nobody without a credential."""
+    try:
+        socket.create_connection((address, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 # --- the control plane of the host provider --------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import state as states
 from harness.errors import PortTakenError, StateError
 from harness.process import ProcessRecord, spawn, stop
 from harness.state import (
@@ -221,6 +222,37 @@ def test_a_busy_port_is_named_with_who_has_it(tmp_path: Path, busy_port: int) ->
     assert not port_is_free(busy_port)
     with pytest.raises(PortTakenError, match=rf"port {busy_port}.*pid {os.getpid()}"):
         State(tmp_path, "one").allocate_ports({"apiserver": busy_port})
+
+
+@pytest.fixture
+def port_busy_elsewhere() -> Iterator[int]:
+    """Taken on one address that is not the one everybody looks at: as a kubelet's on the machine's own."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.2", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def test_a_port_that_is_chosen_has_no_listener_on_any_address(
+    tmp_path: Path, port_busy_elsewhere: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert port_is_free(port_busy_elsewhere)
+    monkeypatch.delenv("WASILET_STATE_HOME", raising=False)
+    monkeypatch.setattr(states, "PREFERRED_PORTS", {"kubelet": port_busy_elsewhere})
+    assert State(tmp_path, "wasilet").allocate_ports({"kubelet": 0})["kubelet"] != port_busy_elsewhere
+
+
+def test_a_port_that_is_asked_for_must_be_free_where_it_is_used(tmp_path: Path, port_busy_elsewhere: int) -> None:
+    state = State(tmp_path, "one")
+    for addresses in (("127.0.0.2",), (states.EVERYWHERE,)):
+        with pytest.raises(PortTakenError, match=rf"port {port_busy_elsewhere}, which kubelet needs, is taken by"):
+            state.allocate_ports({"kubelet": port_busy_elsewhere}, addresses=addresses)
+    assert state.allocate_ports({"etcd": port_busy_elsewhere}) == {"etcd": port_busy_elsewhere}
+
+
+def test_one_port_cannot_be_asked_for_twice(tmp_path: Path, port_busy_elsewhere: int) -> None:
+    with pytest.raises(PortTakenError, match="is asked for twice: etcd, registry"):
+        State(tmp_path, "one").allocate_ports({"etcd": port_busy_elsewhere, "registry": port_busy_elsewhere})
 
 
 def test_files_are_replaced_whole_with_the_mode_asked_for(tmp_path: Path) -> None:
