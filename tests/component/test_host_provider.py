@@ -78,13 +78,11 @@ def pids(settings: Settings) -> dict[str, int | None]:
     return {entry["name"]: entry["pid"] for entry in [*data["components"], *data["nodes"]]}
 
 
-def test_a_second_up_changes_nothing_and_is_quick(own: TestCluster) -> None:
+def test_a_second_up_changes_nothing(own: TestCluster) -> None:
     before = pids(own.settings)
-    started = time.monotonic()
     recap = bring_up(own.settings)
     assert changed(recap) == []
     assert pids(own.settings) == before
-    assert time.monotonic() - started < 10, "a generous limit for a busy machine; the benchmark holds the real one"
 
 
 @pytest.mark.parametrize("component", [*COMPONENTS, "node"])

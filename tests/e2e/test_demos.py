@@ -24,8 +24,6 @@ from tests.clusters import TestCluster
 
 pytestmark = pytest.mark.e2e
 
-RUNNING_DEMO_LIMIT_SECONDS = 3.0
-
 
 @pytest.fixture
 def settings(cluster: TestCluster) -> Settings:
@@ -74,13 +72,13 @@ def test_the_sample_does_what_its_demo_promises(settings: Settings, namespace: s
     assert apps.remove(name, settings, options=apps.DemoOptions(namespace=namespace)) == []
 
 
-def test_a_second_demo_replaces_the_pod_and_is_quick(settings: Settings, namespace: str, cluster: TestCluster) -> None:
+def test_a_second_demo_replaces_the_pod_and_makes_nothing_again(
+    settings: Settings, namespace: str, cluster: TestCluster
+) -> None:
     demo("hello-world", settings, namespace=namespace)
     path = api_path("pods", "wasi-hello-world", namespace=namespace)
     first = cluster.kube.get(path)["metadata"]["uid"]
-    started = time.monotonic()
     result = demo("hello-world", settings, namespace=namespace)
-    assert time.monotonic() - started < RUNNING_DEMO_LIMIT_SECONDS
     assert cluster.kube.get(path)["metadata"]["uid"] != first
     statuses = {outcome.name: outcome.status.value for outcome in result.recap.outcomes}
     assert statuses["build"] == statuses["local run"] == statuses["push"] == "ok"

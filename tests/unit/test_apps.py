@@ -239,10 +239,8 @@ def test_a_pod_that_ends_without_the_line_fails_at_once_and_shows_why() -> None:
     kube = FakeKube()
     kube.logs["x"] = ["Good bye"]
     kube.show(pod("Failed", terminated=ended(3, "Error")))
-    started = time.monotonic()
     with pytest.raises(ExpectationError) as error:
         wait(kube, log=(Line(contains="Hello"),), within_seconds=30.0)
-    assert time.monotonic() - started < 3
     text = error.value.message
     assert "pod/x is over (Failed) without a line with 'Hello' in the log of pod/x" in text
     assert "| Good bye" in text
@@ -394,10 +392,8 @@ def quiet(_: str) -> None:
 
 def test_a_program_that_never_ends_passes_once_its_line_is_there(tmp_path: Path, environ: dict[str, str]) -> None:
     module = hello(tmp_path, "(loop $l (br $l))")
-    started = time.monotonic()
     seen = runs.check(module, LocalSpec(log=(Line(contains="Hello"),)), say=quiet, environ=environ)
     assert seen == "1 lines: Hello"
-    assert time.monotonic() - started < 20
 
 
 def test_a_wrong_code_and_a_missing_line_are_told_with_the_output(tmp_path: Path, environ: dict[str, str]) -> None:

@@ -112,10 +112,8 @@ def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_gzip_bomb_ends_at_the_limit(tmp_path: Path) -> None:
     bomb = gzip.compress(archive(("zeros", b"\0" * (64 * 1024 * 1024))))
-    began = time.monotonic()
     with pytest.raises(LayerError, match="decompresses to more than the 4194304 bytes allowed"):
         take(layer(tmp_path, bomb), "main.wasm", OCI_LAYER_TAR_GZIP)
-    assert time.monotonic() - began < 2
 
 
 def test_a_file_over_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:

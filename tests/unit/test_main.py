@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -300,9 +299,7 @@ def record_of(process: subprocess.Popen[bytes]) -> AgentRecord:
 
 
 def test_what_ignores_sigterm_is_killed(stubborn: subprocess.Popen[bytes]) -> None:
-    began = time.monotonic()
     assert instance.stop(record_of(stubborn), grace_seconds=0.2)
-    assert 0.2 <= time.monotonic() - began < 2
     assert stubborn.wait(timeout=5) == -signal.SIGKILL
 
 

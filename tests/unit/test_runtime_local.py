@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +112,9 @@ def test_what_does_not_compile_is_a_compile_error(tmp_path: Path, cache: Path) -
 
 
 def test_a_time_limit_ends_it(tmp_path: Path, cache: Path) -> None:
-    started = time.monotonic()
     code, out, err = run(tmp_path, cache, SLEEPER, timeout_seconds=1.5)
     assert (code, out) == (124, "asleep\n")
     assert "1.5 s" in err
-    assert time.monotonic() - started < 15
 
 
 def test_ctrl_c_is_130(tmp_path: Path, cache: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -162,14 +161,10 @@ def test_a_tail_is_the_end_of_the_whole_log(
 
 def test_a_tail_of_a_large_file_reads_only_its_end(tmp_path: Path) -> None:
     path = tmp_path / "0.log"
-    block = line("x" * 100) * 1000
     with path.open("wb") as file:
-        for _ in range(80):
-            file.write(block)
-        file.write(line("last but one") + line("last"))
-    started = time.perf_counter()
+        file.seek(64 * 1024**3)  # a hole larger than memory: who reads the whole file does not return
+        file.write(b"\n" + line("before") + line("last but one") + line("last"))
     assert tail(path, 2) == b"last but one\nlast\n"
-    assert time.perf_counter() - started < 0.05
 
 
 def test_a_damaged_archive_gives_what_can_be_read(tmp_path: Path) -> None:

@@ -62,10 +62,8 @@ async def test_the_end_of_a_container_wakes_its_follower(tmp_path: Path) -> None
     try:
         async with watcher.follow(tmp_path, ended=lambda: ended) as waiter:
             ended = True
-            started = time.monotonic()
-            await waiter.wait()
+            await asyncio.wait_for(waiter.wait(), 10)
             assert waiter.ended
-            assert time.monotonic() - started < 0.3
     finally:
         watcher.close()
 
