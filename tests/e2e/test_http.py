@@ -1,0 +1,167 @@
+"""What a module may ask over HTTP, seen from the server: what the pod's annotations allow arrives, all else never does.
+
+The guest is the sample ``cat-facts``, which goes through the host calls of wasi-experimental-http and logs what it got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from harness.build import build
+from harness.kube import KubeObject, api_path
+from harness.samples import find_app
+from tests.clusters import TestCluster
+from tests.e2e.guests import Guests
+from tests.e2e.runner import read_log
+from tests.e2e.stage import Stage
+
+pytestmark = pytest.mark.e2e
+
+ALLOWED = "alpha.wasi.krustlet.dev/allowed-domains"
+CONCURRENT = "alpha.wasi.krustlet.dev/max-concurrent-requests"
+SECONDS = 60.0
+
+
+@dataclass
+class Api:
+    """A server on loopback, and the paths that it was asked for."""
+
+    origin: str = ""
+    elsewhere: str = ""
+    """Where ``/redirect`` leads."""
+
+    paths: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Api]:
+    """A server for the length of a ``with``."""
+    api = Api()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            api.paths.append(self.path)
+            moved = self.path == "/redirect"
+            body = b"" if moved else json.dumps({"fact": "seen"}).encode()
+            self.send_response(302 if moved else 200)
+            if moved:
+                self.send_header("Location", api.elsewhere)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    api.origin = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield api
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    with serving() as found:
+        yield found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Pods of the guest, and what they logged."""
+
+    stage: Stage
+    image: str
+    namespace: str
+
+    def log_of(self, url: str, annotations: dict[str, str]) -> str:
+        """Run a pod that asks ``url``; its log, once there is a line in it."""
+        pod: KubeObject = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "asking", "annotations": annotations},
+            "spec": {
+                "terminationGracePeriodSeconds": 0,
+                "containers": [
+                    {
+                        "name": "main",
+                        "image": self.image,
+                        "env": [{"name": "RUST_LOG", "value": "info"}, {"name": "CAT_FACTS_URL", "value": url}],
+                    }
+                ],
+                "tolerations": [{"operator": "Exists"}],
+            },
+        }
+        with self.stage.kube() as kube:
+            self.stage.create(kube, self.namespace, pod)
+        path = api_path("pods", "asking", namespace=self.namespace, sub="log")
+        found = ""
+
+        def missing() -> list[str]:
+            nonlocal found
+            status = (self.stage.pod(self.namespace, "asking") or {}).get("status") or {}
+            if status.get("phase") != "Running":
+                return [f"the pod is {status}"]
+            found = read_log(self.stage, path, {}).decode()
+            return [] if "\n" in found else ["its log is empty"]
+
+        self.stage.wait(missing, within=SECONDS, poll=0.3)
+        return found
+
+
+@pytest.fixture(scope="module")
+def guest(cluster: TestCluster) -> str:
+    guests = Guests(str(cluster.status()["registry"]))
+    module = build(find_app("cat-facts"), say=lambda _: None, environ=os.environ).module.read_bytes()
+    return guests.add_bytes("asking", module)
+
+
+@pytest.fixture
+def asking(cluster: TestCluster, guest: str) -> Iterator[Asking]:
+    stage = Stage(cluster.cluster.admin_credentials())
+    try:
+        with stage.namespace("http") as namespace:
+            yield Asking(stage=stage, image=guest, namespace=namespace)
+    finally:
+        stage.close()
+
+
+def test_an_origin_that_the_annotation_names_is_reached(api: Api, asking: Asking) -> None:
+    log = asking.log_of(f"{api.origin}/fact", {ALLOWED: json.dumps([api.origin]), CONCURRENT: "1"})
+    assert "Cat Fact: seen" in log
+    assert api.paths == ["/fact"]
+
+
+@pytest.mark.parametrize("listed", [None, "[]", '["http://127.0.0.1:1"]', '["insecure:allow-all"]'])
+def test_any_other_is_not(api: Api, asking: Asking, listed: str | None) -> None:
+    log = asking.log_of(f"{api.origin}/fact", {} if listed is None else {ALLOWED: listed})
+    assert f"No cat fact from {api.origin}/fact: Destination not allowed" in log
+    assert api.paths == []
+
+
+def test_a_redirect_leads_nowhere_else(api: Api, asking: Asking) -> None:
+    with serving() as secret:
+        api.elsewhere = f"{secret.origin}/fact"
+        log = asking.log_of(f"{api.origin}/redirect", {ALLOWED: json.dumps([api.origin])})
+        assert "Destination not allowed" in log
+        assert api.paths == ["/redirect"]
+        assert secret.paths == []
+
+
+def test_more_requests_at_a_time_than_the_annotation_says_are_refused(api: Api, asking: Asking) -> None:
+    log = asking.log_of(f"{api.origin}/fact", {ALLOWED: json.dumps([api.origin]), CONCURRENT: "0"})
+    assert "Too many sessions" in log
+    assert api.paths == []
