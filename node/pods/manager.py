@@ -100,7 +100,7 @@ class PodManager:
     def instances(self, pod_uid: str, container: str) -> list[ContainerStatus]:
         """What the runtime knows of one container: the newest instance, then the one before it."""
         worker = self._workers.get(pod_uid)
-        return list(worker.instances.get(container, ())) if worker else []
+        return list(worker.instances.of(container)) if worker else []
 
     # ---- life
 

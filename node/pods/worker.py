@@ -22,6 +22,7 @@ from node.pods import logtail, recovery, resources, spec, termination
 from node.pods import status as status_of
 from node.pods.backoff import NotBefore, RetryBackoff
 from node.pods.collaborators import Collaborators
+from node.pods.instances import Instances
 from node.pods.lastwords import LastWords
 from node.pods.patcher import StatusPatcher
 from node.pods.plan import Plan, has_ever_started, make_plan
@@ -38,7 +39,6 @@ from node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedEr
 logger = logging.getLogger(__name__)
 
 DEADLINE = Verdict(reason="DeadlineExceeded", message="Pod was active on the node longer than the specified deadline")
-_ORDER = {ContainerState.CREATED: 0, ContainerState.RUNNING: 1, ContainerState.EXITED: 2}
 
 
 class Stage(IntEnum):
@@ -69,7 +69,6 @@ class PodWorker:
         self.requests = resources.pod_requests(pod)
         self.stage = Stage.ACTIVE
         self.verdict = rejected
-        self.instances = recovery.instances_of(pod, instances)
         self.results = ProbeResults()
         self.removed = False
         self.status: Mapping[str, Any] = pod.get("status") or {}
@@ -88,7 +87,6 @@ class PodWorker:
         self._starter = Starter(services, late=self.observe)
         self._refresher = Refresher(services)
         self._last_words = LastWords(services, changed=self._wake.set)
-        self._seen_at: dict[str, float] = {}
         self._job: asyncio.Task[None] | None = None
         self._volumes_ready = False
         self._volume_retry = RetryBackoff(initial=services.timing.config_retry_first)
@@ -97,12 +95,15 @@ class PodWorker:
         self._grace: Grace | None = None
         self._stopped = False
         self._finished = False
-        for known in self.instances.values():
-            for instance in known:
-                self._note(instance)
-            found = spec.find_container(pod, known[0].container_name)
+        self.instances = Instances(
+            recovery.instances_of(pod, instances),
+            changed=self._wake.set,
+            ended=lambda instance, newest: self._last_words.note(self.pod, instance, newest=newest),
+        )
+        for name, latest in self.latest().items():
+            found = spec.find_container(pod, name)
             if found is not None:
-                self._starter.seed_back_off(found[1], known[0])
+                self._starter.seed_back_off(found[1], latest)
 
     # ---- what the manager tells
 
@@ -128,33 +129,11 @@ class PodWorker:
 
     def observe(self, instance: ContainerStatus) -> None:
         """The runtime's word on one instance."""
-        known = self.instances.setdefault(instance.container_name, [])
-        for i, before in enumerate(known):
-            if before.id == instance.id:
-                if _ORDER[instance.state] < _ORDER[before.state]:
-                    return
-                known[i] = recovery.with_start_of(instance, before.started_at_ns)
-                break
-        else:
-            known.append(instance)
-            known.sort(key=lambda each: (each.attempt, each.created_at_ns), reverse=True)
-        self._note(instance)
-        self._wake.set()
+        self.instances.observe(instance)
 
     def relisted(self, alive: Mapping[str, ContainerStatus], *, asked_at: float) -> None:
-        """A whole list of the runtime, asked for at ``asked_at`` (monotonic): instances it lacks are lost."""
-        for known in list(self.instances.values()):
-            for instance in list(known):
-                listed = alive.get(instance.id)
-                if listed is not None:
-                    if listed.state is not instance.state:
-                        self.observe(listed)
-                elif instance.state is not ContainerState.EXITED and self._seen_at.get(instance.id, 0.0) < asked_at:
-                    self.observe(recovery.unknown_end(instance))
-        known_ids = {instance.id for known in self.instances.values() for instance in known}
-        for container_id, listed in alive.items():
-            if container_id not in known_ids and listed.state is not ContainerState.EXITED:
-                self.observe(listed)
+        """See ``Instances.relisted``."""
+        self.instances.relisted(alive, asked_at=asked_at)
 
     def end(self, verdict: Verdict, *, grace_seconds: float) -> None:
         """Evict: stop the pod and make it Failed for this reason."""
@@ -168,7 +147,7 @@ class PodWorker:
     @property
     def holds_resources(self) -> bool:
         """It counts against the node's capacity: it may run, or something of it still does."""
-        return not (self._rejected or self._stopped or (spec.is_terminal(self.pod) and not self._live()))
+        return not (self._rejected or self._stopped or (spec.is_terminal(self.pod) and not self.instances.live()))
 
     def pod_with_status(self) -> Pod:
         """The spec with the latest status, sent or not."""
@@ -176,7 +155,7 @@ class PodWorker:
 
     def latest(self) -> dict[str, ContainerStatus]:
         """The newest instance of each container."""
-        return {name: known[0] for name, known in self.instances.items() if known}
+        return self.instances.latest()
 
     # ---- the task
 
@@ -213,7 +192,7 @@ class PodWorker:
         if self.stage is Stage.ACTIVE:
             self._decide_the_end(now, delays)
         if self.stage is Stage.ACTIVE:
-            self._probes.sync(self.pod, self._running())
+            self._probes.sync(self.pod, self.instances.running())
             if self._held is None:
                 self._sync(now, delays)
         if self.stage is Stage.ENDING and self._job is None:
@@ -277,7 +256,7 @@ class PodWorker:
     async def _end(self) -> None:
         """Stop what runs, then take the volumes down. Comes back here after a failure; every step may be repeated."""
         grace = self._grace or Grace(0)
-        live = self._live()
+        live = self.instances.live()
         if live:
             try:
                 await termination.stop_pod(self.services, self.pod, live, grace=grace, observe=self.observe)
@@ -286,7 +265,7 @@ class PodWorker:
                 self.services.events.event(self.pod, "Warning", "FailedKillPod", message)
                 raise
             for instance in live.values():
-                self._assume_dead(instance)
+                self.instances.assume_dead(instance)
         grace.close()
         await self._last_words.settle()
         await self._refresher.close()
@@ -296,12 +275,6 @@ class PodWorker:
         await self.services.volumes.teardown(self.uid)
         self.services.references.release(self.uid)
         self.stage = Stage.ENDED
-
-    def _assume_dead(self, instance: ContainerStatus) -> None:
-        """``stop`` has returned, so the instance does not run, even if the runtime could not say how it ended."""
-        for known in self.instances.get(instance.container_name, ()):
-            if known.id == instance.id and known.state is not ContainerState.EXITED:
-                self.observe(recovery.unknown_end(known))
 
     async def _finish(self) -> None:
         """The final status, the deletion in the API server, then records and logs."""
@@ -318,11 +291,10 @@ class PodWorker:
                 self._put_off(self._job_retry)
                 return
         # From here on the pod may still be seen (a finalizer keeps it), but nothing of it is left on the node.
-        for known in self.instances.values():
-            for instance in known:
-                # What only the status knows has no record here, and its id is whatever somebody wrote there.
-                if instance.log_path:
-                    await self.services.runtime.remove(instance.id)
+        for instance in self.instances:
+            # What only the status knows has no record here, and its id is whatever somebody wrote there.
+            if instance.log_path:
+                await self.services.runtime.remove(instance.id)
         self.services.references.release(self.uid)
         await asyncio.to_thread(logtail.remove_folder, logtail.pod_folder(self.services.paths, self.pod))
         self._finished = True
@@ -367,7 +339,7 @@ class PodWorker:
                 grace.close()
             if stopped is not None:
                 self.observe(stopped)
-            self._assume_dead(instance)
+            self.instances.assume_dead(instance)
             if kill.restart:
                 fresh.add(kill.container)
         if not self._volumes_ready and not await self._set_up_volumes():
@@ -397,8 +369,7 @@ class PodWorker:
         if found is None:
             return
         container = found[1]
-        known = self.instances.get(name) or []
-        latest = known[0] if known else None
+        latest = self.latest().get(name)
         if latest is not None and latest.state is not ContainerState.EXITED:
             return
         if self._starter.unsure and not await self._ask_runtime():
@@ -408,15 +379,14 @@ class PodWorker:
         if started is None:
             self._wake.set()
             return
-        self._seen_at[started.id] = asyncio.get_running_loop().time()
-        self.observe(started)
+        self.instances.started(started)
         await self._forget_older(container["name"])
         failure = await self._starter.post_start(self.pod, container, started)
         if failure is not None:
             stopped = await termination.stop_instance(self.services, started.id)
             if stopped is not None:
                 self.observe(stopped)
-            self._assume_dead(started)
+            self.instances.assume_dead(started)
 
     async def _ask_runtime(self) -> bool:
         """After a start whose outcome is not known. False: still not known, or the instance was found; look again."""
@@ -425,7 +395,7 @@ class PodWorker:
         except RuntimeUnavailableError:
             self._put_off(self._job_retry)
             return False
-        known = {instance.id for each in self.instances.values() for instance in each}
+        known = {instance.id for instance in self.instances}
         found = [i for i in listed if i.pod_uid == self.uid and i.id not in known]
         for instance in found:
             self.observe(instance)
@@ -433,10 +403,8 @@ class PodWorker:
         return not found
 
     async def _forget_older(self, name: str) -> None:
-        """Keep the newest instance and the one before it, whose log ``kubectl logs --previous`` shows."""
-        known = self.instances.get(name) or []
-        while len(known) > 2:
-            old = known[-1]
+        """Keep the newest instance and the one before it."""
+        while (old := self.instances.outdated(name)) is not None:
             try:
                 if old.log_path:
                     await self.services.runtime.remove(old.id)
@@ -444,25 +412,10 @@ class PodWorker:
                 logger.info("the record of %s is left to the next restart: %s", old.id, error)
                 return
             await asyncio.to_thread(logtail.remove_attempt, self.services.paths, self.pod, name, old.attempt)
-            known.remove(old)
+            self.instances.forget(old)
             self._last_words.forget(old.id)
-            self._seen_at.pop(old.id, None)
 
-    # ---- what is known
-
-    def _live(self) -> dict[str, ContainerStatus]:
-        """The instances that run, by container. A container never has two."""
-        return {name: i for name, i in self.latest().items() if i.state is not ContainerState.EXITED}
-
-    def _running(self) -> dict[str, ContainerStatus]:
-        return {name: i for name, i in self.latest().items() if i.state is ContainerState.RUNNING}
-
-    def _note(self, instance: ContainerStatus) -> None:
-        """Remember what will be gone later: when it was seen, and the message of its end."""
-        self._seen_at.setdefault(instance.id, asyncio.get_running_loop().time())
-        if instance.state is ContainerState.EXITED:
-            newest = self.instances.get(instance.container_name, [instance])[0].id == instance.id
-            self._last_words.note(self.pod, instance, newest=newest)
+    # ---- what is told
 
     def _publish(self) -> None:
         """Compute the status and have it sent; one that only says "being created" may wait for what comes next."""
@@ -479,19 +432,19 @@ class PodWorker:
             Facts(
                 pod=self.pod,
                 old=self._old_status(),
-                instances=self.instances,
+                instances=self.instances.by_container,
                 probes=self.results,
                 node=self.services.node(),
                 now=now,
                 waiting=waiting,
                 message_of=self._last_words.of,
-                sandbox_ready=self._volumes_ready or bool(self._live()),
+                sandbox_ready=self._volumes_ready or bool(self.instances.live()),
                 terminal=self._stopped,
                 terminated=self._stopped,
                 verdict=self.verdict,
             )
         )
-        if self.stage is Stage.ENDING and not self._stopped and not self._live():
+        if self.stage is Stage.ENDING and not self._stopped and not self.instances.live():
             # The last container has just ended: the final status follows at once, and one patch says it all.
             return
         if self._last_words.pending:
