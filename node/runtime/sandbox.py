@@ -48,6 +48,7 @@ stack), which pods meet on every other node too. Without them a pod could make t
 
 _PREVIEW1 = "wasi_snapshot_preview1"
 _LEGACY_PREVIEW = "wasi_unstable"
+_COMMAND = "wasi:cli/run@0.2."
 
 
 class GuestExit(Exception):  # noqa: N818 - a way to end, not an error
@@ -254,14 +255,18 @@ def run_guest(
 
 @dataclass(frozen=True)
 class _Started:
-    """Called when the guest's own code is next; from here on it yields to the rest of the machine."""
+    """What happens when the guest's own code is next, each once."""
 
     report: int
     nice: int
 
-    def __call__(self) -> None:
+    def give_way(self) -> None:
+        """From here on this process yields to the rest of the machine."""
         if self.nice:
             os.nice(self.nice)
+
+    def tell(self) -> None:
+        """The supervisor may call the container running."""
         _report(self.report, {"started": True})
 
 
@@ -315,7 +320,8 @@ def _load_module(
         raise LoadError(f"the module imports what this node does not offer: {error}") from error
     if not any(export.name == "_start" for export in module.exports):
         raise LoadError("the module exports no function _start: it is a library or reactor, not a command")
-    started()
+    started.give_way()
+    started.tell()
     call: Any = ready.instantiate(store).exports(store)["_start"]
 
     def run() -> int:
@@ -338,25 +344,28 @@ def _load_component(
         raise LoadError(f"cannot load the compiled component: {error}", artifact=True) from error
     _configure_wasi(config, store, guest_stdin=guest_stdin)
     engine = tools.linkers.engine
-    _define_cli_exit(tools, [name for name in guest.type.imports(engine) if name.startswith("wasi:cli/exit@")])
     exports = list(guest.type.exports(engine))
-    command = next((name for name in exports if name.startswith("wasi:cli/run@")), None)
+    command = next((name for name in exports if name.startswith(_COMMAND)), None)
     if command is None:
         names = ", ".join(exports) or "nothing"
-        raise LoadError(f"the component exports no wasi:cli/run, so it is not a command; it exports {names}")
+        what = "no wasi:cli/run of WASI 0.2, so it is not a command"
+        raise LoadError(f"the component exports {what}; it exports {names}")
+    cli_exit = _CliExit()
+    cli_exit.define(tools.linkers, [name for name in guest.type.imports(engine) if name.startswith("wasi:cli/exit@")])
+    started.give_way()
     try:
         instance = tools.linkers.component.instantiate(store, guest)
     except wasmtime.WasmtimeError as error:
-        if "wasm trap" in str(error):
-            started()
-            raise
-        raise LoadError(f"the component cannot be instantiated: {error}") from error
+        if cli_exit.request is None and "wasm trap" not in str(error):
+            raise LoadError(_why_no_instance(str(error))) from error
+        started.tell()
+        raise cli_exit.request or error from error
     interface = instance.get_export_index(store, command)
     function = instance.get_export_index(store, "run", interface)
     call = instance.get_func(store, function) if function is not None else None
     if call is None:
         raise LoadError(f"the component's {command} has no function run")
-    started()
+    started.tell()
     entry = call
 
     def run() -> int:
@@ -365,24 +374,37 @@ def _load_component(
     return run
 
 
-def _define_cli_exit(tools: GuestTools, names: list[str]) -> None:
-    """wasmtime links ``exit`` alone, and of ``exit-with-code`` (still unstable in WASI) nothing; we want its code."""
-    linker: Any = tools.linkers.component
-    for name in names:
-        with linker.root() as root, root.add_instance(name) as interface:
-            interface.add_func("exit", _cli_exit)
-            interface.add_func("exit-with-code", _cli_exit_with_code)
+def _why_no_instance(error: str) -> str:
+    if "not found in the linker" not in error:
+        return f"the component cannot be instantiated: {error}"
+    network = " (components have no network: HTTP is for modules, by wasi-experimental-http)"
+    return f"the component imports what this node does not offer{network if '`wasi:http/' in error else ''}: {error}"
+
+
+class _CliExit:
+    """``wasi:cli/exit``: wasmtime links ``exit`` alone, and nothing of ``exit-with-code``; we want its code."""
+
+    def __init__(self) -> None:
+        self.request: GuestExit | None = None
+        """Kept here because an exception does not come through ``instantiate``, where start functions run."""
+
+    def define(self, linkers: Linkers, names: list[str]) -> None:
+        """For the interfaces, one a version, that a component imports."""
+        linker: Any = linkers.component
+        for name in names:
+            with linker.root() as root, root.add_instance(name) as interface:
+                interface.add_func("exit", self._exit)
+                interface.add_func("exit-with-code", self._exit_with_code)
+
+    def _exit(self, _store: Any, status: Any) -> None:
+        self._exit_with_code(_store, 1 if getattr(status, "tag", "ok") == "err" else 0)
+
+    def _exit_with_code(self, _store: Any, code: int) -> None:
+        self.request = GuestExit(code)
+        raise self.request
 
 
 def _proc_exit(code: int) -> None:
-    raise GuestExit(code)
-
-
-def _cli_exit(_store: Any, status: Any) -> None:
-    raise GuestExit(1 if getattr(status, "tag", "ok") == "err" else 0)
-
-
-def _cli_exit_with_code(_store: Any, code: int) -> None:
     raise GuestExit(code)
 
 

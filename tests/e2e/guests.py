@@ -29,7 +29,7 @@ from harness.push import push, reference_named
 from harness.samples import find_app
 from harness.services import private_registry
 from node.images import mediatypes
-from tests.unit.runtime_guests import component_guest
+from tests.unit.component_guests import component_guest
 
 FOLDER = Path(__file__).parent
 

@@ -17,7 +17,8 @@ from typing import Any
 import wasmtime
 
 from node.images import mediatypes
-from tests.unit.runtime_guests import HELLO, component_guest
+from tests.unit.component_guests import component_guest
+from tests.unit.runtime_guests import HELLO
 
 MAX_STALL_SECONDS = 3.0
 

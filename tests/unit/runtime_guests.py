@@ -100,34 +100,6 @@ def exit_with(code: int) -> str:
     return guest(f"(call $proc_exit (i32.const {code}))")
 
 
-CLI_EXIT_INTERFACE = """
-  (type (;0;) (result))
-  (type (;1;) (func (param "status" 0)))
-  (export "exit" (func (type 1)))
-  (type (;2;) (func (param "status-code" u8)))
-  (export "exit-with-code" (func (type 2)))
-"""
-
-
-def component_guest(body: str, *, export: str = "wasi:cli/run@0.2.3") -> str:
-    """A component without adapter: ``body`` is the core ``run``, which may call ``$exit`` and ``$exit_code``."""
-    return f"""
-(component
-  (import "wasi:cli/exit@0.2.3" (instance $exit {CLI_EXIT_INTERFACE}))
-  (core func $exit (canon lower (func $exit "exit")))
-  (core func $exit_code (canon lower (func $exit "exit-with-code")))
-  (core module $main
-    (import "host" "exit" (func $exit (param i32)))
-    (import "host" "exit_code" (func $exit_code (param i32)))
-    (func (export "run") (result i32) {body}))
-  (core instance $m (instantiate $main
-    (with "host" (instance (export "exit" (func $exit)) (export "exit_code" (func $exit_code))))))
-  (func $run (result (result)) (canon lift (core func $m "run")))
-  (instance $run_interface (export "run" (func $run)))
-  (export "{export}" (instance $run_interface)))
-"""
-
-
 @dataclass
 class Rig:
     """A data folder with a supervisor and a client."""

@@ -15,7 +15,8 @@ from node.images.compile import CompileError, Compiler
 from node.runtime import engine, linux
 from node.runtime.protocol import GuestKind
 from node.settings import ImageSettings
-from tests.unit.runtime_guests import HELLO, component_guest, eventually
+from tests.unit.component_guests import component_guest
+from tests.unit.runtime_guests import HELLO, eventually
 
 pytestmark = pytest.mark.unit
 

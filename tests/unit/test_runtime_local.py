@@ -15,6 +15,7 @@ import wasmtime
 from node.runtime.compile import CompileError
 from node.runtime.local import run_local
 from node.runtime.protocol import Mount
+from tests.unit.component_guests import component_guest
 from tests.unit.runtime_guests import (
     ARGUMENTS,
     ECHO,
@@ -22,7 +23,6 @@ from tests.unit.runtime_guests import (
     HELLO,
     SLEEPER,
     TRAP,
-    component_guest,
     exit_with,
 )
 

@@ -26,6 +26,7 @@ from node.runtime.protocol import (
     UnknownContainerError,
 )
 from node.settings import LogSettings, NodePaths
+from tests.unit.component_guests import component_guest
 from tests.unit.runtime_guests import (
     ARGUMENTS,
     ENVIRONMENT,
@@ -35,7 +36,6 @@ from tests.unit.runtime_guests import (
     SPINNER,
     TRAP,
     Rig,
-    component_guest,
     connected,
     end_supervisors,
     eventually,
@@ -488,32 +488,6 @@ async def test_an_older_supervisor_keeps_its_containers_beside_a_new_one(own_rig
             return None
 
     await eventually(only_the_new)
-
-
-async def test_a_component_runs_with_the_codes_of_wasi_cli_exit(rig: Rig) -> None:
-    for body, code in (
-        ("(i32.const 0)", 0),
-        ("(i32.const 1)", 1),
-        ("(call $exit (i32.const 0)) (i32.const 1)", 0),
-        ("(call $exit (i32.const 1)) (i32.const 0)", 1),
-        ("(call $exit_code (i32.const 77)) (i32.const 0)", 77),
-        ("(call $exit_code (i32.const 255)) (i32.const 0)", 255),
-    ):
-        status = await rig.run(component_guest(body), kind=GuestKind.COMPONENT)
-        assert (status.exit_code, status.message) == (code, ""), body
-
-
-async def test_a_component_that_traps_is_134(rig: Rig) -> None:
-    status = await rig.run(component_guest("(unreachable)"), kind=GuestKind.COMPONENT)
-    assert status.exit_code == 134
-    assert "unreachable" in status.message
-
-
-async def test_a_component_that_is_no_command_is_refused(rig: Rig) -> None:
-    source = component_guest("(i32.const 0)", export="wasi:http/incoming-handler@0.2.3")
-    config = rig.config(rig.artifact(source, GuestKind.COMPONENT), kind=GuestKind.COMPONENT)
-    with pytest.raises(StartError, match="wasi:http/incoming-handler"):
-        await rig.client.start(config)
 
 
 async def test_a_client_that_says_no_hello_gets_nothing(own_rig: Rig) -> None:
