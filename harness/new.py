@@ -15,7 +15,7 @@ from harness.errors import UsageError
 from harness.state import storage_errors
 
 _PLACEHOLDER = "__NAME__"
-_RENAMED = {"gitignore": ".gitignore", "test_app.py.in": "test_app.py"}
+_RENAMED = {"gitignore": ".gitignore", "test_app.py.in": "test_app.py", "cargo-config.toml": ".cargo/config.toml"}
 """What would mean something to this project's own tools under its real name."""
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -108,7 +108,7 @@ def new_app(name: str, folder: str) -> list[str]:
             if source.is_dir() or "__pycache__" in source.parts:
                 continue
             relative = source.relative_to(template)
-            file = made / relative.with_name(_RENAMED.get(relative.name, relative.name))
+            file = made / relative.parent / _RENAMED.get(relative.name, relative.name)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(source.read_text().replace(_PLACEHOLDER, name))
         shutil.copymode(parent, made)

@@ -4,7 +4,7 @@ The order is by what costs the user least: a toolchain that has a WASI target al
 user's own default toolchain; Debian's packages by apt. Nothing that the user chose is changed: no default toolchain, no
 PATH, no cargo configuration. A build gets the chosen folder first on *its* PATH, and that is all.
 
-How a cargo that is older than the registry's sparse index (Debian 12's) still gets its dependencies: ``harness.cargo``.
+How a cargo that is older than the registry's sparse index (Debian 12's) gets its dependencies: ``harness.crates``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ OVERRIDE = "WASILET_RUST_BIN"
 
 _WASIP1_SINCE: Version = (1, 78, 0)
 _SPARSE_SINCE: Version = (1, 68, 0)
+_CHOOSES_SINCE: Version = (1, 84, 0)
 _VERSION = re.compile(r"\b(\d+)\.(\d+)\.(\d+)")
 _QUERY_TIMEOUT_SECONDS = 30.0
 _RUSTUP_TIMEOUT_SECONDS = 180.0
@@ -131,6 +132,16 @@ def ensure_rust(*, say: Say, env: Mapping[str, str] = os.environ, install: bool 
             if said:
                 tried.append(said)
     raise HarnessError(_what_is_missing(env, tried), hint=_commands(env))
+
+
+def resolving_cargo(env: Mapping[str, str] = os.environ) -> Path | None:
+    """A cargo of this machine that chooses releases of crates by the Rust they want (1.84 or newer); None when there is
+    none. It need not be able to build for WASI. A folder given by hand is the only one that is looked at."""
+    for candidate in _candidates(env):
+        version = _version([str(candidate.bin / "cargo"), "--version"], env)
+        if version is not None and version >= _CHOOSES_SINCE:
+            return candidate.bin / "cargo"
+    return None
 
 
 def _candidates(env: Mapping[str, str]) -> Iterator[_Candidate]:

@@ -15,7 +15,7 @@ from harness.cargo import CompileError, compile_module
 from harness.errors import HarnessError, UsageError
 from harness.new import new_app
 from harness.samples import App, Demo, find_app
-from harness.toolchain import RustToolchain
+from harness.toolchain import OVERRIDE, RustToolchain
 
 pytestmark = pytest.mark.unit
 
@@ -196,20 +196,59 @@ def test_a_compilers_refusal_is_shown_as_it_is_without_cargos_progress(
     assert error.value.message == "my_app does not compile\nerror[E0308]: mismatched types\n --> src/main.rs:1"
 
 
+VENDORS = 'case "$*" in *" vendor "*) for last; do :; done; /bin/mkdir -p "$last";; *) {made};; esac'
+
+
 def test_an_old_cargo_fetches_by_the_unstable_flag_and_builds_stable_and_offline(
     app: App, environ: dict[str, str], tmp_path: Path
 ) -> None:
     (app.folder / "Cargo.lock").write_text(LOCK)
     cargo = Cargo(tmp_path, (1, 65, 0))
-    made = artifact_line("/x/my_app.wasm")
-    cargo.does(f'case "$*" in *" vendor "*) for last; do :; done; /bin/mkdir -p "$last";; *) {made};; esac')
+    cargo.does(VENDORS.format(made=artifact_line("/x/my_app.wasm")))
+    environ |= {OVERRIDE: str(tmp_path / "bin")}
     assert cargo.compile(app, environ) == Path("/x/my_app.wasm")
     fetch, compile_ = cargo.calls()
-    assert fetch.startswith("1|-Z sparse-registry vendor --locked")
+    assert fetch.startswith("1|-Z sparse-registry vendor --versioned-dirs")
     assert compile_.startswith("|build --release")
     assert "--offline" in compile_
     cargo.compile(app, environ)
     assert len(cargo.calls()) == 3, "the dependencies were fetched twice"
+    with (app.folder / "Cargo.toml").open("a") as manifest:
+        manifest.write('[dependencies]\nlibm = "0.2"\n')
+    cargo.compile(app, environ)
+    assert "vendor" in cargo.calls()[3], "what was added by hand is fetched too"
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_newer_cargo_chooses_and_fetches_for_an_old_one(
+    app: App,
+    environ: dict[str, str],
+    tmp_path: Path,
+    locked: bool,  # noqa: FBT001
+) -> None:
+    made = LOCK.replace("version = 3", "# made\nversion = 4")
+    (app.folder / "Cargo.toml").write_text('[package]\nname = "x"\n[dependencies]\nlog = "0.4"\n')
+    if locked:
+        (app.folder / "Cargo.lock").write_text(made)
+    cargo = Cargo(tmp_path, (1, 65, 0))
+    cargo.does(artifact_line("/x/my_app.wasm"))
+    newer = tmp_path / ".rustup" / "toolchains" / "stable-x" / "bin"
+    newer.mkdir(parents=True)
+    note = "$RUSTC|$RUSTC_BOOTSTRAP|$CARGO_RESOLVER_INCOMPATIBLE_RUST_VERSIONS|$PWD|$*"
+    scripts = {
+        "rustc": "echo rustc 1.90.0",
+        "cargo": f'[ $1 != --version ] || {{ echo cargo 1.90.0; exit; }}; echo "{note}" >> {tmp_path}/newer\n'
+        f"echo '{made}' > Cargo.lock; for last; do :; done; /bin/mkdir -p $last",
+    }
+    for tool, script in scripts.items():
+        (newer / tool).write_text(f"#!/bin/sh\n{script}\n")
+        (newer / tool).chmod(0o755)
+    cargo.compile(app, {**environ, "HOME": str(tmp_path), "PATH": str(tmp_path)})
+    (fetch,) = (tmp_path / "newer").read_text().splitlines()
+    assert fetch.startswith(f"{tmp_path}/bin/rustc||fallback|{app.folder}|vendor --versioned-dirs")
+    assert [call.split()[0] for call in cargo.calls()] == ["|build"]
+    version = "version = 4" if locked else "version = 3"
+    assert version in (app.folder / "Cargo.lock").read_text(), "only a lock file of our making is rewritten"
 
 
 def test_an_old_cargo_without_dependencies_fetches_nothing(app: App, environ: dict[str, str], tmp_path: Path) -> None:
@@ -224,7 +263,7 @@ def test_a_fetch_that_fails_leaves_no_half_filled_folder(app: App, environ: dict
     cargo = Cargo(tmp_path, (1, 65, 0))
     cargo.does('for last; do :; done; /bin/mkdir -p "$last"; echo "error: Could not resolve host" >&2; exit 101')
     with pytest.raises(HarnessError, match="Could not resolve host") as error:
-        cargo.compile(app, environ)
+        cargo.compile(app, environ | {OVERRIDE: str(tmp_path / "bin")})
     assert "no network" in error.value.hint
     assert list((tmp_path / "crates").iterdir()) == []
 
@@ -301,6 +340,7 @@ def test_a_new_app_has_its_name_everywhere_and_a_demo_that_is_understood(tmp_pat
     assert made.folder / "test_app.py" in files
     assert made.folder / ".gitignore" in files
     assert all("__NAME__" not in file.read_text() for file in files)
+    assert "fallback" in (made.folder / ".cargo" / "config.toml").read_text(), "cargo add takes what Rust 1.63 compiles"
     compile((made.folder / "test_app.py").read_text(), "test_app.py", "exec")
 
 
