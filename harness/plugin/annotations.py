@@ -15,7 +15,7 @@ def annotation(report: Any, *, root: Path, environ: Mapping[str, str] = os.envir
     path, line, _ = report.location
     line = (line or 0) + 1
     crash = getattr(report.longrepr, "reprcrash", None)
-    message = str(getattr(crash, "message", "") or report.longrepr or "failed")
+    message = str(getattr(crash, "message", "") or report.longrepr or "failed")[:MAX_MESSAGE_CHARACTERS]
     file = root / path
     if crash is not None and Path(crash.path).name == file.name:
         line = crash.lineno
@@ -27,7 +27,7 @@ def annotation(report: Any, *, root: Path, environ: Mapping[str, str] = os.envir
         if name == "wasilet.artifacts":
             message += f"\n\nartifacts: {value}"
     words = ",".join(f"{key}={_property(value)}" for key, value in fields.items())
-    return f"::error {words}::{_message(message[:MAX_MESSAGE_CHARACTERS])}"
+    return f"::error {words}::{_message(message)}"
 
 
 def _message(text: str) -> str:

@@ -31,6 +31,18 @@ def test_an_annotation_names_file_and_line_and_escapes_what_would_end_it(tmp_pat
     assert line.endswith("artifacts: /a")
 
 
+def test_a_long_failure_still_says_where_its_artifacts_are(tmp_path: Path) -> None:
+    report = SimpleNamespace(
+        location=("test_a.py", 3, "test_a"),
+        nodeid="n",
+        longrepr="x" * 100_000,
+        user_properties=[("wasilet.artifacts", "/a")],
+    )
+    line = annotation(report, root=tmp_path, environ={})
+    assert line.endswith("xxx%0A%0Aartifacts: /a")
+    assert len(line) < 5000
+
+
 def test_apply_reads_objects_lists_yaml_files_and_templates(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n")
     (tmp_path / "b.yaml.j2").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: {{ name }}}\n")
