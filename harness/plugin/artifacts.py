@@ -26,7 +26,10 @@ _GITIGNORE = "# made by Wasilet's pytest plugin\n*\n"
 def folder_of(root: Path, test: str) -> Path:
     """The folder of a test, by its node id: below ``root`` whatever that says, and of no other test."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", test).strip("-.")
-    if not name or len(name) > MAX_NAME_CHARACTERS:
+    parameters = test.partition("[")[2].removesuffix("]")
+    # [a/b] and [a b] read alike.
+    ambiguous = re.search(r"[^A-Za-z0-9._-]", parameters) is not None
+    if not name or len(name) > MAX_NAME_CHARACTERS or ambiguous:
         name = f"{name[:MAX_NAME_CHARACTERS]}-{hashlib.sha256(test.encode()).hexdigest()[:8]}"
     return root / name
 

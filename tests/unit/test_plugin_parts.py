@@ -71,6 +71,12 @@ def test_a_pod_of_few_words_takes_further_fields() -> None:
     assert pod["metadata"]["labels"] == {"a": "b"}
 
 
+def test_no_two_tests_share_a_folder_of_artifacts(tmp_path: Path) -> None:
+    tests = [f"test_a.py::test_x{parameters}" for parameters in ("", "[1]", "[-1]", "[a/b]", "[a b]", "[a-b]", "[ü]")]
+    assert len({folder_of(tmp_path, test) for test in tests}) == len(tests)
+    assert folder_of(tmp_path, "tests/test_a.py::test_x[1]").name == "tests-test_a.py-test_x-1"
+
+
 @pytest.mark.parametrize("test", ["a.py::test[../../../etc]", "..", "a/b.py::C::t[" + "x" * 500 + "]"])
 def test_the_folder_of_artifacts_stays_below_its_root(tmp_path: Path, test: str) -> None:
     folder = folder_of(tmp_path, test)
