@@ -45,6 +45,12 @@ async def test_a_component_runs_with_the_codes_of_wasi_cli_exit(rig: Rig, body: 
     assert (status.exit_code, status.message) == (code, "")
 
 
+@pytest.mark.parametrize("version", ["0.2.0", "0.2.12"])
+async def test_each_version_of_wasi_has_exit_codes(rig: Rig, version: str) -> None:
+    source = component_guest("(call $exit_code (i32.const 42)) (i32.const 0)").replace("@0.2.3", f"@{version}")
+    assert (await rig.run(source, kind=GuestKind.COMPONENT)).exit_code == 42
+
+
 async def test_a_component_may_exit_while_it_is_instantiated(rig: Rig) -> None:
     for start, code in (("(call $exit_code (i32.const 7))", 7), ("(call $exit (i32.const 1))", 1)):
         status = await rig.run(component_guest("(i32.const 0)", start=start), kind=GuestKind.COMPONENT)
