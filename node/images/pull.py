@@ -203,13 +203,14 @@ class Puller:
         """The module of a container image, from the topmost layer that has it."""
         limit = self._settings.max_image_bytes
         total = 0
+        budget = tarball.Budget(total_bytes=limit)
         for layer in reversed(plan.layers):
             total += layer.size
             if total > limit:
                 raise LayoutError(f"the image's layers have {total} bytes or more, over the {limit} allowed")
             async with self._temporarily(layer.digest):
                 await self._blob(repository, layer)
-                found, digest = await uninterrupted(self._extract, layer, plan.member, limit)
+                found, digest = await uninterrupted(self._extract, layer, plan.member, budget)
             if found is not None:
                 if not found.deleted:
                     return digest
@@ -225,10 +226,10 @@ class Puller:
         finally:
             await self._store.delete_blobs({digest} - self._store.module_digests())
 
-    def _extract(self, layer: Descriptor, member: str, limit: int) -> tuple[tarball.Found | None, str]:
+    def _extract(self, layer: Descriptor, member: str, budget: tarball.Budget) -> tuple[tarball.Found | None, str]:
         with self._store.temporary() as (path, file):
             found = tarball.extract(
-                self._store.blob_path(layer.digest), media_type=layer.media_type, name=member, out=file, limit=limit
+                self._store.blob_path(layer.digest), media_type=layer.media_type, name=member, out=file, budget=budget
             )
             if found is None or found.deleted:
                 return found, ""

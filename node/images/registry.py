@@ -17,7 +17,9 @@ Errors::
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import socket
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -106,7 +108,7 @@ class RegistryClient:
         host = authority(target)
         if not target.host or target.user or target.password:
             return False
-        if is_loopback(host) and not is_loopback(authority(source)):
+        if _names_this_machine(target) and not is_loopback(authority(source)):
             return False
         return target.scheme == "https" or (
             target.scheme == "http" and source.scheme == "http" and self.plain_http_allowed(host)
@@ -185,6 +187,24 @@ class RegistryClient:
         if isinstance(error, aiohttp.ServerDisconnectedError):
             return "EOF"
         return f"{type(error).__name__}: the answer is not HTTP, or the connection broke"
+
+
+def _names_this_machine(url: URL) -> bool:
+    """Every spelling by which a resolver takes a host for this machine without asking anybody: unspecified and mapped
+    addresses, ``localhost.``, and the C library's ``127.1`` or ``0x7f000001``."""
+    name = (url.host or "").rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.IPv4Address(socket.inet_aton(name))
+    except (OSError, ValueError):
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback or address.is_unspecified
 
 
 def authority(url: URL) -> str:

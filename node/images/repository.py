@@ -45,6 +45,9 @@ _CHUNK_BYTES: Final = 256 * 1024
 _SLOWEST_BYTES_PER_SECOND: Final = 16 * 1024
 """A registry that drips below this rate is given up on, as each byte would restart the read time-out."""
 
+_LONGEST_PAUSE_SECONDS: Final = 10
+"""What a registry may ask for by Retry-After; one that asks for more is left to the pull's back-off."""
+
 _HTTP_TO_HTTPS: Final = (b"HTTP request to an HTTPS server", b"HTTP request was sent to HTTPS port")
 """What Go's and nginx' servers say to plain HTTP on a TLS port."""
 
@@ -184,10 +187,11 @@ class Repository:
     async def _request(
         self, method: str, path: str, headers: Mapping[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Ask the registry, answering one challenge (the first, or that of a token which expired meanwhile), and
-        correcting the scheme once."""
-        answered = False
+        """Ask the registry, answering one challenge (the first, or that of a token which expired meanwhile),
+        correcting the scheme once, and waiting once when it says for how long."""
+        answered = waited = False
         for _ in range(4):
+            pause = 0.0
             origin = self._client.origin(self._reference.host)
             url = origin / "v2" / self._reference.repository / path
             async with self._follow(method, url, headers) as response:
@@ -196,11 +200,15 @@ class Repository:
                     retry = answered = await self._authenticate(challenges)
                 elif response.status == 400:
                     retry = await self._wants_https()
+                elif response.status in {429, 503} and not waited:
+                    pause = _retry_after(response)
+                    retry = waited = pause > 0
                 else:
                     retry = False
                 if not retry:
                     yield response
                     return
+            await asyncio.sleep(pause)
         raise RegistryAuthError(self._denied("the registry keeps asking for authentication"))
 
     async def _wants_https(self) -> bool:
@@ -255,7 +263,7 @@ class Repository:
         try:
             realm = URL(challenge.parameters.get("realm", ""))
             allowed = self._client.may_go(realm, source=source)
-        except ValueError:
+        except (ValueError, IndexError):
             allowed = False
         if not allowed:
             raise RegistryProtocolError(
@@ -282,7 +290,8 @@ class Repository:
             method, url = "GET", realm.extend_query(query)
             if credential is not None and credential.username:
                 headers = {"Authorization": _basic(credential)}
-        async with self._client.send(method, url, headers=headers, form=form) as response:
+        # Of its own, because a token that expires is asked for while blobs come in, whose limits are far longer.
+        async with self._bounded("a token"), self._client.send(method, url, headers=headers, form=form) as response:
             if response.status in {400, 401, 403}:
                 raise RegistryAuthError(self._denied(f"failed to fetch a token: {response.status}"))
             if response.status != 200:
@@ -321,11 +330,21 @@ class Repository:
 
 
 def _location(response: aiohttp.ClientResponse, url: URL) -> URL | None:
+    """Where a redirect leads; None: to nowhere that can be asked. yarl takes a URL apart only as it is looked at, and
+    some that are none are an IndexError there."""
     location = response.headers.get("Location", "")
     try:
-        return url.join(URL(location, encoded=True)) if location else None
-    except ValueError:
+        target = url.join(URL(location, encoded=True))
+        return target if location and target.origin().host else None
+    except (ValueError, IndexError):
         return None
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> float:
+    """Seconds (RFC 9110, section 10.2.3); 0: none said, too many, or a date."""
+    text = response.headers.get("Retry-After", "").strip()
+    seconds = int(text) if text.isascii() and text.isdigit() and len(text) <= 4 else 0
+    return float(seconds) if seconds <= _LONGEST_PAUSE_SECONDS else 0.0
 
 
 def _basic(credential: Credential) -> str:

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from node.images.flights import uninterrupted
+from node.images.flights import Flights, uninterrupted
 from node.images.reference import Reference, is_digest
 from node.runtime.protocol import GuestKind
 
@@ -86,6 +86,7 @@ class Store:
         self._records: dict[str, ImageRecord] = {}
         self._last_used: dict[str, float] = {}
         self._verified: set[str] = set()
+        self._verifying: Flights[bool] = Flights()
         self._lock_file: int | None = None
         self._opening = asyncio.Lock()
         self._writing = asyncio.Lock()
@@ -222,7 +223,8 @@ class Store:
         return self.directory / "partial" / digest.replace(":", "-")
 
     async def has(self, digest: str, size: int | None = None) -> bool:
-        """Whether a blob is here and whole; one that is damaged is deleted. Hashes it once a process."""
+        """Whether a blob is here and whole; one that is damaged is deleted. Hashes it once a process, for however many
+        pods ask at once after a restart."""
         path = self.blob_path(digest)
         try:
             found = path.stat().st_size
@@ -230,10 +232,12 @@ class Store:
             return False
         if digest in self._verified and size in {None, found}:
             return True
-        actual = await asyncio.to_thread(_hash_file, path, digest.partition(":")[0])
-        if actual == digest:
+        return await self._verifying.join(digest, lambda: self._verify(digest)) and size in {None, found}
+
+    async def _verify(self, digest: str) -> bool:
+        if await asyncio.to_thread(_hash_file, self.blob_path(digest), digest.partition(":")[0]) == digest:
             self._verified.add(digest)
-            return size in {None, found}
+            return True
         logger.warning("blob %s in the image store is damaged; it will be pulled again", digest)
         await self.delete_blobs([digest])
         return False

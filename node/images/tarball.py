@@ -37,14 +37,28 @@ class Found:
     deleted: bool = False
 
 
-def extract(layer: Path, *, media_type: str, name: str, out: BinaryIO, limit: int) -> Found | None:
+@dataclass(kw_only=True)
+class Budget:
+    """What all layers of one image may decompress to: many small bombs are one large one."""
+
+    total_bytes: int
+    used_bytes: int = 0
+
+    def take(self, count: int) -> None:
+        """Raises LayerError when nothing is left for ``count`` more."""
+        self.used_bytes += count
+        if self.used_bytes > self.total_bytes:
+            raise LayerError(f"the image's layers decompress to more than the {self.total_bytes} bytes allowed")
+
+
+def extract(layer: Path, *, media_type: str, name: str, out: BinaryIO, budget: Budget) -> Found | None:
     """Write the file ``name`` (as ``app/main.wasm``, no leading slash) of a layer to ``out``. Blocking.
 
-    None: this layer says nothing of it, look in the one below. ``limit`` bounds, in bytes, both the file and all that
-    the layer decompresses to. Where a name occurs twice, the first one counts. Raises LayerError, OSError.
+    None: this layer says nothing of it, look in the one below, with the same ``budget``. Where a name occurs twice, the
+    first one counts. Raises LayerError, OSError.
     """
     with layer.open("rb") as source:
-        stream = _Stream(_decompressed(source, media_type), limit)
+        stream = _Stream(_decompressed(source, media_type), budget)
         deletions = _deletions(name)
         deleted = False
         for member in _members(stream):
@@ -171,11 +185,10 @@ def _text(name: bytes) -> str:
 class _Stream:
     """Exact reads from an iterator of chunks, and the bound on their sum."""
 
-    def __init__(self, chunks: Iterator[bytes], limit: int) -> None:
+    def __init__(self, chunks: Iterator[bytes], budget: Budget) -> None:
         self._chunks = chunks
         self._rest = memoryview(b"")
-        self._limit = limit
-        self._seen = 0
+        self._budget = budget
 
     def read(self, count: int) -> bytes:
         """``count`` bytes, fewer only at the end."""
@@ -197,8 +210,9 @@ class _Stream:
 
     def copy(self, count: int, out: BinaryIO) -> None:
         """Write ``count`` bytes to a file."""
-        if count > self._limit:
-            raise LayerError(f"the module in the image's layer has {count} bytes, more than the {self._limit} allowed")
+        limit = self._budget.total_bytes
+        if count > limit:
+            raise LayerError(f"the module in the image's layer has {count} bytes, more than the {limit} allowed")
         copied = 0
         for piece in self._take(count):
             out.write(piece)
@@ -212,9 +226,7 @@ class _Stream:
                 chunk = next(self._chunks, None)
                 if chunk is None:
                     return
-                self._seen += len(chunk)
-                if self._seen > self._limit:
-                    raise LayerError(f"the image's layer decompresses to more than the {self._limit} bytes allowed")
+                self._budget.take(len(chunk))
                 self._rest = memoryview(chunk)
             piece, self._rest = self._rest[:count], self._rest[count:]
             count -= len(piece)

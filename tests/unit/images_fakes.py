@@ -74,6 +74,9 @@ class FakeRegistry:
     status: int = 0
     """Every answer has this status."""
 
+    busy: list[tuple[int, str]] = field(default_factory=list)
+    """The next answers: a status, and what they say in Retry-After."""
+
     origin: str = ""
 
     @property
@@ -133,6 +136,9 @@ class FakeRegistry:
         self.requests.append((request.method, request.path, dict(request.headers)))
         if self.status:
             return web.json_response({"errors": [{"code": "BAD", "message": "as told"}]}, status=self.status)
+        if self.busy:
+            status, retry_after = self.busy.pop(0)
+            return web.Response(status=status, headers={"Retry-After": retry_after})
         if request.path == "/token":
             return await self._token(request)
         if not self._authorized(request):

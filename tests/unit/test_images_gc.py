@@ -152,6 +152,18 @@ async def test_leftovers_of_crashes_go_whatever_the_disk_use(rig: Rig) -> None:
     assert rig.left() == [0, 1, 2, 3, 4]
 
 
+async def test_downloads_that_broke_off_go_before_images_when_room_is_needed(rig: Rig) -> None:
+    rig.disk.used_otherwise = 450
+    paths = [rig.store.partial_path(digest_of(name)) for name in (b"broken", b"under way")]
+    for path, age in zip(paths, (200, 60), strict=True):
+        path.write_bytes(b"x" * 200)
+        os.utime(path, (rig.now - age, rig.now - age))
+    collected = await rig.collector.collect()
+    assert [path.exists() for path in paths] == [False, True]
+    assert (collected.wanted_bytes, collected.freed_bytes) == (150, 200)
+    assert rig.left() == [0, 1, 2, 3, 4]
+
+
 async def test_a_module_that_runs_without_an_image_keeps_its_files(rig: Rig) -> None:
     running = rig.store.blob_path(digest_of(b"running"))
     running.write_bytes(b"running")

@@ -350,6 +350,19 @@ async def test_a_bomb_of_a_layer_is_refused(tmp_path: Path) -> None:
         assert not [path for path in (rig.directory / "blobs").rglob("*") if path.is_file()]
 
 
+async def test_many_layers_that_are_small_bombs_are_refused_as_one_large_one(tmp_path: Path) -> None:
+    async with rigged(tmp_path / "images", ImageSettings(max_image_bytes=1_000_000)) as rig:
+        bombs = [(tar_of([(f"zeros-{number}", b"\0" * 400_000)]), media.OCI_LAYER_TAR_GZIP) for number in range(4)]
+        rig.registry.add_image(
+            "a/hello:v1",
+            config={"config": {"Entrypoint": ["/main.wasm"]}},
+            config_type=media.OCI_CONFIG,
+            layers=bombs,
+        )
+        assert "decompress to more than the 1000000 bytes allowed" in await rig.refused("ErrImagePull")
+        assert digest_of(bombs[0][0]) not in "".join(rig.registry.paths()), "the last layer was not even fetched"
+
+
 async def test_a_pull_that_breaks_off_goes_on_where_it_ended(rig: Rig) -> None:
     rig.registry.add_cncf("a/hello:v1", BIG)
     # The first answer is the config's.

@@ -151,7 +151,8 @@ async def test_a_refused_token_is_an_authentication_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "realm", ["http://203.0.113.1/token", "ftp://127.0.0.1/x", "", "http://", "http://a b/", "/token"]
+    "realm",
+    ["http://203.0.113.1/token", "ftp://127.0.0.1/x", "", "http://", "http://a b/", "/token", "https://[a]@/"],
 )
 async def test_credentials_do_not_go_to_a_token_server_in_plain_http_elsewhere(realm: str) -> None:
     registry = FakeRegistry(realm=realm or " ")
@@ -182,6 +183,14 @@ async def test_a_redirect_to_where_it_may_not_go_is_refused(target: str) -> None
             await read(repository, digest_of(BLOB), len(BLOB))
 
 
+@pytest.mark.parametrize("target", ["https://[a]@/", "https://hé/x", "https://xn--ß/", "https://", "javascript:x"])
+async def test_a_redirect_that_is_no_url_is_refused(target: str) -> None:
+    answer = f"HTTP/1.1 307 Elsewhere\r\nContent-Length: 0\r\nLocation: {target}\r\n\r\n".encode()
+    async with raw_server(answer) as registry, opened(registry) as repository:
+        with pytest.raises(RegistryProtocolError, match="redirects to nowhere"):
+            await read(repository, digest_of(BLOB), len(BLOB))
+
+
 async def test_redirects_in_circles_end() -> None:
     registry = FakeRegistry(redirect=lambda digest: f"/v2/a/hello/blobs/{digest}")
     async with serving(registry), opened(registry) as repository:
@@ -195,6 +204,17 @@ def test_a_registry_elsewhere_cannot_lead_requests_to_this_machine() -> None:
     assert not client.may_go(URL("http://127.0.0.1:10248/"), source=plain)
     assert not client.may_go(URL("https://localhost/"), source=secure)
     assert not client.may_go(URL("http://plain.example:5000/"), source=secure)
+    for spelt in (
+        "0.0.0.0",
+        "[::]",
+        "[::ffff:127.0.0.1]",
+        "127.1",
+        "0x7f000001",
+        "2130706433",
+        "localhost.",
+        "a.localhost",
+    ):
+        assert not client.may_go(URL(f"https://{spelt}:6443/"), source=secure), spelt
     assert client.may_go(URL("http://plain.example:5000/x"), source=plain)
     assert client.may_go(URL("https://storage.example/x"), source=secure)
     assert client.may_go(URL("http://127.0.0.1:9/"), source=URL("http://localhost:5000"))
@@ -302,10 +322,41 @@ async def test_a_registry_that_is_stuck_is_given_up_on(answer: bytes) -> None:
 
 async def test_a_manifest_that_drips_is_given_up_on() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"
-    settings = ImageSettings(connect_timeout_seconds=0.1, read_timeout_seconds=0.1)
+    settings = ImageSettings(connect_timeout_seconds=0.1, read_timeout_seconds=0.5)
     async with raw_server(answer, drip_seconds=0.02) as registry, opened(registry, None, settings) as repository:
         with pytest.raises(RegistryUnreachableError, match="did not send the manifest within"):
             await repository.manifest("v1")
+
+
+async def test_a_token_that_drips_is_given_up_on_while_a_blob_is_fetched() -> None:
+    settings = ImageSettings(connect_timeout_seconds=0.1, read_timeout_seconds=0.5)
+    async with raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", drip_seconds=0.02) as token_server:
+        registry = FakeRegistry(realm=f"{token_server.origin}/token")
+        async with serving(registry), opened(registry, None, settings) as repository:
+            with pytest.raises(RegistryUnreachableError, match="did not send a token within"):
+                await asyncio.wait_for(read(repository, digest_of(BLOB), len(BLOB)), 20)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_registry_that_asks_for_patience_is_waited_for_once(status: int) -> None:
+    registry = FakeRegistry(busy=[(status, "1")])
+    body = registry.add_cncf("a/hello:v1")
+    async with serving(registry), opened(registry) as repository:
+        assert await repository.resolve("v1") == digest_of(body)
+        registry.busy = [(status, "1"), (status, "1")]
+        with pytest.raises(RegistryUnreachableError, match=f": {status}"):
+            await repository.manifest("v1")
+    assert len(registry.requests) == 4
+
+
+@pytest.mark.parametrize("retry_after", ["", "0", "3600", "-1", "1e9", "Wed, 21 Oct 2015 07:28:00 GMT"])
+async def test_a_registry_that_asks_for_much_patience_is_left_to_the_back_off(retry_after: str) -> None:
+    registry = FakeRegistry(busy=[(429, retry_after)])
+    registry.add_cncf("a/hello:v1")
+    async with serving(registry), opened(registry) as repository:
+        with pytest.raises(RegistryUnreachableError, match="429; the registry limits how often"):
+            await repository.manifest("v1")
+    assert len(registry.requests) == 1
 
 
 @pytest.mark.parametrize(

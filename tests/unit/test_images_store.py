@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -105,6 +107,26 @@ async def test_the_nodes_status_names_the_largest_images_and_few_names_of_each(s
     assert isinstance(names, list)
     assert len(names) == 5
     assert names[0] == f"ghcr.io/a/hello@{MANIFEST}"
+
+
+async def test_a_blob_is_hashed_once_for_all_who_ask_after_a_restart(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = put(store, MODULE)
+    again = await reopened(store)
+    hashed: list[Path] = []
+
+    def counted(path: Path, algorithm: str) -> str:
+        hashed.append(path)
+        time.sleep(0.05)
+        return f"{algorithm}:{hashlib.new(algorithm, path.read_bytes()).hexdigest()}"
+
+    monkeypatch.setattr("node.images.store._hash_file", counted)
+    try:
+        assert all(await asyncio.gather(*(again.has(digest, len(MODULE)) for _ in range(20))))
+    finally:
+        again.close()
+    assert len(hashed) == 1
 
 
 async def test_a_damaged_blob_is_deleted_instead_of_used(store: Store) -> None:
