@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from harness.console import PlainReporter, SilentReporter
 from harness.down import down
@@ -157,6 +158,37 @@ def test_a_version_names_kinds_own_image(settings: Settings) -> None:
     assert node_image(replace(settings, kubernetes_version="1.33.1")) == "kindest/node:v1.33.1"
     assert node_image(replace(settings, kubernetes_version="v1.33.1")) == "kindest/node:v1.33.1"
     assert node_image(settings) == ""
+
+
+@pytest.mark.parametrize(
+    ("roles", "told"),
+    [
+        (["control-plane"], 1),
+        (["control-plane", "worker", "worker"], 3),
+        # Two control planes have a balancer before them, which runs no pods and has no containerd.
+        (["control-plane", "control-plane", "worker"], 3),
+    ],
+)
+def test_every_node_of_a_configuration_is_told_of_the_registry(
+    world: World, tmp_path: Path, roles: list[str], told: int
+) -> None:
+    (tmp_path / "admin").write_text(ADMIN)
+    world.configure(kubeconfig=str(tmp_path / "admin"))
+    config = tmp_path / "kind.yaml"
+    config.write_text(yaml.safe_dump({"kind": "Cluster", "nodes": [{"role": role} for role in roles]}))
+    with open_cluster(settings_with(world, tmp_path, "docker", "kind", config=str(config))) as cluster:
+        cluster.state.update(provider="kind", run_id="r", ports={"registry": 5000, "registry_for_nodes": 5001})
+        provider = KindProvider()
+        found = provider.create(cluster, say=lambda _: None)
+        assert len(found.ids) == len(roles) + (roles.count("control-plane") > 1)
+        update_facts(cluster, created=True, ids=list(found.ids), registry_address="127.0.0.1")
+        (step,) = provider.registry_steps(cluster)
+        assert step.look().detail == f"tell {told} nodes where it is"
+        step.change(lambda _: None)
+        assert step.look().detail == "known to each node"
+        assert len(list((world.folder / "files").glob("*/etc/containerd/certs.d/localhost:5000/hosts.toml"))) == told
+        provider.unwire(cluster)
+        assert not list((world.folder / "files").glob("*/etc/containerd/certs.d/localhost:5000"))
 
 
 # --- ownership -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Containers are what the other stand-ins wrote down; their files are in a folder 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -89,9 +90,7 @@ def _exec(world: World, words: list[str]) -> NoReturn:
     container, command = words[0], words[1:]
     root = world.folder / "files" / container
     if command[:1] == ["rm"]:
-        target = _inside(root, command[-1])
-        for path in sorted(target.rglob("*"), reverse=True) if target.is_dir() else ():
-            path.rmdir() if path.is_dir() else path.unlink()
+        shutil.rmtree(_inside(root, command[-1]), ignore_errors=True)
         sys.exit(0)
     if command[:2] != ["sh", "-c"] or len(command) not in {5, 6}:
         sys.stderr.write(f"unexpected command in a container: {command}\n")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NoReturn
+
+import yaml
 
 from tests.rigs.standins.commandline import Command, Flag, anything, duration, existing_file, matches, parse, switch
 from tests.rigs.standins.world import World
@@ -30,6 +33,20 @@ COMMANDS: dict[tuple[str, ...], Command] = {
 }
 
 
+def nodes_of(config: str, name: str) -> list[tuple[str, str]]:
+    """Containers and their roles, named as kind names them; before several control planes there is a balancer."""
+    listed = (yaml.safe_load(Path(config).read_text()).get("nodes") if config else None) or [{"role": "control-plane"}]
+    roles = [str(node["role"]) for node in listed]
+    counts: Counter[str] = Counter()
+    made = []
+    for role in roles:
+        counts[role] += 1
+        made.append((f"{name}-{role}{counts[role] if counts[role] > 1 else ''}", role))
+    if counts["control-plane"] > 1:
+        made.append((f"{name}-external-load-balancer", "external-load-balancer"))
+    return made
+
+
 def main(words: list[str]) -> NoReturn:
     """Behave as kind would."""
     world = World.of_environment()
@@ -42,15 +59,16 @@ def main(words: list[str]) -> NoReturn:
             name = parsed.one("--name", "kind")
             for line in ("Ensuring node image", "Preparing nodes"):
                 sys.stderr.write(f" • {line} 📦  ...\n")
-            world.add_container(
-                id=f"id-of-{name}",
-                name=f"{name}-control-plane",
-                labels={"io.x-k8s.kind.cluster": name, "io.x-k8s.kind.role": "control-plane"},
-                gateway=world.setting("gateway"),
-            )
-            config = world.folder / "files" / f"id-of-{name}" / "etc/containerd/config.toml"
-            config.parent.mkdir(parents=True, exist_ok=True)
-            config.write_text('config_path = "/etc/containerd/certs.d"\n')
+            for node, role in nodes_of(parsed.one("--config", ""), name):
+                world.add_container(
+                    id=f"id-of-{name}" if node == f"{name}-control-plane" else f"id-of-{node}",
+                    name=node,
+                    labels={"io.x-k8s.kind.cluster": name, "io.x-k8s.kind.role": role},
+                    gateway=world.setting("gateway"),
+                )
+                config = world.folder / "files" / f"id-of-{name}" / "etc/containerd/config.toml"
+                config.parent.mkdir(parents=True, exist_ok=True)
+                config.write_text('config_path = "/etc/containerd/certs.d"\n')
         case ("delete", "cluster"):
             name = parsed.one("--name", "kind")
             containers = world.read("containers", [])
