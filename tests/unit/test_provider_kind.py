@@ -233,6 +233,23 @@ def test_a_stopped_cluster_of_ours_is_started_again(world: World, cluster: Clust
     assert found.created
 
 
+def test_up_starts_a_stopped_cluster_of_ours_and_waits_for_it(world: World, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "admin").write_text(ADMIN)
+    world.configure(kubeconfig=str(tmp_path / "admin"))
+    theirs(world, running=False)
+    with open_cluster(settings) as cluster:
+        cluster.state.update(provider="kind", run_id="r")
+        update_facts(cluster, created=True, ids=["theirs"], uid="1", server="https://127.0.0.1:1")
+    recap = up(settings, reporter=SilentReporter(), check=True)
+    assert "is stopped; start it" in next(o.detail for o in recap.outcomes if o.name == "API server")
+    assert world.calls("docker", "start") == []
+    recap = failed(settings)
+    assert [words[1:] for words in world.calls("docker", "start")] == [["start", "unit-control-plane"]]
+    assert world.calls("kind", "create") == []
+    (failure,) = recap.failures  # the stand-in's cluster has no API server
+    assert (failure.name, failure.detail.endswith("for 0.5 s")) == ("API server", True)
+
+
 def test_what_an_interrupted_run_left_is_deleted_and_made_anew(world: World, settings: Settings) -> None:
     world.configure(kubeconfig="")
     theirs(world, id="half", created="2099-01-01T00:00:00.000000001Z")
