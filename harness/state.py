@@ -41,6 +41,8 @@ LOCK_POLL_SECONDS = 0.1
 PREFERRED_PORTS = {"apiserver": 6443, "registry": 5000, "kubelet": 10250}
 """What the cluster ``wasilet`` takes when it is free; any other cluster gets ports of its own range."""
 
+FULL_DISK_HINT = "free some space, or set WASILET_STATE_HOME and WASILET_CACHE to folders on another disk"
+
 _FIRST_PORT, _LAST_PORT = 20000, 32000
 """Below Linux's ephemeral range (32768), so that no outgoing connection sits on a port of ours."""
 
@@ -394,8 +396,8 @@ def os_error_words(error: OSError, path: Path | None = None) -> str:
 
 def _storage_hint(error: OSError) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return "free some space, or set WASILET_STATE_HOME and WASILET_CACHE to folders on another disk"
-    return "set WASILET_STATE_HOME to a folder that you can write to"
+        return FULL_DISK_HINT
+    return "set WASILET_STATE_HOME and WASILET_CACHE to folders that you can write to"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from harness.controlplane.download import DownloadError, fetch
 from harness.controlplane.gobuild import BuildError, Go, build, find_go
 from harness.errors import HarnessError
 from harness.process import run
+from harness.state import FULL_DISK_HINT, storage_errors
 
 VERSION_TIMEOUT_SECONDS = 30.0
 LOCK_TIMEOUT_SECONDS = 4500.0
@@ -74,8 +75,9 @@ def acquire(
     missing = [name for name in names if name not in found]
     if missing:
         folder = cache / "binaries"
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock", progress):
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(folder), _locked(folder / ".lock", progress):
             for leftover in folder.glob(".new-*"):
                 shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed: whoever lives holds the lock
             found |= {name: place for name in missing if (place := locate(name, cache=cache, environ=environ))}
@@ -168,9 +170,9 @@ def _build(
                 progress=progress,
             )
         except BuildError as error:
-            raise AcquireError(
-                "; ".join([*reasons, str(error)]), hint="Go modules come through GOPROXY: is there a network?"
-            ) from error
+            full = "no space left on device" in str(error)
+            hint = FULL_DISK_HINT if full else "Go modules come through GOPROXY: is there a network?"
+            raise AcquireError("; ".join([*reasons, str(error)]), hint=hint) from error
         for binary in group:
             built[binary.name] = _keep(binary, folder / binary.name, cache=cache, source="go build")
     return built

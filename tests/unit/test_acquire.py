@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from harness.controlplane.acquire import AcquireError, acquire, locate
 from harness.controlplane.binaries import BINARIES, HOST_PROVIDER, go_architecture
-from harness.controlplane.gobuild import Go, find_go
+from harness.controlplane.gobuild import BuildError, Go, find_go
+from harness.errors import StateError
 
 pytestmark = pytest.mark.unit
 
@@ -96,3 +98,37 @@ def test_an_old_go_is_refused_by_its_version(tmp_path: Path, version: str, words
     found = find_go({"PATH": str(tmp_path)})
     assert words in found.problem
     assert (found.path is None) == bool(words)
+
+
+def test_a_cache_on_a_full_disk_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # without a file name, as from write()
+
+    monkeypatch.setattr("harness.controlplane.acquire.fetch", full)
+    with pytest.raises(StateError, match=f"cannot write {tmp_path}/cache/binaries: the disk is full") as error:
+        acquire(["etcd"], cache=tmp_path / "cache", environ={}, progress=lambda _: None)
+    assert "WASILET_CACHE" in error.value.hint
+    assert [entry.name for entry in (tmp_path / "cache" / "binaries").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"), [("no space left on device", "free some space"), ("i/o timeout", "GOPROXY")]
+)
+def test_a_build_that_fails_says_what_would_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, hint: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise BuildError(f"go build of etcd failed: {words}")
+
+    monkeypatch.setattr("harness.controlplane.acquire.build", broken)
+    go = Go(path=Path("/usr/bin/go"), version="1.24.0", problem="")
+    with pytest.raises(AcquireError, match=words) as error:
+        acquire(
+            ["etcd"],
+            cache=tmp_path,
+            environ={},
+            progress=lambda _: None,
+            allow_download=False,
+            toolchain=lambda _: go,
+        )
+    assert hint in error.value.hint
