@@ -387,12 +387,10 @@ def diagnose(c: Context, name: str = "", namespace: str = "") -> None:
       invoke diagnose
       invoke diagnose --namespace default
     """
-    from harness.diagnostics import diagnose as collect
-    from harness.up import open_cluster
+    from harness.diagnostics import examine
 
-    with open_cluster(settings_of(c, name=name)) as cluster:
-        for line in collect(cluster, namespace=namespace):
-            emit(line)
+    for line in examine(settings_of(c, name=name), namespace=namespace):
+        emit(line)
 
 
 @task(

@@ -9,8 +9,20 @@ from harness.errors import ApiError, HarnessError
 from harness.kube import Kube, KubeObject, api_path
 from harness.process import is_alive, tail_of
 from harness.providers.base import Cluster
+from harness.settings import Settings
 
 MAX_EVENTS = 15
+
+
+def examine(settings: Settings, *, namespace: str = "") -> Iterator[str]:
+    """As :func:`diagnose`, of the cluster that settings name. Raises UsageError when there is none."""
+    from harness.down import unknown_cluster
+    from harness.up import open_cluster
+
+    with open_cluster(settings) as cluster:
+        if not cluster.state.exists():
+            raise unknown_cluster(settings)
+        yield from diagnose(cluster, namespace=namespace)
 
 
 def diagnose(cluster: Cluster, *, namespace: str = "") -> Iterator[str]:

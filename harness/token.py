@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from harness.providers.base import Cluster
 
 CLIENT_CA_EXTENSION = "wasilet.dev/client-ca"
+ACTIONS = ("create", "list", "delete")
 BOOTSTRAP_USER = "tls-bootstrap-token-user"
 BOOTSTRAP_CLUSTER = "kubernetes"
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -127,6 +128,8 @@ def run_action(settings: Settings, action: str, *, token_id: str = "", file: str
     from harness.cli import invocation_path
     from harness.up import open_cluster
 
+    if action not in ACTIONS:
+        raise UsageError(f"unknown action {action!r}", hint=", ".join(ACTIONS))
     with open_cluster(settings) as cluster:
         return _run_action(cluster, settings, action, token_id=token_id, file=invocation_path(file) if file else "")
 
@@ -142,8 +145,6 @@ def _run_action(cluster: Cluster, settings: Settings, action: str, *, token_id: 
         if not delete_token(kube, token_id):
             raise UsageError(f"there is no token {token_id!r}", hint="`invoke token list` shows them")
         return [{"deleted": token_id.partition(".")[0]}]
-    if action != "create":
-        raise UsageError(f"unknown action {action!r}", hint="create, list or delete")
     token = create_token(kube, ttl_seconds=settings.token_ttl_seconds)
     if not file:
         return [{"token": token.text}]

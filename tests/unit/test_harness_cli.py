@@ -58,6 +58,8 @@ def _run(*argv: str, state: Path, **environ: str) -> subprocess.CompletedProcess
         (["kubectl", "--", "get", "nodes"], "there is no cluster 'wasilet'"),
         (["token", "list"], "cluster 'wasilet' is not up"),
         (["approve"], "cluster 'wasilet' is not up"),
+        (["token", "frobnicate"], "unknown action 'frobnicate' (create, list, delete)"),
+        (["diagnose", "--name", "unknown"], "there is no cluster 'unknown'"),
         (["approve", "--all", "--output", "xml"], "unknown output 'xml'"),
         (["token", "create", "--output", "xml"], "unknown output 'xml'"),
         (["nonsense"], "no idea what 'nonsense' is (`invoke --list`"),
