@@ -51,7 +51,7 @@ SHUTDOWN_TIMEOUT_SECONDS = 0.5
 
 REBIND_SECONDS = 5.0
 
-_KEPT_HEADERS = frozenset({"Allow", ACCEPTED_HEADER})
+_KEPT_HEADERS = frozenset({"Allow", "Retry-After", ACCEPTED_HEADER})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 USER: web.RequestKey[User] = web.RequestKey("user", User)
@@ -346,24 +346,31 @@ class KubeletServer:
             text = error.text or ""
             if text == f"{error.status}: {error.reason}" and error.status == 404:
                 text = "404 page not found\n"
-            return web.Response(status=error.status, text=text, headers=kept)
+            answer = web.Response(status=error.status, text=text, headers=kept)
         except RuntimeUnavailableError:
             logger.warning("the container runtime does not answer: %s cannot be served", request.rel_url.raw_path)
-            return web.Response(status=500, text="the container runtime does not answer")
+            answer = web.Response(status=500, text="the container runtime does not answer")
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
             logger.exception("%s %s failed", request.method, request.rel_url.raw_path)
-            return web.Response(status=500, text="Internal Server Error")
+            answer = web.Response(status=500, text="Internal Server Error")
+        if request.writer.output_size > 0:
+            # A second answer would be read as a part of the one that has begun; a cut connection is an error to all.
+            raise ConnectionAbortedError("the answer broke off")
+        return answer
 
 
 class _HttpLogger(logging.Logger):
     """The HTTP parser's complaints: at debug and without its text, which quotes headers of strangers, tokens too."""
 
     def exception(self, msg: object, *args: object, exc_info: Any = True, **_: Any) -> None:
-        """A request that cannot be parsed, or a fault of the HTTP server itself, which is told in full."""
+        """A request that cannot be parsed, a client that left (``kubectl logs | head``), or a fault of the HTTP server
+        itself, which is told in full."""
         if isinstance(exc_info, HttpProcessingError):
             logger.debug("a client sent what is no HTTP: %s", type(exc_info).__name__)
+        elif isinstance(exc_info, ConnectionError):
+            logger.debug("a connection ended before its answer did: %s", type(exc_info).__name__)
         else:
             logger.error(msg, *args, exc_info=exc_info)
 

@@ -29,6 +29,8 @@ MAX_LINE_BYTES = 1024 * 1024
 _TIMESTAMP = re.compile(
     rb"(\d{4})-(\d{2})-(\d{2})[Tt](\d{2}):(\d{2}):(\d{2})(?:\.(\d{1,9})\d*)?(?:[Zz]|([+-])(\d{2}):(\d{2}))"
 )
+_FIRST_SECOND = -62_135_596_800
+_LAST_SECOND = 253_402_300_799
 _FIXED_WIDTH = len(b"2016-10-06T00:17:09.669794202Z")
 
 
@@ -49,9 +51,10 @@ def parse_timestamp(text: bytes) -> int | None:
 
 
 def format_timestamp(nanoseconds: int) -> bytes:
-    """RFC 3339 in UTC with nine digits, as kubelet writes it for ``timestamps=true``."""
+    """RFC 3339 in UTC with nine digits, as kubelet writes it for ``timestamps=true``. What an offset carries out of the
+    years 1 to 9999 is the first or last second of those."""
     seconds, fraction = divmod(nanoseconds, 1_000_000_000)
-    moment = datetime.fromtimestamp(max(seconds, -62_135_596_800), UTC)
+    moment = datetime.fromtimestamp(min(max(seconds, _FIRST_SECOND), _LAST_SECOND), UTC)
     return b"%04d-%02d-%02dT%02d:%02d:%02d.%09dZ" % (*moment.timetuple()[:6], fraction)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from node.server.logfiles import (
     CHUNK_BYTES,
@@ -31,7 +31,7 @@ from node.server.logfiles import (
     skip_to_tail,
 )
 from node.server.logwatch import LogWatcher, Waiter
-from node.server.pods import Pod, PodSource, container_status, containers, full_name
+from node.server.pods import Pod, PodSource, container_status, containers, full_name, known_pod
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class LogViews:
         namespace, name, container = (request.match_info[key] for key in ("namespace", "pod", "container"))
         try:
             options = parse_options(request.query, now_ns=self._clock_ns())
-            pod = self._pods.pod(namespace, name)
+            pod = known_pod(self._pods, namespace, name)
             if pod is None:
                 raise LogRequestError(404, f'pod "{name}" does not exist')
             if all(each.get("name") != container for each in containers(pod)):
@@ -177,7 +177,8 @@ class LogViews:
             if not segments and not target.running:
                 return web.Response(status=400, text=f"unable to retrieve container logs for {target.container_id}")
             response = web.StreamResponse(headers={"Content-Type": "text/plain"})
-            response.enable_chunked_encoding()
+            if request.version >= HttpVersion11:
+                response.enable_chunked_encoding()
             await response.prepare(request)
             answer = _Answer(response, Renderer(options.render), options)
             if options.follow and target.running:

@@ -5,6 +5,7 @@ Pods are decoded JSON with their latest status, as the pod manager holds them; `
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -19,7 +20,11 @@ STATUS_LISTS = ("containerStatuses", "initContainerStatuses", "ephemeralContaine
 
 
 class PodSource(Protocol):
-    """The pods of this node, from memory; both calls are cheap and never wait."""
+    """The pods of this node, from memory; all of it is cheap and never waits."""
+
+    @property
+    def synced(self) -> asyncio.Event:
+        """Set once the pods are known, some moments after the start."""
 
     def pods(self) -> list[Pod]:
         """All pods bound to this node, each with its latest status."""
@@ -49,6 +54,23 @@ def full_name(pod: Mapping[str, Any]) -> tuple[str, str, str]:
     return metadata.get("namespace", ""), metadata.get("name", ""), metadata.get("uid", "")
 
 
+def known_pod(pods: PodSource, namespace: str, name: str) -> Pod | None:
+    """One pod, None when there is none. Raises as ``require_synced``: before that nobody can say so."""
+    pod = pods.pod(namespace, name)
+    if pod is None:
+        require_synced(pods)
+    return pod
+
+
+def require_synced(pods: PodSource) -> None:
+    """Raises HTTPServiceUnavailable while the agent has not listed its pods yet."""
+    if not pods.synced.is_set():
+        raise web.HTTPServiceUnavailable(
+            text="the node agent has just started and does not know its pods yet: try again",
+            headers={"Retry-After": "1"},
+        )
+
+
 class PodViews:
     """The handlers of the pod routes."""
 
@@ -58,6 +80,7 @@ class PodViews:
 
     async def list(self, _: web.Request) -> web.Response:
         """``GET /pods``: v1.PodList of the pods bound to this node."""
+        require_synced(self._pods)
         return _pod_list([{"apiVersion": "v1", "kind": "Pod", **pod} for pod in self._pods.pods()])
 
     async def running(self, _: web.Request) -> web.Response:

@@ -24,6 +24,15 @@ HANDSHAKE_TIMEOUT_SECONDS = 10.0
 SHUTDOWN_TIMEOUT_SECONDS = 5.0
 LISTEN_BACKLOG = 512
 ACCEPT_RETRY_SECONDS = 0.5
+KEEPALIVE = (
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 15),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 15),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 9),
+)
+"""As Go's listeners have it. Who follows the log of a silent container and vanishes (a cut network, a machine that is
+switched off) would hold a connection for over two hours with the kernel's own numbers. No TCP_USER_TIMEOUT: it would
+also end those who pause their pager."""
 
 
 class ServerError(Exception):
@@ -151,6 +160,8 @@ class Acceptor:
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for option, value in KEEPALIVE:
+                connection.setsockopt(*option, value)
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol_factory,
                 connection,

@@ -29,6 +29,7 @@ from tests.unit.server_rig import (
     log_folder,
     make_pod,
     make_settings,
+    make_status,
 )
 
 pytestmark = pytest.mark.component
@@ -87,7 +88,10 @@ class Kubelet:
             return response.status, await response.text()
 
     def add(self, pod: dict[str, Any]) -> dict[str, Any]:
-        return self.pods.add(self.plane.place_pod(pod))
+        placed = self.pods.add(self.plane.place_pod(pod))
+        metadata = placed["metadata"]
+        self.runtime.statuses.append(make_status(pod=metadata["name"], uid=metadata["uid"]))
+        return placed
 
 
 @pytest.fixture

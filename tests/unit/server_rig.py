@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import ssl
 import tempfile
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,7 +22,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from node.kube.base import KubeObject, WatchEvent
-from node.runtime.protocol import ContainerConfig, ContainerStatus, ContainerUsage, ExecResult, StreamFrame
+from node.runtime.protocol import (
+    ContainerConfig,
+    ContainerState,
+    ContainerStatus,
+    ContainerUsage,
+    ExecResult,
+    StreamFrame,
+)
 from node.server.app import KubeletServer
 from node.settings import NodePaths, NodeSettings
 
@@ -183,6 +192,10 @@ class FakePods:
     """Pods by (namespace, name)."""
 
     known: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    synced: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.synced.set()
 
     def pods(self) -> list[dict[str, Any]]:
         return list(self.known.values())
@@ -332,6 +345,31 @@ def make_pod(
     }
 
 
+def make_status(
+    container_id: str = "a0",
+    *,
+    pod: str = "web",
+    uid: str = "",
+    attempt: int = 0,
+    state: ContainerState = ContainerState.RUNNING,
+) -> ContainerStatus:
+    """What the runtime says of the container of ``make_pod``."""
+    return ContainerStatus(
+        id=container_id,
+        pod_uid=uid or f"uid-{pod}",
+        pod_namespace="default",
+        pod_name=pod,
+        container_name="main",
+        attempt=attempt,
+        image="example/hello:v1",
+        image_id="sha256:0",
+        log_path="/none",
+        state=state,
+        pid=os.getpid(),
+        started_at_ns=time.time_ns() - 10_000_000_000,
+    )
+
+
 def log_folder(root: Path, pod: Mapping[str, Any], container: str = "main") -> Path:
     """The folder of a container's logs, made."""
     metadata = pod["metadata"]
@@ -341,6 +379,7 @@ def log_folder(root: Path, pod: Mapping[str, Any], container: str = "main") -> P
 
 
 API_SERVER = "kube-apiserver-kubelet-client"
+NOT_YET = "the node agent has just started and does not know its pods yet: try again"
 LIMIT = 8
 """Of connections of a rig's server."""
 

@@ -20,6 +20,7 @@ from node.server.tls import ServerError
 from tests.unit.server_rig import (
     API_SERVER,
     LIMIT,
+    NOT_YET,
     Authority,
     FakeKube,
     FakePods,
@@ -230,6 +231,91 @@ async def test_a_log_is_served_whole(rig: Rig) -> None:
         '{"message": "Unable to decode query."}',
     )
     assert await rig.get("/containerLogs/default/none/main") == (404, 'pod "none" does not exist')
+
+
+async def test_before_the_pods_are_known_nobody_is_told_that_one_does_not_exist(rig: Rig) -> None:
+    rig.pods.synced.clear()
+    assert await rig.get("/containerLogs/default/none/main") == (503, NOT_YET)
+    assert await rig.get("/pods") == (503, NOT_YET)
+    pod = rig.pods.add(make_pod())
+    (log_folder(rig.log_root, pod) / "0.log").write_bytes(NAME_LINE % (1, b"one"))
+    assert await rig.get("/containerLogs/default/web/main") == (200, "one\n"), "what is known is served"
+
+
+async def raw(rig: Rig, request: bytes) -> bytes:
+    """All that comes until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.server.port, ssl=rig.tls(rig.client))
+    try:
+        writer.write(request)
+        async with asyncio.timeout(3):
+            return await reader.read()
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+async def test_a_log_is_served_over_http_1_0_too(rig: Rig) -> None:
+    pod = rig.pods.add(make_pod())
+    (log_folder(rig.log_root, pod) / "0.log").write_bytes(NAME_LINE % (1, b"one"))
+    head, _, body = (await raw(rig, b"GET /containerLogs/default/web/main HTTP/1.0\r\n\r\n")).partition(b"\r\n\r\n")
+    assert (head.split()[1], body) == (b"200", b"one\n")
+
+
+async def test_an_answer_that_fails_half_way_is_cut_off_and_not_followed_by_another(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod = rig.pods.add(make_pod())
+    (log_folder(rig.log_root, pod) / "0.log").write_bytes(NAME_LINE % (1, b"one"))
+
+    def broken(*_: object) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("node.server.logfiles.Renderer.feed", broken)
+    answer = await raw(rig, b"GET /containerLogs/default/web/main HTTP/1.1\r\nHost: node\r\n\r\n")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert not answer.endswith(b"0\r\n\r\n"), "a cut answer must not look whole"
+
+
+@pytest.mark.parametrize("since", ["9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00%2B23:59"])
+async def test_a_time_that_its_offset_carries_out_of_the_calendar_is_a_time(rig: Rig, since: str) -> None:
+    pod = rig.pods.add(make_pod())
+    (log_folder(rig.log_root, pod) / "0.log").write_bytes(NAME_LINE % (1, b"one"))
+    lines = "" if since.startswith("9") else "one\n"
+    assert await rig.get(f"/containerLogs/default/web/main?sinceTime={since}") == (200, lines)
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_log_is_no_error(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    pod = rig.pods.add(make_pod())
+    (log_folder(rig.log_root, pod) / "0.log").write_bytes((NAME_LINE % (1, b"x" * 16_000)) * 1000)
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.server.port, ssl=rig.tls(rig.client))
+    writer.write(b"GET /containerLogs/default/web/main HTTP/1.1\r\nHost: node\r\n\r\n")
+    await reader.read(1000)
+    writer.transport.abort()
+    async with asyncio.timeout(3):
+        while rig.server._connections():  # noqa: ASYNC110 - there is nothing to wait on but the absence
+            await asyncio.sleep(0.01)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_peer_that_vanished_is_noticed_within_minutes(rig: Rig) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.server.port, ssl=rig.tls(rig.client))
+    try:
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n")
+        await asyncio.wait_for(reader.readline(), 3)
+        (connection,) = rig.server._connections()
+        assert connection.transport is not None
+        accepted = connection.transport.get_extra_info("socket")
+        idle, interval, count = (
+            accepted.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert idle + interval * count < 300
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
 async def test_a_follower_sees_lines_soon_and_ends_with_the_container(rig: Rig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,13 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from prometheus_client.parser import text_string_to_metric_families
 
-from node.runtime.protocol import ContainerState, ContainerStatus, ContainerUsage, RuntimeUnavailableError
+from node.runtime.protocol import ContainerState, ContainerUsage, RuntimeUnavailableError
 from node.server.metrics import HttpMetrics, MetricsViews
 from node.server.stats import SummaryView, UsageReader
 from tests.unit.server_rig import FakePods, FakeRuntime, log_folder, make_pod, make_settings
+from tests.unit.server_rig import make_status as status
 
 pytestmark = pytest.mark.unit
-
-
-def status(
-    container_id: str = "a0", *, pod: str = "web", state: ContainerState = ContainerState.RUNNING
-) -> ContainerStatus:
-    return ContainerStatus(
-        id=container_id,
-        pod_uid=f"uid-{pod}",
-        pod_namespace="default",
-        pod_name=pod,
-        container_name="main",
-        attempt=0,
-        image="example/hello:v1",
-        image_id="sha256:0",
-        log_path="/none",
-        state=state,
-        pid=os.getpid(),
-        started_at_ns=time.time_ns() - 10_000_000_000,
-    )
 
 
 def usage(

@@ -14,11 +14,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from node.runtime.protocol import RuntimeUnavailableError
+from node.runtime.protocol import ContainerState, RuntimeUnavailableError
 from node.server.streams import frames
 from node.server.streams.frames import ControlFrame, DataFrame, FrameDecoder, FrameEncoder
 from node.server.streams.portforward import MAX_PAIRS
-from tests.unit.server_rig import Rig, make_pod, running
+from tests.unit.server_rig import NOT_YET, Rig, make_pod, make_status, running
 
 pytestmark = pytest.mark.unit
 
@@ -30,6 +30,7 @@ EXEC = "/exec/default/web/main?output=1&error=1"
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with running(tmp_path) as rig:
         rig.pods.add(make_pod())
+        rig.runtime.statuses = [make_status()]
         yield rig
 
 
@@ -195,8 +196,36 @@ async def test_a_request_that_cannot_be_served_says_why(rig: Rig, path: str, cod
 
 
 async def test_a_container_that_does_not_run_cannot_be_entered(rig: Rig) -> None:
-    rig.pods.add(make_pod(state={"terminated": {"exitCode": 0}}))
-    assert await rig.get(f"{EXEC}&command=x") == (500, 'container "main" in pod "web" is not running')
+    rig.runtime.statuses = [make_status(state=ContainerState.EXITED)]
+    for verb in ("exec", "attach"):
+        path = f"/{verb}/default/web/main?output=1&command=x"
+        assert await rig.get(path) == (500, 'container "main" in pod "web" is not running')
+
+
+@pytest.mark.parametrize("verb", ["exec", "attach"])
+async def test_what_is_entered_is_what_the_runtime_runs_whatever_a_status_says(rig: Rig, verb: str) -> None:
+    rig.pods.add(make_pod(containerID="wasmtime://of-another-pod", state={"waiting": {"reason": "CrashLoopBackOff"}}))
+    rig.runtime.statuses = [
+        make_status("of-another-pod", pod="other"),
+        make_status("ended", attempt=3, state=ContainerState.EXITED),
+        make_status("running", attempt=2),
+    ]
+    async with websocket(rig, f"/{verb}/default/web/main?output=1&command=echo", "v5.channel.k8s.io") as socket:
+        assert json.loads((await channels_of(socket))[3])["status"] == "Success"
+    assert rig.runtime.guest is not None
+    assert rig.runtime.guest.container_id == "running"
+
+
+@pytest.mark.parametrize("path", [EXEC, "/attach/default/web/main?output=1", "/portForward/default/web"])
+async def test_before_the_pods_are_known_a_stream_is_to_be_tried_again(rig: Rig, path: str) -> None:
+    rig.pods.known.clear()
+    rig.pods.synced.clear()
+    assert await rig.get(path) == (503, NOT_YET)
+
+
+async def test_a_runtime_that_cannot_be_asked_is_said_to_be_away(rig: Rig) -> None:
+    rig.runtime.error = RuntimeUnavailableError("no supervisor")
+    assert await rig.get(f"{EXEC}&command=x") == (500, "the container runtime does not answer")
 
 
 async def test_exec_over_spdy_takes_stdin_and_gives_each_stream(rig: Rig) -> None:
@@ -236,6 +265,7 @@ async def test_a_server_that_ends_does_not_wait_for_streams(tmp_path: Path) -> N
     async with asyncio.timeout(10):
         async with running(tmp_path) as rig:
             rig.pods.add(make_pod())
+            rig.runtime.statuses = [make_status()]
             client = await asyncio.open_connection("127.0.0.1", rig.server.port, ssl=rig.tls(rig.client))
             spdy_client = SpdyClient(*client)
             await spdy_client.upgrade(f"{EXEC}&command=hang")

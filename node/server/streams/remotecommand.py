@@ -16,8 +16,15 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from node.runtime.protocol import ExecStream, Runtime, RuntimeUnavailableError, StartError, UnknownContainerError
-from node.server.pods import Pod, PodSource, container_status, containers, full_name
+from node.runtime.protocol import (
+    ContainerState,
+    ExecStream,
+    Runtime,
+    RuntimeUnavailableError,
+    StartError,
+    UnknownContainerError,
+)
+from node.server.pods import Pod, PodSource, containers, full_name, known_pod
 from node.server.streams.channels import Channels, StreamOptions, open_channels
 from node.server.streams.terminal import LineDiscipline, to_screen
 from node.server.streams.upgrade import Upgraded
@@ -43,8 +50,8 @@ class StreamRuntime(Runtime, Protocol):
 
 
 def find_pod(pods: PodSource, request: web.Request) -> Pod:
-    """The pod that a streaming route names. Raises HTTPNotFound with kubelet's texts."""
-    pod = pods.pod(request.match_info["namespace"], request.match_info["pod"])
+    """The pod that a streaming route names. Raises HTTPNotFound with kubelet's texts, HTTPServiceUnavailable."""
+    pod = known_pod(pods, request.match_info["namespace"], request.match_info["pod"])
     if pod is None:
         raise web.HTTPNotFound(text="pod does not exist")
     uid = request.match_info.get("uid")
@@ -62,7 +69,8 @@ class RemoteCommandViews:
 
     async def exec(self, request: web.Request) -> web.StreamResponse:
         """``GET|POST /exec/{namespace}/{pod}[/{uid}]/{container}?command=...``."""
-        container_id, options = self._target(request)
+        options = StreamOptions.of(request)
+        container_id = await self._running(request)
         argv = request.query.getall("command", [])
         if not argv:
             raise web.HTTPBadRequest(text="you must specify at least one command for the container")
@@ -77,7 +85,8 @@ class RemoteCommandViews:
 
     async def attach(self, request: web.Request) -> web.StreamResponse:
         """``GET|POST /attach/{namespace}/{pod}[/{uid}]/{container}``."""
-        container_id, options = self._target(request)
+        options = StreamOptions.of(request)
+        container_id = await self._running(request)
         return await self._serve(
             request,
             options,
@@ -87,16 +96,22 @@ class RemoteCommandViews:
             with_exit_code=False,
         )
 
-    def _target(self, request: web.Request) -> tuple[str, StreamOptions]:
-        options = StreamOptions.of(request)
+    async def _running(self, request: web.Request) -> str:
+        """The id of the instance that runs, from the runtime: a status may be older than this process, and whoever may
+        write it could name another pod's container. Raises RuntimeUnavailableError."""
         pod = find_pod(self._pods, request)
+        _, pod_name, uid = full_name(pod)
         name = request.match_info["container"]
         if all(each.get("name") != name for each in containers(pod)):
             raise web.HTTPNotFound(text=f'container not found ("{name}")')
-        status = container_status(pod, name) or {}
-        if "running" not in (status.get("state") or {}):
-            raise web.HTTPInternalServerError(text=f'container "{name}" in pod "{full_name(pod)[1]}" is not running')
-        return str(status.get("containerID", "")).rpartition("://")[2], options
+        running = [
+            each
+            for each in await self._runtime.list()
+            if (each.pod_uid, each.container_name, each.state) == (uid, name, ContainerState.RUNNING)
+        ]
+        if not running:
+            raise web.HTTPInternalServerError(text=f'container "{name}" in pod "{pod_name}" is not running')
+        return max(running, key=lambda each: each.attempt).id
 
     async def _serve(
         self,

@@ -103,7 +103,9 @@ async def take_over(
                 await spdy.connection.closed.wait()
     finally:
         spdy.connection.say_goodbye()
-        transport.close()
+        if not transport.is_closing():
+            # Once only: before Python 3.11.4 a second close takes from a TLS transport what abort() needs.
+            transport.close()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await spdy.gone.wait()
