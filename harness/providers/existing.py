@@ -21,7 +21,7 @@ from harness.play import Progress
 from harness.providers.base import Cluster, Detection
 from harness.providers.external import ExternalProvider, Found
 from harness.providers.host import node_address
-from harness.providers.preflight import inspect, try_bootstrap_token
+from harness.providers.preflight import check_node_names, inspect, try_bootstrap_token
 from harness.settings import Settings
 from harness.state import State
 
@@ -45,6 +45,7 @@ class ExistingProvider(ExternalProvider):
             if known.get("uid") == uid:
                 return Detection(usable=True, detail=f"context {context}, adopted")
             added = inspect(kube, what=f"context {context!r}")
+            check_node_names(kube, Cluster(settings=settings, state=State.of(settings), provider=self).node_names())
         return Detection(usable=True, detail=f"context {context}; would be added: {', '.join(added)}")
 
     def confirm(self, settings: Settings) -> None:

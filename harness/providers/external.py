@@ -27,6 +27,7 @@ from harness.process import check_cancelled, stop
 from harness.providers.approver_credential import SIGN_SECONDS, approver_credential
 from harness.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
 from harness.providers.leaving import HOSTING, OURS, forget_identities, is_ours, withdraw
+from harness.providers.preflight import check_node_names
 from harness.settings import KRUSTLET_TAINTS, Settings
 from harness.state import write_file
 
@@ -269,6 +270,7 @@ class ExternalProvider:
         uid = wait_for_answer(kube, cluster.settings, say)
         if uid != facts(cluster).get("uid"):
             if not there.created:
+                check_node_names(kube, cluster.node_names())
                 self.preflight(cluster, kube, say)
             # Another cluster under the old name: certificates of the old one are worth nothing here.
             forget_identities(cluster)

@@ -93,6 +93,20 @@ def inspect(kube: Kube, *, what: str) -> list[str]:
     return [*names, "a bootstrap token in kube-system", "a certificate for the approver"]
 
 
+def check_node_names(kube: Kube, names: Sequence[str]) -> None:
+    """See that nobody else runs nodes of these names: two agents on one Node would fight, and `down` would delete what
+    is another's. One that is not Ready is of an agent that is gone. Raises UsageError."""
+    from harness.up import node_is_ready
+
+    for name in names:
+        node = kube.find(api_path("nodes", name))
+        if node is not None and node_is_ready(node):
+            raise UsageError(
+                f"the cluster has a node {name} already, which another Wasilet runs",
+                hint="another --name gives the nodes of this one other names",
+            )
+
+
 def may(kube: Kube, right: Right) -> bool:
     """Whether the user may, by SelfSubjectAccessReview."""
     attributes = {
