@@ -350,7 +350,8 @@ def node(
 ) -> None:
     """Print how a node of this machine is run for good.
 
-    As a command line, or as a systemd unit. What follows -- are further options of the node; see `python -P -m node --help`.
+    As a command line, or as a systemd unit. What follows -- are further options of the node; `python -P -m node --help`
+    names them.
 
     Examples:
       invoke node --node wasm-1 --systemd --file /etc/systemd/system/wasilet-node.service
