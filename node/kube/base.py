@@ -23,6 +23,14 @@ from typing import Any, Protocol
 KubeObject = dict[str, Any]
 
 
+def is_object(decoded: Any) -> bool:
+    """Whether decoded JSON is what every answer and every object in a watch is: of a kind, with metadata (a Status may
+    have none)."""
+    if not isinstance(decoded, dict) or not isinstance(decoded.get("kind"), str):
+        return False
+    return isinstance(decoded.get("metadata"), dict) or decoded["kind"] == "Status"
+
+
 class KubeError(Exception):
     """The root of what ``node.kube`` raises."""
 

@@ -18,10 +18,10 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlencode
 
-from node.kube.base import ApiUnavailableError, GoneError, KubeObject, TooManyRequestsError, WatchEvent
+from node.kube.base import ApiUnavailableError, GoneError, KubeObject, TooManyRequestsError, WatchEvent, is_object
 from node.kube.errors import from_response, seconds_of
 from node.kube.kubeconfig import Cluster, Credentials
 
@@ -205,6 +205,8 @@ class KubeClient:
         while True:
             page = await self._call("GET", f"{path}?{urlencode(query)}", timeout_seconds=timeout_seconds)
             page["items"] = page.get("items") or []
+            if not page["kind"].endswith("List") or not all(isinstance(each, dict) for each in page["items"]):
+                raise ApiUnavailableError(f"GET {path}: the answer is not a list")
             if whole is None:
                 whole = page
             else:
@@ -301,9 +303,11 @@ def _decode(data: bytes, method: str, path: str) -> KubeObject:
         decoded = json.loads(data)
     except ValueError as error:
         raise ApiUnavailableError(f"{method} {path}: the answer is not JSON") from error
-    if not isinstance(decoded, dict):
-        raise ApiUnavailableError(f"{method} {path}: the answer is not an object")
-    return decoded
+    # What a proxy or a half-started server says with a 200 is no answer: an empty object, taken for an empty list,
+    # would be the end of every pod.
+    if not is_object(decoded):
+        raise ApiUnavailableError(f"{method} {path}: the answer is not an object of Kubernetes")
+    return cast("KubeObject", decoded)
 
 
 def _was_stale(error: BaseException) -> bool:

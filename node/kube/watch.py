@@ -20,7 +20,15 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-from node.kube.base import ApiStatusError, ApiUnavailableError, GoneError, KubeError, KubeObject, WatchEvent
+from node.kube.base import (
+    ApiStatusError,
+    ApiUnavailableError,
+    GoneError,
+    KubeError,
+    KubeObject,
+    WatchEvent,
+    is_object,
+)
 from node.kube.errors import from_status
 
 if TYPE_CHECKING:
@@ -167,6 +175,9 @@ async def _events(
 def _decode(line: bytes) -> WatchEvent:
     try:
         event = json.loads(line)
-        return WatchEvent(type=event["type"], object=event["object"])
+        found = WatchEvent(type=event["type"], object=event["object"])
     except (ValueError, KeyError, TypeError) as error:
         raise ApiUnavailableError("the watch sent what is not an event") from error
+    if not is_object(found.object):
+        raise ApiUnavailableError("the watch sent an event of what is not an object")
+    return found

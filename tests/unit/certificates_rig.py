@@ -157,7 +157,8 @@ class FakeCluster:
         if request.query.get("watch") == "true":
             return await self._watch(request, name)
         items = [self.requests[name]] if name in self.requests else []
-        return web.json_response({"metadata": {"resourceVersion": str(self._version)}, "items": items})
+        metadata = {"resourceVersion": str(self._version)}
+        return web.json_response({"kind": "CertificateSigningRequestList", "metadata": metadata, "items": items})
 
     def _user(self, request: web.Request) -> str | None:
         certificate = request.get_extra_info("peercert")

@@ -105,8 +105,13 @@ class WatchScript:
         return response
 
 
+def answer(**more: Any) -> web.Response:
+    """Some object, which is what every success is."""
+    return web.json_response({"kind": "Pod", "metadata": {}, **more})
+
+
 def item(name: str, version: int, **more: Any) -> dict[str, Any]:
-    return {"metadata": {"name": name, "resourceVersion": str(version)}, **more}
+    return {"kind": "Pod", "metadata": {"name": name, "resourceVersion": str(version)}, **more}
 
 
 def listed(*items: dict[str, Any], version: int) -> dict[str, Any]:
@@ -114,5 +119,6 @@ def listed(*items: dict[str, Any], version: int) -> dict[str, Any]:
         "kind": "PodList",
         "apiVersion": "v1",
         "metadata": {"resourceVersion": str(version)},
-        "items": list(items),
+        # As the API server lists them.
+        "items": [{field: value for field, value in each.items() if field != "kind"} for each in items],
     }

@@ -23,7 +23,7 @@ from node.kube.base import (
 )
 from node.kube.client import KubeClient
 from node.kube.kubeconfig import Cluster, Credentials
-from tests.unit.kube_rig import api_server, client_of, status_response
+from tests.unit.kube_rig import answer, api_server, client_of, status_response
 
 pytestmark = pytest.mark.unit
 
@@ -78,13 +78,34 @@ async def test_success_that_is_not_json_is_no_answer() -> None:
             await kube.get("/x")
 
 
+@pytest.mark.parametrize("said", [{}, {"kind": "Pod"}, {"metadata": {}}, {"kind": 1, "metadata": {}}, [], "ok", None])
+async def test_success_that_is_no_object_is_no_answer(said: object) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.json_response(said)
+
+    async with client_of(handler) as kube:
+        for call in (kube.get, kube.list):
+            with pytest.raises(ApiUnavailableError, match="not an object of Kubernetes"):
+                await call("/api/v1/pods")
+
+
+@pytest.mark.parametrize("said", [{"kind": "Status"}, {"kind": "Pod", "metadata": {}}, {"items": ["x"]}])
+async def test_a_list_that_is_none_is_not_taken_for_an_empty_one(said: dict[str, object]) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return answer(**{"kind": "PodList", **said})
+
+    async with client_of(handler) as kube:
+        with pytest.raises(ApiUnavailableError, match="not a list"):
+            await kube.list("/api/v1/pods")
+
+
 async def test_bodies_and_content_types_reach_the_server() -> None:
     seen: list[tuple[str, str, str, object]] = []
 
     async def handler(request: web.Request) -> web.Response:
         body = await request.text()
         seen.append((request.method, request.path, request.content_type, json.loads(body) if body else None))
-        return web.json_response({"ok": True})
+        return answer(ok=True)
 
     async with client_of(handler) as kube:
         await kube.create("/a", {"x": 1})
@@ -114,10 +135,10 @@ async def test_bodies_and_content_types_reach_the_server() -> None:
 
 async def test_a_token_is_sent_as_bearer_and_the_agent_names_itself() -> None:
     async def handler(request: web.Request) -> web.Response:
-        return web.json_response(dict(request.headers))
+        return answer(headers=dict(request.headers))
 
     async with client_of(handler, credentials=Credentials(token="abc.def")) as kube:
-        headers = await kube.get("/x")
+        headers = (await kube.get("/x"))["headers"]
     assert headers["Authorization"] == "Bearer abc.def"
     assert headers["User-Agent"] == "test"
 
@@ -150,8 +171,8 @@ async def test_lists_are_read_in_pages_and_joined() -> None:
     async def handler(request: web.Request) -> web.Response:
         queries.append(dict(request.query))
         if "continue" not in request.query:
-            return web.json_response({"metadata": {"continue": "tok en&"}, "items": [{"n": 1}]})
-        return web.json_response({"metadata": {"resourceVersion": "7"}, "items": [{"n": 2}]})
+            return answer(kind="PodList", metadata={"continue": "tok en&"}, items=[{"n": 1}])
+        return answer(kind="PodList", metadata={"resourceVersion": "7"}, items=[{"n": 2}])
 
     async with client_of(handler) as kube:
         whole = await kube.list("/api/v1/pods", field_selector="spec.nodeName=a b", label_selector="x in (a,b)")
@@ -164,7 +185,7 @@ async def test_lists_are_read_in_pages_and_joined() -> None:
 
 async def test_a_list_without_items_is_empty() -> None:
     async def handler(_: web.Request) -> web.Response:
-        return web.json_response({"metadata": {}, "items": None})
+        return answer(kind="PodList", items=None)
 
     async with client_of(handler) as kube:
         assert (await kube.list("/x"))["items"] == []
@@ -174,12 +195,12 @@ async def test_an_expired_page_token_begins_the_list_again() -> None:
     answers = ["page", "gone", "whole"]
 
     async def handler(_: web.Request) -> web.Response:
-        answer = answers.pop(0)
-        if answer == "page":
-            return web.json_response({"metadata": {"continue": "t"}, "items": [{"n": "old"}]})
-        if answer == "gone":
+        page = answers.pop(0)
+        if page == "page":
+            return answer(kind="PodList", metadata={"continue": "t"}, items=[{"n": "old"}])
+        if page == "gone":
             return status_response(410, "Expired")
-        return web.json_response({"metadata": {}, "items": [{"n": "new"}]})
+        return answer(kind="PodList", items=[{"n": "new"}])
 
     async with client_of(handler) as kube:
         assert (await kube.list("/x"))["items"] == [{"n": "new"}]
@@ -190,7 +211,7 @@ async def test_too_many_requests_is_waited_for_within_the_callers_time() -> None
 
     async def handler(_: web.Request) -> web.Response:
         code = answers.pop(0)
-        return web.json_response({}, status=code, headers={"Retry-After": "0.05"} if code == 429 else {})
+        return answer() if code == 200 else web.json_response({}, status=code, headers={"Retry-After": "0.05"})
 
     async with client_of(handler) as kube:
         await kube.get("/x")
@@ -210,7 +231,7 @@ async def test_a_retry_after_beyond_the_callers_time_is_raised_at_once() -> None
 @pytest.mark.parametrize("method", ["get", "patch"])
 async def test_a_kept_alive_connection_that_went_stale_costs_nothing(method: str) -> None:
     async def handler(_: web.Request) -> web.Response:
-        return web.json_response({})
+        return answer()
 
     async with api_server(handler) as (url, runner):
         kube = KubeClient(Cluster(server=url), Credentials(token="t"), user_agent="test")
@@ -241,7 +262,7 @@ async def identity_server(tmp_path: Path) -> AsyncIterator[tuple[str, Pair, Pair
             go.set()
         if request.path == "/slow":
             await go.wait()
-        return web.json_response({"name": name})
+        return answer(name=name)
 
     async with api_server(handler, tls=tls) as (url, _):
         yield url, first, second, [server.certificate]
@@ -259,8 +280,8 @@ async def test_another_certificate_takes_over_and_a_request_in_flight_ends_as_it
 
     kube.set_credentials(Credentials(certificate=second.certificate, key=second.key))
 
-    assert await kube.get("/go") == {"name": "second (self-signed)"}
-    assert await slow == {"name": "first (self-signed)"}
+    assert (await kube.get("/go"))["name"] == "second (self-signed)"
+    assert (await slow)["name"] == "first (self-signed)"
     await kube.close()
 
 
@@ -287,13 +308,13 @@ async def test_a_damaged_certificate_is_refused_and_the_old_one_stays(
     )
     with pytest.raises(ValueError, match="cannot be loaded"):
         kube.set_credentials(Credentials(certificate=first.certificate, key="nonsense"))
-    assert await kube.get("/x") == {"name": "first (self-signed)"}
+    assert (await kube.get("/x"))["name"] == "first (self-signed)"
     await kube.close()
 
 
 async def test_loopback_never_goes_through_a_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     async def handler(_: web.Request) -> web.Response:
-        return web.json_response({})
+        return answer()
 
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     async with client_of(handler) as kube:
@@ -304,7 +325,7 @@ async def test_idle_connections_probe_their_peer() -> None:
     options: list[int] = []
 
     async def handler(_: web.Request) -> web.Response:
-        return web.json_response({})
+        return answer()
 
     async with client_of(handler) as kube:
         await kube.get("/x")

@@ -138,6 +138,13 @@ async def test_events_may_be_cut_anywhere_and_be_large() -> None:
     assert events == [("SYNCED", ""), ("ADDED", "a"), ("ADDED", "b"), ("ADDED", "c")]
 
 
+async def test_events_of_what_is_no_object_are_not_passed_on() -> None:
+    watches: list[Any] = [[{"type": "DELETED", "object": each}] for each in (None, {}, ["x"], {"kind": "Pod"})]
+    script = WatchScript([listed(version=5)], [*watches, [{"type": "ADDED", "object": item("a", 6)}]])
+    async with client_of(script) as kube:
+        assert await take(kube.watch("/api/v1/pods"), 2) == [("SYNCED", ""), ("ADDED", "a")]
+
+
 async def test_a_connection_that_went_dead_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node.kube.watch, "_READ_TIMEOUT_SECONDS", 0.1)
 
