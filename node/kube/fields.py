@@ -28,6 +28,7 @@ _ENVIRONMENT_FIELDS = frozenset(
     {"spec.nodeName", "spec.serviceAccountName", "status.hostIP", "status.hostIPs", "status.podIP", "status.podIPs"}
 )
 _DEFAULTED = ("cpu", "memory", "ephemeral-storage")
+_POD_LEVEL = ("cpu", "memory")
 
 
 class FieldError(ValueError):
@@ -135,7 +136,8 @@ def resource_field(
     """``resourceFieldRef``: a limit or request divided by ``divisor``, rounded up.
 
     ``container`` is the one whose variable it is, taken when the reference names none (volumes must name one). A limit
-    of cpu, memory or ephemeral-storage that is not set reads as the node's allocatable. Raises FieldError.
+    of cpu, memory or ephemeral-storage that is not set reads as the pod's (KEP-2837) or else the node's allocatable.
+    Raises FieldError.
     """
     name = reference.get("containerName") or ""
     if name or container is None:
@@ -147,6 +149,9 @@ def resource_field(
         raise FieldError(f"unsupported container resource : {resource}")
     try:
         amount = quantity.parse(quantity.lookup(resources.get(kind), what))
+        if kind == "limits" and what in _POD_LEVEL and amount == 0:
+            pod_level = (pod.get("spec", {}).get("resources") or {}).get("limits")
+            amount = quantity.parse(quantity.lookup(pod_level, what))
         if kind == "limits" and what in _DEFAULTED and amount == 0:
             amount = quantity.parse(quantity.lookup(allocatable, what))
         divisor = quantity.parse(reference.get("divisor") or "0") or quantity.parse("1")

@@ -71,6 +71,8 @@ def has_ever_started(pod: Pod, latest: Mapping[str, ContainerStatus]) -> bool:
 def make_plan(pod: Pod, latest: Mapping[str, ContainerStatus], probes: ProbeResults, backoff: BackoffRemaining) -> Plan:
     """What to do next for a pod that is neither deleted nor stopped. ``latest`` maps names to newest instances."""
     plan = Plan()
+    # First, and while the pod is initialized too: a pod that hangs there is one that people want to look into.
+    plan.start += [each["name"] for each in spec.ephemeral_containers(pod) if each["name"] not in latest]
     plan.initialized = _plan_init_containers(plan, pod, latest, probes, backoff)
     if plan.finished or not plan.initialized:
         return plan
@@ -90,9 +92,6 @@ def make_plan(pod: Pod, latest: Mapping[str, ContainerStatus], probes: ProbeResu
                 plan.kill.append(kill)
                 # A killed container that will not come back still has to be waited for: the next plan sees it exited.
                 kept += 1
-    for container in spec.ephemeral_containers(pod):
-        if container["name"] not in latest:
-            plan.start.append(container["name"])
     if kept == 0 and not _regular_pending(pod, plan):
         # Sidecars and ephemeral containers do not keep a pod alive.
         plan.start.clear()

@@ -115,6 +115,21 @@ def pod_limit(pod: Pod, name: str) -> str | None:
     return total if total is None else _total((total, (pod["spec"].get("overhead") or {}).get(name)))
 
 
+def enforced_limit(pod: Pod, container: Container, name: str) -> int | None:
+    """What one container is held to, as ``limit``: its own limit of cpu or memory, else the pod's (KEP-2837)."""
+    text = enforced_limit_text(pod, container, name)
+    return None if text is None else amount(name, text) or None
+
+
+def enforced_limit_text(pod: Pod, container: Container, name: str) -> str | None:
+    """``enforced_limit`` as it is written."""
+    for resources in (container.get("resources"), pod["spec"].get("resources")):
+        text = ((resources or {}).get("limits") or {}).get(name)
+        if text is not None and amount(name, text):
+            return str(text)
+    return None
+
+
 def limit_text(container: Container, name: str) -> str | None:
     """A container's limit as it is written."""
     value = ((container.get("resources") or {}).get("limits") or {}).get(name)

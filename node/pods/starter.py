@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 
-from node.pods import hooks, spec
+from node.pods import hooks, resources, spec
 from node.pods.backoff import (
     CRASH_LOOP_INITIAL_SECONDS,
     CRASH_LOOP_MAX_SECONDS,
@@ -113,7 +113,7 @@ class Starter:
 
     def _tell_cpu_limit(self, pod: Pod, container: Container) -> None:
         """Once a pod: its cpu limit is not kept, because this machine lets the agent make no cgroup."""
-        limit = ((container.get("resources") or {}).get("limits") or {}).get("cpu")
+        limit = resources.enforced_limit_text(pod, container, "cpu")
         if limit is None or self._cpu_limit_told:
             return
         try:

@@ -212,7 +212,7 @@ def _container_status(facts: Facts, container: Container, role: Role) -> dict[st
     }
     if latest is not None:
         status["containerID"] = ID_PREFIX + latest.id
-    status["state"] = _state(facts, latest, role)
+    status["state"] = _state(facts, latest)
     waiting = facts.waiting.get(name)
     if waiting is not None and _may_run_again(facts, container, latest, role):
         if "terminated" in status["state"]:
@@ -237,9 +237,9 @@ def _may_run_again(facts: Facts, container: Container, latest: ContainerStatus |
     return spec.should_restart(container, facts.pod, code)
 
 
-def _state(facts: Facts, latest: ContainerStatus | None, role: Role) -> dict[str, Any]:
+def _state(facts: Facts, latest: ContainerStatus | None) -> dict[str, Any]:
     if latest is None:
-        return {"waiting": {"reason": _default_waiting(facts.pod, role)}}
+        return {"waiting": {"reason": _default_waiting(facts.pod)}}
     if latest.state is ContainerState.RUNNING:
         return {"running": {"startedAt": spec.rfc3339(latest.started_at_ns)}}
     if latest.state is ContainerState.CREATED:
@@ -247,9 +247,9 @@ def _state(facts: Facts, latest: ContainerStatus | None, role: Role) -> dict[str
     return {"terminated": _terminated(facts, latest)}
 
 
-def _default_waiting(pod: Pod, role: Role) -> str:
+def _default_waiting(pod: Pod) -> str:
     """PodInitializing for all containers of a pod that has init containers, as kubelet says it."""
-    return "PodInitializing" if spec.init_containers(pod) and role is not Role.EPHEMERAL else "ContainerCreating"
+    return "PodInitializing" if spec.init_containers(pod) else "ContainerCreating"
 
 
 def _waiting(waiting: Waiting) -> dict[str, str]:
@@ -297,6 +297,8 @@ def _last_state(facts: Facts, instances: Sequence[ContainerStatus], role: Role) 
 def _set_started_and_ready(
     facts: Facts, status: dict[str, Any], container: Container, latest: ContainerStatus | None, role: Role
 ) -> None:
+    if role is Role.EPHEMERAL:
+        return
     running = latest if latest is not None and latest.state is ContainerState.RUNNING else None
     started = running is not None and facts.probes.started(running.id, has_probe="startupProbe" in container)
     status["started"] = started
@@ -308,12 +310,12 @@ def _set_started_and_ready(
 
 
 def _set_resources(status: dict[str, Any], container: Container, latest: ContainerStatus | None) -> None:
-    resources = container.get("resources") or {}
-    if latest is not None and latest.state is ContainerState.RUNNING:
-        # What runs keeps what it was started with: this node does not resize in place.
-        started_with = latest.annotations.get(ANNOTATION_RESOURCES)
-        resources = json.loads(started_with) if started_with else resources
-    if resources:
+    if latest is not None:
+        resources = container.get("resources") or {}
+        if latest.state is ContainerState.RUNNING:
+            # What runs keeps what it was started with: this node does not resize in place.
+            started_with = latest.annotations.get(ANNOTATION_RESOURCES)
+            resources = json.loads(started_with) if started_with else resources
         status["resources"] = resources
         if resources.get("requests"):
             status["allocatedResources"] = resources["requests"]
@@ -321,7 +323,9 @@ def _set_resources(status: dict[str, Any], container: Container, latest: Contain
     for mount in container.get("volumeMounts") or ():
         mounted = {"name": mount["name"], "mountPath": mount["mountPath"]}
         if mount.get("readOnly"):
-            mounted |= {"readOnly": True, "recursiveReadOnly": "Disabled"}
+            asked = mount.get("recursiveReadOnly") in ("Enabled", "IfPossible")
+            # Nothing below a read-only preopen can be written, so whoever asks for it has it.
+            mounted |= {"readOnly": True, "recursiveReadOnly": "Enabled" if asked else "Disabled"}
         mounts.append(mounted)
     if mounts:
         status["volumeMounts"] = mounts
@@ -439,7 +443,8 @@ def _phase(facts: Facts, statuses: Mapping[str, Mapping[str, Any]]) -> tuple[str
         # Final phases free the pod's resources for others: not before its last container is dead.
         phase = before
     if phase == before and phase not in spec.TERMINAL_PHASES:
-        return phase, str(old.get("reason") or ""), str(old.get("message") or "")
+        reason, message = (str(old.get(name) or api.get(name) or "") for name in ("reason", "message"))
+        return phase, reason, message
     if phase == "Failed" and facts.verdict is not None:
         return phase, facts.verdict.reason, facts.verdict.message
     return phase, "", ""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from node.images.model import Image
+from node.kube import fields
 from node.kube.base import ApiUnavailableError
 from node.kube.references import References, ReferenceSettings
 from node.pods.environment import EnvironmentBuilder, expand_command, process_environment
@@ -173,6 +174,14 @@ async def test_resources_are_divided_and_rounded_up_and_limits_default_to_the_no
 ) -> None:
     resources = {"limits": {"cpu": "250m"}, "requests": {"memory": "33000Ki"}}
     assert await variable(references, {"valueFrom": {"resourceFieldRef": reference}}, resources=resources) == expected
+
+
+@pytest.mark.parametrize(("what", "expected"), [("cpu", "2"), ("memory", "64"), ("ephemeral-storage", "5")])
+def test_a_limit_that_is_not_set_is_the_pods_before_the_nodes(what: str, expected: str) -> None:
+    pod = {"spec": {"resources": {"limits": {"cpu": "2", "memory": "64", "ephemeral-storage": "1"}}}}
+    allocatable = {"cpu": "8", "memory": "1Gi", "ephemeral-storage": "5"}
+    assert fields.resource_field(pod, {"resource": f"limits.{what}"}, allocatable, container={}) == expected
+    assert fields.resource_field(pod, {"resource": "requests.cpu"}, allocatable, container={}) == "0"
 
 
 async def test_a_secret_that_is_no_text_cannot_be_a_variable_and_is_not_printed(

@@ -14,7 +14,7 @@ from node.pods.conditions import with_transition_times
 from node.pods.nodeinfo import NodeInfo
 from node.pods.patcher import StatusPatcher, diff
 from node.pods.recovery import instances_of
-from node.pods.resources import ANNOTATION_RESOURCES, Requests, pod_requests, qos_class
+from node.pods.resources import ANNOTATION_RESOURCES, Requests, enforced_limit, pod_requests, qos_class
 from node.pods.results import ProbeKind, ProbeResults, Result
 from node.pods.status import Facts, Verdict, Waiting, compute
 from node.runtime.protocol import ContainerState
@@ -123,6 +123,48 @@ def test_a_resize_is_pending_until_the_container_restarts() -> None:
     status = compute(facts(pod, instances={"c": [running]}))
     assert status["containerStatuses"][0]["resources"] == {"limits": {"cpu": "1"}}
     assert conditions(status)["PodResizePending"]["reason"] == "Infeasible"
+
+
+def test_an_ephemeral_container_has_neither_started_nor_become_ready() -> None:
+    pod = make_pod(ephemeralContainers=[{"name": "e", "image": "x"}], initContainers=[{"name": "i", "image": "x"}])
+    waiting = compute(facts(pod))["ephemeralContainerStatuses"][0]
+    assert waiting["state"] == {"waiting": {"reason": "PodInitializing"}}
+    runs = compute(facts(pod, instances={"e": [make_instance("e")]}))["ephemeralContainerStatuses"][0]
+    assert "running" in runs["state"]
+    assert runs["ready"] is False
+    assert "started" not in runs
+
+
+def test_resources_are_told_of_instances_even_when_they_have_none() -> None:
+    assert "resources" not in compute(facts())["containerStatuses"][0]
+    only = compute(facts(instances={"c": [make_instance()]}))["containerStatuses"][0]
+    assert only["resources"] == {}
+    assert "allocatedResources" not in only
+
+
+def test_a_read_only_mount_is_recursively_so_for_whoever_asked() -> None:
+    mounts = [
+        {"name": "v", "mountPath": "/rw"},
+        {"name": "v", "mountPath": "/ro", "readOnly": True},
+        {"name": "v", "mountPath": "/rro", "readOnly": True, "recursiveReadOnly": "IfPossible"},
+    ]
+    status = compute(facts(make_pod(containers=[{"name": "c", "image": "x", "volumeMounts": mounts}])))
+    assert [mount.get("recursiveReadOnly") for mount in status["containerStatuses"][0]["volumeMounts"]] == [
+        None,
+        "Disabled",
+        "Enabled",
+    ]
+
+
+def test_a_reason_that_somebody_else_wrote_stays_while_the_phase_does() -> None:
+    pod = make_pod()
+    pod["status"] |= {"phase": "Running", "reason": "Theirs", "message": "by hand"}
+    old = {"phase": "Running"}
+    status = compute(facts(pod, old=old, instances={"c": [make_instance()]}))
+    assert (status["reason"], status["message"]) == ("Theirs", "by hand")
+    ended = compute(facts(pod, old=old, terminal=True, instances={"c": [make_instance(state="exited")]}))
+    assert ended["phase"] == "Succeeded"
+    assert "reason" not in ended
 
 
 def test_transition_times_move_only_with_the_status() -> None:
@@ -275,6 +317,14 @@ async def test_a_pod_that_is_gone_or_replaced_ends_the_patching(replaced: bool) 
 
 
 # ---- resources
+
+
+def test_a_container_without_a_limit_is_held_to_the_pods() -> None:
+    pod = make_pod(resources={"limits": {"cpu": "2", "memory": "1Gi"}})
+    own = resources(limits={"memory": "64Mi", "cpu": "0"})
+    assert enforced_limit(pod, own, "memory") == 64 * 2**20
+    assert enforced_limit(pod, own, "cpu") == 2000
+    assert enforced_limit(make_pod(), resources(), "memory") is None
 
 
 def resources(requests: dict[str, str] | None = None, limits: dict[str, str] | None = None) -> dict[str, Any]:
