@@ -83,7 +83,9 @@ def _about_versions(wants: list[tuple[str, str, str]], have: str, folder: Path, 
 
 def _choices(name: str, folder: Path, env: Mapping[str, str]) -> str:
     choices = []
-    if (cargo := resolving_cargo(env)) is not None:
+    # Where the app's own configuration asks for it, it has been tried.
+    chosen = (read_toml(folder / ".cargo" / "config.toml").get("resolver") or {}).get("incompatible-rust-versions")
+    if chosen != "fallback" and (cargo := resolving_cargo(env)) is not None:
         choices.append(f"(cd {folder} && CARGO_RESOLVER_INCOMPATIBLE_RUST_VERSIONS=fallback {cargo} update)")
     choices += [f"an older version of {_asked_by(name, folder) or name} in Cargo.toml", _newer_rust(env)]
     return "   or: ".join(choices)

@@ -132,6 +132,12 @@ def test_what_is_told_to_type_is_what_this_machine_has(folder: Path, tmp_path: P
         "an older version of rand in Cargo.toml",
         "rustup target add wasm32-wasip1",
     ]
+    (folder / ".cargo").mkdir()
+    (folder / ".cargo" / "config.toml").write_text('[resolver]\nincompatible-rust-versions = "fallback"\n')
+    words = told(REFUSED_1_65, folder, WASILET_RUST_BIN=str(tmp_path), PATH=str(tmp_path))
+    assert "type: an older version of rand in Cargo.toml   or: rustup target" in words, (
+        "what was tried is not told again"
+    )
 
 
 def test_the_apps_own_mistakes_are_left_to_the_compilers_words(folder: Path) -> None:
