@@ -39,8 +39,12 @@ def shutdown(data: Path, *, timeout_seconds: float) -> int:
     except (instance.InstanceError, PermissionError, TimeoutError) as error:
         logger.error("%s; where a service manager starts it again, stop the service first", error)  # noqa: TRY400
         return _EXIT_FAILED
+    from node.runtime.traces import remove_traces_of_the_dead
+
     try:
         _stop_supervisors(NodePaths(data=data), max(0.5, deadline - time.monotonic() - _KILL_SECONDS))
+        # Of the one that had to be killed, and of those that had died before: nobody comes after this to do it.
+        remove_traces_of_the_dead(data)
     except TimeoutError as error:
         logger.error("%s", error)  # noqa: TRY400  # a traceback says no more
         return _EXIT_FAILED
@@ -75,6 +79,5 @@ def _stop_supervisors(paths: NodePaths, seconds: float) -> None:
         record = instance.AgentRecord(
             pid=pointer.pid, start_time=pointer.start_time, node_name="", address="", port=0
         )  # fmt: skip
-        if instance.stop(record, grace_seconds=0.0, kill_seconds=_KILL_SECONDS):
-            locate.withdraw(paths.data, pointer)
+        instance.stop(record, grace_seconds=0.0, kill_seconds=_KILL_SECONDS)
     logger.info("containers and supervisor ended")

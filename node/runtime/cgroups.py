@@ -1,8 +1,9 @@
 """Control groups for sandboxes, version 1 and 2, where this process may make them; nothing where it may not.
 
 Groups are made beneath the supervisor's own group, so that a limit on the agent's service still holds for its modules.
-Layout: ``<own group>/wasilet-<pid>-<start time>/<container>``; the middle one names the supervisor, so that groups left
-behind by a dead one are found and removed by the next, also when nothing else is left of it.
+Layout: ``<own group>/wasilet-<pid>-<start time>/<container>``; the middle one names the supervisor, which also holds a
+lock (``flock``) on it, so that groups left behind by a dead one are found and removed by the next, also when nothing
+else is left of it. The next need not run in the same group: those beside its own are looked through too.
 
 Version 1 has one tree a controller; memory and cpu are taken independently. Version 2 lets controllers be handed to
 children only by a group without processes of its own (cgroup v2, "no internal process constraint"), so the supervisor
@@ -18,6 +19,7 @@ is several times what a whole start takes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -118,6 +120,7 @@ class CgroupManager:
         process: Path = Path("/proc/self"),
     ) -> None:
         self._owner = f"{_PREFIX}{owner}"
+        self._locks: list[int] = []
         self._version = 1
         self._memory: Path | None = None
         self._cpu: Path | None = None
@@ -195,6 +198,8 @@ class CgroupManager:
         """Remove this supervisor's groups, when all containers are gone."""
         for directory in self.directories:
             remove_tree(Path(directory))
+        while self._locks:
+            os.close(self._locks.pop())
 
     def _make_v1(self, mount: Path | None, own: str | None) -> Path | None:
         if mount is None:
@@ -202,13 +207,17 @@ class CgroupManager:
         parent = mount / (own or "/").lstrip("/")
         if not parent.is_dir():
             parent = mount  # the mount shows another part of the tree than /proc names
-        return self._mkdir(parent)
+        return self._mkdir(parent, mount)
 
-    def _mkdir(self, parent: Path) -> Path | None:
+    def _mkdir(self, parent: Path, mount: Path) -> Path | None:
         directory = parent / self._owner
-        _remove_orphans(parent)
+        with contextlib.suppress(OSError):
+            for place in parent.parent.iterdir() if parent != mount else (parent,):
+                _remove_orphans(place)
         try:
             directory.mkdir(mode=0o755, exist_ok=True)
+            self._locks.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            fcntl.flock(self._locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return None
         return directory
@@ -235,7 +244,7 @@ class CgroupManager:
         for controller in ("memory", "cpu"):
             with contextlib.suppress(OSError):
                 _write(base / "cgroup.subtree_control", f"+{controller}")
-        directory = self._mkdir(base)
+        directory = self._mkdir(base, mount)
         if directory is None:
             return
         enabled = []
@@ -336,14 +345,33 @@ def controller_mounts(process: Path, root: Path) -> Mapping[str, Path]:
 
 
 def _remove_orphans(parent: Path) -> None:
-    """Empty groups of supervisors that are gone. None is emptied: a pid of another namespace looks dead from here."""
+    """Empty groups of this user's supervisors that are gone. None is emptied: what runs in it is somebody's."""
     for directory in parent.glob(f"{_PREFIX}*-*"):
         match = _OWNER.fullmatch(directory.name)
-        if match is None or linux.start_time(int(match[1])) == int(match[2]):
+        if match is None or linux.start_time(int(match[1])) == int(match[2]) or not _is_abandoned(directory):
             continue
-        for folder in sorted((Path(path) for path, _, _ in os.walk(directory)), key=lambda path: -len(path.parts)):
+        for folder in _deepest_first(directory):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _is_abandoned(directory: Path) -> bool:
+    """A pid of another namespace looks dead from here, but the lock on its group is the kernel's."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_uid == os.geteuid()
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _deepest_first(directory: Path) -> list[Path]:
+    return sorted((Path(path) for path, _, _ in os.walk(directory)), key=lambda path: -len(path.parts))
 
 
 def remove_tree(directory: Path) -> None:
@@ -351,7 +379,7 @@ def remove_tree(directory: Path) -> None:
     deadline = time.monotonic() + REMOVE_TIMEOUT_SECONDS
     if not directory.name.startswith(_PREFIX):
         return
-    for folder in sorted((Path(path) for path, _, _ in os.walk(directory)), key=lambda path: -len(path.parts)):
+    for folder in _deepest_first(directory):
         while True:
             for word in _read_words(folder / "cgroup.procs"):
                 with contextlib.suppress(OSError, ValueError):

@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0
 EXEC_GRACE_SECONDS = 5.0
-PING_TIMEOUT_SECONDS = 5.0
+PING_TIMEOUT_SECONDS = 10.0
+"""Also of a supervisor that has to be started first."""
+
+RETRY_SECONDS = 0.5
 _EVENT_BACKLOG = 65536
 
 
@@ -49,8 +52,13 @@ class RuntimeClient:
         self._logs = logs
         self._links: list[Link] = []
         self._main: Link | None = None
-        self._lock = asyncio.Lock()
         self._closed = False
+        self._complete = False
+        """Every living supervisor is among the links."""
+
+        self._attempt: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+        self._failed_at = 0.0
 
     @property
     def capabilities(self) -> RuntimeCapabilities:
@@ -60,35 +68,76 @@ class RuntimeClient:
         return self._main.capabilities
 
     async def connect(self) -> None:
-        """Find or start a supervisor, and the older ones that still keep containers. Raises RuntimeUnavailableError."""
-        async with self._lock:
-            if self._closed:
-                raise RuntimeUnavailableError("the client is closed")
-            if self._main is not None and not self._main.lost and not any(link.lost for link in self._links):
-                return
-            for link in [link for link in self._links if link.lost]:
-                self._links.remove(link)
-                await link.close()
-            if self._main is None or self._main.lost:
-                pointer = await find_or_start(self._paths, self._logs)
-                self._main = await connect(pointer)
-                self._links.append(self._main)
-            known = {link.pointer.pid for link in self._links}
-            for _, pointer in list(locate.pointers(self._paths.data)):
-                if pointer.pid not in known and pointer.alive():
-                    with contextlib.suppress(RuntimeUnavailableError):
-                        old = await connect(pointer)
-                        self._links.append(old)
-                        await old.call({"op": "retire"})
+        """Find or start a supervisor, and the older ones that still keep containers. Raises RuntimeUnavailableError.
+
+        Whoever calls while an attempt is under way shares its outcome, and for a moment after a failure its error: a
+        thousand pods do not start a thousand supervisors one after the other.
+        """
+        if self._closed:
+            raise RuntimeUnavailableError("the client is closed")
+        if self._complete and not any(link.lost for link in self._links):
+            return
+        if self._attempt is None:
+            now = asyncio.get_running_loop().time()
+            if self._failure is not None and now < self._failed_at + RETRY_SECONDS:
+                raise RuntimeUnavailableError(str(self._failure))
+            self._attempt = asyncio.create_task(self._connect(), name="find or start a supervisor")
+            self._attempt.add_done_callback(self._attempt_ended)
+        await asyncio.shield(self._attempt)
+
+    def _attempt_ended(self, attempt: asyncio.Task[None]) -> None:
+        self._attempt = None
+        self._failure = None if attempt.cancelled() else attempt.exception()
+        self._failed_at = asyncio.get_running_loop().time()
+
+    async def _connect(self) -> None:
+        self._complete = False
+        for link in [link for link in self._links if link.lost]:
+            self._links.remove(link)
+            await link.close()
+        if self._main is None or self._main.lost:
+            self._main = None
+            pointer = await find_or_start(self._paths, self._logs)
+            self._main = await connect(pointer)
+            self._links.append(self._main)
+        known = {link.pointer.pid for link in self._links}
+        for _, pointer in list(locate.pointers(self._paths.data)):
+            if pointer.pid not in known and pointer.alive():
+                await self._adopt(pointer)
+        self._complete = True
+
+    async def _adopt(self, pointer: locate.Pointer) -> None:
+        """An older supervisor, which is to take no new containers. One that lives and does not answer makes the whole
+        runtime unavailable: without it a container that it keeps would look lost, and be started once more."""
+        try:
+            old = await connect(pointer)
+            try:
+                await old.call({"op": "retire"})
+            except BaseException:
+                await old.close()
+                raise
+        except RuntimeUnavailableError:
+            if pointer.alive():
+                raise
+        else:
+            self._links.append(old)
 
     async def ping(self) -> None:
-        """Hear from the supervisor that takes new containers, or start one. Raises RuntimeUnavailableError."""
-        main = await self._current()
-        await main.call({"op": "hello", "versions": list(SUPPORTED_VERSIONS)}, timeout_seconds=PING_TIMEOUT_SECONDS)
+        """Hear from every supervisor, or start one. Raises RuntimeUnavailableError within ``PING_TIMEOUT_SECONDS``."""
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_SECONDS):
+                links = await self._all()
+                hello = {"op": "hello", "versions": list(SUPPORTED_VERSIONS)}
+                await asyncio.gather(*(link.call(hello) for link in links))
+        except TimeoutError:
+            raise RuntimeUnavailableError(f"no answer from the supervisor in {PING_TIMEOUT_SECONDS} s") from None
 
     async def close(self) -> None:
         """Disconnect; containers go on."""
         self._closed = True
+        if self._attempt is not None:
+            self._attempt.cancel()
+            await asyncio.wait({self._attempt})
         for link in self._links:
             await link.close()
         self._links.clear()

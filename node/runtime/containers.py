@@ -35,6 +35,7 @@ WATCH_HEADROOM_BYTES = 256 * 1024 * 1024
 START_REPORT_SECONDS = 5.0
 """A guest whose start function runs longer than this counts as running."""
 
+RECORD_RETRY_SECONDS = 5.0
 GROUP_REMOVE_RETRY_SECONDS = 0.05
 GROUP_REMOVE_ATTEMPTS = 100
 OOM_REASON = "OOMKilled"
@@ -304,14 +305,11 @@ class Containers:
             reason=reason,
             message=message,
         )
-        try:
-            self._records.write_exit(status)
-        except OSError as error:
-            # Told all the same: the agent writes it into the pod's status, which is the record that matters most.
-            logger.error("cannot write the exit record of container %s: %s", status.id, error)  # noqa: TRY400
+        container.status = status
+        # Told even if it cannot be written: the agent puts it into the pod's status, the record that matters most.
+        self._write_exit(container)
         if outcome.bad_artifact:
             self._drop_artifact(container.config.artifact)
-        container.status = status
         container.process = None
         if container.group is not None:
             self._remove_group(container.group, GROUP_REMOVE_ATTEMPTS)
@@ -321,6 +319,16 @@ class Containers:
         waiters, container.exit_waiters = container.exit_waiters, []
         for waiter in waiters:
             waiter()
+
+    def _write_exit(self, container: Container) -> None:
+        """Until it is on disk or the container is removed: the disk may be full for a while."""
+        if self._table.get(container.config.id) is not container:
+            return
+        try:
+            self._records.write_exit(container.status)
+        except OSError as error:
+            logger.error("cannot write the exit record of container %s: %s", container.config.id, error)  # noqa: TRY400
+            self._loop.call_later(RECORD_RETRY_SECONDS, lambda: self._write_exit(container))
 
     def _decide(self, container: Container) -> None:
         container.decided = True

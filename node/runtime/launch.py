@@ -6,12 +6,14 @@ Under a file lock, so that two agents that start at once end up with one supervi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
+import signal
 import sys
 
-from node.runtime import locate
+from node.runtime import locate, ownlog
 from node.runtime.engine import engine_key
 from node.runtime.protocol import PROTOCOL_VERSION, RuntimeUnavailableError
 from node.settings import LogSettings, NodePaths
@@ -21,8 +23,11 @@ START_TIMEOUT_SECONDS = 30.0
 
 async def find_or_start(paths: NodePaths, logs: LogSettings) -> locate.Pointer:
     """The living supervisor that fits this version, or a new one. Raises RuntimeUnavailableError."""
-    paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(paths.data / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(paths.data / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise RuntimeUnavailableError(f"cannot look for a supervisor: {error}") from error
     try:
         await _acquire(lock)
         pointer = locate.current(paths.data)
@@ -50,36 +55,10 @@ async def _acquire(lock: int) -> None:
 
 
 async def _start_supervisor(paths: NodePaths, logs: LogSettings) -> None:
-    log = os.open(paths.data / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
     try:
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                "-m",
-                "node.runtime.supervisor",
-                f"--data-dir={paths.data.absolute()}",
-                f"--log-max-size={logs.max_size_bytes}",
-                f"--log-max-files={logs.max_files}",
-                f"--ready-fd={ready_write}",
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(ready_write,),
-                start_new_session=True,
-                env=_environment(),
-            )
-        finally:
-            os.close(ready_write)
-            os.close(log)
-        async with asyncio.timeout(START_TIMEOUT_SECONDS):
-            answer = await asyncio.to_thread(_read_all, ready_read)
-            await process.wait()
-    except (OSError, TimeoutError) as error:
-        raise RuntimeUnavailableError(f"cannot start the supervisor: {error or 'timed out'}") from error
-    finally:
-        os.close(ready_read)
+        answer = await _spawn(paths, logs)
+    except OSError as error:
+        raise RuntimeUnavailableError(f"cannot start the supervisor: {error}") from error
     try:
         message = json.loads(answer)
     except ValueError:
@@ -88,11 +67,62 @@ async def _start_supervisor(paths: NodePaths, logs: LogSettings) -> None:
         raise RuntimeUnavailableError(f"the supervisor did not start: {message['error']}")
 
 
-def _read_all(descriptor: int) -> bytes:
-    data = b""
-    while piece := os.read(descriptor, 65536):
-        data += piece
-    return data
+async def _spawn(paths: NodePaths, logs: LogSettings) -> bytes:
+    """Its last word on whether it is ready. Raises OSError, RuntimeUnavailableError."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    reader = asyncio.StreamReader()
+    with os.fdopen(write_end, "wb", 0) as ready, os.fdopen(read_end, "rb", 0) as pipe:
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        try:
+            log = ownlog.open_log(paths.data)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "node.runtime.supervisor",
+                    f"--data-dir={paths.data.absolute()}",
+                    f"--log-max-size={logs.max_size_bytes}",
+                    f"--log-max-files={logs.max_files}",
+                    f"--ready-fd={ready.fileno()}",
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(ready.fileno(),),
+                    start_new_session=True,
+                    env=_environment(),
+                )
+            finally:
+                os.close(log)
+            ready.close()
+            return await _wait_until_ready(reader, process)
+        finally:
+            transport.close()
+
+
+async def _wait_until_ready(reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> bytes:
+    """First the supervisor says its pid, then whether it is ready. One that does not get so far is ended: it keeps no
+    container yet, and whoever starts the next must not find it there some day."""
+    descriptor = -1
+    try:
+        async with asyncio.timeout(START_TIMEOUT_SECONDS):
+            await process.wait()
+            if first := await reader.readline():
+                with contextlib.suppress(ProcessLookupError):
+                    descriptor = os.pidfd_open(int(json.loads(first)["pid"]))
+            return await reader.read()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            if descriptor >= 0:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            else:
+                process.kill()
+        raise RuntimeUnavailableError(f"the supervisor was not ready after {START_TIMEOUT_SECONDS} s") from None
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _environment() -> dict[str, str]:

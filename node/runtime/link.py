@@ -58,8 +58,9 @@ class Link:
         self._waiting[seq] = future
         try:
             async with asyncio.timeout(timeout_seconds):
-                self._writer.write(frame)
+                # First: while the supervisor does not read, what waits for it must not grow with every attempt.
                 await self._writer.drain()
+                self._writer.write(frame)
                 return await future
         except TimeoutError:
             operation = message.get("op")
@@ -115,7 +116,8 @@ class Link:
         if self.lost:
             return
         self.lost = True
-        self._writer.close()
+        # At once, unsent requests and all: the supervisor must see that nobody waits for them any more.
+        self._writer.transport.abort()
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(RuntimeUnavailableError("the connection to the supervisor was lost"))

@@ -65,11 +65,17 @@ def read_pointer(path: Path) -> Pointer | None:
         return None
 
 
-def write_pointer(data: Path, pointer: Pointer) -> None:
-    """Publish a supervisor as the current one. Raises OSError."""
+def write_pointer(data: Path, pointer: Pointer, *, current: bool = True) -> None:
+    """Publish a supervisor, as the ``current`` one or one that only keeps what it has. Raises OSError."""
     body = json.dumps(asdict(pointer)).encode()
     write_private(data / FOLDER_NAME / f"{pointer.pid}.json", body)
-    write_private(data / POINTER_NAME, body)
+    if current:
+        write_private(data / POINTER_NAME, body)
+
+
+def is_announced(data: Path, pointer: Pointer) -> bool:
+    """Whether others can find a supervisor and reach it."""
+    return Path(pointer.socket).is_socket() and read_pointer(data / FOLDER_NAME / f"{pointer.pid}.json") is not None
 
 
 def pointers(data: Path) -> Iterator[tuple[Path, Pointer]]:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
-_GONE = select.EPOLLHUP | select.EPOLLERR
+GONE = select.EPOLLHUP | select.EPOLLERR
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Loop:
     def watch(self, fd: int, callback: Callable[[int], object], *, mask: int = READ, urgent: bool = False) -> Watch:
         """Call ``callback(events)`` whenever ``fd`` is ready; ``urgent`` ones are served first."""
         watch = Watch(fd, callback, mask, urgent)
-        self._epoll.register(fd, mask)
+        self._epoll.register(fd, mask)  # raises OSError where the kernel has no memory for it
         self._watches[fd] = watch
         return watch
 
@@ -106,7 +106,7 @@ class Loop:
         ready = [(self._watches.get(fd), events) for fd, events in self._epoll.poll(timeout)]
         ready.sort(key=lambda item: item[0] is None or not item[0].urgent)
         for watch, events in ready:
-            if watch is not None and watch.active and events & (watch.mask | _GONE):
+            if watch is not None and watch.active and events & (watch.mask | GONE):
                 self._guard(watch.callback, events)
         while self._timers and self._timers[0][0] <= time.monotonic():
             _, _, timer = heapq.heappop(self._timers)

@@ -81,9 +81,6 @@ class SandboxProcess:
         record: int = -1,
     ) -> None:
         """Fork. Raises ForkRefusedError; nothing is left behind then."""
-        threads = linux.thread_count()
-        if threads != 1:
-            raise ForkRefusedError(f"the supervisor has {threads} threads and must not fork")
         opened: list[int] = []
 
         def pipe() -> tuple[int, int]:
@@ -92,6 +89,9 @@ class SandboxProcess:
             return ends
 
         try:
+            threads = linux.thread_count()
+            if threads != 1:
+                raise ForkRefusedError(f"the supervisor has {threads} threads and must not fork")
             out_read, out_write = pipe()
             err_read, err_write = pipe()
             report_read, report_write = pipe()
@@ -122,25 +122,30 @@ class SandboxProcess:
             if self.pid == 0:
                 sandbox.run_child(plan, tools)
             self._pidfd = os.pidfd_open(self.pid)
+            opened.append(self._pidfd)
+            if stdin_write >= 0:
+                os.set_blocking(stdin_write, False)
+            for name, descriptor in (("stdout", out_read), ("stderr", err_read), ("report", report_read)):
+                os.set_blocking(descriptor, False)
+                self._fds[name] = descriptor
+                self._watch(name)
+            self._pid_watch = self._loop.watch(self._pidfd, lambda _events: self._reap(), urgent=True)
         except OSError as error:
+            # A sandbox that nobody watches must not run, since its end would never be told.
             if self.pid:
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
+            for watch in self._watches.values():
+                self._loop.unwatch(watch)
             for descriptor in opened:
                 os.close(descriptor)
+            self._pidfd = -1
             raise ForkRefusedError(f"cannot make a sandbox: {error}") from error
-        keep = {out_read, err_read, report_read, stdin_write}
+        keep = {out_read, err_read, report_read, stdin_write, self._pidfd}
         for descriptor in opened:
             if descriptor not in keep:
                 os.close(descriptor)
         self.stdin = stdin_write
-        if stdin_write >= 0:
-            os.set_blocking(stdin_write, False)
-        for name, descriptor in (("stdout", out_read), ("stderr", err_read), ("report", report_read)):
-            os.set_blocking(descriptor, False)
-            self._fds[name] = descriptor
-            self._watch(name)
-        self._pid_watch = self._loop.watch(self._pidfd, lambda _events: self._reap(), urgent=True)
 
     def kill(self) -> None:
         """SIGKILL; idempotent. The rest comes by ``on_exit``."""

@@ -146,7 +146,11 @@ class Records:
                 reason=UNKNOWN_REASON,
                 message=UNKNOWN_MESSAGE,
             )
-        self.write_exit(status)
+        try:
+            self.write_exit(status)
+        except OSError as error:
+            # Whoever comes next finds the same, at another time; a full disk must not keep all others from running.
+            logger.error("cannot write the exit record of container %s: %s", status.id, error)  # noqa: TRY400
         return status
 
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from node.runtime import wire
 from node.runtime.containers import Container, Containers, RequestError
-from node.runtime.loop import READ, WRITE, Loop, Timer, Watch
+from node.runtime.loop import GONE, READ, WRITE, Loop, Timer, Watch
 from node.runtime.process import ForkRefusedError, Outcome, SandboxProcess
 from node.runtime.protocol import ContainerStatus
 
@@ -117,6 +117,11 @@ class Connection:
         self._hub.closed(self)
 
     def _ready(self, events: int) -> None:
+        if events & GONE:
+            # Nobody waits for the answers. What a client asked for before it was gone must not be done late: a start
+            # that lay here while this process could not run would come beside the one that the next agent asks for.
+            self.close()
+            return
         if events & WRITE:
             self._flush()
             if self.open and not self._out and self.session is not None:
@@ -153,6 +158,9 @@ class Connection:
             self.refuse(message.get("seq"), error.kind, str(error))
         except (KeyError, TypeError, ValueError) as error:
             self.refuse(message.get("seq"), "BadRequest", f"a malformed request: {error!r}")
+        except Exception as error:
+            logger.exception("request %s failed", message.get("op"))
+            self.refuse(message.get("seq"), "Failed", f"the supervisor failed: {error!r}")
 
     def _flush(self) -> None:
         while self._out:

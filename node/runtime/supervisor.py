@@ -19,18 +19,21 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from node.runtime import engine, linux, locate, sandbox, wire
-from node.runtime.cgroups import CgroupManager, remove_tree
+from node.runtime.cgroups import CgroupManager
 from node.runtime.containers import Container, Containers, RequestError
-from node.runtime.loop import READ, Loop
+from node.runtime.loop import READ, Loop, Watch
+from node.runtime.ownlog import OwnLog
 from node.runtime.protocol import PROTOCOL_VERSION, ContainerStatus, RuntimeCapabilities
 from node.runtime.records import Owner, Records
 from node.runtime.sessions import AttachSession, Connection, ExecSession
+from node.runtime.traces import remove_traces_of_the_dead
 from node.settings import LogSettings, NodePaths
 
 logger = logging.getLogger(__name__)
@@ -71,7 +74,8 @@ class Supervisor:
             artifacts=paths.compiled,
             on_change=self._changed,
         )
-        self._listener, path = locate.listen(paths.data)
+        self._listener, self._accepting, path = self._listen()
+        self._folder = _identity(paths.data)
         self._pointer = locate.Pointer(
             pid=pid,
             start_time=start_time,
@@ -81,7 +85,6 @@ class Supervisor:
             cgroups=self._cgroups.directories,
         )
         locate.write_pointer(paths.data, self._pointer)
-        self._accepting = self._loop.watch(self._listener.fileno(), lambda _events: self._accept(), urgent=True)
         self._loop.call_later(FOLDER_CHECK_SECONDS, self._check_folder)
         self._operations: dict[str, Callable[[Connection, wire.Message, object], None]] = {
             "start": self._start,
@@ -275,21 +278,42 @@ class Supervisor:
             logger.info("retired, and the last container is gone")
             self._loop.stop()
 
+    def _listen(self) -> tuple[socket.socket, Watch, Path]:
+        listener, path = locate.listen(self._paths.data)
+        return listener, self._loop.watch(listener.fileno(), lambda _events: self._accept(), urgent=True), path
+
     def _check_folder(self) -> None:
-        if Path(self._pointer.socket).exists() and self._paths.data.is_dir():
-            self._loop.call_later(FOLDER_CHECK_SECONDS, self._check_folder)
+        if _identity(self._paths.data) != self._folder:
+            logger.warning("the data folder is gone, so nobody can reach this supervisor: stopping all containers")
+            self._shutdown(lambda: None)
             return
-        logger.warning("the data folder is gone, so nobody can reach this supervisor: stopping all containers")
-        self._shutdown(lambda: None)
+        self._loop.call_later(FOLDER_CHECK_SECONDS, self._check_folder)
+        if not locate.is_announced(self._paths.data, self._pointer):
+            try:
+                self._announce_again()
+            except OSError as error:
+                logger.error("cannot be found by others: %s", error)  # noqa: TRY400
+
+    def _announce_again(self) -> None:
+        """Somebody removed the socket or the pointer: containers must not die of that, nor be started once more by an
+        agent that takes this supervisor for gone. Raises OSError."""
+        logger.warning("the socket or the pointer of this supervisor is gone: made anew")
+        if not Path(self._pointer.socket).is_socket():
+            listener, accepting, path = self._listen()
+            self._loop.unwatch(self._accepting)
+            self._listener.close()
+            self._listener, self._accepting = listener, accepting
+            self._pointer = dataclasses.replace(self._pointer, socket=str(path))
+        locate.write_pointer(self._paths.data, self._pointer, current=not self._retired)
 
 
-def remove_traces_of_the_dead(data: Path) -> None:
-    """Pointers, sockets and control groups of supervisors that ended without putting them away."""
-    for _, pointer in list(locate.pointers(data)):
-        if not pointer.alive():
-            for group in pointer.cgroups:
-                remove_tree(Path(group))
-            locate.withdraw(data, pointer)
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Another folder of the same name is not this supervisor's."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _noted(_number: int, _frame: FrameType | None) -> None:
@@ -312,8 +336,11 @@ def main(arguments: list[str]) -> int:
     os.chdir("/")
     os.umask(0o077)
     logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s supervisor[%(process)d] %(message)s"
+        level=logging.INFO,
+        handlers=[OwnLog(options.data_dir)],
+        format="%(asctime)s %(levelname)s supervisor[%(process)d] %(message)s",
     )
+    _tell(options.ready_fd, {"pid": os.getpid()})
     try:
         linux.raise_open_files_limit()
         # What it holds are the environments of all containers, secrets included.
@@ -325,7 +352,9 @@ def main(arguments: list[str]) -> int:
         logger.exception("cannot start")
         _tell(options.ready_fd, {"error": f"{type(error).__name__}: {error}"})
         return 1
-    _tell(options.ready_fd, {"pid": os.getpid()})
+    _tell(options.ready_fd, {"ready": True})
+    with contextlib.suppress(OSError):
+        os.close(options.ready_fd)
     supervisor.run()
     return 0
 
@@ -333,8 +362,7 @@ def main(arguments: list[str]) -> int:
 def _tell(descriptor: int, message: dict[str, object]) -> None:
     if descriptor >= 0:
         with contextlib.suppress(OSError):
-            os.write(descriptor, json.dumps(message).encode())
-            os.close(descriptor)
+            os.write(descriptor, json.dumps(message).encode() + b"\n")
 
 
 if __name__ == "__main__":

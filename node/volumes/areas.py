@@ -3,6 +3,10 @@
 Neither root nor ordinary users mount anything, so "memory" is a private folder below ``/dev/shm`` (a tmpfs on every
 Linux), named by user and data directory so that two nodes on a machine stay apart. Where there is no such tmpfs, the
 disk takes its place, and the log says so once: Secrets then lie in 0700 folders on disk.
+
+A link in the folder, ``.owner``, says whose it is, so that what nobody will ever ask for again can be told: a node that
+was killed and its data removed by hand leaves its pods' Secrets in memory, until the machine is restarted or another
+node finds them (``remove_strays``).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from node.volumes.base import VolumeError
 logger = logging.getLogger(__name__)
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a private folder is made in it, and checked
+_OWNER = ".owner"
 _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?")
 
@@ -52,6 +57,16 @@ def make_private(folder: Path) -> Path:
     return folder
 
 
+def _mount_namespace() -> str:
+    return str(Path("/proc/self/ns/mnt").readlink())
+
+
+def _remove_own(folder: Path) -> None:
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _is_tmpfs(folder: Path) -> bool:
     try:
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -73,6 +88,7 @@ class Areas:
         if shared_memory is not None:
             key = hashlib.sha256(os.fsencode(pods.absolute())).hexdigest()[:16]
             self._memory = shared_memory / f"wasilet-{os.geteuid()}-{key}"
+        self._owner = f"{_mount_namespace()} {pods.absolute()}"
         self._shared_memory = shared_memory
         self._usable: bool | None = None
 
@@ -109,17 +125,38 @@ class Areas:
             raise VolumeError(f"{self._memory} is not this user's folder, so nothing secret is put there")
         if status.st_mode & 0o777 != 0o700:
             self._memory.chmod(0o700)
+        self._mark(self._memory / _OWNER)
         return self._memory
+
+    def _mark(self, link: Path) -> None:
+        with contextlib.suppress(OSError):  # a full tmpfs: then it is not told whose the folder is, and it stays
+            try:
+                link.symlink_to(self._owner)
+            except FileExistsError:
+                if str(link.readlink()) != self._owner:
+                    link.unlink()
+                    link.symlink_to(self._owner)
+
+    def remove_strays(self) -> None:
+        """Remove folders in memory of this user's nodes whose data is gone, which ends their containers too. A folder
+        of another mount namespace is left alone: what is not to be seen from here may be there all the same."""
+        if self._shared_memory is None:
+            return
+        for folder in self._shared_memory.glob(f"wasilet-{os.geteuid()}-*"):
+            if folder == self._memory:
+                continue
+            with contextlib.suppress(OSError):
+                namespace, _, pods = str((folder / _OWNER).readlink()).partition(" ")
+                # The folder above is the node's; of that one "pods" may not have been made yet.
+                if namespace == _mount_namespace() and not Path(pods).parent.exists():
+                    _remove_own(folder)
 
     def clear_memory(self) -> None:
         """Remove the memory area and all that is in it, as a restart of the machine would; for when no container is
         left. A folder of that name that is somebody else's is left alone."""
-        if self._memory is None:
-            return
-        with contextlib.suppress(OSError):
-            status = self._memory.lstat()
-            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
-                shutil.rmtree(self._memory, ignore_errors=True)
+        if self._memory is not None:
+            with contextlib.suppress(OSError):
+                _remove_own(self._memory)
 
     def roots(self) -> Sequence[Path]:
         """Every folder that holds pods' folders."""

@@ -344,6 +344,7 @@ class VolumeManager:
         roots = self._areas.roots()
 
         def scan() -> list[str]:
+            self._areas.remove_strays()
             found: set[str] = set()
             for root in roots:
                 with contextlib.suppress(FileNotFoundError):

@@ -20,6 +20,7 @@ from node.runtime import locate
 from node.runtime.client import RuntimeClient, ensure_supervisor, shutdown
 from node.runtime.engine import make_engine
 from node.runtime.protocol import ContainerConfig, ContainerState, ContainerStatus, GuestKind
+from node.runtime.traces import remove_traces_of_the_dead
 from node.settings import LogSettings, NodePaths
 
 _T = TypeVar("_T")
@@ -196,6 +197,15 @@ async def connected(data: Path, *, logs: LogSettings | None = None) -> AsyncIter
         await rig.client.close()
 
 
+async def gone(pointer: locate.Pointer) -> None:
+    """Wait for the end of a supervisor."""
+
+    async def ended() -> bool | None:
+        return None if pointer.alive() else True
+
+    await eventually(ended)
+
+
 async def end_supervisors(paths: NodePaths) -> None:
     """Whatever happened: none of them is left."""
     found = [pointer for _, pointer in locate.pointers(paths.data)]
@@ -204,3 +214,5 @@ async def end_supervisors(paths: NodePaths) -> None:
     for pointer in found:
         if pointer.alive():
             os.kill(pointer.pid, signal.SIGKILL)
+            await gone(pointer)
+    remove_traces_of_the_dead(paths.data)

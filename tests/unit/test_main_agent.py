@@ -14,6 +14,7 @@ from node.agent import _Agent, _say
 from node.certificates import JoinError
 from node.kube.events import KubeEventRecorder
 from node.kube.kubeconfig import Cluster, is_node_kubeconfig, render_node_kubeconfig
+from node.runtime.protocol import RuntimeUnavailableError
 from node.settings import NodePaths, NodeSettings
 from tests.unit.node_rig import NodeStore
 
@@ -137,3 +138,35 @@ def test_a_nodes_kubeconfig_is_told_from_others(tmp_path: Path) -> None:
     assert is_node_kubeconfig(kubeconfig(tmp_path))
     assert not is_node_kubeconfig(b"{}")
     assert not is_node_kubeconfig(b"kind: Config")
+
+
+async def test_a_runtime_that_does_not_answer_makes_the_node_not_ready_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.agent._RUNTIME_CHECK_SECONDS", 0.01)
+    answers: list[Exception | None] = [
+        None,
+        RuntimeUnavailableError("it hangs"),
+        RuntimeUnavailableError("it hangs"),
+        None,
+    ]
+    problems: list[str | None] = []
+    one = agent(tmp_path)
+    asked_all = asyncio.Event()
+
+    async def ping() -> None:
+        if not answers:
+            asked_all.set()
+            await asyncio.sleep(3600)
+        elif (error := answers.pop(0)) is not None:
+            raise error
+
+    checking = asyncio.create_task(
+        one._check_runtime(
+            cast("Any", SimpleNamespace(ping=ping)),
+            cast("Any", SimpleNamespace(wake=lambda: problems.append(one._problem))),
+        )
+    )
+    await asked_all.wait()
+    checking.cancel()
+    assert problems == ["container runtime is down: it hangs", None]

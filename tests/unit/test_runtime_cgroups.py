@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -191,3 +192,44 @@ def test_groups_of_supervisors_that_are_gone_are_removed_and_no_others(tree: Tre
         "wasilet-1-1x",
         "other-1-1",
     }
+
+
+def test_groups_left_in_the_groups_beside_ours_are_removed_too(tree: Tree) -> None:
+    """The next supervisor may be started from another session or service."""
+    tree.v1(controllers=("memory",), own="/sessions/b")
+    other = tree.root / "memory" / "sessions" / "a"
+    (other / "wasilet-1-1" / "container").mkdir(parents=True)
+    (tree.root / "memory" / "wasilet-1-1").mkdir()
+    tree.manager()
+    assert list(other.iterdir()) == []
+    assert (tree.root / "memory" / "wasilet-1-1").exists(), "what lies above is not looked at"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes folders of others")
+def test_groups_of_others_and_groups_that_are_held_are_left_alone(tree: Tree) -> None:
+    """A pid of another namespace looks dead from here."""
+    tree.v1(controllers=("memory",))
+    parent = tree.root / "memory" / "service"
+    for name in ("wasilet-1-1", "wasilet-1-3"):
+        (parent / name).mkdir()
+    os.chown(parent / "wasilet-1-1", 12345, -1)
+    held = os.open(parent / "wasilet-1-3", os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        tree.manager()
+        assert (parent / "wasilet-1-1").is_dir()
+        assert (parent / "wasilet-1-3").is_dir()
+    finally:
+        os.close(held)
+    CgroupManager("5-6", root=tree.root, process=tree.process)
+    assert not (parent / "wasilet-1-3").exists()
+
+
+def test_a_supervisor_holds_its_own_groups(tree: Tree) -> None:
+    tree.v1(controllers=("memory",))
+    first = tree.manager()
+    second = CgroupManager("5-6", root=tree.root, process=tree.process)
+    assert all(Path(group).is_dir() for group in (*first.directories, *second.directories))
+    first.close()
+    second.close()
+    assert not any(Path(group).exists() for group in (*first.directories, *second.directories))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -40,6 +41,7 @@ from tests.unit.runtime_guests import (
     end_supervisors,
     eventually,
     exit_with,
+    gone,
     guest,
     running_supervisor,
     say,
@@ -452,6 +454,22 @@ async def test_control_groups_of_a_killed_supervisor_are_removed_by_the_next(own
     await eventually(dead)
     await listed(own_rig)
     assert not any(Path(group).exists() for group in pointer.cgroups)
+
+
+async def test_control_groups_of_one_that_was_killed_with_its_data_gone_are_removed_by_any_other(
+    own_rig: Rig, tmp_path: Path
+) -> None:
+    pointer = locate.current(own_rig.paths.data)
+    assert pointer is not None
+    if not pointer.cgroups:
+        pytest.skip("no control groups may be made here")
+    await own_rig.client.start(own_rig.config(own_rig.artifact(SLEEPER), memory_limit_bytes=64 * 1024 * 1024))
+    os.kill(pointer.pid, signal.SIGKILL)
+    await own_rig.client.close()
+    await gone(pointer)
+    shutil.rmtree(own_rig.paths.data)
+    async with running_supervisor(tmp_path / "another"):
+        assert not any(Path(group).exists() for group in pointer.cgroups)
 
 
 async def test_an_older_supervisor_keeps_its_containers_beside_a_new_one(own_rig: Rig) -> None:

@@ -423,7 +423,7 @@ async def test_teardown_removes_everything_everywhere_and_can_be_repeated(rig: R
     await rig.volumes.teardown("pod-1")
     assert await rig.volumes.orphans() == []
     assert list(rig.pods.iterdir()) == []
-    assert list(next(rig.memory.iterdir()).iterdir()) == []
+    assert [path.name for path in next(rig.memory.iterdir()).iterdir()] == [".owner"]
     assert rig.references._pods == {}
     assert rig.tokens._tokens == {}
 
@@ -441,6 +441,37 @@ async def test_an_orphan_of_an_earlier_agent_is_found_and_removed(rig: Rig) -> N
 async def test_a_uid_that_is_no_name_is_refused(rig: Rig, uid: str) -> None:
     with pytest.raises(ValueError, match="not a pod uid"):
         await rig.volumes.teardown(uid)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes folders of others")
+async def test_folders_in_memory_of_nodes_whose_data_is_gone_are_removed_and_no_others(rig: Rig) -> None:
+    def leave(name: str, data: Path, *, namespace: str = "", uid: int = 0) -> Path:
+        folder = rig.memory / f"wasilet-0-{name}"
+        (folder / "pod" / "volumes").mkdir(parents=True)
+        (folder / ".owner").symlink_to(f"{namespace or Path('/proc/self/ns/mnt').readlink()} {data / 'pods'}")
+        os.chown(folder, uid, -1)
+        return folder
+
+    gone, alive = rig.folder / "gone", rig.folder / "alive"
+    alive.mkdir()
+    stray = leave("1", gone)
+    kept = [leave("2", alive), leave("3", gone, namespace="mnt:[1]"), leave("4", gone, uid=12345)]
+    unmarked = leave("5", gone)
+    (unmarked / ".owner").unlink()
+    await rig.volumes.orphans()
+    assert not stray.exists()
+    assert all((folder / "pod" / "volumes").is_dir() for folder in (*kept, unmarked))
+
+
+async def test_a_folder_in_memory_says_whose_it_is(rig: Rig) -> None:
+    await rig.mounts(pod_with({"emptyDir": {"medium": "Memory"}}))
+    link = next(rig.memory.iterdir()) / ".owner"
+    owner = str(link.readlink())
+    assert owner == f"{Path('/proc/self/ns/mnt').readlink()} {rig.pods}"
+    link.unlink()
+    link.symlink_to("mnt:[1] /elsewhere")
+    await rig.volumes.orphans()
+    assert str(link.readlink()) == owner
 
 
 async def test_somebody_elses_folder_in_shared_memory_is_not_trusted(rig: Rig) -> None:
