@@ -124,6 +124,9 @@ class PodManager:
         listed: list[KubeObject] = []
         watch = self._services.kube.watch("/api/v1/pods", field_selector=f"spec.nodeName={self._node_name}")
         async for event in watch:
+            if event.type != "SYNCED" and not _has_identity(event.object):
+                logger.error("the API server told of a pod without a name or uid, which is left alone")
+                continue
             match event.type:
                 case "SYNC":
                     listed.append(event.object)
@@ -139,7 +142,7 @@ class PodManager:
         # Those that run already count first, or a restart of the agent could refuse them for newcomers.
         listed.sort(key=lambda pod: (not self._was_admitted(pod), pod["metadata"].get("creationTimestamp") or ""))
         for pod in listed:
-            self._seen(pod)
+            self._seen(pod, listed=True)
         present = {spec.uid(pod) for pod in listed}
         for uid, worker in list(self._workers.items()):
             if uid not in present:
@@ -147,12 +150,12 @@ class PodManager:
         self._synced.set()
         self._spawn_cleaning()
 
-    def _seen(self, pod: KubeObject) -> None:
+    def _seen(self, pod: KubeObject, *, listed: bool = False) -> None:
         uid = spec.uid(pod)
         worker = self._workers.get(uid)
         try:
             if worker is not None:
-                worker.update(pod)
+                worker.update(pod, listed=listed)
                 return
             if MIRROR_ANNOTATION in (pod["metadata"].get("annotations") or {}):
                 return
@@ -324,6 +327,10 @@ class PodManager:
         if in_use != self._in_use:
             self._in_use = in_use
             self._services.images.set_in_use(in_use)
+
+
+def _has_identity(pod: KubeObject) -> bool:
+    return all(isinstance(pod["metadata"].get(name), str) and pod["metadata"][name] for name in ("name", "uid"))
 
 
 def _log_folders(root: Path) -> dict[str, Path]:

@@ -16,7 +16,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from node.kube.base import ApiStatusError, ConflictError, Kube, KubeError, NotFoundError, TooManyRequestsError
+from node.kube.base import (
+    ApiStatusError,
+    ConflictError,
+    Kube,
+    KubeError,
+    KubeObject,
+    NotFoundError,
+    TooManyRequestsError,
+)
 from node.pods import spec
 from node.pods.backoff import RetryBackoff
 from node.pods.conditions import OWNED, TRANSIENT
@@ -84,10 +92,14 @@ class StatusPatcher:
         self._urgent = asyncio.Event()
         self.gone = False
 
-    def observed(self, pod: Pod) -> bool:
-        """A watch event arrived; False when it is older than what the last patch was answered with."""
+    def observed(self, pod: Pod, *, listed: bool = False) -> bool:
+        """The pod was seen; False when that is older than what the last patch was answered with.
+
+        ``listed``: in a whole list, which counts even so: an etcd that was restored from a backup knows lower versions.
+        """
         version = str(pod["metadata"].get("resourceVersion", ""))
-        if version.isdigit() and self._version.isdigit() and int(version) < int(self._version):
+        older = version.isdigit() and self._version.isdigit() and int(version) < int(self._version)
+        if older and not listed:
             return False
         self._base, self._version = pod.get("status") or {}, version
         return True
@@ -144,10 +156,9 @@ class StatusPatcher:
                 answer = await self._kube.patch(
                     f"{self._path}/status", {"metadata": {"uid": self._uid}, "status": patch}
                 )
-            except NotFoundError:
-                self._lost()
-            except ConflictError as error:
-                # The precondition failed: another pod of that name, or an update that came between.
+            except (NotFoundError, ConflictError) as error:
+                # The precondition failed: another pod of that name, or an update that came between. And a pod is not
+                # ended for one 404, which a proxy may have written.
                 logger.debug("status of %s: %s", self._path, error)
                 await self._look_again(retry)
             except TooManyRequestsError as error:
@@ -157,6 +168,10 @@ class StatusPatcher:
                 logger.log(logging.ERROR if refused else logging.WARNING, "status of %s: %s", self._path, error)
                 await asyncio.sleep(retry.next())
             else:
+                if not self._is_it(answer):
+                    logger.warning("status of %s: the answer is another object", self._path)
+                    await asyncio.sleep(retry.next())
+                    continue
                 retry.reset()
                 if self.observed(answer):
                     self._sent, self._echo = desired, answer.get("status") or {}
@@ -172,10 +187,13 @@ class StatusPatcher:
         except KubeError as error:
             logger.warning("pod %s: %s", self._path, error)
             return
-        if spec.uid(found) != self._uid:
-            self._lost()
-        else:
+        if self._is_it(found):
             self.observed(found)
+        elif found["metadata"].get("uid"):
+            self._lost()
+
+    def _is_it(self, found: KubeObject) -> bool:
+        return bool(found["metadata"].get("uid") == self._uid)
 
     def _lost(self) -> None:
         self.gone = True

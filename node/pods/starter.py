@@ -153,11 +153,11 @@ class Starter:
         )
         return retry.next()
 
-    async def post_start(self, pod: Pod, container: Container, instance: ContainerStatus) -> str | None:
-        """Run the postStart hook, if there is one. A message: it failed, and the container is to be stopped."""
+    async def post_start(self, pod: Pod, container: Container, instance: ContainerStatus) -> bool:
+        """Run the postStart hook, if there is one. False: it failed, and the container is to be stopped."""
         hook = (container.get("lifecycle") or {}).get("postStart")
         if hook is None:
-            return None
+            return True
         try:
             await hooks.run_hook(
                 self._services.runtime,
@@ -170,10 +170,9 @@ class Starter:
         except hooks.HookError as error:
             path = spec.field_path(pod, container["name"])
             self._services.events.event(pod, "Warning", "FailedPostStartHook", "PostStartHook failed", field_path=path)
-            self._services.events.event(pod, "Normal", "Killing", "FailedPostStartHook", field_path=path)
             self.waiting[container["name"]] = Waiting(reason="PostStartHookError", message=str(error))
-            return str(error)
-        return None
+            return False
+        return True
 
 
 def _key(container: Container) -> str:

@@ -29,7 +29,7 @@ from node.pods.plan import Plan, has_ever_started, make_plan
 from node.pods.probes import PodProbes
 from node.pods.refresher import Refresher
 from node.pods.results import ProbeResults
-from node.pods.spec import NANOSECONDS, Pod
+from node.pods.spec import NANOSECONDS, Container, Pod
 from node.pods.starter import Starter
 from node.pods.status import Facts, Verdict, Waiting
 from node.pods.termination import Grace
@@ -107,9 +107,9 @@ class PodWorker:
 
     # ---- what the manager tells
 
-    def update(self, pod: Pod) -> None:
-        """A newer state of the pod from the watch."""
-        if not self._patcher.observed(pod):
+    def update(self, pod: Pod, *, listed: bool = False) -> None:
+        """A newer state of the pod from the watch; ``listed``: from a whole list."""
+        if not self._patcher.observed(pod, listed=listed):
             return
         before, self.pod = self.pod, pod
         if before["metadata"].get("generation") != pod["metadata"].get("generation"):
@@ -330,16 +330,8 @@ class PodWorker:
             instance = self.latest().get(kill.container)
             if found is None or instance is None or instance.id != kill.container_id:
                 continue
-            grace = Grace(termination.kill_grace(self.pod, found[1], kill.reason))
-            try:
-                stopped = await termination.kill_container(
-                    self.services, self.pod, found[1], instance, message=kill.message, grace=grace
-                )
-            finally:
-                grace.close()
-            if stopped is not None:
-                self.observe(stopped)
-            self.instances.assume_dead(instance)
+            grace_seconds = termination.kill_grace(self.pod, found[1], kill.reason)
+            await self._kill(found[1], instance, message=kill.message, grace_seconds=grace_seconds)
             if kill.restart:
                 fresh.add(kill.container)
         if not self._volumes_ready and not await self._set_up_volumes():
@@ -381,12 +373,24 @@ class PodWorker:
             return
         self.instances.started(started)
         await self._forget_older(container["name"])
-        failure = await self._starter.post_start(self.pod, container, started)
-        if failure is not None:
-            stopped = await termination.stop_instance(self.services, started.id)
-            if stopped is not None:
-                self.observe(stopped)
-            self.instances.assume_dead(started)
+        if not await self._starter.post_start(self.pod, container, started):
+            grace_seconds = spec.grace_seconds(self.pod)
+            await self._kill(container, started, message="FailedPostStartHook", grace_seconds=grace_seconds)
+
+    async def _kill(
+        self, container: Container, instance: ContainerStatus, *, message: str, grace_seconds: float
+    ) -> None:
+        """End one container while its pod goes on."""
+        grace = Grace(grace_seconds)
+        try:
+            stopped = await termination.kill_container(
+                self.services, self.pod, container, instance, message=message, grace=grace
+            )
+        finally:
+            grace.close()
+        if stopped is not None:
+            self.observe(stopped)
+        self.instances.assume_dead(instance)
 
     async def _ask_runtime(self) -> bool:
         """After a start whose outcome is not known. False: still not known, or the instance was found; look again."""

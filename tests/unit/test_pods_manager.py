@@ -480,6 +480,16 @@ async def test_a_failed_post_start_hook_kills_the_container(fakes: Fakes) -> Non
         assert container(fakes)["state"]["terminated"]["exitCode"] == 137
 
 
+async def test_a_failed_post_start_hook_runs_pre_stop_before_the_kill(fakes: Fakes) -> None:
+    hooks = {"postStart": {"exec": {"command": ["no"]}}, "preStop": {"exec": {"command": ["bye"]}}}
+    fakes.runtime.exec_result = lambda argv: ExecResult(exit_code=int(list(argv) == ["no"]), output=b"")
+    async with running(fakes):
+        fakes.kube.add(make_pod(restartPolicy="Never", containers=[{"name": "c", "image": "x", "lifecycle": hooks}]))
+        await eventually(lambda: phase(fakes) == "Failed")
+        assert [argv for _, argv in fakes.runtime.execs] == [("no",), ("bye",)]
+        assert fakes.events.said[-2:] == ["FailedPostStartHook: PostStartHook failed", "Killing: FailedPostStartHook"]
+
+
 async def test_the_termination_message_joins_the_traps(fakes: Fakes) -> None:
     fakes.volumes.message = "I am done"
     async with running(fakes):
@@ -488,6 +498,16 @@ async def test_the_termination_message_joins_the_traps(fakes: Fakes) -> None:
         fakes.runtime.exit(code=134, message="wasm trap: unreachable")
         await eventually(lambda: phase(fakes) == "Failed")
         assert container(fakes)["state"]["terminated"]["message"] == "wasm trap: unreachable: I am done"
+
+
+async def test_pods_without_an_identity_are_left_alone(fakes: Fakes) -> None:
+    async with running(fakes) as manager:
+        for metadata in ({}, {"name": "a"}, {"uid": "u"}, {"name": 1, "uid": "u"}):
+            fakes.kube._tell("ADDED", {"kind": "Pod", "metadata": metadata})
+            fakes.kube._tell("DELETED", {"kind": "Pod", "metadata": metadata})
+        fakes.kube.add(make_pod())
+        await eventually(lambda: phase(fakes) == "Running")
+        assert len(manager.pods()) == 1
 
 
 async def test_an_update_that_cannot_be_read_leaves_the_watch_alive(fakes: Fakes) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from node.kube.base import ApiUnavailableError, ConflictError
+from node.kube.base import ApiUnavailableError, ConflictError, NotFoundError
 from node.pods import status as status_of
 from node.pods.conditions import with_transition_times
 from node.pods.nodeinfo import NodeInfo
@@ -299,6 +299,57 @@ async def test_an_absent_server_is_asked_again() -> None:
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert kube.pod("a")["status"]["phase"] == "Running"
+    await patcher.close()
+
+
+async def test_a_whole_list_counts_even_if_its_versions_are_lower() -> None:
+    """As after an etcd was restored from a backup: the pod would be blind until the versions have caught up."""
+    kube = FakeKube()
+    kube.add(make_pod())
+    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lambda: None)
+    restored = make_pod()
+    restored["metadata"]["resourceVersion"] = "3"
+    assert patcher.observed(restored) is False
+    assert patcher.observed(restored, listed=True) is True
+    restored["metadata"]["resourceVersion"] = "4"
+    assert patcher.observed(restored) is True
+    await patcher.close()
+
+
+async def test_one_404_is_not_the_end_of_a_pod() -> None:
+    kube = FakeKube()
+    kube.add(make_pod())
+    failures: list[Exception] = [NotFoundError(404, "Not Found", "404 page not found")]
+    kube.fail = lambda verb, _path: failures.pop(0) if failures and verb == "patch" else None
+    lost = asyncio.Event()
+    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lost.set)
+    patcher.submit({"phase": "Running"})
+    await patcher.flush()
+    assert kube.pod("a")["status"]["phase"] == "Running"
+    assert not lost.is_set()
+    await patcher.close()
+
+
+@pytest.mark.parametrize("verb", ["patch", "get"])
+async def test_an_answer_about_something_else_is_not_believed(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kube = FakeKube()
+    kube.add(make_pod())
+    real = getattr(kube, verb)
+    lies: list[dict[str, Any]] = [{"kind": "Pod", "metadata": {}}]
+
+    async def answer(*arguments: Any, **more: Any) -> dict[str, Any]:
+        return lies.pop() if lies else dict(await real(*arguments, **more))
+
+    monkeypatch.setattr(kube, verb, answer)
+    failures = [ConflictError(409, "Conflict", "changed")]
+    kube.fail = lambda called, _path: failures.pop() if failures and called == "patch" and verb == "get" else None
+    lost = asyncio.Event()
+    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lost.set)
+    patcher.submit({"phase": "Running"})
+    await patcher.flush()
+    assert kube.pod("a")["status"]["phase"] == "Running"
+    assert not lost.is_set()
+    assert not lies
     await patcher.close()
 
 
