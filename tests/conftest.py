@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,13 @@ _LEFT_OUT = pytest.StashKey[int]()
 
 if TYPE_CHECKING:
     from tests.rigs.kind.session import KindRig
+
+
+def pytest_configure() -> None:
+    """Programs that the tests start must hear Ctrl-C. A shell without job control starts its background jobs with
+    SIGINT ignored, which children inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
