@@ -108,6 +108,7 @@ class Registration:
         self._node: KubeObject | None = None
         self._sent: KubeObject | None = None
         self._sent_at = 0.0
+        self._unschedulable = False
         self._wake = asyncio.Event()
         self._gone = asyncio.Event()
         self._address = settings.node_ip or find_address(server)
@@ -130,7 +131,8 @@ class Registration:
 
     def uid(self) -> str | None:
         """The Node's uid, None while there is none."""
-        return str(self._node["metadata"]["uid"]) if self._node is not None else None
+        uid = (self._node or {}).get("metadata", {}).get("uid")
+        return None if uid is None else str(uid)
 
     def info(self) -> NodeInfo:
         """The Node as of now."""
@@ -271,6 +273,7 @@ class Registration:
                         labels=event.object.get("metadata", {}).get("labels") or {},
                         taints=_taints_of(event.object),
                     )
+                    self._tell_schedulable(event.object)
                     if self._disagrees(event.object):
                         self._wake.set()
 
@@ -391,6 +394,14 @@ class Registration:
             if known.get(verdict.type) != verdict.status:
                 type_, reason = _EVENT_OF_STATUS[(verdict.type, verdict.status)]
                 self._event(type_, reason, f"Node {self._settings.node_name} status is now: {reason}")
+
+    def _tell_schedulable(self, node: KubeObject) -> None:
+        """Somebody has cordoned the node, or uncordoned it."""
+        unschedulable = bool((node.get("spec") or {}).get("unschedulable"))
+        if unschedulable != self._unschedulable:
+            self._unschedulable = unschedulable
+            reason = "NodeNotSchedulable" if unschedulable else "NodeSchedulable"
+            self._event("Normal", reason, f"Node {self._settings.node_name} status is now: {reason}")
 
     def _event(self, type_: str, reason: str, message: str) -> None:
         # kubelet names its Node by name in the uid too, and kubectl describe looks for both.

@@ -413,6 +413,32 @@ async def test_a_new_node_owns_the_old_lease() -> None:
     assert [each["uid"] for each in store.objects[LEASE]["metadata"]["ownerReferences"]] == ["uid-2"]
 
 
+async def test_cordoning_is_told_as_kubelet_tells_it(rig: Rig) -> None:
+    registration = rig.make()
+    async with running(registration):
+        rig.store.put(NODE, {**rig.node, "spec": {"unschedulable": True}})
+        await until(lambda: "NodeNotSchedulable" in rig.events.reasons)
+        rig.store.put(NODE, {**rig.node, "metadata": {**rig.node["metadata"], "labels": {"a": "b"}}})
+        rig.store.put(NODE, {**rig.node, "spec": {}})
+        await until(lambda: "NodeSchedulable" in rig.events.reasons)
+    assert rig.events.reasons.count("NodeNotSchedulable") == rig.events.reasons.count("NodeSchedulable") == 1
+
+
+async def test_an_answer_without_a_uid_is_survived(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    registration = rig.make()
+    await registration.register()
+
+    async def patch(*_arguments: Any, **_more: Any) -> dict[str, Any]:
+        return {"kind": "Node", "metadata": {}}
+
+    with monkeypatch.context() as lying:
+        lying.setattr(rig.store, "patch", patch)
+        await registration.report(force=True)
+        assert registration.uid() is None
+    await registration.report(force=True)
+    assert registration.uid() == rig.node["metadata"]["uid"]
+
+
 async def test_an_outage_is_survived_and_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
