@@ -42,7 +42,9 @@ class Starter:
 
         self._cpu_limit_told = False
         self._crash_loop = CrashLoopBackoff()
-        self._retry_at: dict[str, NotBefore] = {}
+        self._retry_at: dict[str, tuple[str, NotBefore]] = {}
+        """With the image that was tried: another one is tried at once."""
+
         self._config_retry: dict[str, RetryBackoff] = {}
         self._image_retry: dict[str, RetryBackoff] = {}
         self._failed_starts: dict[str, int] = {}
@@ -79,9 +81,14 @@ class Starter:
             field_path=spec.field_path(pod, name),
         )
 
-    def retry_in(self, name: str, now: float) -> float:
+    def retry_in(self, pod: Pod, name: str, now: float) -> float:
         """Seconds until a container that could not be started is tried again."""
-        return self._retry_at.get(name, NotBefore()).left(now)
+        found = spec.find_container(pod, name)
+        image, not_before = self._retry_at.get(name, ("", NotBefore()))
+        if found is None or image == found[1].get("image", ""):
+            return not_before.left(now)
+        self._forget_delays(name)
+        return 0.0
 
     # ---- starting
 
@@ -98,17 +105,19 @@ class Starter:
         except LaunchError as error:
             self.unsure = self.unsure or error.at_once
             self.waiting[name] = Waiting(reason=error.reason, message=error.message)
-            self._retry_at[name] = NotBefore(since=self._services.wall_clock(), seconds=self._delay(name, error))
+            not_before = NotBefore(since=self._services.wall_clock(), seconds=self._delay(name, error))
+            self._retry_at[name] = (container.get("image", ""), not_before)
             return None
         if latest is not None and not fresh:
             self._crash_loop.next(_key(container), finished_at=latest.finished_at_ns / NANOSECONDS, now=now)
-        self._forget_failures(name)
+        self.waiting.pop(name, None)
+        self._told.pop(name, None)
+        self._forget_delays(name)
         self._tell_cpu_limit(pod, container)
         return started
 
-    def _forget_failures(self, name: str) -> None:
-        retries = (self._config_retry, self._image_retry, self._retry_at, self._failed_starts)
-        for state in (self.waiting, self._told, *retries):
+    def _forget_delays(self, name: str) -> None:
+        for state in (self._config_retry, self._image_retry, self._retry_at, self._failed_starts):
             state.pop(name, None)
 
     def _tell_cpu_limit(self, pod: Pod, container: Container) -> None:

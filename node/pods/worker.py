@@ -312,7 +312,7 @@ class PodWorker:
             self._starter.note_back_off(self.pod, wait.container, latest[wait.container])
         begin = []
         for name in plan.start:
-            left = self._starter.retry_in(name, now)
+            left = self._starter.retry_in(self.pod, name, now)
             if left > 0:
                 delays.append(left)
             else:

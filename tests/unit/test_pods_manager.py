@@ -310,6 +310,17 @@ async def test_an_image_that_cannot_be_had_is_tried_again(fakes: Fakes) -> None:
         await eventually(lambda: phase(fakes) == "Running")
 
 
+async def test_another_image_is_tried_at_once(fakes: Fakes) -> None:
+    fakes.timing = dataclasses.replace(fakes.timing, image_retry=3600)
+    fakes.images.errors["reg/hello:1"] = ImageError("ErrImagePull", "no such image")
+    async with running(fakes):
+        fakes.kube.add(make_pod())
+        await eventually(lambda: "waiting" in container(fakes).get("state", {}))
+        fakes.kube.change("a", lambda pod: pod["spec"]["containers"][0].update(image="reg/hello:2"))
+        await eventually(lambda: phase(fakes) == "Running")
+        assert [reference for reference, _ in fakes.images.asked] == ["reg/hello:1", "reg/hello:2"]
+
+
 async def test_a_missing_reference_waits_and_is_tried_again(fakes: Fakes) -> None:
     fakes.environments.error = ContainerConfigError('configmap "x" not found')
     async with running(fakes):
