@@ -8,7 +8,8 @@ else is left of it. The next need not run in the same group: those beside its ow
 Version 1 has one tree a controller; memory and cpu are taken independently. Version 2 lets controllers be handed to
 children only by a group without processes of its own (cgroup v2, "no internal process constraint"), so the supervisor
 first moves itself and its neighbours of the same service into a leaf, and only in a group that was delegated to it,
-that is: one that it may write, below the root, with nobody else's processes in it.
+that is: one that it may write, below the root, with nobody else's processes in it, and neither a login session's nor a
+systemd service's, which could not be restarted then; under systemd it has a scope of its own (``node.runtime.scope``).
 
 Shares follow kubelet (``MilliCPUToShares``: 1024 a core, at least 2) and for version 2 the runtimes' conversion to
 weights. A container without memory limit, cpu limit and cpu request gets no group, and yields by its nice value: moving
@@ -36,6 +37,7 @@ PERIOD_US = 100_000
 MIN_QUOTA_US = 1_000
 MIN_SHARES = 2
 REMOVE_TIMEOUT_SECONDS = 2.0
+SCOPE_PREFIX = "wasilet-supervisor-"
 _PREFIX = "wasilet-"
 _OWNER = re.compile(r"wasilet-(\d+)-(\d+)")
 _LEAF = "wasilet-agent"
@@ -269,8 +271,9 @@ class CgroupManager:
             with contextlib.suppress(OSError):
                 if (process.parent / str(pid)).stat().st_uid != uid:
                     return False
-        if "session" in base.name or base.suffix == ".scope":
-            return False  # a login session: its processes are not ours to move
+        own_scope = base.name.startswith(SCOPE_PREFIX)
+        if "session" in base.name or base.suffix == ".service" or (base.suffix == ".scope" and not own_scope):
+            return False
         leaf = base / _LEAF
         try:
             leaf.mkdir(mode=0o755, exist_ok=True)

@@ -9,14 +9,18 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
-from node.runtime import locate, ownlog
+from node.runtime import locate, ownlog, scope
 from node.runtime.engine import engine_key
 from node.runtime.protocol import PROTOCOL_VERSION, RuntimeUnavailableError
 from node.settings import LogSettings, NodePaths
+
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 30.0
 
@@ -55,8 +59,12 @@ async def _acquire(lock: int) -> None:
 
 
 async def _start_supervisor(paths: NodePaths, logs: LogSettings) -> None:
+    prefix = scope.command_prefix()
     try:
-        answer = await _spawn(paths, logs)
+        answer = await _spawn(paths, logs, prefix)
+        if prefix and not answer:
+            logger.warning("%s makes no scope for the supervisor: no control groups; see supervisor.log", prefix[0])
+            answer = await _spawn(paths, logs, ())
     except OSError as error:
         raise RuntimeUnavailableError(f"cannot start the supervisor: {error}") from error
     try:
@@ -67,7 +75,7 @@ async def _start_supervisor(paths: NodePaths, logs: LogSettings) -> None:
         raise RuntimeUnavailableError(f"the supervisor did not start: {message['error']}")
 
 
-async def _spawn(paths: NodePaths, logs: LogSettings) -> bytes:
+async def _spawn(paths: NodePaths, logs: LogSettings, prefix: Sequence[str]) -> bytes:
     """Its last word on whether it is ready. Raises OSError, RuntimeUnavailableError."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     reader = asyncio.StreamReader()
@@ -79,6 +87,7 @@ async def _spawn(paths: NodePaths, logs: LogSettings) -> bytes:
             log = ownlog.open_log(paths.data)
             try:
                 process = await asyncio.create_subprocess_exec(
+                    *prefix,
                     sys.executable,
                     "-P",
                     "-m",
@@ -128,7 +137,18 @@ async def _wait_until_ready(reader: asyncio.StreamReader, process: asyncio.subpr
 def _environment() -> dict[str, str]:
     """The supervisor's environment: no secrets of the agent's, and what TLS and locale need."""
     names = [
-        *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "XDG_RUNTIME_DIR", "SSL_CERT_FILE", "SSL_CERT_DIR", "PYTHONPATH"),
+        *(
+            "PATH",
+            "HOME",
+            "LANG",
+            "LC_ALL",
+            "TZ",
+            "XDG_RUNTIME_DIR",
+            "DBUS_SESSION_BUS_ADDRESS",
+            "SSL_CERT_FILE",
+            "SSL_CERT_DIR",
+            "PYTHONPATH",
+        ),
         "WASILET_RUN_ID",  # by which the harness finds what it started, whoever started it in between
     ]
     return {name: os.environ[name] for name in names if name in os.environ}

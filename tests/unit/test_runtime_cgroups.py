@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from node.runtime import linux
+from node.runtime import linux, scope
 from node.runtime.cgroups import CgroupManager, Group, cpu_quota_us, cpu_shares, cpu_weight
 
 pytestmark = pytest.mark.unit
@@ -20,7 +20,7 @@ class Tree:
     def __init__(self, folder: Path) -> None:
         self.root = folder / "cgroup"
         self.process = folder / "proc" / "self"
-        self.root.mkdir()
+        self.root.mkdir(parents=True)
         self.process.mkdir(parents=True)
 
     def v1(self, *, own: str = "/service", controllers: tuple[str, ...] = ("memory", "cpu,cpuacct")) -> None:
@@ -131,8 +131,9 @@ def test_the_working_set_leaves_out_idle_file_cache(tmp_path: Path, version: int
     assert group.working_set_bytes() == 700
 
 
-def test_version_2_vacates_a_delegated_group_and_limits_beneath_it(tree: Tree) -> None:
-    base = tree.v2(own="/system.slice/wasilet.service")
+@pytest.mark.parametrize("own", ["/system.slice/wasilet-supervisor-0123456789abcdef.scope", "/somebodys/own/group"])
+def test_version_2_vacates_a_delegated_group_and_limits_beneath_it(tree: Tree, own: str) -> None:
+    base = tree.v2(own=own)
     (base / "cgroup.procs").write_text(f"{os.getpid()}\n")
     (tree.process.parent / str(os.getpid())).mkdir()
     prepare(base / "wasilet-agent", "cgroup.procs")
@@ -160,8 +161,12 @@ def test_version_2_finds_the_group_that_an_earlier_supervisor_vacated(tree: Tree
     assert tree.manager().directories == (str(ours),)
 
 
-def test_version_2_leaves_a_login_session_alone(tree: Tree) -> None:
-    base = tree.v2(own="/user.slice/session-3.scope")
+@pytest.mark.parametrize(
+    "own", ["/user.slice/session-3.scope", "/a.slice/vte-1.scope", "/system.slice/wasilet.service"]
+)
+def test_version_2_leaves_login_sessions_and_services_alone(tree: Tree, own: str) -> None:
+    """A service whose group has controllers beneath it cannot be restarted while they are in use."""
+    base = tree.v2(own=own)
     (base / "cgroup.procs").write_text(f"{os.getpid()}\n")
     (tree.process.parent / str(os.getpid())).mkdir()
     manager = tree.manager()
@@ -233,3 +238,55 @@ def test_a_supervisor_holds_its_own_groups(tree: Tree) -> None:
     first.close()
     second.close()
     assert not any(Path(group).exists() for group in (*first.directories, *second.directories))
+
+
+@pytest.mark.parametrize(
+    ("own", "uid", "user"),
+    [
+        ("/system.slice/wasilet-node.service", 0, False),
+        ("/system.slice/wasilet-node.service/wasilet-agent", 0, False),
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/wasilet.service", 1000, True),
+    ],
+)
+def test_a_service_starts_its_supervisor_in_a_scope(
+    tree: Tree,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str,
+    uid: int,
+    user: bool,  # noqa: FBT001
+) -> None:
+    tree.v2(own=own)
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    prefix = scope.command_prefix(root=tree.root, process=tree.process, systemd_run="true")
+    assert Path(prefix[0]).name == "true"
+    assert prefix[-1] == "--"
+    assert ("--user" in prefix) is user
+    assert {"--scope", "--property=Delegate=yes", "--property=TasksMax=infinity"} < set(prefix)
+    assert f"--property=Before={next(part for part in reversed(Path(own).parts) if '.service' in part)}" in prefix
+
+
+@pytest.mark.parametrize(
+    ("own", "uid"),
+    [
+        ("/", 0),
+        ("/user.slice/user-0.slice/session-3.scope", 0),
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/vte-1.scope", 1000),
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/wasilet.service", 0),
+        ("/system.slice/wasilet-node.service", 1000),
+    ],
+)
+def test_elsewhere_it_needs_none_or_can_have_none(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, own: str, uid: int
+) -> None:
+    tree.v2(own=own)
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    assert scope.command_prefix(root=tree.root, process=tree.process, systemd_run="true") == ()
+
+
+def test_version_1_and_machines_without_systemd_need_no_scope(tree: Tree, tmp_path: Path) -> None:
+    tree.v2(own="/system.slice/wasilet-node.service")
+    assert scope.command_prefix(root=tree.root, process=tree.process, systemd_run="no-such-program") == ()
+    assert scope.command_prefix(root=tree.root, process=tmp_path / "nothing", systemd_run="true") == ()
+    other = Tree(tmp_path / "v1")
+    other.v1()
+    assert scope.command_prefix(root=other.root, process=other.process, systemd_run="true") == ()

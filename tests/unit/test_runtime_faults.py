@@ -239,6 +239,19 @@ async def test_one_that_hangs_while_it_starts_is_ended(tmp_path: Path, monkeypat
     await eventually(ended)
 
 
+async def test_without_a_scope_it_starts_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A systemd that does not let this user make units says so on standard error and ends with 1."""
+    monkeypatch.setattr("node.runtime.scope.command_prefix", lambda: ("/bin/false",))
+    async with running_supervisor(tmp_path / "data") as rig:
+        assert (await rig.run(HELLO)).exit_code == 0
+
+
+async def test_it_starts_through_what_is_put_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.runtime.scope.command_prefix", lambda: ("env", "WASILET_RUN_ID=in-a-scope"))
+    async with running_supervisor(tmp_path / "data") as rig:
+        assert "WASILET_RUN_ID=in-a-scope" in Path(f"/proc/{rig.pid()}/environ").read_text().split("\0")
+
+
 async def test_a_folder_that_cannot_be_used_is_an_unavailable_runtime(tmp_path: Path) -> None:
     (tmp_path / "data").touch()
     with pytest.raises(RuntimeUnavailableError, match="cannot look for a supervisor"):
