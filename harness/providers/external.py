@@ -34,6 +34,9 @@ from harness.state import write_file
 REGISTRY_FOR_NODES = "registry-for-nodes"
 REGISTRY_FOR_NODES_STEP = "registry for the cluster's nodes"
 HOSTING_STEP = "registry's notice"
+REFUSAL_SECONDS = 10.0
+"""An API server that has just been started knows no roles yet, and refuses its administrator for a second or two."""
+
 AUTHENTICATION = api_path("configmaps", "extension-apiserver-authentication", namespace="kube-system")
 
 
@@ -267,7 +270,8 @@ class ExternalProvider:
         cluster.forget_admin()
         credentials = read_credentials(state.admin_kubeconfig)
         kube = cluster.admin()
-        uid = wait_for_answer(kube, cluster.settings, say)
+        anew = f"`invoke down --purge --name {cluster.settings.name}`, then `invoke up`, makes another one"
+        uid = wait_for_answer(kube, cluster.settings, say, hint=anew if there.created else "")
         if uid != facts(cluster).get("uid"):
             if not there.created:
                 check_node_names(kube, cluster.node_names())
@@ -417,19 +421,24 @@ def made_since(created: str, since: str) -> bool:
     return theirs >= ours - dt.timedelta(seconds=1)
 
 
-def wait_for_answer(kube: Kube, settings: Settings, say: Progress) -> str:
-    """The uid of kube-system, once the API server answers. Raises WaitTimeoutError, and ApiError when it refuses."""
+def wait_for_answer(kube: Kube, settings: Settings, say: Progress, *, hint: str = "") -> str:
+    """The uid of kube-system, once the API server answers. Raises WaitTimeoutError with ``hint``, and ApiError when it
+    refuses."""
     import time
 
     deadline = time.monotonic() + settings.timeouts.ready_seconds
+    refused = None
     while True:
         try:
             return _uid(kube)
         except ApiError as error:
             if error.code in {401, 403}:
-                raise
+                refused = refused or time.monotonic()
+                if time.monotonic() >= refused + REFUSAL_SECONDS:
+                    raise
             if time.monotonic() >= deadline:
-                raise WaitTimeoutError(f"{error.message}, for {settings.timeouts.ready_seconds:g} s") from error
+                words = f"{error.message}, for {settings.timeouts.ready_seconds:g} s"
+                raise WaitTimeoutError(words, hint=hint) from error
         say("waiting for the API server")
         check_cancelled()
         time.sleep(settings.timeouts.poll_seconds)

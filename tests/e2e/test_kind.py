@@ -27,7 +27,7 @@ from harness.down import down
 from harness.errors import ApiError
 from harness.kube import Kube, KubeObject, api_path
 from harness.play import Status
-from harness.process import is_alive
+from harness.process import is_alive, stop
 from harness.providers.docker import Docker
 from harness.providers.kind import CLUSTER_LABEL
 from harness.publish import push_app
@@ -260,6 +260,24 @@ def test_the_approver_has_a_credential_of_its_own_that_can_do_nothing_else(own: 
         approver.close()
     left = [csr for csr in own.kube.get(CSRS)["items"] if csr["metadata"]["name"].startswith("wasilet-approver")]
     assert left == []
+
+
+@pytest.mark.smoke
+def test_up_brings_a_cluster_back_after_the_machine_was_off(own: TestCluster, kind_rig: KindRig) -> None:
+    label = f"{CLUSTER_LABEL}={own.settings.name}"
+    docker = Docker(kind_rig.engine.environment)
+    (before,) = docker.containers(label)
+    stop(own.cluster.state.stray_processes(), grace_seconds=0)
+    kind_rig.engine.docker("kill", before.name)
+    log = io.StringIO()
+    recap = up(own.settings, reporter=PlainReporter(log))
+    assert recap.succeeded, log.getvalue()
+    (after,) = docker.containers(label)
+    assert (after.id, after.running) == (before.id, True)
+    # The Node may still be called Ready from before; that the API server reaches it says that it runs.
+    node = own.cluster.node_names()[0]
+    with own.kube.stream(f"{api_path('nodes', node)}/proxy/healthz", idle_seconds=10.0) as lines:
+        assert list(lines) == ["ok"]
 
 
 @pytest.mark.smoke

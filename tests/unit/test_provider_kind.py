@@ -248,6 +248,7 @@ def test_up_starts_a_stopped_cluster_of_ours_and_waits_for_it(world: World, sett
     assert world.calls("kind", "create") == []
     (failure,) = recap.failures  # the stand-in's cluster has no API server
     assert (failure.name, failure.detail.endswith("for 0.5 s")) == ("API server", True)
+    assert failure.hint.startswith("`invoke down --purge --name unit`")
 
 
 def test_what_an_interrupted_run_left_is_deleted_and_made_anew(world: World, settings: Settings) -> None:
