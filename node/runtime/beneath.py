@@ -20,6 +20,12 @@ from pathlib import Path
 _MAX_LINKS = 40
 """As the kernel's own limit for one path."""
 
+_MAX_PATH_BYTES = 4096
+"""Likewise, the NUL at the end included."""
+
+_MAX_NAMES = 1024
+"""Looked up for one path, those in its links included: each ``..`` begins at the root again."""
+
 _OPEN_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -32,13 +38,20 @@ class EscapeError(OSError):
 
 
 def components(path: str) -> tuple[str, ...]:
-    """The names of a relative path; empty and ``.`` drop out. Raises EscapeError for ``..``, absolute paths and NUL."""
+    """The names of a relative path; empty and ``.`` drop out. Raises EscapeError for ``..``, absolute paths and NUL,
+    and OSError (ENAMETOOLONG) for what no system call would take."""
+    if len(os.fsencode(path)) >= _MAX_PATH_BYTES:
+        raise _too_long()
     if path.startswith("/") or "\0" in path:
         raise EscapeError(path)
     names = tuple(name for name in path.split("/") if name not in {"", "."})
     if ".." in names:
         raise EscapeError(path)
     return names
+
+
+def _too_long() -> OSError:
+    return OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 @contextlib.contextmanager
@@ -90,41 +103,55 @@ def resolve(root_fd: int, path: str) -> tuple[tuple[str, ...], int | None]:
     climbs above the root, is an error.
 
     Returns the names that remain (free of links when they were read) and the index of the first one that does not
-    exist, None when all do. Raises EscapeError, and OSError (ELOOP after 40 links). What it returns can be stale at
-    once; use it through ``walk``.
+    exist, None when all do. Raises EscapeError, and OSError (ELOOP after 40 links, ENAMETOOLONG above 1,024 names).
+    What it returns can be stale at once; use it through ``walk``.
     """
     pending = list(reversed(components(path)))
     done: list[str] = []
-    links = 0
-    while pending:
-        name = pending.pop()
-        if name in {"", "."}:
-            continue
-        if name == "..":
-            if not done:
-                raise EscapeError(path)
-            done.pop()
-            continue
-        try:
-            fd = walk(root_fd, (*done, name))
-        except FileNotFoundError:
-            missing = len(done)
-            rest = [name, *reversed(pending)]
-            if ".." in rest:
-                raise
-            return (*done, *(part for part in rest if part not in {"", "."})), missing
-        with opened(fd):
+    links = names = 0
+    here = walk(root_fd, ())
+    try:
+        while pending:
+            name = pending.pop()
+            if name in {"", "."}:
+                continue
+            names += 1
+            # Those to come count too: a path that is too long must not pass only because it is not there yet.
+            if names + len(pending) > _MAX_NAMES:
+                raise _too_long()
+            if name == "..":
+                if not done:
+                    raise EscapeError(path)
+                done.pop()
+                # Not by "..": a folder that was moved meanwhile may have another parent, outside of the root.
+                above = walk(root_fd, done)
+                os.close(here)
+                here = above
+                continue
+            try:
+                fd = os.open(name, _OPEN_PATH, dir_fd=here)
+            except FileNotFoundError:
+                missing = len(done)
+                rest = [name, *reversed(pending)]
+                if ".." in rest:
+                    raise
+                return (*done, *(part for part in rest if part not in {"", "."})), missing
             if not stat.S_ISLNK(os.fstat(fd).st_mode):
+                os.close(here)
+                here = fd
                 done.append(name)
                 continue
-            links += 1
-            if links > _MAX_LINKS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-            target = os.readlink("", dir_fd=fd)
-        if target.startswith("/"):
-            raise EscapeError(path)
-        pending.extend(reversed(target.split("/")))
-    return tuple(done), None
+            with opened(fd):
+                links += 1
+                if links > _MAX_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                target = os.readlink("", dir_fd=fd)
+            if target.startswith("/"):
+                raise EscapeError(path)
+            pending.extend(reversed(target.split("/")))
+        return tuple(done), None
+    finally:
+        os.close(here)
 
 
 def make_directories(root_fd: int, names: Sequence[str], mode: int) -> None:

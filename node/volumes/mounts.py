@@ -128,8 +128,15 @@ def _root(plan: _Plan, folders: Mapping[str, Mount], image_working_dir: str) -> 
     return {"/": Mount(host=str(folder), guest="/", read_only=read_only)}
 
 
+_MAX_GUEST_PATH = 4095
+"""As the kernel's PATH_MAX. The API server sets no limit, and looking at the folders above a path takes time that grows
+with the square of its length."""
+
+
 def _guest_path(path: str) -> str:
-    """Absolute and clean. ``..`` cannot climb above the root, as in any file system."""
+    """Absolute and clean. ``..`` cannot climb above the root, as in any file system. Raises ContainerConfigError."""
+    if len(path) > _MAX_GUEST_PATH:
+        raise ContainerConfigError(f'path "{path[:64]}..." has {len(path)} characters: file name too long')
     return "/" + posixpath.normpath("/" + path).lstrip("/")
 
 
@@ -285,7 +292,7 @@ def _below(mount: Mount) -> tuple[str, ...]:
 def _termination(plan: _Plan) -> Message | None:
     """Where the termination message goes: a file in a folder of its own, or, below a volume, a file of the volume."""
     guest = message_path(plan.container)
-    if not guest or guest in plan.files or guest in plan.folders:
+    if not guest or _guest_path(guest) in plan.files or guest in plan.folders:
         return None
     parent = posixpath.dirname(guest)
     outer = _covering(plan.folders, parent)

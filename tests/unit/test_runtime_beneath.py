@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -52,6 +53,37 @@ def root_fd(root: Path) -> Iterator[int]:
 def test_names_that_climb_are_refused(path: str) -> None:
     with pytest.raises(EscapeError):
         components(path)
+
+
+def test_what_is_longer_than_any_path_is_no_path() -> None:
+    assert len(components("a/" * 2047)) == 2047
+    with pytest.raises(OSError, match="too long") as caught:
+        components("a/" * 2048)
+    assert len(str(caught.value)) < 100, "the path itself would flood a status"
+
+
+def test_a_path_of_many_names_is_resolved_in_as_many_steps(root_fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("d",) * 500
+    make_directories(root_fd, names, 0o755)
+    calls = 0
+    real = os.open
+
+    def counted(*arguments: Any, **named: Any) -> int:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(os, "open", counted)
+    assert resolve(root_fd, "d/" * 500) == (names, None)
+    assert calls < 1500
+
+
+def test_links_that_climb_and_descend_without_end_are_given_up_on(root: Path, root_fd: int) -> None:
+    (root / "long").symlink_to("a/../" * 700 + "a")
+    with pytest.raises(OSError, match="too long"):
+        resolve(root_fd, "long/long")
+    with pytest.raises(OSError, match="too long"):
+        resolve(root_fd, "d/" * 1025)
 
 
 def test_a_walk_follows_no_link(root_fd: int) -> None:

@@ -107,6 +107,16 @@ async def test_bad_options_are_refused_in_kubelets_words(rig: Rig, options: dict
     assert await refusal(rig, pod_of(rig, mount("e", "/v", **options)), environment) == message
 
 
+@pytest.mark.parametrize("key", ["mountPath", "subPath", "workingDir", "terminationMessagePath"])
+async def test_a_path_beyond_all_measure_is_refused_in_few_words(rig: Rig, key: str) -> None:
+    path = "a/" * 3000
+    mounted = mount("h", path if key == "mountPath" else "/v", **({"subPath": path} if key == "subPath" else {}))
+    container = {key: "/" + path} if key not in {"mountPath", "subPath"} else {}
+    message = await refusal(rig, pod_of(rig, mounted, container=container))
+    assert "too long" in message
+    assert len(message) < 300
+
+
 async def test_a_mount_without_a_volume_and_two_at_one_place_are_refused(rig: Rig) -> None:
     assert await refusal(rig, pod_of(rig, mount("x", "/v"))) == 'cannot find volume "x" to mount into container "main"'
     assert await refusal(rig, pod_of(rig, mount("e", "/v"), mount("h", "/v/"))) == "Duplicate mount point: /v"
