@@ -145,20 +145,22 @@ class Repository:
 
     async def _chunks(self, response: aiohttp.ClientResponse, expected: int) -> AsyncIterator[bytes]:
         received = 0
-        deadline = self._client.settings.read_timeout_seconds * 2 + expected / _SLOWEST_BYTES_PER_SECOND
+        clock = asyncio.get_running_loop().time
+        patience = self._client.settings.read_timeout_seconds * 2
+        ends = clock() + patience
         try:
-            async with asyncio.timeout(deadline) as limit:
-                ends = limit.when()
+            async with asyncio.timeout_at(ends) as limit:
                 async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
                     received += len(chunk)
                     if received > expected:
                         raise RegistryProtocolError("the blob is longer than its descriptor says")
                     # The consumer's time (disk, hashing) is not the registry's: the limit stands still meanwhile.
                     limit.reschedule(None)
-                    paused = asyncio.get_running_loop().time()
+                    paused = clock()
                     yield chunk
-                    if ends is not None:
-                        ends += asyncio.get_running_loop().time() - paused
+                    ends += clock() - paused
+                    # Bytes buy time, at the slowest rate, but none can be saved up for a drip that comes later.
+                    ends = min(ends + len(chunk) / _SLOWEST_BYTES_PER_SECOND, clock() + patience)
                     limit.reschedule(ends)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise TransferInterruptedError(

@@ -337,6 +337,16 @@ async def test_a_token_that_drips_is_given_up_on_while_a_blob_is_fetched() -> No
                 await asyncio.wait_for(read(repository, digest_of(BLOB), len(BLOB)), 20)
 
 
+@pytest.mark.parametrize("burst", [0, 10_000_000])
+async def test_a_blob_that_drips_is_given_up_on_long_before_its_size_would_allow(burst: int) -> None:
+    size = 500 * 1024 * 1024
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * burst
+    settings = ImageSettings(connect_timeout_seconds=0.1, read_timeout_seconds=0.5)
+    async with raw_server(answer, drip_seconds=0.02) as registry, opened(registry, None, settings) as repository:
+        with pytest.raises(TransferInterruptedError, match=r"broke off after \d+ of 524288000 bytes: TimeoutError"):
+            await asyncio.wait_for(read(repository, digest_of(BLOB), size), 20)
+
+
 @pytest.mark.parametrize("status", [429, 503])
 async def test_a_registry_that_asks_for_patience_is_waited_for_once(status: int) -> None:
     registry = FakeRegistry(busy=[(status, "1")])
