@@ -63,15 +63,15 @@ def unknown_cluster(settings: Settings) -> UsageError:
 
 
 def steps(cluster: Cluster, *, purge: bool) -> list[Step]:
-    """Everything ends at once; then whatever is left."""
+    """Everything ends at once; then whatever is left; then what has to be written, for which there may be no room."""
     nodes = [_node_step(cluster, name, purge=purge) for name in _node_folders(cluster.state)]
     components = _components_step(cluster)
     return [
-        _kubeconfig_step(cluster),
         *nodes,
         components,
         _leftovers_step(cluster, after=(*(node.name for node in nodes), components.name)),
         _provider_step(cluster, purge=purge),
+        _kubeconfig_step(cluster),
         *([_purge_step(cluster)] if purge else []),
     ]
 
@@ -210,7 +210,7 @@ def _kubeconfig_step(cluster: Cluster) -> Step:
         )
         return f"{path} as it was" if removed else f"the entry in {path} is another cluster's by now"
 
-    return Step(name="kubeconfig", look=look, change=change, after=())
+    return Step(name="kubeconfig", look=look, change=change)
 
 
 def _provider_step(cluster: Cluster, *, purge: bool) -> Step:

@@ -351,7 +351,10 @@ class Kube:
             yield
         except (OSError, http.client.HTTPException) as error:
             reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            raise ApiError(f"the API server at {self.server} gave no answer: {reason}") from error
+            raise ApiError(
+                f"the API server at {self.server} gave no answer: {reason}",
+                hint="`invoke status` shows what runs of a cluster of Wasilet's, `invoke up` mends it",
+            ) from error
 
 
 class _NamedConnection(http.client.HTTPSConnection):

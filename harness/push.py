@@ -381,7 +381,8 @@ class _Session:
             )
         if status == 404 and method in {"GET", "HEAD"}:
             return RegistryError(f"{host} has no {self._reference.repository}:{self._reference.target}{said}")
-        return RegistryError(f"{host} answers {method} with HTTP {status}{said}")
+        hint = "its log says more; that of a cluster's registry: `invoke logs registry`" if status >= 500 else ""
+        return RegistryError(f"{host} answers {method} with HTTP {status}{said}", hint=hint)
 
     @contextlib.contextmanager
     def _reachable(self) -> Iterator[None]:

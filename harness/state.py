@@ -236,8 +236,10 @@ class State:
             check_cancelled()
             time.sleep(LOCK_POLL_SECONDS)
         try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"pid {os.getpid()} ({what})\n".encode(), 0)
+            # The name is for those who wait; on a full disk the lock is held without one, or nothing could be ended.
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"pid {os.getpid()} ({what})\n".encode(), 0)
             yield
         finally:
             with contextlib.suppress(OSError):

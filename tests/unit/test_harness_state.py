@@ -79,6 +79,20 @@ def test_a_full_disk_is_one_clear_line() -> None:
     assert "free some space" in caught.value.hint
 
 
+def test_the_lock_is_held_on_a_full_disk_too(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    state.create()
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        state.locked(timeout_seconds=1, what="invoke down"),
+        pytest.raises(StateError, match="is still locked by another run"),
+        state.locked(timeout_seconds=0),
+    ):
+        pytest.fail("two have it")
+
+
 def write_file_to_full_disk() -> None:
     from harness.state import storage_errors
 
