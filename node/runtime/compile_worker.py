@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         return EXIT_REFUSED
     os.nice(NICE)
     linux.drop_privileges()
-    linux.volunteer_for_oom_kill()
+    linux.set_oom_score(linux.MOST_EXPENDABLE)
     memory = int(memory_text)
     # RLIMIT_DATA counts memory that can be written; RLIMIT_AS would count wasmtime's and glibc's reservations.
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))

@@ -21,6 +21,9 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 CAP_DAC_OVERRIDE = 1
+MOST_EXPENDABLE = 1000
+"""For ``set_oom_score``."""
+
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_CLOSE_RANGE = 436
 _CLOSE_RANGE_END = 2**32 - 1
@@ -114,14 +117,18 @@ def drop_privileges() -> None:
     keep_only_capabilities(frozenset({CAP_DAC_OVERRIDE}))
 
 
-def volunteer_for_oom_kill() -> None:
-    """When the machine's memory ends, the kernel takes this process before others; needs no privilege."""
-    with contextlib.suppress(OSError):
+def set_oom_score(adjustment: int) -> bool:
+    """From -1000 (when the machine's memory ends, never this process) to 1000 (this one first). False: to be lowered it
+    needs CAP_SYS_RESOURCE; to be raised nothing."""
+    try:
         descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.write(descriptor, b"1000")
+            os.write(descriptor, str(adjustment).encode())
         finally:
             os.close(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def effective_capabilities() -> int:

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import wasmtime
 from wasmtime import component as wasmtime_component
 
-from node.runtime import linux
+from node.runtime import landlock, linux
 from node.runtime.beneath import open_directory, opened
 from node.runtime.engine import Linkers
 from node.runtime.hostcalls.http import HttpHost
@@ -198,6 +198,8 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         os.write(file, b"0")
         os.close(file)
     _limit()
+    # Before a byte of the image is looked at, and while there is one thread: it holds for this and those that it makes.
+    landlock.confine(plan.config.mounts, files=(plan.config.artifact,), network=plan.config.http is not None)
     return run_guest(
         plan.config,
         tools,
@@ -214,7 +216,7 @@ def _limit() -> None:
         signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # All containers would die with the supervisor, which would otherwise be as good a victim as any of them.
-    linux.volunteer_for_oom_kill()
+    linux.set_oom_score(linux.MOST_EXPENDABLE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = min(hard, MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

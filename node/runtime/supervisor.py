@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 FOLDER_CHECK_SECONDS = 10.0
 SHUTDOWN_SECONDS = 20.0
+OOM_SCORE = -999
+"""kubelet's own: with it end all containers. Each of these makes itself the first to go."""
+
 ACCEPT_RETRY_SECONDS = 0.5
 
 
@@ -346,6 +349,7 @@ def main(arguments: list[str]) -> int:
         # What it holds are the environments of all containers, secrets included.
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         logs = LogSettings(max_size_bytes=options.log_max_size, max_files=options.log_max_files)
+        linux.set_oom_score(OOM_SCORE)  # while the capability for it is held
         linux.drop_privileges()
         supervisor = Supervisor(NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups)
     except Exception as error:

@@ -49,6 +49,8 @@ from tests.unit.runtime_guests import (
 
 pytestmark = pytest.mark.unit
 
+CAP_SYS_RESOURCE = 24
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -344,6 +346,12 @@ async def test_the_supervisor_has_one_thread_and_no_privileges(rig: Rig) -> None
     assert status["NoNewPrivs"].strip() == "1"
     assert int(status["CapBnd"], 16) & ~(1 << linux.CAP_DAC_OVERRIDE) == 0 or os.geteuid() != 0
     assert int(status["CapEff"], 16) & ~(1 << linux.CAP_DAC_OVERRIDE) == 0
+
+
+async def test_the_kernel_spares_the_supervisor_where_it_may_ask_for_that(rig: Rig) -> None:
+    may = linux.effective_capabilities() >> CAP_SYS_RESOURCE & 1
+    own = Path("/proc/self/oom_score_adj").read_text()
+    assert Path(f"/proc/{rig.pid()}/oom_score_adj").read_text() == ("-999\n" if may else own)
 
 
 async def test_a_sandbox_holds_no_descriptor_of_the_supervisor(rig: Rig) -> None:
