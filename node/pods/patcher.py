@@ -19,6 +19,7 @@ from typing import Any
 from node.kube.base import (
     ApiStatusError,
     ConflictError,
+    ForbiddenError,
     Kube,
     KubeError,
     KubeObject,
@@ -33,6 +34,9 @@ from node.pods.spec import Pod
 logger = logging.getLogger(__name__)
 
 _REPLACED_LISTS = ("hostIPs", "podIPs")
+_NOT_OURS = "no relationship found between node"
+"""The node authorizer's words on a pod that is not on this node: what it says of one that is gone, too, before 404."""
+
 _KEPT = frozenset({"conditions", "nominatedNodeName", "resize", "resourceClaimStatuses", "extendedResourceClaimStatus"})
 _SETTLE_SECONDS = 0.1
 
@@ -123,11 +127,16 @@ class StatusPatcher:
                 return
             await asyncio.wait({self._task})
 
-    async def close(self) -> None:
-        """Drop what was not sent."""
+    def stop(self) -> None:
+        """The pod is gone, or the agent goes: drop what was not sent, also for those who wait in ``flush``."""
         self.gone = True
         if self._task is not None:
             self._task.cancel()
+
+    async def close(self) -> None:
+        """``stop``, and wait until it has."""
+        self.stop()
+        if self._task is not None:
             await asyncio.wait({self._task})
 
     def _pending(self) -> dict[str, Any]:
@@ -185,6 +194,9 @@ class StatusPatcher:
             self._lost()
             return
         except KubeError as error:
+            if isinstance(error, ForbiddenError) and _NOT_OURS in error.message:
+                self._lost()
+                return
             logger.warning("pod %s: %s", self._path, error)
             return
         if self._is_it(found):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from node.kube.base import ApiUnavailableError, ConflictError, NotFoundError
+from node.kube.base import ApiUnavailableError, ConflictError, ForbiddenError, NotFoundError
 from node.pods import status as status_of
 from node.pods.conditions import with_transition_times
 from node.pods.nodeinfo import NodeInfo
@@ -364,6 +364,28 @@ async def test_a_pod_that_is_gone_or_replaced_ends_the_patching(replaced: bool) 
     await eventually(lost.is_set)
     await patcher.flush()
     assert kube.patches == []
+    await patcher.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "gone"),
+    [
+        ("User \"system:node:n\" cannot get ...: no relationship found between node 'n' and this object", True),
+        ('User "system:node:n" cannot get resource "pods"', False),
+    ],
+)
+async def test_a_pod_that_the_node_may_no_longer_read_is_gone(message: str, gone: bool) -> None:  # noqa: FBT001
+    """The node authorizer refuses what is not on the node before anybody looks whether it is there."""
+    kube = FakeKube()
+    kube.fail = lambda verb, _path: ForbiddenError(403, "Forbidden", message) if verb == "get" else None
+    lost = asyncio.Event()
+    patcher = StatusPatcher(kube, make_pod(), on_gone=lost.set)
+    patcher.submit({"phase": "Running"})
+    if gone:
+        await eventually(lost.is_set)
+    else:
+        await asyncio.sleep(0.3)
+        assert not lost.is_set()
     await patcher.close()
 
 
