@@ -123,6 +123,7 @@ class PodWorker:
     def remove(self) -> None:
         """The API server no longer has the pod."""
         self.removed = True
+        self._patcher.stop()
         if self._grace is not None and self.pod["metadata"].get("deletionGracePeriodSeconds") == 0:
             self._grace.shorten(0)
         self._wake.set()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from node.images.model import ImageError
-from node.kube.base import ApiUnavailableError
+from node.kube.base import ApiUnavailableError, ForbiddenError, NotFoundError
 from node.pods import logtail, spec
 from node.pods.eviction import Usage, verdict
 from node.pods.manager import PodManager
@@ -201,6 +201,22 @@ async def test_a_forced_deletion_stops_what_runs(fakes: Fakes) -> None:
         await eventually(lambda: manager.pods() == [])
         assert fakes.runtime.known == {}
         assert fakes.kube.deletes == []
+
+
+async def test_a_pod_that_is_gone_is_let_go_of_whatever_the_server_answers_about_it(fakes: Fakes) -> None:
+    """As a node's rights are: its patch of a pod that is no more is a 404, its look at it is forbidden."""
+    async with running(fakes) as manager:
+        fakes.kube.add(make_pod())
+        await eventually(lambda: phase(fakes) == "Running")
+        answers = {"patch": NotFoundError(404, "NotFound", "gone"), "get": ForbiddenError(403, "Forbidden", "no")}
+        fakes.kube.fail = lambda verb, _path: answers.get(verb)
+        fakes.kube.ask_deletion("a")
+        await eventually(lambda: fakes.volumes.torn_down == ["uid-a"])
+        await asyncio.sleep(0.05)
+        assert len(manager.pods()) == 1
+        fakes.kube._drop("/api/v1/namespaces/default/pods/a")
+        await eventually(lambda: manager.pods() == [])
+        assert fakes.runtime.known == {}
 
 
 async def test_a_pod_made_anew_under_the_same_name_does_not_wait_for_the_old_one(fakes: Fakes) -> None:
