@@ -36,7 +36,7 @@ def hint(output: str, *, folder: Path, toolchain: RustToolchain, env: Mapping[st
             f"Cargo.lock was written by a newer cargo than that of Rust {have}; remove it and put "
             f'rust-version = "{have}" into Cargo.toml, or use a newer Rust: {_newer_rust(env)}'
         )
-    if "No space left on device" in output:
+    if "No space left on device" in output or "Read-only file system" in output:
         return FULL_DISK_HINT
     if "can't find crate for `std`" in output or "target may not be installed" in output:
         return "the WASI target of this Rust is incomplete; `invoke doctor` says what brings it"

@@ -21,6 +21,7 @@ from harness.errors import HarnessError, UsageError
 from harness.expect import missing_line
 from harness.samples import LocalSpec
 from harness.settings import cache_root
+from harness.state import NO_ROOM, storage_errors
 
 Say = Callable[[str], None]
 
@@ -72,7 +73,7 @@ def run(spec: RunSpec, *, environ: Mapping[str, str] = os.environ) -> int:
     from node.runtime.local import run_local
     from node.runtime.protocol import Mount
 
-    module = Path(spec.module)
+    module, cache = Path(spec.module), cache_root(environ) / "compiled"
     try:
         return run_local(
             module,
@@ -80,11 +81,14 @@ def run(spec: RunSpec, *, environ: Mapping[str, str] = os.environ) -> int:
             env=spec.env,
             mounts=[Mount(host=host, guest=guest, read_only=read_only) for host, guest, read_only in spec.dirs],
             allowed_origins=spec.allow,
-            cache_dir=cache_root(environ) / "compiled",
+            cache_dir=cache,
         )
     except CompileError as error:
         raise HarnessError(f"{module.name} cannot be compiled: {error}") from error
     except OSError as error:
+        if error.errno in NO_ROOM:
+            with storage_errors(cache):
+                raise
         raise UsageError(f"{module} cannot be read: {error.strerror}") from error
 
 

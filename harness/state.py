@@ -41,6 +41,7 @@ LOCK_POLL_SECONDS = 0.1
 PREFERRED_PORTS = {"apiserver": 6443, "registry": 5000, "kubelet": 10250}
 """What the cluster ``wasilet`` takes when it is free; any other cluster gets ports of its own range."""
 
+NO_ROOM = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT})
 FULL_DISK_HINT = "free some space, or set WASILET_STATE_HOME and WASILET_CACHE to folders on another disk"
 
 _FIRST_PORT, _LAST_PORT = 20000, 32000

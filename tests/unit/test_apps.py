@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from harness import run as runs
-from harness.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
+from harness.errors import ApiError, HarnessError, StateError, UsageError, WaitTimeoutError
 from harness.expect import ExpectationError, missing_line, wait_for
 from harness.resources import FIELD_MANAGER, Resources
 from harness.samples import Expectation, Line, LocalSpec, find_app, sample_names
@@ -443,3 +445,23 @@ def test_what_is_typed_becomes_what_the_module_gets(tmp_path: Path) -> None:
     assert spec.dirs == ((str(tmp_path), "/work", False), (str(tmp_path), "/data", True))
     assert spec.allow == ("http://127.0.0.1:80",)
     assert json.dumps(spec.argv) == '["-v"]'
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (errno.EROFS, StateError, r"cannot write .*compiled.*: the file system is read-only"),
+        (errno.ENOSPC, StateError, r"cannot write .*compiled.*: the disk is full"),
+        (errno.EACCES, UsageError, r"x\.wasm cannot be read: Permission denied"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_not_taken_for_a_bad_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[HarnessError], words: str
+) -> None:
+    def fails(*_: object, **__: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("node.runtime.local.run_local", fails)
+    spec = runs.make_spec(tmp_path / "x.wasm", environ={})
+    with pytest.raises(kind, match=words):
+        runs.run(spec, environ={"WASILET_CACHE": str(tmp_path)})

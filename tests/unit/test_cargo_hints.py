@@ -152,3 +152,8 @@ def test_a_lock_file_of_a_newer_cargo_is_told_with_the_way_out(folder: Path) -> 
 def test_without_a_lock_file_the_crate_itself_is_named(folder: Path) -> None:
     (folder / "Cargo.lock").unlink()
     assert "an older version of wit-bindgen in Cargo.toml" in told(EDITION_OF_A_CRATE, folder)
+
+
+@pytest.mark.parametrize("words", ["No space left on device (os error 28)", "Read-only file system (os error 30)"])
+def test_a_cache_without_room_is_moved(folder: Path, words: str) -> None:
+    assert "WASILET_CACHE" in told(f"error: failed to create a folder\n{words}\n", folder)
