@@ -143,8 +143,9 @@ async def _prepare(services: Collaborators, pod: Pod, container: Container, atte
     environment = await services.environments.build(
         pod, container, pod_ips=node.addresses, host_ips=node.addresses, allocatable=node.allocatable
     )
-    mounts = await asyncio.to_thread(
-        services.volumes.mounts, pod, container, environment, attempt=attempt, working_dir=image.working_dir
+    mounts = await services.host_threads.run(
+        f'the volumes of container "{name}"',
+        lambda: services.volumes.mounts(pod, container, environment, attempt=attempt, working_dir=image.working_dir),
     )
     argv = expand_command(container, environment, image)
     if not argv:

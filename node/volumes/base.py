@@ -48,7 +48,7 @@ class Volumes(Protocol):
 
         ``attempt`` is the instance's restart count: each instance gets its own termination file, so that an old
         message is never taken for a new one. ``working_dir`` is the image's, used when the container names none.
-        Does file I/O, which a hanging hostPath can block: call it through ``asyncio.to_thread``."""
+        Does file I/O, which a hanging hostPath can block for ever: call it through ``HostThreads``."""
 
     def termination_message(self, pod: Pod, container: Container, *, attempt: int = 0) -> str:
         """Up to the last 4096 bytes of the file at ``terminationMessagePath`` that instance ``attempt`` wrote, read
