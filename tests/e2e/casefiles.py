@@ -7,6 +7,7 @@ A file holds ``area`` (a heading) and ``cases``. A case::
       objects: [...]                      # applied first: manifests, namespace left out
       pod: {...}                          # a pod spec, or a whole pod; called "pod" unless it says otherwise
       within: 30                          # seconds for each wait
+      also: component                     # a second time with the toolbox as a component (``only``: no other time)
       see: {...}                          # waited for
       then: [...]                         # further steps, in order
 
@@ -41,7 +42,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ import yaml
 
 FOLDER = Path(__file__).parent / "cases"
 _STEPS = frozenset({"see", "keep", "apply", "patch", "delete", "refused"})
-_FIELDS = frozenset({"case", "kubernetes", "objects", "pod", "within", "see", "then", "note", "slow"})
+_FIELDS = frozenset({"case", "kubernetes", "objects", "pod", "within", "see", "then", "note", "also", "only"})
 _REFERENCE = re.compile(
     r"\$\{(registry|registry_port|scratch|namespace|node|node_ip|dockerconfig|image:[a-z0-9-]+|digest:[a-z0-9-]+)\}"
 )
@@ -68,11 +69,24 @@ class Case:
 
     within: float = 90.0
     steps: tuple[Mapping[str, Any], ...] = field(default_factory=tuple)
+    component: bool = False
+    """Whether the image ``toolbox`` is the component."""
+
+    also_component: bool = False
+    """Whether there is a second case, which is that."""
 
     @property
     def id(self) -> str:
         """For pytest and namespaces."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        name = f"component {self.name}" if self.component else self.name
+        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+    def values(self, values: Mapping[str, str]) -> Mapping[str, str]:
+        """Those that ``whole_object`` and ``filled`` take, for this case."""
+        if not self.component:
+            return values
+        as_component = {f"{what}:toolbox": values[f"{what}:toolbox-component"] for what in ("image", "digest")}
+        return {**values, **as_component}
 
 
 def load(folder: Path = FOLDER) -> list[Case]:
@@ -80,7 +94,10 @@ def load(folder: Path = FOLDER) -> list[Case]:
     found: list[Case] = []
     for file in sorted(folder.glob("*.yaml")):
         data = yaml.safe_load(file.read_text())
-        found += [_case(entry, str(data["area"]), file.stem) for entry in data["cases"]]
+        for case in (_case(entry, str(data["area"]), file.stem) for entry in data["cases"]):
+            found.append(case)
+            if case.also_component:
+                found.append(replace(case, component=True, also_component=False))
     ids = [case.id for case in found]
     if doubled := {name for name in ids if ids.count(name) > 1}:
         raise ValueError(f"two cases of one name: {', '.join(sorted(doubled))}")
@@ -91,6 +108,8 @@ def _case(entry: Mapping[str, Any], area: str, file: str) -> Case:
     where = f"{file}: {entry.get('case')}"
     if unknown := entry.keys() - _FIELDS:
         raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}")
+    if entry.keys() >= {"also", "only"} or {entry.get("also"), entry.get("only")} - {None, "component"}:
+        raise ValueError(f"{where}: also or only is component, or nothing")
     steps: list[Mapping[str, Any]] = []
     objects = [*(entry.get("objects") or ()), *([_pod(entry["pod"])] if "pod" in entry else [])]
     if objects:
@@ -111,6 +130,8 @@ def _case(entry: Mapping[str, Any], area: str, file: str) -> Case:
         note=str(entry.get("note") or ""),
         within=float(entry.get("within") or 90),
         steps=tuple(steps),
+        component="only" in entry,
+        also_component="also" in entry,
     )
 
 

@@ -20,19 +20,23 @@ _HEAD = """\
 
 This page is made from the end-to-end cases (`tests/e2e/cases/`) by `python -P -m tests.e2e.conformance`. Each line is a
 test that runs on a real cluster. The right-hand column names the test of Kubernetes that says the same, where there is
-one: what a wasm module can satisfy of it holds with the same fields, reasons, messages and events.
+one: what a wasm module can satisfy of it holds with the same fields, reasons, messages and events. Lines marked with
+**C** run a second time with the same program as a component of WASI 0.2.
 """
 
 
 def page() -> str:
     """The whole page."""
-    cases = load()
+    all_cases = load()
+    twice = {case.name for case in all_cases if case.also_component}
+    cases = [case for case in all_cases if not (case.component and case.name in twice)]
     parts = [_HEAD]
     for area, found in groupby(cases, key=lambda case: case.area):
         parts += [f"\n## {area}\n", "| What holds | Kubernetes' own test |", "| --- | --- |"]
         for case in found:
             note = f" ({case.note})" if case.note else ""
-            parts.append(f"| {_cell(case.name + note)} | {_cell(case.kubernetes)} |")
+            mark = " **C**" if case.also_component else ""
+            parts.append(f"| {_cell(case.name + note + mark)} | {_cell(case.kubernetes)} |")
     parts += [
         "\n## What does not hold for a wasm module\n",
         "| Field or feature | What happens | Why |",

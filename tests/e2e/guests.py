@@ -29,6 +29,7 @@ from harness.push import push, reference_named
 from harness.samples import find_app
 from harness.services import private_registry
 from node.images import mediatypes
+from tests.e2e import componentize
 from tests.unit.component_guests import component_guest
 
 FOLDER = Path(__file__).parent
@@ -112,6 +113,11 @@ def push_guests(cluster: Cluster, registry: str) -> Guests:
     guests = Guests(registry)
     toolbox = build_toolbox()
     guests.add_bytes("toolbox", toolbox)
+    if not componentize.why_not():
+        component = componentize.as_component(toolbox)
+        guests.add_bytes("toolbox-component", component)
+        guests.add_bytes("toolbox-component-runwasi", component, Layout.RUNWASI)
+        guests.add_bytes("hello-component", componentize.as_component(build_guest("hello-world")))
     for layout in (Layout.KRUSTLET, Layout.RUNWASI, Layout.IMAGE):
         guests.add_bytes(f"toolbox-{layout}", toolbox, layout)
     for name, make in _OTHERS.items():
@@ -129,7 +135,12 @@ def push_guests(cluster: Cluster, registry: str) -> Guests:
 
 def build_toolbox() -> bytes:
     """The module of ``tests/e2e/toolbox``."""
-    return build(find_app(str(FOLDER / "toolbox")), say=lambda _: None, environ=os.environ).module.read_bytes()
+    return build_guest(str(FOLDER / "toolbox"))
+
+
+def build_guest(app: str) -> bytes:
+    """The module of a sample or a folder."""
+    return build(find_app(app), say=lambda _: None, environ=os.environ).module.read_bytes()
 
 
 def module_artifact(name: str, module: bytes, layout: Layout = Layout.CNCF) -> Artifact:
@@ -206,4 +217,7 @@ _TEXTS: Mapping[str, str] = {
     "component-fails": component_guest("(i32.const 1)"),
     "component-exit-7": component_guest("(call $exit_code (i32.const 7)) (i32.const 0)"),
     "component-traps": component_guest("unreachable"),
+    "component-http": component_guest(
+        "(i32.const 0)", imports='(import "wasi:http/outgoing-handler@0.2.3" (instance (export "handle" (func))))'
+    ),
 }

@@ -31,7 +31,8 @@ def run_case(case: Case, stage: Stage, values: Mapping[str, str]) -> float:
         scratch = Path(values["scratch"]) / namespace
         scratch.mkdir()
         with stage.kube() as kube:
-            _Run(case, stage, kube, namespace, {**values, "namespace": namespace, "scratch": str(scratch)}).run()
+            own = {**case.values(values), "namespace": namespace, "scratch": str(scratch)}
+            _Run(case, stage, kube, namespace, own).run()
     return time.monotonic() - began
 
 

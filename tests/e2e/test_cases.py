@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.clusters import TestCluster
+from tests.e2e import componentize
 from tests.e2e.casefiles import Case, load
 from tests.e2e.guests import push_guests
 from tests.e2e.runner import case_values, run_case
@@ -43,7 +44,8 @@ def running(
     request: pytest.FixtureRequest, cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     names = {case.id for item in request.session.items if (case := _case_of(item)) is not None}
-    selected = [case for case in CASES if case.id in names]
+    without = componentize.why_not()
+    selected = [case for case in CASES if case.id in names and not (without and case.component)]
     status = cluster.status()
     guests = push_guests(cluster.cluster, str(status["registry"]))
     node = cluster.kube.get("/api/v1/nodes")["items"][0]
@@ -73,6 +75,8 @@ def agent_pid(cluster: TestCluster) -> int:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.file}/{case.id}")
 def test_case(case: Case, running: Running) -> None:
     """See the case file."""
+    if case.component and (reason := componentize.why_not()):
+        pytest.skip(reason)
     running.futures[case.id].result(timeout=CASE_SECONDS)
 
 

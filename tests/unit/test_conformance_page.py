@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from tests.e2e.casefiles import load
 from tests.e2e.conformance import PAGE, page
@@ -15,6 +18,28 @@ def test_the_page_of_what_is_supported_is_what_the_cases_say() -> None:
 
 def test_every_case_can_be_read_and_demands_something() -> None:
     assert len(load()) > 150
+
+
+def test_a_case_may_run_a_second_time_with_the_component() -> None:
+    cases = {case.id: case for case in load()}
+    twice = [case for case in cases.values() if case.also_component]
+    assert len(twice) > 20
+    for case in twice:
+        second = cases[f"component-{case.id}"]
+        assert second.component
+        assert (second.steps, second.within) == (case.steps, case.within)
+    values = {f"{what}:toolbox{kind}": what + kind for what in ("image", "digest") for kind in ("", "-component")}
+    assert twice[0].values(values) == values
+    assert cases[f"component-{twice[0].id}"].values(values)["image:toolbox"] == "image-component"
+
+
+@pytest.mark.parametrize("entry", [{"also": "module"}, {"also": "component", "only": "component"}, {"only": "both"}])
+def test_what_a_case_cannot_mean_is_refused(tmp_path: Path, entry: dict[str, str]) -> None:
+    (tmp_path / "x.yaml").write_text(
+        yaml.safe_dump({"area": "x", "cases": [{"case": "x", "see": {"pod": {}}, **entry}]})
+    )
+    with pytest.raises(ValueError, match="also or only"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
