@@ -187,6 +187,7 @@ class LogViews:
                     await answer.follow(target.path, segments, waiter)
             else:
                 await answer.send(segments)
+                await answer.finish()
             await response.write_eof()
         return response
 
@@ -218,8 +219,10 @@ class _Answer:
             segments = await asyncio.to_thread(skip_to_tail, segments, self._options.tail_lines)
         for segment in segments:
             await self._write_all(segment)
-        if not self._options.follow:
-            await self._write(self._renderer.finish())
+
+    async def finish(self) -> None:
+        """A last line that was cut off: no more will come."""
+        await self._write(self._renderer.finish())
 
     async def follow(self, path: Path, segments: list[Segment], waiter: Waiter) -> None:
         """What the files hold, then all that is written until the container ends."""
@@ -249,7 +252,7 @@ class _Answer:
                         position = current.size
                     continue
                 if ended:
-                    await self._write(self._renderer.finish())
+                    await self.finish()
                     return
                 waited = clock()
                 await waiter.wait()

@@ -242,6 +242,13 @@ async def test_before_the_pods_are_known_nobody_is_told_that_one_does_not_exist(
     assert await rig.get("/containerLogs/default/web/main") == (200, "one\n"), "what is known is served"
 
 
+@pytest.mark.parametrize("follow", ["", "?follow=true"])
+async def test_a_last_line_that_was_cut_off_is_shown_of_a_container_that_ended(rig: Rig, follow: str) -> None:
+    pod = rig.pods.add(make_pod(state={"terminated": {"exitCode": 0, "containerID": "wasmtime://a0"}}))
+    (log_folder(rig.log_root, pod) / "0.log").write_bytes(NAME_LINE % (1, b"one") + (NAME_LINE % (2, b"torn"))[:-1])
+    assert await rig.get(f"/containerLogs/default/web/main{follow}") == (200, "one\ntorn\n")
+
+
 async def raw(rig: Rig, request: bytes) -> bytes:
     """All that comes until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", rig.server.port, ssl=rig.tls(rig.client))
