@@ -20,7 +20,7 @@ from harness.errors import ApiError, HarnessError, UsageError
 from harness.play import Finding, Play, Progress, Recap, Step
 from harness.providers.base import Cluster
 from harness.samples import App, Expectation, find_app, sample_names
-from harness.settings import Settings
+from harness.settings import Settings, checked_name
 
 if TYPE_CHECKING:
     from harness.artifact import Artifact
@@ -94,6 +94,7 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
     from harness.render import render
 
     app = find_app(name, environ=settings.environ)
+    checked_name(options.namespace, what="namespace")
     if not app.demo.expect:
         raise UsageError(
             f"{app.name} has no demo", hint=f"{app.folder / 'demo.yaml'} would say what is applied and asserted"

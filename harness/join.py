@@ -26,7 +26,7 @@ from harness.providers.base import Cluster
 from harness.providers.docker import is_local
 from harness.providers.host import node_address
 from harness.state import write_file
-from harness.token import bootstrap_config, create_token, write_bootstrap_file
+from harness.token import bootstrap_config, create_token, hand_over
 
 API_SERVER_DOOR = "apiserver-door"
 REGISTRY_DOOR = "registry-door"
@@ -119,7 +119,7 @@ def bootstrap(cluster: Cluster, *, node: str, file: Path, address: str = "", reg
     config = bootstrap_config(
         server=server, ca=access.ca, client_ca=access.client_ca, token=token, tls_server_name=server_name
     )
-    write_bootstrap_file(file, config)
+    hand_over(cluster.admin(), token, file, config)
     pull_from = f"{_host_of_url(address)}:{cluster.ports()[_PORTS[REGISTRY_DOOR]]}" if registry else ""
     command = ["python3", "-P", "-m", "node", "--bootstrap-file", file.name, "--node-name", node]
     for taint in cluster.taints():

@@ -46,9 +46,19 @@ class Resources:
     def apply(self, objects: Sequence[KubeObject], *, timeout_seconds: float = DELETE_TIMEOUT_SECONDS) -> list[str]:
         """Make the cluster hold ``objects``; ``kind/name`` of each with what was done.
 
-        Raises UsageError when one exists that another made (before anything is changed), ApiError when the server
-        refuses one, WaitTimeoutError when one that must be replaced does not go.
+        Raises UsageError when one exists that another made (before anything is changed) or there is no such namespace,
+        ApiError when the server refuses one, WaitTimeoutError when one that must be replaced does not go.
         """
+        try:
+            return self._apply(objects, timeout_seconds)
+        except ApiError as error:
+            if error.code == 404 and error.message == f'namespaces "{self.namespace}" not found':
+                raise UsageError(
+                    f"there is no namespace {self.namespace!r}", hint=f"kubectl create namespace {self.namespace}"
+                ) from error
+            raise
+
+    def _apply(self, objects: Sequence[KubeObject], timeout_seconds: float) -> list[str]:
         existing = [self.kube.find(self.path(obj)) for obj in objects]
         for obj, old in zip(objects, existing, strict=True):
             if old is not None and not is_ours(old):

@@ -52,11 +52,11 @@ def state_root(environ: Mapping[str, str] | None = None) -> Path:
     return Path(user_state_dir("wasilet", appauthor=False))
 
 
-def checked_name(name: str) -> str:
+def checked_name(name: str, *, what: str = "cluster") -> str:
     """``name`` itself when it is a DNS label (RFC 1123, which Kubernetes asks of names); UsageError otherwise."""
     if not _DNS_LABEL.fullmatch(name):
         raise UsageError(
-            f"{name!r} is no name for a cluster",
+            f"{name!r} is no name for a {what}",
             hint="1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit",
         )
     return name

@@ -9,6 +9,7 @@ the authority that signs *clients* of the cluster, which a node needs to know it
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
 import re
 import secrets
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import UsageError
+from harness.errors import ApiError, StateError, UsageError
 from harness.kube import Kube, KubeObject, api_path, load_yaml
 from harness.manifests import object_path, render_objects
 from harness.settings import Settings
@@ -151,8 +152,18 @@ def _run_action(cluster: Cluster, settings: Settings, action: str, *, token_id: 
     access = cluster.provider.access(cluster)
     path = Path(file)
     config = bootstrap_config(server=access.server, ca=access.ca, client_ca=access.client_ca, token=token)
-    write_bootstrap_file(path, config)
+    hand_over(kube, token, path, config)
     return [{"id": token.id, "file": str(path)}]
+
+
+def hand_over(kube: Kube, token: Token, path: Path, config: KubeObject) -> None:
+    """Write the file of a token that was made for it; one that nobody was given is taken back. Raises StateError."""
+    try:
+        write_bootstrap_file(path, config)
+    except StateError:
+        with contextlib.suppress(ApiError):
+            delete_token(kube, token.id)
+        raise
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

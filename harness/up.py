@@ -44,12 +44,7 @@ def open_cluster(settings: Settings) -> Cluster:
 def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
     """Bring a cluster up, or mend what is missing of it. Raises UsageError and StateError before anything is changed;
     a failed step is in the recap."""
-    recorded = State.of(settings).read().get("provider")
-    if recorded and recorded != settings.provider:
-        raise UsageError(
-            f"cluster {settings.name!r} is of provider {recorded!r}, not {settings.provider!r}",
-            hint=f"`invoke down --purge --name {settings.name}` first, or choose another --name",
-        )
+    check_provider(settings)
     with open_cluster(settings) as cluster:
         check_options(cluster.provider, settings)
         detection = cluster.provider.detect(settings)
@@ -72,6 +67,16 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
                 if new and not _left_something(cluster):
                     # It failed before anything was started: there is no cluster, so there is no folder of one.
                     cluster.state.remove()
+
+
+def check_provider(settings: Settings) -> None:
+    """Raises UsageError when there is a cluster of that name by another provider than the one asked for."""
+    recorded = State.of(settings).read().get("provider")
+    if recorded and recorded != settings.provider:
+        raise UsageError(
+            f"cluster {settings.name!r} is of provider {recorded!r}, not {settings.provider!r}",
+            hint=f"`invoke down --purge --name {settings.name}` first, or choose another --name",
+        )
 
 
 def _left_something(cluster: Cluster) -> bool:

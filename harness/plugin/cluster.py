@@ -168,7 +168,10 @@ def join(wish: Wish, user: ProcessRecord, *, say: Callable[[str], None] = lambda
     """The cluster of the test run, stood up when it does not run. Raises HarnessError that says what to start."""
     if wish.kubeconfig:
         return _adopt(wish)
+    from harness.up import check_provider
+
     settings = wish.settings()
+    check_provider(settings)
     users = Users.of(settings)
     with users.locked() as data:
         known = _processes(data)

@@ -311,6 +311,17 @@ def test_a_pod_is_created_and_the_second_time_replaced() -> None:
     assert POD["metadata"] == {"name": "x"}, "the manifest itself was changed"
 
 
+@pytest.mark.parametrize("obj", [POD, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}}])
+def test_a_namespace_that_is_not_there_is_told_with_what_makes_it(obj: Any) -> None:
+    class Without(FakeKube):
+        def request(self, *_: Any, **__: Any) -> Any:
+            raise ApiError('namespaces "default" not found', code=404, reason="NotFound")
+
+    with pytest.raises(UsageError, match="there is no namespace 'default'") as error:
+        resources(Without()).apply([obj])
+    assert error.value.hint == "kubectl create namespace default"
+
+
 def test_what_somebody_else_made_is_named_and_nothing_is_changed() -> None:
     kube = FakeKube()
     kube.put(PATH, POD, manager="kubectl-client-side-apply")

@@ -59,6 +59,7 @@ def _run(*argv: str, state: Path, **environ: str) -> subprocess.CompletedProcess
         (["token", "list"], "cluster 'wasilet' is not up"),
         (["approve"], "cluster 'wasilet' is not up"),
         (["token", "frobnicate"], "unknown action 'frobnicate' (create, list, delete)"),
+        (["demo", "hello-world", "--namespace", "Not_A_Label"], "'Not_A_Label' is no name for a namespace"),
         (["diagnose", "--name", "unknown"], "there is no cluster 'unknown'"),
         (["approve", "--all", "--output", "xml"], "unknown output 'xml'"),
         (["token", "create", "--output", "xml"], "unknown output 'xml'"),

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 
-from harness.errors import ApiError, UsageError
+from harness.errors import ApiError, StateError, UsageError
 from harness.kube import KubeObject
 from harness.manifests import create_missing, missing_objects, object_path, render_objects
 from harness.token import (
@@ -20,6 +20,7 @@ from harness.token import (
     bootstrap_config,
     create_token,
     delete_token,
+    hand_over,
     list_tokens,
     new_token,
     usable_token,
@@ -115,6 +116,15 @@ def test_the_file_is_a_kubeconfig_with_the_client_authority(tmp_path: Path) -> N
             "certificate-authority-data": base64.b64encode(b"client CA").decode(),
         },
     }
+
+
+def test_a_token_whose_file_cannot_be_written_is_taken_back(kube: Any, tmp_path: Path) -> None:
+    token = create_token(kube, ttl_seconds=60)
+    with pytest.raises(StateError, match="cannot write"):
+        hand_over(kube, token, tmp_path / "nowhere" / "bootstrap.conf", {})
+    assert list_tokens(kube) == []
+    hand_over(kube, create_token(kube, ttl_seconds=60), tmp_path / "bootstrap.conf", {})
+    assert len(list_tokens(kube)) == 1
 
 
 def test_the_node_reads_what_the_harness_writes(tmp_path: Path) -> None:

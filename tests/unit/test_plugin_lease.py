@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,11 @@ def test_a_cluster_keeps_its_provider_unless_another_is_asked_for(machine: Machi
     machine.state.update(provider="kind")
     assert machine.wish.settings().provider == "kind"
     assert Wish(provider="host", environ=machine.wish.environ).settings().provider == "host"
+
+
+def test_a_running_cluster_of_another_provider_is_not_taken_for_the_one_asked_for(machine: Machine) -> None:
+    machine.start()
+    with pytest.raises(UsageError, match="is of provider 'host', not 'kind'"):
+        join(replace(machine.wish, provider="kind"), me())
+    assert machine.asked == []
+    assert not Users.of(machine.wish.settings()).path.exists()
