@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from harness.controlplane.acquire import AcquireError, acquire, locate
-from harness.controlplane.binaries import BINARIES, HOST_PROVIDER, go_architecture
+from harness.controlplane.binaries import BINARIES, HOST_PROVIDER, Binary, go_architecture
 from harness.controlplane.gobuild import BuildError, Go, find_go
 from harness.errors import StateError
 
@@ -132,3 +135,36 @@ def test_a_build_that_fails_says_what_would_help(
             toolchain=lambda _: go,
         )
     assert hint in error.value.hint
+
+
+def test_two_runs_at_once_share_one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[str] = []
+    begun, waited = threading.Event(), threading.Event()
+
+    def slow(group: list[Binary], *, output: Path, **_: object) -> None:
+        builds.extend(binary.name for binary in group)
+        begun.set()
+        assert waited.wait(10), "the second run did not wait for the first"
+        for binary in group:
+            put(output, binary.name, binary.version)
+
+    def said(line: str) -> None:
+        if line.startswith(f"waiting for another run (pid {os.getpid()})"):
+            waited.set()
+
+    monkeypatch.setattr("harness.controlplane.acquire.build", slow)
+    go = Go(path=Path("/usr/bin/go"), version="1.24.0", problem="")
+
+    def bring() -> Path:
+        found = acquire(
+            ["etcd"], cache=tmp_path, environ={}, progress=said, allow_download=False, toolchain=lambda _: go
+        )
+        return found["etcd"].path
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(bring)
+        assert begun.wait(10)
+        second = pool.submit(bring)
+        assert first.result(20) == second.result(20)
+    assert builds == ["etcd"]
+    assert not list((tmp_path / "binaries").glob(".new-*"))

@@ -115,7 +115,9 @@ def test_run_gives_pytest_its_own_words(tmp_path: Path) -> None:
     assert "test_the_shipped_file_says_what_the_defaults_are" in done.stdout
 
 
-@pytest.mark.parametrize("words", [["kubectl", "--help"], ["test", "--help"], ["up", "--help"], ["--help"], ["--list"]])
+@pytest.mark.parametrize(
+    "words", [[], ["kubectl", "--help"], ["test", "--help"], ["up", "--help"], ["--help"], ["--list"]]
+)
 def test_help_is_helps_own(tmp_path: Path, words: list[str]) -> None:
     done = run(*words, state=tmp_path)
     assert done.returncode == 0, done.stderr
