@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -142,6 +144,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for piece in (b"one ", b"two"):
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
             self.wfile.write(b"0\r\n\r\n")
+        elif path == "/silent":
+            # until the guest hangs up
+            self.rfile.read(1)
+        elif path == "/drip":
+            self.close_connection = True
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Drip: ")
+                for _ in range(200):
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
         elif path == "/broken":
             self.wfile.write(b"not http at all\r\n\r\n")
             self.close_connection = True
@@ -322,6 +334,34 @@ def test_errors_are_the_crates_numbers(  # noqa: PLR0917
     guest: Guest, server: str, url: str, method: str, headers: bytes, errno: HttpErrno
 ) -> None:
     assert guest.request(url.format(server=server), method, headers)[0] is errno
+
+
+@pytest.mark.parametrize("path", ["/silent", "/drip"])
+def test_a_server_that_never_begins_to_answer_is_given_up_on(
+    guest: Guest, server: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostcalls, "REQUEST_TIMEOUT_SECONDS", 0.3)
+    began = time.monotonic()
+    assert guest.request(server + path)[0] is HttpErrno.REQUEST_ERROR
+    assert time.monotonic() - began < 3, "the drip alone would take four seconds"
+
+
+def test_a_body_may_take_longer_than_its_head(guest: Guest, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostcalls, "REQUEST_TIMEOUT_SECONDS", 0.3)
+    errno, _, handle = guest.request(f"{server}/large?100000")
+    assert errno is HttpErrno.SUCCESS
+    time.sleep(0.5)
+    assert len(guest.body(handle)) == 100_000
+
+
+def test_bodies_have_limits(guest: Guest, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostcalls, "MAX_RESPONSE_BODY_BYTES", 50_000)
+    monkeypatch.setattr(hostcalls, "MAX_REQUEST_BODY_BYTES", 1000)
+    assert guest.request(f"{server}/", "POST", body=b"x" * 1001)[0] is HttpErrno.BUFFER_TOO_SMALL
+    errno, _, handle = guest.request(f"{server}/large?60000")
+    assert errno is HttpErrno.SUCCESS
+    outcomes = {guest.call("body_read", handle, 70000, 4096, 108) for _ in range(20)}
+    assert outcomes == {HttpErrno.SUCCESS, HttpErrno.REQUEST_ERROR}
 
 
 def test_a_server_that_is_not_there_is_a_request_error() -> None:

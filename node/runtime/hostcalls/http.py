@@ -20,6 +20,7 @@ from __future__ import annotations
 import base64
 import encodings.idna  # noqa: F401 - getaddrinfo needs it, and a sandbox must not import
 import http.client
+import io
 import ipaddress
 import re
 import socket
@@ -164,6 +165,44 @@ def is_reserved(address: str) -> bool:
     return ip.is_loopback or ip.is_link_local or ip.is_multicast or ip.is_unspecified
 
 
+class _Answer(io.RawIOBase):
+    """The bytes that a server sends. A socket's own limit begins anew with every byte, so a server that drips could
+    hold its guest for ever: there is one for the whole head, too."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+        self._deadline: float | None = deadline
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What ``http.client`` asks of a socket."""
+        return io.BufferedReader(self)
+
+    def head_ended(self) -> None:
+        """From here on each read has the idle limit alone."""
+        self._deadline = None
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Raises TimeoutError."""
+        left = IDLE_TIMEOUT_SECONDS
+        if self._deadline is not None:
+            left = min(left, self._deadline - time.monotonic())
+        if left <= 0:
+            raise TimeoutError("the head of the answer did not come in time")
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._raw.close()
+        super().close()
+
+
 class _Response:
     """An open response; its body is read as the guest asks."""
 
@@ -252,7 +291,15 @@ class HttpClient:
                 connection.putheader("Content-Length", str(len(body)))
             connection.putheader("Connection", "close")
             connection.endheaders(body or None)
-            return _Response(connection, connection.getresponse())
+            answer = _Answer(connection.sock, deadline)
+            response = http.client.HTTPResponse(answer, method=method)  # type: ignore[arg-type]
+            try:
+                response.begin()
+            except BaseException:
+                response.close()
+                raise
+            answer.head_ended()
+            return _Response(connection, response)
         except HttpCallError:
             connection.close()
             raise
