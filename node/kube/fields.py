@@ -8,6 +8,7 @@ Shared by environment variables and by downwardAPI volumes, which differ: only v
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ _QUALIFIED_NAME = re.compile(
 _MAX_NAME = 63
 _MAX_PREFIX = 253
 _MAX_HOSTNAME = 63
+_MAX_KERNEL_HOSTNAME = 64
+CLUSTER_DOMAIN = "cluster.local"
 _ENVIRONMENT_FIELDS = frozenset(
     {"spec.nodeName", "spec.serviceAccountName", "status.hostIP", "status.hostIPs", "status.podIP", "status.podIPs"}
 )
@@ -171,6 +174,24 @@ def hostname(pod: Pod) -> str:
     spec = pod.get("spec", {})
     name = str(spec.get("hostnameOverride") or spec.get("hostname") or pod.get("metadata", {}).get("name", ""))
     return name if len(name) <= _MAX_HOSTNAME else name[:_MAX_HOSTNAME].rstrip("-.")
+
+
+def process_hostname(pod: Pod, cluster_domain: str = CLUSTER_DOMAIN) -> str:
+    """The name of the host that a process of the pod is told: the pod's, the full one with ``setHostnameAsFQDN``, the
+    machine's own with ``hostNetwork``. Raises FieldError when no kernel would take it (``GetNodenameForKernel``)."""
+    spec = pod.get("spec", {})
+    if spec.get("hostNetwork"):
+        return os.uname().nodename
+    name, domain = hostname(pod), host_domain(pod, cluster_domain)
+    if not domain or not spec.get("setHostnameAsFQDN"):
+        return name
+    full = f"{name}.{domain}"
+    if len(full) > _MAX_KERNEL_HOSTNAME:
+        raise FieldError(
+            f"failed to construct FQDN from pod hostname and cluster domain, FQDN {full} is too long "
+            f"({_MAX_KERNEL_HOSTNAME} characters is the max, {len(full)} characters requested)"
+        )
+    return full
 
 
 def host_domain(pod: Pod, cluster_domain: str) -> str:

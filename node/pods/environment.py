@@ -183,13 +183,13 @@ def process_environment(
     before, as containerd and runc do it.
 
     PWD is set when a working directory is: Go's WASI port takes its own from there, since a module has no other way to
-    learn it.
+    learn it. Raises FieldError, as ``fields.process_hostname``.
     """
     variables = {"PATH": _DEFAULT_PATH, "HOME": "/"}
     working_dir = container.get("workingDir") or image.working_dir
     if working_dir:
         variables["PWD"] = str(working_dir)
     variables |= dict(image.env)
-    variables["HOSTNAME"] = fields.hostname(pod)
+    variables["HOSTNAME"] = fields.process_hostname(pod)
     variables |= environment
     return tuple(variables.items())

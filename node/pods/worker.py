@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
+from node.kube import fields
 from node.kube.base import KubeError, NotFoundError
 from node.pods import logtail, recovery, resources, spec, termination
 from node.pods import status as status_of
@@ -335,14 +336,21 @@ class PodWorker:
             await self._kill(found[1], instance, message=kill.message, grace_seconds=grace_seconds)
             if kill.restart:
                 fresh.add(kill.container)
-        if not self._volumes_ready and not await self._set_up_volumes():
+        if not self._volumes_ready and not await self._set_up():
             return
         for name in (*fresh, *plan.start):
             await self._start(name, fresh=name in fresh)
 
-    async def _set_up_volumes(self) -> bool:
+    async def _set_up(self) -> bool:
+        """What all containers have in common, as a sandbox elsewhere: the host's name, and the volumes."""
         try:
+            fields.process_hostname(self.pod)
             await self.services.volumes.setup(self.pod)
+        except fields.FieldError as error:
+            message = f"Failed to create pod sandbox: {error}"
+            self.services.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)
+            self._put_off(self._volume_retry)
+            return False
         except VolumeRefusedError as error:
             self._held = Waiting(reason="CreateContainerConfigError", message=str(error))
             self._wake.set()

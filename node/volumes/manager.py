@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from node.kube import fields
 from node.kube.base import KubeError
 from node.kube.references import References
 from node.runtime.protocol import Mount
@@ -103,7 +104,7 @@ class VolumeManager:
         *,
         allocatable: Callable[[], Mapping[str, str]],
         addresses: Callable[[], Sequence[str]] = tuple,
-        cluster_domain: str = "cluster.local",
+        cluster_domain: str = fields.CLUSTER_DOMAIN,
         shared_memory: Path | None = _SHARED_MEMORY,
         tokens: Tokens | None = None,
         host_threads: HostThreads | None = None,

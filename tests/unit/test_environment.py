@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,21 @@ def test_the_process_has_the_runtimes_variables_below_the_images_below_the_pods(
         "B": "image",
         "HOSTNAME": "box",
     }
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"setHostnameAsFQDN": True}, "box"),
+        ({"subdomain": "t"}, "box"),
+        ({"subdomain": "t", "setHostnameAsFQDN": True}, "box.t.default.svc.cluster.local"),
+        ({"subdomain": "t", "setHostnameAsFQDN": True, "hostnameOverride": "own.example"}, "own.example"),
+        ({"hostNetwork": True}, os.uname().nodename),
+    ],
+)
+def test_a_process_is_told_the_full_name_or_the_machines_where_a_pod_asks(spec: dict[str, Any], expected: str) -> None:
+    pod = make_pod(hostname="box", **spec)
+    assert dict(process_environment({}, pod, make_container(), image()))["HOSTNAME"] == expected
 
 
 def test_a_long_pod_name_is_cut_to_a_host_name() -> None:

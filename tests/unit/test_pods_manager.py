@@ -368,6 +368,22 @@ async def test_a_volume_that_cannot_be_set_up_is_an_event_and_tried_again(fakes:
         await eventually(lambda: phase(fakes) == "Running")
 
 
+async def test_a_full_name_that_no_kernel_takes_keeps_the_pod_pending(fakes: Fakes) -> None:
+    async with running(fakes):
+        fakes.kube.add(make_pod(hostname="h" * 60, subdomain="t", setHostnameAsFQDN=True))
+        await eventually(
+            lambda: fakes.events.has(
+                f"FailedCreatePodSandBox: Failed to create pod sandbox: failed to construct FQDN from pod hostname and "
+                f"cluster domain, FQDN {'h' * 60}.t.default.svc.cluster.local is too long (64 characters is the max, "
+                "88 characters requested)"
+            )
+        )
+        await eventually(lambda: fakes.kube.pod("a")["status"].get("conditions"))
+        assert condition(fakes, "PodReadyToStartContainers")["status"] == "False"
+        assert phase(fakes) == "Pending"
+        assert fakes.runtime.configs == []
+
+
 async def test_a_volume_of_an_unsupported_kind_fails_a_bare_pod(fakes: Fakes) -> None:
     fakes.volumes.refuse = VolumeRefusedError("volume v: nfs is not supported")
     async with running(fakes):
