@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from harness.errors import ApiError, HarnessError, UsageError
 from harness.kube import Kube, KubeObject, read_credentials
-from harness.play import Progress
 from harness.providers.base import Cluster
 from harness.providers.docker import Container, Docker, gateway
 from harness.providers.external import (
@@ -56,6 +55,10 @@ class ContainedProvider(ExternalProvider):
         """What a user would type."""
         raise NotImplementedError
 
+    def start_command(self, name: str, stopped: Sequence[str]) -> str:
+        """What a user would type to start a cluster, of which these containers are stopped."""
+        raise NotImplementedError
+
     # --- ExternalProvider --------------------------------------------------------------------------------------------
 
     def find(self, cluster: Cluster) -> Found | None:
@@ -76,15 +79,8 @@ class ContainedProvider(ExternalProvider):
         elif stopped and ours:
             raise StoppedError(f"{self.name} cluster {name} is stopped")
         elif stopped:
-            raise UsageError(f"{self.name} cluster {name} is stopped", hint=f"docker start {' '.join(stopped)}")
+            raise UsageError(f"{self.name} cluster {name} is stopped", hint=self.start_command(name, stopped))
         return self.found(cluster, containers, created=ours)
-
-    def start(self, cluster: Cluster, say: Progress) -> None:
-        """``docker start``, as the tools' own commands do."""
-        docker = Docker(cluster.settings.environ)
-        stopped = [c.name for c in docker.containers(self.label(cluster.settings.name)) if not c.running]
-        say(f"starting {', '.join(stopped)}")
-        docker.run("start", *stopped, timeout_seconds=60.0)
 
     def found(self, cluster: Cluster, containers: Sequence[Container], *, created: bool) -> Found:
         """The facts of running containers. Raises HarnessError when the cluster is not whole."""

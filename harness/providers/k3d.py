@@ -104,6 +104,13 @@ class K3dProvider(ContainedProvider):
         self._k3d(cluster, *arguments, timeout_seconds=CREATE_SECONDS + 30.0, on_line=progress)
         return self.found(cluster, Docker(settings.environ).containers(self.label(settings.name)), created=True)
 
+    def start(self, cluster: Cluster, say: Progress) -> None:
+        """``k3d cluster start``, which tells the nodes anew what this machine is called."""
+        name = cluster.settings.name
+        say(f"starting {name}")
+        arguments = ("cluster", "start", name, "--wait", f"--timeout={CREATE_SECONDS}s")
+        self._k3d(cluster, *arguments, timeout_seconds=CREATE_SECONDS + 30.0)
+
     def delete_by_tool(self, cluster: Cluster) -> None:
         """``k3d cluster delete``; with the user's kubeconfig out of its reach, since nothing of it is there."""
         self._k3d(cluster, "cluster", "delete", cluster.settings.name, timeout_seconds=120.0)
@@ -111,6 +118,10 @@ class K3dProvider(ContainedProvider):
     def delete_command(self, name: str) -> str:
         """For messages."""
         return f"k3d cluster delete {name}"
+
+    def start_command(self, name: str, stopped: Sequence[str]) -> str:  # noqa: ARG002
+        """For messages."""
+        return f"k3d cluster start {name}"
 
     def preflight(self, cluster: Cluster, kube: Kube, say: Progress) -> None:
         """What an adopted cluster had to be created with. Raises HarnessError."""

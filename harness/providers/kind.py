@@ -89,6 +89,13 @@ class KindProvider(ContainedProvider):
         self._kind(cluster, *arguments, timeout_seconds=CREATE_SECONDS, on_line=progress)
         return self.found(cluster, Docker(settings.environ).containers(self.label(settings.name)), created=True)
 
+    def start(self, cluster: Cluster, say: Progress) -> None:
+        """``docker start``: kind has no command for it, its nodes put themselves right."""
+        docker = Docker(cluster.settings.environ)
+        stopped = [c.name for c in docker.containers(self.label(cluster.settings.name)) if not c.running]
+        say(f"starting {', '.join(stopped)}")
+        docker.run("start", *stopped, timeout_seconds=60.0)
+
     def delete_by_tool(self, cluster: Cluster) -> None:
         """``kind delete cluster``."""
         file = self._own_file(cluster)
@@ -99,6 +106,10 @@ class KindProvider(ContainedProvider):
     def delete_command(self, name: str) -> str:
         """For messages."""
         return f"kind delete cluster --name {name}"
+
+    def start_command(self, name: str, stopped: Sequence[str]) -> str:  # noqa: ARG002
+        """For messages."""
+        return f"docker start {' '.join(stopped)}"
 
     def _own_file(self, cluster: Cluster) -> str:
         return str(cluster.state.etc / "kind.conf")

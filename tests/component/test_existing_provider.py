@@ -330,6 +330,11 @@ def test_k3d_is_created_joined_and_deleted(world: World, control_plane_cluster: 
         again = bring_up(settings)
         assert [outcome.name for outcome in again.outcomes if outcome.status is Status.CHANGED] == []
         assert len(world.calls("k3d", "cluster", "create")) == 1
+        world.write("containers", [container | {"running": False} for container in world.read("containers", [])])
+        bring_up(settings)
+        assert [words[:4] for words in world.calls("k3d", "cluster", "start")] == [
+            ["k3d", "cluster", "start", "by-k3d"]
+        ]
         with open_cluster(settings) as cluster:
             assert cluster.provider.access(cluster).node_address == world.setting("gateway")
         assert down(settings, reporter=SilentReporter(), purge=True).succeeded
@@ -354,6 +359,15 @@ def test_an_adopted_k3d_without_direct_ways_to_nodes_is_refused(world: World) ->
         assert "reaches nodes only through k3s's own tunnel" in failure.detail
         assert "--egress-selector-mode=disabled@server:*" in failure.hint
     assert world.calls("k3d", "cluster", "delete") == []
+
+
+def test_a_stopped_k3d_of_somebody_else_is_left_so_with_what_starts_it(world: World) -> None:
+    k3d_server(world, "--egress-selector-mode=disabled")
+    world.write("containers", [container | {"running": False} for container in world.read("containers", [])])
+    with with_tools(world, "k3d", "docker", "k3d") as settings:
+        (failure,) = up(settings, reporter=SilentReporter()).failures
+        assert (failure.detail, failure.hint) == ("k3d cluster by-k3d is stopped", "k3d cluster start by-k3d")
+    assert world.calls("k3d", "cluster", "start") == []
 
 
 @pytest.mark.parametrize("way", ["one word", "two words", "file"])
@@ -403,6 +417,9 @@ def test_minikube_is_started_joined_and_deleted(
         assert f'[host."http://{world.setting("gateway")}:{port}"]' in wired
         again = bring_up(settings)
         assert [outcome.name for outcome in again.outcomes if outcome.status is Status.CHANGED] == []
+        world.write("running", [])
+        bring_up(settings)
+        assert len(world.calls("minikube", "start")) == 2
         assert down(settings, reporter=SilentReporter(), purge=True).succeeded
         assert world.read("profiles", {}) == {}
     for name in set(inventory(control_plane_cluster.kube)["nodes"]) - set(before["nodes"]):

@@ -85,6 +85,10 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("cluster", "delete"): Command(
         flags=GLOBAL | {"--all": switch(), "-a": switch(), "--config": Flag(check=existing_file)}, arguments=(0, 100)
     ),
+    ("cluster", "start"): Command(
+        flags=GLOBAL | {"--all": switch(), "-a": switch(), "--wait": BOOLEAN, "--timeout": Flag(check=duration)},
+        arguments=(0, 100),
+    ),
     ("cluster", "list"): Command(
         flags=GLOBAL | {"--no-headers": switch(), "--token": switch(), "--output": Flag(check=matches("json|yaml"))},
         arguments=(0, 100),
@@ -107,6 +111,11 @@ def main(words: list[str]) -> NoReturn:
             gone = {f"k3d-{name}" for name in parsed.arguments}
             kept = [c for c in world.read("containers", []) if c["name"].rpartition("-server")[0] not in gone]
             world.write("containers", kept)
+        case ("cluster", "start"):
+            containers = world.read("containers", [])
+            for container in containers:
+                container["running"] |= container["labels"].get("k3d.cluster") in parsed.arguments
+            world.write("containers", containers)
         case ("kubeconfig", "get"):
             for name in parsed.arguments:
                 if not any(c["labels"].get("k3d.cluster") == name for c in world.read("containers", [])):
