@@ -1,4 +1,4 @@
-"""Kubernetes' own end-to-end tests on a cluster whose only node is a wasm node; by command only, as they take an hour.
+"""Kubernetes' own end-to-end tests on a cluster whose only nodes are wasm nodes; by command only, as they take an hour.
 
 ``WASILET_CONFORMANCE_FOCUS`` is a regular expression for a part of them; only a whole run writes the page.
 """
@@ -13,7 +13,7 @@ import pytest
 
 from tests.clusters import whole_cluster
 from tests.rigs.conformance import report
-from tests.rigs.conformance.run import PAGE, run
+from tests.rigs.conformance.run import NODES, PAGE, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -27,7 +27,7 @@ def test_what_a_wasm_node_can_do_it_does_as_kubernetes_tests_it(
         with capfd.disabled():
             sys.stderr.write(f"conformance: {line}\n")
 
-    with whole_cluster("conformance") as cluster:
+    with whole_cluster("conformance", nodes=NODES) as cluster:
         results = run(cluster, folder=tmp_path, focus=[focus] if focus else [], say=say)
     if not focus:
         PAGE.write_text(report.page(results))

@@ -76,3 +76,14 @@ def test_the_selection_of_the_repository_gives_each_skip_a_reason() -> None:
     selection = Selection.load()
     assert selection.groups
     assert all(skip.reason and skip.tests for skip in selection.skips)
+
+
+def test_what_a_run_of_a_part_did_not_run_is_taken_from_the_one_before() -> None:
+    earlier = [
+        report.Result(name="[sig-node] a", state="failed", why="one node"),
+        report.Result(name="[sig-node] b", state="passed"),
+        report.Result(name="[sig-node] c", state="excluded", why="no port"),
+    ]
+    part = [report.Result(name="[sig-node] a", state="passed"), earlier[2]]
+    found = report.merged(part, earlier)
+    assert [(result.title, result.state) for result in found] == [("a", "passed"), ("b", "passed"), ("c", "excluded")]

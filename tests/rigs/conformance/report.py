@@ -16,7 +16,7 @@ from tests.rigs.conformance.suite import HERE, VERSION
 
 _INTRODUCTION = """\
 Made by `./run test -m slow tests/e2e/test_conformance.py`: the end-to-end tests of Kubernetes {version}, as they are,
-those labelled Conformance or NodeConformance, on a cluster whose only node is a wasm node. The images they ask for
+those labelled Conformance or NodeConformance, on a cluster whose only nodes are two wasm nodes. The images they ask for
 (agnhost, busybox, pause, nginx...) are one [wasm module](../tests/rigs/conformance/standin) that stands in for them.
 What a module cannot do is left out by name, each with its reason, in
 [selection.yaml](../tests/rigs/conformance/selection.yaml); a stand-in never claims what it did not do.
@@ -108,6 +108,15 @@ def _result(spec: Mapping[str, Any], selection: Selection) -> Result | None:
         reason = selection.reason(name)
         return Result(name=name, state="excluded", why=reason) if reason else None
     return Result(name=name, state="failed", seconds=seconds, why=message or state)
+
+
+def merged(results: Sequence[Result], earlier: Sequence[Result]) -> list[Result]:
+    """``results``, and of ``earlier`` what was not run this time."""
+    names = {result.name for result in results if result.state in {"passed", "failed"}}
+    kept = [result for result in earlier if result.name not in names]
+    known = names | {result.name for result in kept}
+    added = [result for result in results if result.name in names or result.name not in known]
+    return sorted([*kept, *added], key=lambda result: result.name)
 
 
 def failures(results: Sequence[Result]) -> list[Result]:
