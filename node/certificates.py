@@ -103,6 +103,7 @@ class Certificates:
         self._kube: KubeClient | None = None
         self._client: Pair | None = None
         self._serving: Pair | None = None
+        self._served_for: NodeNames | None = None
         self._names: NodeNames | None = None
         self._names_changed = asyncio.Event()
         self._rejected = asyncio.Event()
@@ -266,6 +267,8 @@ class Certificates:
             try:
                 await self._renew_client(kube, pair, rejected=rejected)
                 retry = _FIRST_RETRY_SECONDS
+                if self._client is not pair:
+                    await self._pause_if_old(self._client, self._rejected)
             except CertificatePendingError as error:
                 logger.warning("%s", error)
             except (KubeError, CertificateError, JoinError, KubeconfigError, OSError, ValueError) as error:
@@ -317,7 +320,7 @@ class Certificates:
                 self._names_changed.clear()
                 continue
             pair = self._serving
-            if pair is not None and pair.names == names:
+            if pair is not None and names in (pair.names, self._served_for):
                 if pair is not planned:
                     planned, deadline = pair, pair.renewal_time(self._renewal_share())
                 await self._sleep_until(deadline, self._names_changed)
@@ -328,6 +331,8 @@ class Certificates:
             try:
                 await self._renew_serving(kube, self._names or names)
                 retry, refused = _FIRST_RETRY_SECONDS, _AFTER_REFUSAL_SECONDS
+                if self._serving is not pair:
+                    await self._pause_if_old(self._serving, self._names_changed)
             except CertificatePendingError as error:
                 logger.debug("%s", error)
             except CertificateRefusedError as error:
@@ -358,7 +363,10 @@ class Certificates:
             await asyncio.gather(asking, changed, return_exceptions=True)
         save_pair(self.serving_path, pair)
         forget(self._pending("serving"))
-        self._serving = pair
+        # Signers may leave names out or put some in, and would do so again: what was asked for counts.
+        self._serving, self._served_for = pair, names
+        if not (names.dns <= pair.names.dns and names.ips <= pair.names.ips):
+            logger.warning("the serving certificate is for %s, though %s was asked for", pair.names, names)
         if self._on_serving is not None:
             self._on_serving(pair)
         logger.info("serving with a certificate for %s, valid until %s", pair.names, _text(pair.not_after))
@@ -417,6 +425,13 @@ class Certificates:
 
     def _pending(self, what: str) -> Path:
         return self._pki / f"{what}.pending.json"
+
+    async def _pause_if_old(self, pair: Pair | None, unless: asyncio.Event) -> None:
+        """A new certificate that is due for renewal tells of a wrong clock; each further one would be as old."""
+        if pair is not None and pair.renewal_time(_RENEW_FROM) <= self._now():
+            logger.warning("the certificate that was just signed is valid until %s: is a clock wrong?",
+                           _text(pair.not_after))  # fmt: skip
+            await self._sleep(_AFTER_REFUSAL_SECONDS, unless)
 
     async def _sleep_until(self, moment: datetime, unless: asyncio.Event) -> None:
         """Until the wall clock says ``moment`` or the event is set."""

@@ -169,8 +169,10 @@ async def _create(kube: Kube, wanted: Wanted, pending_file: Path) -> _Pending:
             "usages": ["digital signature", _EXTENDED_USAGE[wanted.signer]],
         },
     }
-    made = await kube.create(CSR_PATH, body)
-    pending = _Pending(name=made["metadata"]["name"], uid=made["metadata"]["uid"], key=key_to_pem(key))
+    metadata = (await kube.create(CSR_PATH, body))["metadata"]
+    if not (metadata.get("name") and metadata.get("uid")):
+        raise CertificateError(f"the API server did not say which request for a {wanted.what} certificate it made")
+    pending = _Pending(name=metadata["name"], uid=metadata["uid"], key=key_to_pem(key))
     logger.info("asked for a %s certificate: %s", wanted.what, pending.name)
     document = {**_fingerprint(wanted), "name": pending.name, "uid": pending.uid, "key": pending.key}
     write_private(pending_file, json.dumps(document).encode())

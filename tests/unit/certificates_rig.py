@@ -48,7 +48,13 @@ class Authority:
         self.pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def sign(
-        self, request: x509.CertificateSigningRequest, *, client: bool, begin: datetime, lifetime: timedelta
+        self,
+        request: x509.CertificateSigningRequest,
+        *,
+        client: bool,
+        begin: datetime,
+        lifetime: timedelta,
+        names: bool = True,
     ) -> str:
         usage = ExtendedKeyUsageOID.CLIENT_AUTH if client else ExtendedKeyUsageOID.SERVER_AUTH
         builder = (
@@ -61,7 +67,7 @@ class Authority:
             .not_valid_after(begin + lifetime)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         )
-        for extension in request.extensions:
+        for extension in request.extensions if names else ():
             builder = builder.add_extension(extension.value, critical=extension.critical)
         return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
@@ -85,6 +91,9 @@ class FakeCluster:
         self.approve = {"client": True, "serving": True}
         self.begin = datetime.now(UTC) - timedelta(minutes=5)
         self.lifetime = timedelta(hours=1)
+        self.names_signed = True
+        """Copy the names of a request into the certificate."""
+
         self.forget_clients = False
         """Answer 401 to every client certificate, as a cluster that was made anew."""
 
@@ -185,7 +194,11 @@ class FakeCluster:
     def _sign(self, body: dict[str, Any]) -> None:
         csr = x509.load_pem_x509_csr(base64.b64decode(body["spec"]["request"]))
         pem = self.authority.sign(
-            csr, client=body["spec"]["signerName"] == CLIENT_SIGNER, begin=self.begin, lifetime=self.lifetime
+            csr,
+            client=body["spec"]["signerName"] == CLIENT_SIGNER,
+            begin=self.begin,
+            lifetime=self.lifetime,
+            names=self.names_signed,
         )
         body["status"]["certificate"] = base64.b64encode(pem.encode()).decode()
 

@@ -331,6 +331,34 @@ async def test_other_addresses_mean_another_serving_certificate(cluster: FakeClu
     assert len(cluster.of("serving")) == 2
 
 
+async def test_a_signer_with_a_mind_of_its_own_is_asked_once(
+    cluster: FakeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served: list[Pair] = []
+    cluster.names_signed = False
+    made = certificates(tmp_path, cluster.bootstrap(tmp_path))
+    async with running(made, served.append):
+        made.set_names(NAMES)
+        await until(lambda: served)
+        await asyncio.sleep(0.1)
+    assert len(cluster.of("serving")) == 1
+    assert "the serving certificate is for nothing, though" in caplog.text
+
+
+async def test_a_clock_that_is_ahead_does_not_flood_the_api_server_with_requests(
+    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(node.certificates, "_AFTER_REFUSAL_SECONDS", 60.0)
+    ahead = cluster.begin + cluster.lifetime * 0.95
+    made = certificates(tmp_path, cluster.bootstrap(tmp_path), now=lambda: ahead)
+    async with running(made):
+        made.set_names(NAMES)
+        await until(lambda: caplog.text.count("is a clock wrong?") == 2)
+        await asyncio.sleep(0.1)
+    assert len(cluster.of("client")) == 2
+    assert len(cluster.of("serving")) == 1
+
+
 async def test_other_addresses_while_a_request_waits_give_it_up(cluster: FakeCluster, tmp_path: Path) -> None:
     cluster.approve["serving"] = False
     served: list[Pair] = []
