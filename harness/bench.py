@@ -35,6 +35,7 @@ COMMAND_TIMEOUT_SECONDS = 600.0
 WAIT_SECONDS = 300.0
 BURST_PODS = 100
 IN_FLIGHT = 10
+PROGRESS_SECONDS = 10.0
 LOG_MEGABYTES = 50
 LATENCY_RUNS = 30
 
@@ -225,7 +226,7 @@ class _Pods:
 
     def _one_after_another(self, watched: _Watched, pods: int) -> list[Figure]:
         self.say(f"{pods} pods, {IN_FLIGHT} at a time")
-        started = time.monotonic()
+        started = told = time.monotonic()
         sizes = [self._agent_mebibytes()]
         for first in range(0, pods, IN_FLIGHT):
             names = [f"turn-{number}" for number in range(first, min(first + IN_FLIGHT, pods))]
@@ -234,6 +235,10 @@ class _Pods:
             watched.wait(dict.fromkeys(names, "Succeeded"), "Succeeded")
             self._delete(watched, names)
             sizes.append(self._agent_mebibytes())
+            if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
+                told = now
+                done = first + len(names)
+                self.say(f"{done} of {pods} pods, {done / (now - started):.1f} a second, agent {sizes[-1]:.1f} MiB")
         # Caches that are bounded fill first; what still grows from quarter to quarter after them is a leak.
         quarters = ", ".join(f"{sizes[len(sizes) * part // 4]:.1f}" for part in (1, 2, 3))
         return [
