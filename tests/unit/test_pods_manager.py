@@ -312,6 +312,19 @@ async def test_a_deleted_pod_stops_its_sidecars_after_the_rest(fakes: Fakes) -> 
         assert fakes.runtime.stopped == ["c", "s2", "s1"]
 
 
+async def test_sidecars_do_not_outlast_the_grace_that_a_hook_uses_up(fakes: Fakes) -> None:
+    sidecars = [{"name": f"s{i}", "image": "x", "restartPolicy": "Always"} for i in (1, 2)]
+    main = {"name": "c", "image": "x", "lifecycle": {"preStop": {"sleep": {"seconds": 25}}}}
+    async with running(fakes):
+        fakes.kube.add(make_pod(initContainers=sidecars, containers=[main]))
+        await eventually(lambda: len(fakes.runtime.running()) == 3)
+        fakes.kube.ask_deletion("a", grace=1)
+        await asyncio.sleep(0.3)
+        assert fakes.runtime.stopped == []
+        await eventually(lambda: gone(fakes))
+        assert sorted(fakes.runtime.stopped) == ["c", "s1", "s2"]
+
+
 async def test_an_image_that_cannot_be_had_is_tried_again(fakes: Fakes) -> None:
     fakes.images.errors["reg/hello:1"] = ImageError("ErrImagePull", "wrong architecture: linux/amd64")
     async with running(fakes):
@@ -463,6 +476,18 @@ async def test_a_liveness_failure_restarts_the_container(fakes: Fakes) -> None:
         await eventually(lambda: container(fakes).get("restartCount") == 1)
         assert fakes.events.has("Unhealthy: Liveness probe failed: no")
         assert fakes.events.has("Killing: Container c failed liveness probe, will be restarted")
+
+
+async def test_a_failed_probes_own_grace_limits_pre_stop(fakes: Fakes) -> None:
+    probe = {"exec": {"command": ["check"]}, "failureThreshold": 1, "terminationGracePeriodSeconds": 1}
+    hook = {"preStop": {"sleep": {"seconds": 25}}}
+    fakes.runtime.exec_result = lambda _argv: ExecResult(exit_code=1, output=b"no")
+    async with running(fakes):
+        fakes.kube.add(make_pod(containers=[{"name": "c", "image": "x", "livenessProbe": probe, "lifecycle": hook}]))
+        await eventually(lambda: fakes.events.has("Killing"))
+        await asyncio.sleep(0.1)
+        assert fakes.runtime.running() == ["c"]
+        await eventually(lambda: container(fakes).get("restartCount") == 1)
 
 
 async def test_readiness_follows_its_probe(fakes: Fakes) -> None:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from node.pods import logtail, spec
 from node.pods.backoff import CrashLoopBackoff, NotBefore, RetryBackoff, go_duration
 from node.pods.httppolicy import ALLOWED_DOMAINS, MAX_CONCURRENT_REQUESTS, http_policy
+from node.pods.plan import KillReason
+from node.pods.termination import kill_grace
 from node.runtime.protocol import HttpPolicy
 from node.settings import NodePaths
 from node.volumes.base import ContainerConfigError
@@ -218,6 +220,15 @@ def test_a_deletions_grace_comes_before_the_specs() -> None:
     assert spec.grace_seconds(pod) == 12
     pod["metadata"]["deletionGracePeriodSeconds"] = 0
     assert spec.grace_seconds(pod) == 0
+
+
+def test_a_probes_own_grace_counts_for_its_kill_alone() -> None:
+    pod = make_pod(terminationGracePeriodSeconds=12)
+    own = {"livenessProbe": {"terminationGracePeriodSeconds": 3}, "startupProbe": {"terminationGracePeriodSeconds": 0}}
+    assert kill_grace(pod, own, KillReason.LIVENESS_PROBE) == 3
+    assert kill_grace(pod, own, KillReason.STARTUP_PROBE) == 0
+    assert kill_grace(pod, own, KillReason.DEFINITION_CHANGED) == 12
+    assert kill_grace(pod, {"livenessProbe": {}}, KillReason.LIVENESS_PROBE) == 12
 
 
 def test_field_paths_name_the_list_that_a_container_is_in() -> None:
