@@ -14,7 +14,7 @@ from node.pods.ephemeral_storage import RESOURCE, StorageUsage, exceeded, is_lim
 from node.pods.spec import Pod
 from node.volumes.removal import Usage, usage
 from tests.unit.pods_fakes import Fakes, FakeVolumes, eventually, make_pod
-from tests.unit.test_pods_manager import condition, phase, running
+from tests.unit.pods_rig import condition, phase, running
 
 pytestmark = pytest.mark.unit
 
