@@ -33,6 +33,7 @@ class Reporter(Protocol):
     def step_progress(self, name: str, message: str) -> None: ...
     def step_finished(self, outcome: Outcome) -> None: ...
     def play_finished(self, recap: Recap) -> None: ...
+    def notice(self, message: str) -> None: ...
 
 
 def is_interactive(stream: TextIO, environ: Mapping[str, str]) -> bool:
@@ -64,6 +65,9 @@ class SilentReporter:
         """Nothing."""
 
     def play_finished(self, recap: Recap) -> None:
+        """Nothing."""
+
+    def notice(self, message: str) -> None:
         """Nothing."""
 
 
@@ -101,6 +105,10 @@ class PlainReporter:
     def play_finished(self, recap: Recap) -> None:
         """The recap line."""
         self._write(recap.line())
+
+    def notice(self, message: str) -> None:
+        """Said at once: it belongs to no step."""
+        self._write(message)
 
     def _write(self, text: str) -> None:
         try:
@@ -170,6 +178,10 @@ class RichReporter:
             self._live.stop()
             self._live = None
         self._console.print(recap.line(), style="bold green" if recap.succeeded else "bold red", markup=False)
+
+    def notice(self, message: str) -> None:
+        """Said at once: it belongs to no step."""
+        self._console.print(message, style="yellow", markup=False)
 
     def _render(self) -> Text:
         from rich.text import Text

@@ -49,7 +49,7 @@ def down(settings: Settings, *, reporter: Reporter, purge: bool = False, check: 
             return play.run(reporter=reporter, check=True)
         with state.locked(
             timeout_seconds=settings.timeouts.lock_seconds,
-            say=lambda line: reporter.step_progress("lock", line),
+            say=reporter.notice,
             what="invoke down",
         ):
             return play.run(reporter=reporter)

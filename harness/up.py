@@ -57,7 +57,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
         cluster.provider.confirm(settings)
         with cluster.state.locked(
             timeout_seconds=settings.timeouts.lock_seconds,
-            say=lambda line: reporter.step_progress("lock", line),
+            say=reporter.notice,
             what="invoke up",
         ):
             new = not cluster.state.exists()

@@ -258,6 +258,11 @@ class _LongStepsReporter(PlainReporter):
         self._say = say
         self._log = log
 
+    def notice(self, message: str) -> None:
+        """Passed on."""
+        super().notice(message)
+        self._say(message)
+
     def step_progress(self, name: str, message: str) -> None:
         """Only what the parent would print."""
         before = self._log.tell()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harness.console import SilentReporter
+from harness.console import PlainReporter, SilentReporter
 from harness.down import down
 from harness.errors import StateError
 from harness.process import is_alive, spawn, stop
@@ -51,3 +54,14 @@ def test_a_disk_that_is_full_keeps_no_process_alive(
         assert not state.path.exists()
     finally:
         stop(process, grace_seconds=0)
+
+
+def test_who_waits_for_another_run_is_told_at_once_whom_for(settings: Settings) -> None:
+    state, log = State.of(settings), io.StringIO()
+    impatient = replace(settings, timeouts=replace(settings.timeouts, lock_seconds=0.3))
+    with (
+        state.locked(timeout_seconds=1, what="invoke up"),
+        pytest.raises(StateError, match=rf"still locked by pid {os.getpid()} \(invoke up\)"),
+    ):
+        down(impatient, reporter=PlainReporter(log))
+    assert log.getvalue() == f"waiting for pid {os.getpid()} (invoke up), which works on cluster 'wasilet'\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.console import PlainReporter, is_interactive
+from harness.console import PlainReporter, RichReporter, is_interactive
 from harness.errors import ComponentError, HarnessError, PortTakenError
 from harness.play import Finding, Play, Progress, Recap, Status, Step
 from harness.process import check_cancelled, run
@@ -203,3 +203,10 @@ def test_nothing_is_redrawn_in_ci_or_on_a_dumb_terminal(environ: dict[str, str])
 
 def test_statuses_are_the_four_words() -> None:
     assert [s.value for s in Status] == ["ok", "changed", "skipped", "failed"]
+
+
+@pytest.mark.parametrize("reporter", [PlainReporter, RichReporter])
+def test_a_notice_is_said_at_once_and_as_it_is(reporter: type[PlainReporter | RichReporter]) -> None:
+    stream = io.StringIO()
+    reporter(stream).notice("waiting for [pid 1]")
+    assert stream.getvalue() == "waiting for [pid 1]\n"
