@@ -23,12 +23,14 @@ from typing import Any, Protocol
 KubeObject = dict[str, Any]
 
 
-def is_object(decoded: Any) -> bool:
-    """Whether decoded JSON is what every answer and every object in a watch is: of a kind, with metadata (a Status may
-    have none)."""
+def as_object(decoded: Any) -> KubeObject | None:
+    """Decoded JSON that is what every answer and every object in a watch is, of a kind; None for anything else.
+
+    What comes without metadata, as a Status may, gets an empty one, so that nobody stumbles over it.
+    """
     if not isinstance(decoded, dict) or not isinstance(decoded.get("kind"), str):
-        return False
-    return isinstance(decoded.get("metadata"), dict) or decoded["kind"] == "Status"
+        return None
+    return decoded if isinstance(decoded.setdefault("metadata", {}), dict) else None
 
 
 class KubeError(Exception):

@@ -18,10 +18,10 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from node.kube.base import ApiUnavailableError, GoneError, KubeObject, TooManyRequestsError, WatchEvent, is_object
+from node.kube.base import ApiUnavailableError, GoneError, KubeObject, TooManyRequestsError, WatchEvent, as_object
 from node.kube.errors import from_response, seconds_of
 from node.kube.kubeconfig import Cluster, Credentials
 
@@ -204,9 +204,11 @@ class KubeClient:
         whole: KubeObject | None = None
         while True:
             page = await self._call("GET", f"{path}?{urlencode(query)}", timeout_seconds=timeout_seconds)
-            page["items"] = page.get("items") or []
-            if not page["kind"].endswith("List") or not all(isinstance(each, dict) for each in page["items"]):
+            if not page["kind"].endswith("List") or "items" not in page:
                 raise ApiUnavailableError(f"GET {path}: the answer is not a list")
+            page["items"] = page["items"] or []
+            if not all(isinstance(each, dict) for each in page["items"]):
+                raise ApiUnavailableError(f"GET {path}: the answer is not a list of objects")
             if whole is None:
                 whole = page
             else:
@@ -305,9 +307,10 @@ def _decode(data: bytes, method: str, path: str) -> KubeObject:
         raise ApiUnavailableError(f"{method} {path}: the answer is not JSON") from error
     # What a proxy or a half-started server says with a 200 is no answer: an empty object, taken for an empty list,
     # would be the end of every pod.
-    if not is_object(decoded):
+    found = as_object(decoded)
+    if found is None:
         raise ApiUnavailableError(f"{method} {path}: the answer is not an object of Kubernetes")
-    return cast("KubeObject", decoded)
+    return found
 
 
 def _was_stale(error: BaseException) -> bool:

@@ -27,7 +27,7 @@ from node.kube.base import (
     KubeError,
     KubeObject,
     WatchEvent,
-    is_object,
+    as_object,
 )
 from node.kube.errors import from_status
 
@@ -175,9 +175,9 @@ async def _events(
 def _decode(line: bytes) -> WatchEvent:
     try:
         event = json.loads(line)
-        found = WatchEvent(type=event["type"], object=event["object"])
+        type_, found = event["type"], as_object(event["object"])
     except (ValueError, KeyError, TypeError) as error:
         raise ApiUnavailableError("the watch sent what is not an event") from error
-    if not is_object(found.object):
+    if found is None:
         raise ApiUnavailableError("the watch sent an event of what is not an object")
-    return found
+    return WatchEvent(type=type_, object=found)

@@ -78,7 +78,7 @@ async def test_success_that_is_not_json_is_no_answer() -> None:
             await kube.get("/x")
 
 
-@pytest.mark.parametrize("said", [{}, {"kind": "Pod"}, {"metadata": {}}, {"kind": 1, "metadata": {}}, [], "ok", None])
+@pytest.mark.parametrize("said", [{}, {"metadata": {}}, {"kind": "Pod", "metadata": None}, {"kind": 1}, [], "ok", None])
 async def test_success_that_is_no_object_is_no_answer(said: object) -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.json_response(said)
@@ -89,7 +89,7 @@ async def test_success_that_is_no_object_is_no_answer(said: object) -> None:
                 await call("/api/v1/pods")
 
 
-@pytest.mark.parametrize("said", [{"kind": "Status"}, {"kind": "Pod", "metadata": {}}, {"items": ["x"]}])
+@pytest.mark.parametrize("said", [{"kind": "Status", "items": []}, {"kind": "Pod"}, {}, {"items": ["x"]}])
 async def test_a_list_that_is_none_is_not_taken_for_an_empty_one(said: dict[str, object]) -> None:
     async def handler(_: web.Request) -> web.Response:
         return answer(**{"kind": "PodList", **said})
@@ -97,6 +97,14 @@ async def test_a_list_that_is_none_is_not_taken_for_an_empty_one(said: dict[str,
     async with client_of(handler) as kube:
         with pytest.raises(ApiUnavailableError, match="not a list"):
             await kube.list("/api/v1/pods")
+
+
+async def test_metadata_that_is_left_out_is_empty() -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.json_response({"kind": "TokenReview", "status": {}})
+
+    async with client_of(handler) as kube:
+        assert (await kube.create("/x", {}))["metadata"] == {}
 
 
 async def test_bodies_and_content_types_reach_the_server() -> None:
