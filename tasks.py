@@ -319,7 +319,9 @@ def bootstrap(
     checked_output(output)
     with open_cluster(settings_of(c, name=name, token_ttl_seconds=ttl)) as cluster:
         target = Path(invocation_path(file))
-        made = join.bootstrap(cluster, node=node, file=target, address=address, registry=registry)
+        made = join.bootstrap(
+            cluster, node=node, file=target, address=address, registry=registry, say=reporter().notice
+        )
     if output == "json":
         emit_json({**vars(made), "file": str(made.file)})
         return

@@ -97,11 +97,20 @@ def _registry_door(cluster: Cluster, address: str) -> Component:
 # --- invoke bootstrap ------------------------------------------------------------------------------------------------
 
 
-def bootstrap(cluster: Cluster, *, node: str, file: Path, address: str = "", registry: bool = False) -> Joining:
+def bootstrap(
+    cluster: Cluster,
+    *,
+    node: str,
+    file: Path,
+    address: str = "",
+    registry: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Joining:
     """Make a token and a bootstrap file for a node of another machine, and the doors it comes through.
 
     ``address``: of this machine, as that one reaches it; empty: that of the default route. ``registry``: whether it
-    may pull from the local registry too. Raises UsageError, and HarnessError when a door does not open.
+    may pull from the local registry too. ``say`` is told of another run that has to be waited for. Raises UsageError,
+    and HarnessError when a door does not open.
     """
     _check_node_name(node)
     access = cluster.provider.access(cluster)
@@ -109,7 +118,7 @@ def bootstrap(cluster: Cluster, *, node: str, file: Path, address: str = "", reg
     if is_loopback(access.server) or registry:
         address = _checked_address(address or node_address(cluster.settings))
         wanted = ([API_SERVER_DOOR] if is_loopback(access.server) else []) + ([REGISTRY_DOOR] if registry else [])
-        _open(cluster, wanted, address)
+        _open(cluster, wanted, address, say)
     if is_loopback(access.server):
         server = f"https://{_host_of_url(address)}:{cluster.ports()[_PORTS[API_SERVER_DOOR]]}"
         server_name = urlsplit(access.server).hostname or ""
@@ -149,12 +158,12 @@ def is_loopback(server: str) -> bool:
         return host == "localhost"
 
 
-def _open(cluster: Cluster, names: Sequence[str], address: str) -> None:
+def _open(cluster: Cluster, names: Sequence[str], address: str, say: Callable[[str], None]) -> None:
     state, settings = cluster.state, cluster.settings
     found = locate("registry", cache=settings.cache, environ=settings.environ)
     if found is not None:
         cluster.binaries["registry"] = found.path
-    with state.locked(timeout_seconds=settings.timeouts.lock_seconds, what="invoke bootstrap"):
+    with state.locked(timeout_seconds=settings.timeouts.lock_seconds, say=say, what="invoke bootstrap"):
         known = state.read().get("doors") or {}
         state.allocate_ports({_PORTS[name]: 0 for name in names}, addresses=("127.0.0.1", address))
         state.update(doors=known | dict.fromkeys(names, address))
