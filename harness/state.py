@@ -400,6 +400,8 @@ def os_error_words(error: OSError, path: Path | None = None) -> str:
 def _storage_hint(error: OSError) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return FULL_DISK_HINT
+    if error.errno in {errno.ENOENT, errno.EISDIR}:
+        return ""  # of a path that was typed: folders of ours are made
     return "set WASILET_STATE_HOME and WASILET_CACHE to folders that you can write to"
 
 
@@ -426,7 +428,10 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file atomically: written beside it, renamed over it. Raises StateError."""
     with storage_errors(path):
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         try:
             with os.fdopen(fd, "wb") as file:
                 os.fchmod(fd, mode)

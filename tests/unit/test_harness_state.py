@@ -100,6 +100,12 @@ def write_file_to_full_disk() -> None:
         file.write(b"x")
 
 
+def test_a_file_in_a_folder_that_is_not_there_is_named_as_it_was_typed(tmp_path: Path) -> None:
+    with pytest.raises(StateError) as caught:
+        write_file(tmp_path / "nowhere" / "bootstrap.conf", b"")
+    assert str(caught.value) == f"cannot write {tmp_path}/nowhere/bootstrap.conf: No such file or directory"
+
+
 def test_a_state_root_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StateError, match="cannot write") as caught:
