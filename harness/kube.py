@@ -4,12 +4,11 @@ The harness asks a dozen questions and must answer ``up`` on a running cluster w
 ``kubernetes.client`` alone takes a third of that. JSON in, JSON out. One connection is kept open; an object may be
 used from several threads, one request at a time.
 
-Keys that a kubeconfig embeds never touch the disk: OpenSSL reads them from an anonymous memory file.
+Keys never touch the disk here: OpenSSL reads them from an anonymous memory file.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import json
@@ -19,33 +18,18 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
+from harness.credentials import Credentials, read_credentials
 from harness.errors import ApiError, UsageError
 
 KubeObject = dict[str, Any]
-EXEC_PLUGIN_TIMEOUT_SECONDS = 60.0
 KEEP_SECONDS = 30.0
 """A connection that was idle for longer is not used again: API servers close theirs after 90 s or more."""
 
 MAX_ERROR_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Credentials:
-    """How to reach an API server; PEM bytes throughout."""
-
-    server: str
-    ca: bytes | None = None
-    certificate: bytes | None = None
-    key: bytes | None = None
-    token: str = ""
-    verify: bool = True
-    server_name: str = ""
-    """Checked against the server's certificate in place of the host of ``server``."""
 
 
 class Hangup:
@@ -413,98 +397,3 @@ def _memory_file(data: bytes) -> Iterator[str]:
         yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)
-
-
-# --- kubeconfig ------------------------------------------------------------------------------------------------------
-
-
-def load_yaml(text: str | bytes) -> Any:
-    """Parse YAML safely, by libyaml where it is there (ten times as fast)."""
-    import yaml
-
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(text, Loader=loader)  # noqa: S506  (both are safe loaders)
-
-
-def read_credentials(path: Path, *, context: str = "") -> Credentials:
-    """What a context of a kubeconfig file says, exec plugins and token files included. Raises UsageError."""
-    import yaml
-
-    try:
-        data = load_yaml(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"cannot read kubeconfig {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"kubeconfig {path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"kubeconfig {path} is empty")
-    name = context or str(data.get("current-context") or "")
-    chosen = _entry(data, "contexts", name, path).get("context") or {}
-    cluster = _entry(data, "clusters", str(chosen.get("cluster")), path).get("cluster") or {}
-    user = _entry(data, "users", str(chosen.get("user")), path).get("user") or {}
-    user = user | _exec_credential(user["exec"], path) if user.get("exec") else user
-    token = str(user.get("token") or "")
-    if not token and user.get("tokenFile"):
-        token = _file(str(user["tokenFile"]), path).decode().strip()
-    return Credentials(
-        server=str(cluster.get("server") or ""),
-        ca=_bytes(cluster, "certificate-authority", path),
-        certificate=_bytes(user, "client-certificate", path),
-        key=_bytes(user, "client-key", path),
-        token=token,
-        verify=not cluster.get("insecure-skip-tls-verify"),
-        server_name=str(cluster.get("tls-server-name") or ""),
-    )
-
-
-def _entry(data: KubeObject, section: str, name: str, path: Path) -> KubeObject:
-    for entry in data.get(section) or []:
-        if isinstance(entry, dict) and entry.get("name") == name:
-            return entry
-    names = ", ".join(str(e.get("name")) for e in data.get("contexts") or [] if isinstance(e, dict))
-    raise UsageError(
-        f"kubeconfig {path} has no {section.removesuffix('s')} {name!r}", hint=f"its contexts: {names or 'none'}"
-    )
-
-
-def _bytes(data: KubeObject, key: str, path: Path) -> bytes | None:
-    if embedded := data.get(f"{key}-data"):
-        try:
-            return base64.b64decode(embedded, validate=False)
-        except ValueError as error:
-            raise UsageError(f"kubeconfig {path}: {key}-data is not base64") from error
-    return _file(str(data[key]), path) if data.get(key) else None
-
-
-def _file(name: str, kubeconfig: Path) -> bytes:
-    """Relative names are relative to the kubeconfig, as kubectl has it."""
-    target = kubeconfig.parent / name
-    try:
-        return target.read_bytes()
-    except OSError as error:
-        raise UsageError(f"kubeconfig {kubeconfig} names {target}, which cannot be read: {error.strerror}") from error
-
-
-def _exec_credential(plugin: KubeObject, path: Path) -> KubeObject:
-    """Run a client-go credential plugin (client.authentication.k8s.io ExecCredential)."""
-    from harness.process import run
-
-    version = str(plugin.get("apiVersion") or "client.authentication.k8s.io/v1")
-    info = json.dumps({"apiVersion": version, "kind": "ExecCredential", "spec": {"interactive": False}})
-    extra = {str(e["name"]): str(e["value"]) for e in plugin.get("env") or []}
-    done = run(
-        [str(plugin["command"]), *map(str, plugin.get("args") or [])],
-        timeout_seconds=EXEC_PLUGIN_TIMEOUT_SECONDS,
-        env=os.environ | extra | {"KUBERNETES_EXEC_INFO": info},
-    )
-    try:
-        status = json.loads(done.stdout)["status"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"the credential plugin of kubeconfig {path} gave no ExecCredential") from error
-    answer: KubeObject = {}
-    if status.get("token"):
-        answer["token"] = status["token"]
-    for ours, theirs in (("client-certificate", "clientCertificateData"), ("client-key", "clientKeyData")):
-        if status.get(theirs):
-            answer[f"{ours}-data"] = base64.b64encode(str(status[theirs]).encode()).decode()
-    return answer

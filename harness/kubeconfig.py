@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.credentials import load_yaml
 from harness.errors import StateError
-from harness.kube import KubeObject, load_yaml
+from harness.kube import KubeObject
 from harness.process import check_cancelled
 from harness.state import storage_errors, write_file
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.credentials import load_yaml
 from harness.errors import ApiError, HarnessError, UsageError
-from harness.kube import Kube, KubeObject, api_path, load_yaml
+from harness.kube import Kube, KubeObject, api_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

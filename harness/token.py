@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.credentials import load_yaml
 from harness.errors import ApiError, StateError, UsageError
-from harness.kube import Kube, KubeObject, api_path, load_yaml
+from harness.kube import Kube, KubeObject, api_path
 from harness.manifests import object_path, render_objects
 from harness.settings import Settings
 from harness.state import write_file

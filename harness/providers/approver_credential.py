@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.approver import CSRS
+from harness.credentials import Credentials, read_credentials
 from harness.errors import ApiError, HarnessError, UsageError
-from harness.kube import Credentials, Kube, read_credentials
+from harness.kube import Kube
 from harness.kubeconfig import write_kubeconfig
 from harness.process import check_cancelled
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
+from harness.credentials import Credentials, read_credentials
 from harness.errors import HarnessError, UsageError
-from harness.kube import Credentials, Kube, read_credentials
+from harness.kube import Kube
 from harness.settings import Settings
 from harness.state import State
 

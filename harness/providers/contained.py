@@ -10,8 +10,9 @@ import json
 import time
 from collections.abc import Sequence
 
+from harness.credentials import read_credentials
 from harness.errors import ApiError, HarnessError, UsageError
-from harness.kube import Kube, KubeObject, read_credentials
+from harness.kube import Kube, KubeObject
 from harness.providers.base import Cluster
 from harness.providers.docker import Container, Docker, gateway
 from harness.providers.external import (

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from harness.credentials import Credentials, read_credentials
 from harness.errors import ApiError, CommandError, UsageError
-from harness.kube import Credentials, Kube, KubeObject, api_path, read_credentials
+from harness.kube import Kube, KubeObject, api_path
 from harness.kubeconfig import read_config, user_kubeconfig
 from harness.play import Progress
 from harness.providers.base import Cluster, Detection

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.controlplane.components import Component, component_step
+from harness.credentials import load_yaml, read_credentials
 from harness.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
-from harness.kube import Kube, KubeObject, api_path, load_yaml, read_credentials
+from harness.kube import Kube, KubeObject, api_path
 from harness.play import Finding, Progress, Step
 from harness.process import check_cancelled, stop
 from harness.providers.approver_credential import SIGN_SECONDS, approver_credential

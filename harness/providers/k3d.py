@@ -13,8 +13,9 @@ import re
 import shutil
 from collections.abc import Sequence
 
+from harness.credentials import load_yaml, read_credentials
 from harness.errors import CommandError, HarnessError, UsageError
-from harness.kube import Kube, KubeObject, load_yaml, read_credentials
+from harness.kube import Kube, KubeObject
 from harness.local_registry import registry_address
 from harness.play import Finding, Progress, Step
 from harness.process import run

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.controlplane.acquire import acquire, locate
+from harness.credentials import load_yaml
 from harness.errors import CommandError, HarnessError, UsageError
-from harness.kube import KubeObject, load_yaml
+from harness.kube import KubeObject
 from harness.play import Finding, Progress, Step
 from harness.process import run
 from harness.providers.base import API_SERVER_STEP, Cluster, Detection

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.credentials import read_credentials
 from harness.errors import ApiError, CommandError, HarnessError, UsageError
-from harness.kube import Kube, KubeObject, api_path, read_credentials
+from harness.kube import Kube, KubeObject, api_path
 from harness.kubeconfig import read_config
 from harness.play import Finding, Progress, Step
 from harness.process import run

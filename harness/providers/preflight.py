@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from harness.credentials import Credentials
 from harness.errors import ApiError, HarnessError, UsageError
-from harness.kube import Credentials, Kube, KubeObject, api_path
+from harness.kube import Kube, KubeObject, api_path
 from harness.manifests import missing_objects, render_objects
 from harness.process import check_cancelled
 from harness.providers.approver_credential import SIGNER

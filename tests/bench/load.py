@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.credentials import Credentials
 from harness.errors import ApiError
-from harness.kube import Credentials, Hangup, Kube, api_path
+from harness.kube import Hangup, Kube, api_path
 from harness.settings import load
 from harness.up import open_cluster
 from tests.clusters import TestCluster, whole_cluster

@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from harness.console import PlainReporter, SilentReporter
+from harness.credentials import read_credentials
 from harness.down import down
 from harness.errors import ApiError, HarnessError, UsageError
-from harness.kube import Kube, KubeObject, api_path, read_credentials
+from harness.kube import Kube, KubeObject, api_path
 from harness.kubeconfig import write_kubeconfig
 from harness.play import Recap, Status
 from harness.providers.existing import minified, routed_address

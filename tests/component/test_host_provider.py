@@ -26,9 +26,10 @@ import yaml
 from harness.approver import CSRS
 from harness.console import PlainReporter
 from harness.controlplane.pki import Pki
+from harness.credentials import Credentials, read_credentials
 from harness.down import down
 from harness.errors import ApiError, PortTakenError, StateError, UsageError
-from harness.kube import Credentials, Kube, api_path, read_credentials
+from harness.kube import Kube, api_path
 from harness.play import Recap, Status
 from harness.settings import Settings
 from harness.state import State, port_is_free

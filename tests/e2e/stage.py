@@ -14,8 +14,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from harness.credentials import Credentials
 from harness.errors import ApiError
-from harness.kube import Credentials, Hangup, Kube, KubeObject, api_path
+from harness.kube import Hangup, Kube, KubeObject, api_path
 from harness.resources import Resources
 
 POLL_SECONDS = 0.2

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from harness.credentials import Credentials, read_credentials
 from harness.errors import ApiError, UsageError
-from harness.kube import Credentials, Kube, api_path, read_credentials
+from harness.kube import Kube, api_path
 
 pytestmark = pytest.mark.unit
 
