@@ -48,10 +48,11 @@ def container_id(roomy: Roomy, namespace: str) -> str:
 
 
 def ticks(roomy: Roomy, namespace: str) -> int:
-    """How often the ticker has ticked, by its last line."""
+    """How often the ticker has ticked, by its last line; 0 before its first."""
     folder = roomy.cluster.cluster.state.node(roomy.node) / "logs/pods"
     (log,) = folder.glob(f"{namespace}_ticker_*/main/0.log")
-    return int(log.read_text().splitlines()[-1].split()[-1])
+    lines = log.read_text().splitlines()
+    return int(lines[-1].split()[-1]) if lines else 0
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def test_an_app_from_its_sample_to_asserted_logs(project: Project, cluster: Test
     passed(project.pytest("--junitxml", "junit.xml"))
     assert not (project.folder / "wasilet-artifacts").exists()
     properties = {p.get("name"): p.get("value") for p in ET.parse(project.folder / "junit.xml").iter("property")}  # noqa: S314
-    assert properties["wasilet.cluster"] == f"{cluster.settings.name} (host)"
+    assert properties["wasilet.cluster"] == f"{cluster.settings.name} ({cluster.settings.provider})"
     assert str(properties["wasilet.namespace"]).startswith("test-hello-")
     assert cluster.status()["ready"], "a cluster that ran before is left running"
 
