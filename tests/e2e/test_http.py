@@ -102,7 +102,10 @@ class Asking:
                     {
                         "name": "main",
                         "image": self.image,
-                        "env": [{"name": "RUST_LOG", "value": "info"}, {"name": "CAT_FACTS_URL", "value": url}],
+                        "env": [
+                            {"name": "RUST_LOG", "value": "rust_wasm=info"},
+                            {"name": "CAT_FACTS_URL", "value": url},
+                        ],
                     }
                 ],
                 "tolerations": [{"operator": "Exists"}],
