@@ -441,8 +441,11 @@ def _environment(settings: Settings) -> Iterator[Settings]:
         "KUBECONFIG": str(root / "kubeconfig"),
     }
     environ.pop("WASILET_NAME", None)
-    yield replace(settings, name=CLUSTER, kubeconfig=root / "kubeconfig", environ=environ)
-    _remove_tree(root)
+    try:
+        yield replace(settings, name=CLUSTER, kubeconfig=root / "kubeconfig", environ=environ)
+    finally:
+        if not (root / "state" / CLUSTER).exists():  # else what is there names processes that are still to be ended
+            _remove_tree(root)
 
 
 def _remove(bench: Settings) -> None:
