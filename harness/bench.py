@@ -10,7 +10,7 @@ the status that says Running, as a watch sees it; bursts, deletions, the agent's
 from __future__ import annotations
 
 import contextlib
-import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from harness import process
-from harness.console import PlainReporter, Reporter
+from harness.console import Reporter, SilentReporter
 from harness.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
 from harness.kube import Hangup, Kube, KubeObject, api_path
 from harness.providers.base import Cluster
@@ -445,20 +445,13 @@ def _environment(settings: Settings) -> Iterator[Settings]:
         yield replace(settings, name=CLUSTER, kubeconfig=root / "kubeconfig", environ=environ)
     finally:
         if not (root / "state" / CLUSTER).exists():  # else what is there names processes that are still to be ended
-            _remove_tree(root)
+            shutil.rmtree(root, ignore_errors=True)
 
 
 def _remove(bench: Settings) -> None:
     from harness.down import down
 
-    with open(os.devnull, "w") as nothing:  # noqa: PTH123  (no path of ours)
-        down(bench, reporter=PlainReporter(nothing), purge=True).raise_for_failure()
-
-
-def _remove_tree(root: Path) -> None:
-    import shutil
-
-    shutil.rmtree(root, ignore_errors=True)
+    down(bench, reporter=SilentReporter(), purge=True).raise_for_failure()
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
