@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from harness.diagnostics import node_report
 from harness.errors import HarnessError, UsageError
 from harness.kube import Kube, KubeObject, api_path
-from harness.observe import Observer, PodView, event_order, event_time
+from harness.observe import Observer, PodView, event_time
 from harness.plugin.expected import printable
+from harness.plugin.pod_status import event_order
 from harness.settings import Settings
 
 if TYPE_CHECKING:
@@ -212,8 +213,8 @@ class View:
             return self._panel(self._text([""]), "log")
         with self._observer.changed:
             logs = list(chosen.logs.values())
-            stamped = [(line.at, line.text) for log in logs for line in log.lines[-max(1, rows) :]]
-            errors = [log.error for log in logs if log.error]
+            errors = [log.lost or log.error for log in logs if log.lost or log.error]
+        stamped = [(line.at, line.text) for log in logs for line in log.tail(max(1, rows))]
         stamped.sort(key=lambda line: line[0])
         lines = [printable(text) for _, text in stamped][-max(1, rows) :]
         return self._panel(self._text(lines or errors or ["(empty)"]), f"log of {printable(chosen.name)}")

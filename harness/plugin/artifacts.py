@@ -82,7 +82,7 @@ def _wasm_nodes(scene: Scene) -> Iterator[KubeObject]:
 
 
 def _events(scene: Scene) -> Iterator[str]:
-    from harness.observe import event_order
+    from harness.plugin.pod_status import event_order
 
     for event in sorted(_items(scene, "events"), key=event_order):
         about = event.get("involvedObject") or {}
