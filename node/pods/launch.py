@@ -18,7 +18,6 @@ from node.pods import logtail, resources, spec
 from node.pods.backoff import RetryBackoff
 from node.pods.collaborators import Collaborators
 from node.pods.environment import expand_command, process_environment
-from node.pods.httppolicy import http_policy
 from node.pods.resources import ANNOTATION_RESOURCES
 from node.pods.sandboxes import ANNOTATION_SANDBOX
 from node.pods.spec import Container, Pod
@@ -135,7 +134,7 @@ async def _prepare(
         services.events.event(pod, type_, reason, message, field_path=spec.field_path(pod, name))
 
     # Read before the image is pulled: a mistake in an annotation should not cost a download.
-    policy = http_policy(pod)
+    policy = await services.outbound.policy(pod)
     image = await services.images.ensure(
         container.get("image", ""),
         policy=_pull_policy(container),

@@ -20,6 +20,7 @@ from node.pods.admission import Neighbour
 from node.pods.backoff import RetryBackoff
 from node.pods.collaborators import Collaborators, CredentialParser, Environments, PullSecretReader, Timing
 from node.pods.evictor import Evictor
+from node.pods.httppolicy import Outbound
 from node.pods.launch import ANNOTATION_MODULE
 from node.pods.nodeinfo import NodeSource
 from node.pods.probes import ProbeObserver, ignore
@@ -56,6 +57,7 @@ class PodManager:
         node: NodeSource,
         timing: Timing | None = None,
         observe_probe: ProbeObserver = ignore,
+        outbound: Outbound | None = None,
     ) -> None:
         self._services = Collaborators(
             kube=kube,
@@ -70,6 +72,7 @@ class PodManager:
             node=node,
             timing=timing or Timing(),
             observe_probe=observe_probe,
+            outbound=outbound or Outbound(),
         )
         self._node_name = settings.node_name
         self._evictor = Evictor(self._services)

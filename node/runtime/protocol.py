@@ -50,7 +50,20 @@ class HttpPolicy:
     """What wasi-experimental-http may do: origins with scheme (``https://api.example``), and a limit in flight."""
 
     allowed_origins: tuple[str, ...]
+    """The pod's list."""
+
     max_concurrent_requests: int | None = None
+    local_origins: tuple[str, ...] = ()
+    """Origins that the node's operator lets pods call although ``node.addresses`` refuses them."""
+
+    own_addresses: tuple[str, ...] = ()
+    """The node's, which no origin may lead to."""
+
+    api_servers: tuple[tuple[str, int], ...] = ()
+    """Hosts or addresses of the cluster's API server, with their ports: refused, too."""
+
+    kubelet_ports: tuple[int, ...] = ()
+    """Refused on every address, beside 10250 and 10255."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -425,7 +425,8 @@ async def test_a_container_reaches_the_origins_of_its_policy_and_no_others(rig: 
         url = f"http://127.0.0.1:{server.server_port}"
         artifact = rig.artifact(HTTP_GUEST.format(url=url, size=len(url)))
         codes = []
-        for policy in (HttpPolicy(allowed_origins=(url,)), HttpPolicy(allowed_origins=("https://a.example",)), None):
+        allowed = HttpPolicy(allowed_origins=(url,), local_origins=(url,))
+        for policy in (allowed, HttpPolicy(allowed_origins=("https://a.example",)), None):
             config = rig.config(artifact, http=policy)
             await rig.client.start(config)
             codes.append((await rig.ended(config.id)).exit_code)
