@@ -27,6 +27,7 @@ MOST_EXPENDABLE = 1000
 
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_CLOSE_RANGE = 436
+_MAX_GENERATIONS = 64
 _CLOSE_RANGE_END = 2**32 - 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -198,6 +199,21 @@ def start_time(pid: int) -> int | None:
     if fields[0] in (b"Z", b"X"):
         return None
     return int(fields[19])
+
+
+def is_descendant(pid: int, ancestor: int) -> bool:
+    """Whether ``pid`` is ``ancestor`` or was forked by it, through however many others; False for one that is gone."""
+    for _ in range(_MAX_GENERATIONS):
+        if pid == ancestor:
+            return True
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return False
+        pid = int(stat[stat.rindex(b")") + 2 :].split()[1])
+        if pid <= 1:
+            return False
+    return True
 
 
 def resident_bytes(pid: int) -> int:
