@@ -72,7 +72,12 @@ def _local_cat_facts(cluster: Cluster, say: Say) -> str:
         ready=Probe(port=port, path="/healthz"),
     )
     _run(component, cluster, say)
-    return f"http://{LOOPBACK}:{port}/fact"
+    return f"{cat_facts_origin(port)}/fact"
+
+
+def cat_facts_origin(port: int) -> str:
+    """What the nodes allow pods to call on this machine."""
+    return f"http://{LOOPBACK}:{port}"
 
 
 def pull_secret_name(app: str) -> str:

@@ -149,6 +149,10 @@ class Settings:
     max_pods: int = 0
     """How many pods each node takes; 0: the node's own default, 110."""
 
+    local_origins: tuple[str, ...] = ()
+    """Origins on this machine that pods' modules may call when their annotation lists them, as
+    ``http://127.0.0.1:8090``; empty: those of the cluster so far. The API that a demo starts is always among them."""
+
     token_ttl_seconds: int = 3600
     """How long a bootstrap token lives."""
 
@@ -181,6 +185,7 @@ _ENVIRONMENT = {
     "WASILET_MIRROR": "mirror",
     "WASILET_DOWNLOAD": "download",
     "WASILET_INSTALL": "install",
+    "WASILET_LOCAL_ORIGINS": "local_origins",
 }
 
 
@@ -229,6 +234,9 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
     if "taints" in typed and typed["taints"] is not None:
         taints = typed["taints"]
         typed["taints"] = (taints,) if isinstance(taints, str) else tuple(taints)
+    if isinstance(origins := typed.get("local_origins", ()), str):
+        origins = origins.split(",")
+    typed["local_origins"] = tuple(str(origin).strip() for origin in origins or () if str(origin).strip())
     for key in ("kubeconfig", "config"):
         if isinstance(typed.get(key), str):
             typed[key] = Path(typed[key]).expanduser().absolute()
@@ -271,6 +279,11 @@ def _checked(settings: Settings) -> Settings:
         raise UsageError("--image and --kubernetes-version both say which version runs", hint="give one of them")
     if settings.config is not None and not settings.config.is_file():
         raise UsageError(f"there is no file {settings.config}")
+    for origin in settings.local_origins:
+        if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+)(:\d{1,5})?/?", origin):
+            raise UsageError(
+                f"setting local_origins: {origin!r} is no origin", hint="write it as http://127.0.0.1:8090"
+            )
     for taint in settings.taints or ():
         if not re.fullmatch(r"[^=:\s]+(=[^=:\s]*)?:(NoSchedule|PreferNoSchedule|NoExecute)", taint):
             raise UsageError(

@@ -238,9 +238,12 @@ class RuntimeClient:
         """A fresh instance beside a container. Raises UnknownContainerError, StartError, RuntimeUnavailableError."""
         return await self._exec_stream(container_id, argv, stdin=stdin, timeout_seconds=None)
 
-    async def attach(self, container_id: str) -> SupervisorStream:
-        """Output of a running container from now on. Raises UnknownContainerError, RuntimeUnavailableError."""
-        return await self._session(container_id, {"op": "attach", "id": container_id})
+    async def attach(self, container_id: str, *, stdin: bool = False) -> SupervisorStream:
+        """Output of a running container from now on, and with ``stdin`` its input, if it has one.
+
+        Raises UnknownContainerError, RuntimeUnavailableError.
+        """
+        return await self._session(container_id, {"op": "attach", "id": container_id, "stdin": stdin})
 
     async def _exec_stream(
         self, container_id: str, argv: Sequence[str], *, stdin: bool, timeout_seconds: float | None

@@ -51,7 +51,7 @@ MAX_STRINGS_BYTES = 2 * 1024 * 1024
 stack), which pods meet on every other node too. Without them a pod could make the supervisor write without end."""
 
 _PREVIEW1 = "wasi_snapshot_preview1"
-_LEGACY_PREVIEW = "wasi_unstable"
+_PREVIEW0 = "wasi_unstable"
 _COMMAND = "wasi:cli/run@0.2."
 
 
@@ -112,9 +112,8 @@ def make_tools(linkers: Linkers) -> GuestTools:
     http = HttpHost()
     exit_type = wasmtime.FuncType([wasmtime.ValType.i32()], [])
     module: Any = linkers.module
-    for name in (_PREVIEW1, _LEGACY_PREVIEW):
-        # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
-        module.define_func(name, "proc_exit", exit_type, _proc_exit)
+    # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
+    module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
     return GuestTools(linkers=linkers, http=http, network_files=resolving.readable_paths())
 
@@ -333,13 +332,12 @@ def _load_module(
         module = wasmtime.Module.deserialize_file(tools.linkers.engine, config.artifact)
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"cannot load the compiled module: {error}", artifact=True) from error
+    _check_command(module)
     _configure_wasi(config, store, guest_stdin=guest_stdin)
     try:
         ready = tools.linkers.module.instantiate_pre(module)
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"the module imports what this node does not offer: {error}") from error
-    if not any(export.name == "_start" for export in module.exports):
-        raise LoadError("the module exports no function _start: it is a library or reactor, not a command")
     started.give_way()
     started.tell()
     call: Any = ready.instantiate(store).exports(store)["_start"]
@@ -349,6 +347,27 @@ def _load_module(
         return 0
 
     return run
+
+
+def _check_command(module: wasmtime.Module) -> None:
+    """Refuse by name what no instance of it could run. Raises LoadError."""
+    if any(imported.module == _PREVIEW0 for imported in module.imports):
+        raise LoadError(
+            f"the module imports {_PREVIEW0}, the WASI snapshot of 2019, which this node does not offer: build it "
+            f"again with a toolchain of 2020 or later, so that it imports {_PREVIEW1}"
+        )
+    found = next((export.type for export in module.exports if export.name == "_start"), None)
+    if found is None:
+        raise LoadError("the module exports no function _start: it is a library or reactor, not a command")
+    if not isinstance(found, wasmtime.FuncType):
+        kind = _KINDS.get(type(found), "something else")
+        raise LoadError(f"the module exports _start as a {kind}, not as a function: it is not a command")
+    if found.params or found.results:
+        types = " -> ".join(f"({' '.join(map(str, each))})" for each in (found.params, found.results))
+        raise LoadError(f"the module's _start has the type {types}; that of a command takes and returns nothing")
+
+
+_KINDS = {wasmtime.GlobalType: "global", wasmtime.MemoryType: "memory", wasmtime.TableType: "table"}
 
 
 def _load_component(

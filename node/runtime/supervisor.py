@@ -263,7 +263,8 @@ class Supervisor:
         connection.answer(seq, None)
 
     def _attach(self, connection: Connection, message: wire.Message, seq: object) -> None:
-        connection.session = AttachSession(connection, self._running_container(message))
+        container = self._running_container(message)
+        connection.session = AttachSession(connection, container, stdin=bool(message.get("stdin")))
         connection.answer(seq, None)
 
     def _retire(self, connection: Connection, _message: wire.Message, seq: object) -> None:

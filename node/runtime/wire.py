@@ -124,7 +124,9 @@ def load_config(data: Message) -> ContainerConfig:
         fields["mounts"] = tuple(Mount(**_known(_MOUNT_FIELDS, mount)) for mount in fields["mounts"])
         if fields.get("http") is not None:
             http = _known(_HTTP_FIELDS, fields["http"])
-            http["allowed_origins"] = tuple(http["allowed_origins"])
+            for name in ("allowed_origins", "local_origins", "own_addresses", "kubelet_ports"):
+                http[name] = tuple(http.get(name, ()))
+            http["api_servers"] = tuple((str(host), int(port)) for host, port in http.get("api_servers", ()))
             fields["http"] = HttpPolicy(**http)
         return ContainerConfig(**fields)
     except (KeyError, TypeError, ValueError) as error:

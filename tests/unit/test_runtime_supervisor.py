@@ -217,9 +217,26 @@ async def test_an_import_that_nobody_offers_is_a_start_error(rig: Rig) -> None:
         await rig.client.start(config)
 
 
-async def test_a_module_without_start_is_a_start_error(rig: Rig) -> None:
-    with pytest.raises(StartError, match="_start"):
-        await rig.client.start(rig.config(rig.artifact('(module (memory (export "memory") 1))')))
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ('(memory (export "memory") 1)', "exports no function _start"),
+        ('(global (export "_start") i32 (i32.const 1))', "_start as a global"),
+        ('(memory (export "_start") 1)', "_start as a memory"),
+        ('(table (export "_start") 1 funcref)', "_start as a table"),
+        ('(func (export "_start") (param i32))', r"type \(i32\) -> \(\)"),
+        ('(func (export "_start") (result i32) (i32.const 0))', r"type \(\) -> \(i32\)"),
+        ('(func (export "_start") (param i64 f32) (result i32 i32) (i32.const 0) (i32.const 0))', "i64 f32"),
+        ('(import "wasi_unstable" "fd_write" (func (param i32 i32 i32 i32) (result i32)))', "wasi_unstable"),
+        ('(import "wasi_unstable" "proc_exit" (func (param i32))) (func (export "_start"))', "wasi_snapshot_preview1"),
+    ],
+)
+async def test_a_module_that_is_no_command_is_a_start_error_with_the_reason(rig: Rig, source: str, reason: str) -> None:
+    config = rig.config(rig.artifact(f"(module {source})"))
+    with pytest.raises(StartError, match=reason):
+        await rig.client.start(config)
+    status = await rig.ended(config.id)
+    assert (status.reason, status.exit_code, status.started_at_ns) == ("StartError", 128, 0)
 
 
 async def test_a_missing_mount_is_a_start_error_that_names_it(rig: Rig) -> None:
@@ -297,7 +314,7 @@ async def test_a_killed_supervisor_takes_its_containers_along_and_its_successor_
     assert (lost.state, lost.exit_code, lost.reason) == (ContainerState.EXITED, 137, "ContainerStatusUnknown")
     assert "could not be located" in lost.message
     assert lost.annotations == started.annotations
-    assert statuses[finished.id] == finished
+    assert statuses[finished.id] == dataclasses.replace(finished, inherited=True)
     again = await own_rig.client.start(sleeping)
     assert again == lost, "a container whose start was recorded never runs twice"
     assert (await own_rig.run(HELLO)).exit_code == 0

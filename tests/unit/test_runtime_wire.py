@@ -28,7 +28,14 @@ CONFIG = ContainerConfig(
     mounts=(Mount(host="/h", guest="/g", read_only=True),),
     log_path="/log",
     memory_limit_bytes=5,
-    http=HttpPolicy(allowed_origins=("https://a.example",), max_concurrent_requests=3),
+    http=HttpPolicy(
+        allowed_origins=("https://a.example",),
+        max_concurrent_requests=3,
+        local_origins=("http://127.0.0.1:8090",),
+        own_addresses=("10.1.2.3",),
+        api_servers=(("api.example", 6443),),
+        kubelet_ports=(38123,),
+    ),
     annotations={"k": "v"},
 )
 
