@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from node.runtime import locate, wire
 from node.runtime.launch import find_or_start
-from node.runtime.link import SUPPORTED_VERSIONS, Link, connect, open_connection
+from node.runtime.link import Link, connect, hello_to, open_connection
 from node.runtime.protocol import (
     ContainerConfig,
     ContainerStatus,
@@ -127,8 +127,7 @@ class RuntimeClient:
         try:
             async with asyncio.timeout(PING_TIMEOUT_SECONDS):
                 links = await self._all()
-                hello = {"op": "hello", "versions": list(SUPPORTED_VERSIONS)}
-                await asyncio.gather(*(link.call(hello) for link in links))
+                await asyncio.gather(*(link.call(hello_to(link.pointer)) for link in links))
         except TimeoutError:
             raise RuntimeUnavailableError(f"no answer from the supervisor in {PING_TIMEOUT_SECONDS} s") from None
 
@@ -260,7 +259,7 @@ class RuntimeClient:
             reader, writer = await open_connection(link.pointer)
             stream = SupervisorStream(reader, writer)
             try:
-                await stream.begin(request)
+                await stream.begin(hello_to(link.pointer), request)
                 return stream
             except UnknownContainerError as error:
                 unknown = error

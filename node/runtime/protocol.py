@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+"""2: a hello carries the supervisor's secret."""
 
 
 class GuestKind(StrEnum):

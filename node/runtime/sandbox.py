@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import wasmtime
 from wasmtime import component as wasmtime_component
 
-from node.runtime import landlock, linux
+from node.runtime import landlock, linux, resolving, seccomp
 from node.runtime.beneath import open_directory, opened
 from node.runtime.engine import Linkers
 from node.runtime.hostcalls.http import HttpHost
@@ -41,6 +41,10 @@ TRAP_EXIT_CODE = 134
 START_ERROR_EXIT_CODE = 128
 MAX_MESSAGE_BYTES = 12 * 1024
 MAX_OPEN_FILES = 1024
+MAX_USER_PROCESSES = 16384
+"""Threads, of all processes of the sandbox's user: the filter lets it start no process. The kernel does not hold uid 0
+to it."""
+
 MAX_STRING_BYTES = 128 * 1024
 MAX_STRINGS_BYTES = 2 * 1024 * 1024
 """Of one argument or variable, and of all: Linux' own limits for execve (MAX_ARG_STRLEN, and a quarter of the usual
@@ -77,6 +81,8 @@ class GuestTools:
 
     linkers: Linkers
     http: HttpHost
+    network_files: tuple[str, ...]
+    """What a guest with outbound HTTP may read besides its mounts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,7 @@ def make_tools(linkers: Linkers) -> GuestTools:
     # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
     module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
-    return GuestTools(linkers=linkers, http=http)
+    return GuestTools(linkers=linkers, http=http, network_files=resolving.readable_paths())
 
 
 def check_config(config: ContainerConfig) -> None:
@@ -157,6 +163,7 @@ def run_here(config: ContainerConfig, tools: GuestTools, *, report: int) -> NoRe
         check_config(config)
         linux.close_range_except((report,))
         _limit()
+        seccomp.confine(seccomp.Network.NONE if config.http is None else seccomp.Network.CLIENT)
         return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report)
 
     _exit_with(report, run)
@@ -197,8 +204,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         os.write(file, b"0")
         os.close(file)
     _limit()
-    # Before a byte of the image is looked at, and while there is one thread: it holds for this and those that it makes.
-    landlock.confine(plan.config.mounts, files=(plan.config.artifact,), network=plan.config.http is not None)
+    _confine(plan.config, tools)
     return run_guest(
         plan.config,
         tools,
@@ -207,6 +213,15 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         report=plan.report,
         nice=plan.nice,
     )
+
+
+def _confine(config: ContainerConfig, tools: GuestTools) -> None:
+    """Before a byte of the image is looked at, and while there is one thread: it holds for this and those that it
+    makes. Landlock first, since the filter forbids its calls."""
+    network = config.http is not None
+    files = (config.artifact, *tools.network_files) if network else (config.artifact,)
+    landlock.confine(config.mounts, files=files, tcp=network)
+    seccomp.confine(seccomp.Network.CLIENT if network else seccomp.Network.NONE)
 
 
 def _limit() -> None:
@@ -219,6 +234,9 @@ def _limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = min(hard, MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    limit = MAX_USER_PROCESSES if hard == resource.RLIM_INFINITY else min(hard, MAX_USER_PROCESSES)
+    resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
 
 
 def run_guest(

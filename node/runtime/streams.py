@@ -9,7 +9,7 @@ import itertools
 from collections.abc import AsyncGenerator
 
 from node.runtime import wire
-from node.runtime.link import CALL_TIMEOUT_SECONDS, SUPPORTED_VERSIONS, error_of, read_message
+from node.runtime.link import CALL_TIMEOUT_SECONDS, error_of, read_message
 from node.runtime.protocol import RuntimeUnavailableError, StreamFrame
 
 
@@ -37,9 +37,9 @@ class SupervisorStream:
         """Why it could not be started, or a trap's message."""
         return self._error
 
-    async def begin(self, request: wire.Message) -> None:
+    async def begin(self, hello: wire.Message, request: wire.Message) -> None:
         """Hello and request. Raises StartError, UnknownContainerError, RuntimeUnavailableError."""
-        for message in ({"op": "hello", "versions": list(SUPPORTED_VERSIONS)}, request):
+        for message in (hello, request):
             seq = next(self._numbers)
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
