@@ -16,7 +16,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from node.files import write_private
@@ -41,6 +41,9 @@ class Pointer:
     build: str
     """``node.runtime.engine.engine_key``: which precompiled files it can load."""
 
+    secret: str = field(default="", repr=False)
+    """What a client says in its hello, to show that it can read this file."""
+
     cgroups: tuple[str, ...] = ()
     """Groups to remove when it is gone."""
 
@@ -59,6 +62,7 @@ def read_pointer(path: Path) -> Pointer | None:
             socket=str(data["socket"]),
             protocol_version=int(data["protocol_version"]),
             build=str(data.get("build", "")),
+            secret=str(data.get("secret", "")),
             cgroups=tuple(str(path) for path in data.get("cgroups", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
