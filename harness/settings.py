@@ -184,6 +184,7 @@ _ENVIRONMENT = {
     "WASILET_MIRROR": "mirror",
     "WASILET_DOWNLOAD": "download",
     "WASILET_INSTALL": "install",
+    "WASILET_LOCAL_ORIGINS": "local_origins",
 }
 INVOKE_PREFIX = "INVOKE_WASILET_"
 
@@ -262,10 +263,9 @@ def _typed(name: str, key: str, value: Any) -> Any:
     if key in _FLAGS:
         return flag(name, value)
     if key == "taints":
-        taints = (value,) if isinstance(value, str) else value
-        if value is not None and not (isinstance(taints, list | tuple) and all(isinstance(t, str) for t in taints)):
-            raise UsageError(f"{name} must be a list of texts, not {value!r}")
-        return None if value is None else tuple(taints)
+        return None if value is None else _texts(name, [value] if isinstance(value, str) else value)
+    if key == "local_origins":
+        return _texts(name, value.split(",") if isinstance(value, str) else value or ())
     if key in _PATHS:
         if not isinstance(value, str | Path | None):
             raise UsageError(f"{name} must be a path, not {value!r}")
@@ -285,6 +285,12 @@ def _section(kind: type[Any], name: str, value: Any, shown: str = "") -> Any:
         raise UsageError(f"unknown setting: {shown or f'{name}.{unknown[0]}'}", hint=f"known are: {', '.join(known)}")
     check = _whole if kind is PortSettings else _duration
     return kind(**{key: check(shown or f"setting {name}.{key}", v) for key, v in value.items()})
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise UsageError(f"{name} must be a list of texts, not {value!r}")
+    return tuple(item.strip() for item in value if item.strip())
 
 
 def _whole(name: str, value: Any) -> int:

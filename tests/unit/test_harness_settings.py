@@ -85,6 +85,15 @@ def test_a_value_that_makes_no_sense_is_refused(config: Any) -> None:
         load(config, environ={})
 
 
+def test_local_origins_come_as_a_list_or_by_commas() -> None:
+    origins = ("http://127.0.0.1:1", "http://127.0.0.1:2")
+    assert load({"local_origins": list(origins)}, environ={}).local_origins == origins
+    assert load(environ={"WASILET_LOCAL_ORIGINS": " , ".join(origins) + ","}).local_origins == origins
+    for wrong in ({"local_origins": 7}, {"local_origins": [7]}, {"local_origins": "nonsense"}):
+        with pytest.raises(UsageError, match="local_origins"):
+            load(wrong, environ={})
+
+
 def test_sections_are_typed() -> None:
     settings = load({"ports": {"registry": "5001"}, "timeouts": {"ready_seconds": 5}, "download": "no"}, environ={})
     assert settings.ports == PortSettings(registry=5001)
