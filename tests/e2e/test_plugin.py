@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import wasmtime
+from wasilet.demo.new_app import new_app
+from wasilet.kube.client import api_path
 
-from harness.kube import api_path
-from harness.new import new_app
 from tests.clusters import TestCluster, temporary_settings
 
 pytestmark = pytest.mark.e2e

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from harness.errors import ApiError
-from harness.kube import Hangup
-from harness.plugin.scene import Scene
+from wasilet.errors import ApiError
+from wasilet.kube.client import Hangup
+from wasilet.testing.test_namespace import Scene
 
 START_NS = 1_800_000_000 * 1_000_000_000
 NAMESPACE = "ns"
@@ -47,7 +47,7 @@ class Log:
 
 
 class LogApi:
-    """As much of :class:`harness.kube.Kube` as an observer asks for."""
+    """As much of :class:`wasilet.kube.client.Kube` as an observer asks for."""
 
     server = "memory"
 

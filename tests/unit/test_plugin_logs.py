@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+from wasilet.demo.expect import ExpectationError, wait_for
+from wasilet.demo.samples import Expectation, Line
+from wasilet.errors import ApiError
+from wasilet.testing import expectation
+from wasilet.testing.observe import Observer
 
-from harness.errors import ApiError
-from harness.expect import ExpectationError, wait_for
-from harness.observe import Observer
-from harness.plugin import expectation
-from harness.samples import Expectation, Line
 from tests.unit.log_rig import NAMESPACE, Log, LogApi, running, scene_on, terminated
 
 pytestmark = pytest.mark.unit

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wasilet.testing import log_spool
+from wasilet.testing.log_match import Judge
+from wasilet.testing.log_spool import LogSpool, LogTail, SpoolError, line_of, nanoseconds_of, text_of
+from wasilet.testing.merged_log import LogLines, Reading
 
-from harness.plugin import log_spool
-from harness.plugin.expected import Judge
-from harness.plugin.log_spool import LogSpool, LogTail, SpoolError, line_of, nanoseconds_of, text_of
-from harness.plugin.merged_log import LogLines, Reading
 from tests.unit.log_rig import START_NS, stamped
 
 pytestmark = pytest.mark.unit
