@@ -1,4 +1,5 @@
-"""One compilation in a process of its own: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND MEMORY_BYTES``.
+"""One compilation in a process of its own: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND
+MEMORY_BYTES``.
 
 Cranelift eats what an image gives it, so it runs under limits and without the agent's privileges, away from it and from
 the supervisor. The result is written to OUT, which the parent renames when this process ended well. Messages go to

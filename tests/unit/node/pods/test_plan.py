@@ -19,7 +19,7 @@ from tests.unit.node.pods.fakes import make_instance
 
 pytestmark = pytest.mark.unit
 
-CASES = Path(__file__).parent / "cases" / "pods"
+CASES = Path(__file__).parent / "cases"
 
 
 def load(name: str) -> list[Any]:
