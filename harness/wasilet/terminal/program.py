@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from collections.abc import Iterator
 
 from invoke.exceptions import Exit, ParseError
 from invoke.program import Program
+
+from wasilet.package_data import checkout_root
 from wasilet.terminal.cli import EXIT_FAILED, EXIT_INTERRUPTED, stop_writing
+
 
 INVOKES_OWN = "invoke.main"
 """The module whose program runs when ``invoke`` is typed."""
@@ -59,8 +63,15 @@ def take_over() -> None:
         main.program.__class__ = TaskProgram
 
 
+def in_checkout() -> bool:
+    """Whether this runs in the folder of the sources, whose ``tasks.py`` and ``invoke.yaml`` then count: ``./run``."""
+    return checkout_root() == Path.cwd()
+
+
 def _typed() -> str:
-    return "invoke" if INVOKES_OWN in sys.modules else "./run"
+    if INVOKES_OWN in sys.modules:
+        return "invoke"
+    return "./run" if in_checkout() else "wasilet"
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from wasilet_dev.test_runner import needs_binaries, pytest_command
 
 pytestmark = pytest.mark.unit
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 def invoke(*words: str, state: Path, **environ: str) -> subprocess.CompletedProcess[str]:
