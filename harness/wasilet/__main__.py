@@ -1,7 +1,7 @@
 """The command ``wasilet``, and what ``run`` ends in (``python -P -m wasilet``): Invoke with Wasilet's tasks.
 
-In the folder of the sources Invoke loads their ``tasks.py`` and ``invoke.yaml``, as plain ``invoke`` does; anywhere else
-the tasks are the package's, whatever ``tasks.py`` lies about there.
+In the folder of the sources Invoke loads their ``tasks.py`` and ``invoke.yaml``, as plain ``invoke`` does; anywhere
+else the tasks are the package's, whatever ``tasks.py`` lies about there.
 """
 
 from __future__ import annotations

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
 
 from invoke.exceptions import Exit, ParseError
 from invoke.program import Program
 
 from wasilet.package_data import checkout_root
 from wasilet.terminal.cli import EXIT_FAILED, EXIT_INTERRUPTED, stop_writing
-
 
 INVOKES_OWN = "invoke.main"
 """The module whose program runs when ``invoke`` is typed."""
