@@ -9,6 +9,10 @@ from __future__ import annotations
 import sys
 
 try:
+    from wasilet.process_start import prepare_process
+
+    prepare_process()
+
     from invoke import __version__ as invoke_version
     from invoke.collection import Collection
 

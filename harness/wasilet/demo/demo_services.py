@@ -21,6 +21,7 @@ from wasilet.controlplane.components import LOOPBACK, Component, Probe, ensure_r
 from wasilet.errors import UsageError
 from wasilet.kube.client import KubeObject
 from wasilet.providers.base import Cluster
+from wasilet.settings import environment_flag
 
 CAT_FACTS_URL = "https://catfact.ninja/fact"
 OFFLINE = "WASILET_OFFLINE"
@@ -42,7 +43,7 @@ def start(name: str, cluster: Cluster, *, say: Say, environ: Mapping[str, str] =
 
 
 def _cat_facts(cluster: Cluster, say: Say, environ: Mapping[str, str]) -> dict[str, Any]:
-    local = bool(environ.get(OFFLINE)) or not _answers(CAT_FACTS_URL)
+    local = environment_flag(environ, OFFLINE) or not _answers(CAT_FACTS_URL)
     url = _local_cat_facts(cluster, say) if local else environ.get("CAT_FACTS_URL") or CAT_FACTS_URL
     parts = urlsplit(url)
     return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import ipaddress
-import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from wasilet.cluster.state import State
 from wasilet.errors import ApiError, CommandError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import Credentials, read_credentials
-from wasilet.kube.kubeconfig import read_config, user_kubeconfig
+from wasilet.kube.kubeconfig import kubeconfig_files, read_config
 from wasilet.providers.base import Cluster, Detection
 from wasilet.providers.existing_base import ExternalProvider, Found
 from wasilet.providers.host import node_address
@@ -122,8 +121,7 @@ def _files(settings: Settings, known: Mapping[str, object]) -> list[Path]:
         return [settings.config]
     if known.get("source"):
         return [Path(str(known["source"]))]
-    entries = [entry for entry in settings.environ.get("KUBECONFIG", "").split(os.pathsep) if entry]
-    return [Path(entry).expanduser().absolute() for entry in entries] or [user_kubeconfig(settings.environ)]
+    return kubeconfig_files(settings.environ)
 
 
 def _contexts(file: Path) -> list[str]:
