@@ -12,7 +12,7 @@ from wasilet.testing.log_match import Judge
 from wasilet.testing.log_spool import LogSpool, LogTail, SpoolError, line_of, nanoseconds_of, text_of
 from wasilet.testing.merged_log import LogLines, Reading
 
-from tests.unit.log_rig import START_NS, stamped
+from tests.unit.harness.testing.log_rig import START_NS, stamped
 
 pytestmark = pytest.mark.unit
 

@@ -15,7 +15,7 @@ from wasilet.errors import ApiError
 from wasilet.testing import expectation
 from wasilet.testing.observe import Observer
 
-from tests.unit.log_rig import NAMESPACE, Log, LogApi, running, scene_on, terminated
+from tests.unit.harness.testing.log_rig import NAMESPACE, Log, LogApi, running, scene_on, terminated
 
 pytestmark = pytest.mark.unit
 
