@@ -137,6 +137,10 @@ class Settings:
     yes: bool = False
     """Whether an existing cluster may be changed."""
 
+    approve_any: bool = False
+    """Whether the approver serves every node of a cluster that is not Wasilet's own, too; else only those that it
+    runs or that `bootstrap` and `token create --node` named."""
+
     mirror: str = ""
     """A base URL that replaces the official download hosts of the control-plane binaries."""
 
@@ -223,7 +227,7 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("nodes", "max_pods", "token_ttl_seconds"):
         if key in typed:
             typed[key] = _number(key, typed[key], int)
-    for key in ("download", "install"):
+    for key in ("download", "install", "approve_any"):
         if isinstance(typed.get(key), str):
             typed[key] = typed[key].strip().lower() not in {"0", "no", "false", "off"}
     if "taints" in typed and typed["taints"] is not None:
