@@ -32,7 +32,8 @@ from node.server.pods import PodSource, PodViews
 from node.server.stats import SummaryView, UsageReader
 from node.server.streams.portforward import PortForwardView
 from node.server.streams.remotecommand import RemoteCommandViews, StreamRuntime
-from node.server.streams.upgrade import ACCEPTED_HEADER
+from node.server.streams.turns import Turns
+from node.server.streams.upgrade import ACCEPTED_HEADER, TURNS
 from node.server.tls import Acceptor, ServerError, bind, listen, server_context
 from node.settings import NodeSettings
 
@@ -250,6 +251,7 @@ class KubeletServer:
 
     def _routes(self, pods: PodViews, logs: LogViews, health: HealthViews, stats: SummaryView) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=64 * 1024)
+        app[TURNS] = Turns()
         for path, handler in (
             ("/healthz", health.healthz),
             ("/healthz/{check}", health.check),

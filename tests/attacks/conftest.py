@@ -8,18 +8,18 @@ import pytest
 
 from tests.attacks.tally import Tally
 
-COUNTS = pytest.StashKey[dict[str, Counter[str]]]()
+TALLIES = pytest.StashKey[dict[str, Tally]]()
 
 
 @pytest.fixture(scope="module")
 def tally(request: pytest.FixtureRequest) -> Tally:
     """The counts of a module."""
     name = request.module.__name__.rpartition("test_")[2].replace("_", " ")
-    return Tally(request.config.stash.setdefault(COUNTS, {}).setdefault(name, Counter()))
+    return request.config.stash.setdefault(TALLIES, {}).setdefault(name, Tally(Counter()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """One line per module."""
-    for name, counts in sorted(config.stash.get(COUNTS, {}).items()):
-        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
-        terminalreporter.write_line(f"attacks, {name}: {outcomes or 'none was made'}")
+    for name, tally in sorted(config.stash.get(TALLIES, {}).items()):
+        outcomes = [f"{number} {outcome}" for outcome, number in sorted(tally.counts.items())]
+        terminalreporter.write_line(f"attacks, {name}: {', '.join([*outcomes, *tally.notes]) or 'none was made'}")
