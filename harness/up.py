@@ -168,13 +168,17 @@ def _preparation_step(cluster: Cluster) -> Step:
         asked = {
             name: getattr(settings.ports, name) for name in (*cluster.provider.wanted_ports, "registry", "kubelet")
         }
+        # The demos' own API, which the nodes are told of when they start: a port of its own, kept for it.
+        asked["cat_facts"] = 0
         return asked | {f"kubelet_{number}": 0 for number in range(2, cluster.node_count() + 1)}
 
     def look() -> Finding:
         data = state.read()
         ports = data.get("ports", {})
         missing = [name for name, port in wanted().items() if not ports.get(name) or (port and ports[name] != port)]
-        if not data.get("run_id") or data.get("nodes") != cluster.node_count() or missing:
+        origins = list(settings.local_origins)
+        other = bool(origins) and data.get("local_origins", []) != origins
+        if not data.get("run_id") or data.get("nodes") != cluster.node_count() or missing or other:
             return Finding.differs(
                 f"use {state.path}", [f"+ {state.path}", *(f"+ port for {name}" for name in missing)]
             )
@@ -189,6 +193,8 @@ def _preparation_step(cluster: Cluster) -> Step:
         ports = state.allocate_ports(kubelets, addresses=(settings.node_ip or EVERYWHERE,))
         ports |= state.allocate_ports(asked)
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
+        if settings.local_origins:
+            state.update(local_origins=list(settings.local_origins))
         state.run_id()
         return f"{state.path}, ports {', '.join(f'{name} {port}' for name, port in ports.items())}"
 
@@ -360,6 +366,8 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
     ]  # fmt: skip
     for taint in cluster.taints():
         argv += ["--taint", taint]
+    for origin in local_origins(cluster):
+        argv += ["--allow-local-origins", origin]
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
     return Component(
@@ -372,6 +380,15 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         # the rest, but is believed for 40 s after an agent died.
         ready=lambda: accepts(access.node_address, port),
     )
+
+
+def local_origins(cluster: Cluster) -> tuple[str, ...]:
+    """What pods may call on this machine: the demos' own API, and what the user allowed."""
+    from harness.services import cat_facts_origin
+
+    port = cluster.ports().get("cat_facts")
+    own = (cat_facts_origin(port),) if port else ()
+    return tuple(dict.fromkeys((*own, *cluster.state.read().get("local_origins", []))))
 
 
 def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) -> Step:

@@ -139,8 +139,9 @@ class _Agent:
         from node.kube.events import KubeEventRecorder
         from node.kube.references import References
         from node.lease import LeaseKeeper
-        from node.machine import is_advertisable
+        from node.machine import interface_addresses, is_advertisable
         from node.pods.environment import EnvironmentBuilder
+        from node.pods.httppolicy import Outbound
         from node.pods.manager import PodManager
         from node.registration import Registration
         from node.server.app import KubeletServer
@@ -222,6 +223,12 @@ class _Agent:
             parse_credentials=from_secrets,
             node=registration.info,
             observe_probe=on_probe,
+            outbound=Outbound(
+                local_origins=settings.local_origins,
+                own_addresses=lambda: (*registration.info().addresses, *interface_addresses()),
+                api_server=kube.cluster.server,
+                kubelet_port=lambda: server.port or settings.port,
+            ),
         )
         client_ca = certificates.client_ca()
         server = KubeletServer(

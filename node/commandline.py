@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from node.settings import ImageSettings, NodePaths, NodeSettings
 
@@ -207,6 +208,13 @@ def _parser(version: str) -> argparse.ArgumentParser:
         "-p", "--port", metavar="PORT",
         help="port to listen on; 0: any free one (default: 10250) [WASILET_NODE_PORT, KRUSTLET_PORT]",
     )  # fmt: skip
+    outbound = parser.add_argument_group("outbound HTTP of modules")
+    outbound.add_argument(
+        "--allow-local-origins", metavar="ORIGIN,...", action="append",
+        help="origins such as http://127.0.0.1:8090 that pods may call although they are on the node itself, "
+        "link-local, the API server or a kubelet, repeatable; a pod's annotation must list them as well "
+        "[WASILET_NODE_ALLOW_LOCAL_ORIGINS]",
+    )  # fmt: skip
     images = parser.add_argument_group("images")
     images.add_argument(
         "--insecure-registries", metavar="HOST[:PORT],...", action="append",
@@ -300,6 +308,9 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
                     _registry,
                 )
             )
+        ),
+        local_origins=tuple(
+            options.get_all("allow_local_origins", ("WASILET_NODE_ALLOW_LOCAL_ORIGINS",), _http_origin)
         ),
         provider_id=options.get("provider_id", ("WASILET_NODE_PROVIDER_ID",), str),
     )
@@ -435,6 +446,15 @@ def _check_key(key: str) -> None:
 def _check_label_value(value: str) -> None:
     if len(value) > 63 or (value and not _NAME_PART.fullmatch(value)):
         raise ValueError(f"{value!r} is not a label value")
+
+
+def _http_origin(text: str) -> str:
+    parts = urlsplit(text)
+    _ = parts.port
+    more = parts.username is not None or parts.path not in {"", "/"} or parts.query or parts.fragment
+    if parts.scheme not in {"http", "https"} or not parts.hostname or more:
+        raise ValueError("not an origin, as http://127.0.0.1:8090")
+    return f"{parts.scheme}://{parts.netloc.lower()}"
 
 
 def _registry(text: str) -> str:

@@ -99,7 +99,7 @@ def find_address(server: str) -> str:
         address = _route_to(target)
         if address is not None and is_advertisable(address):
             return address
-    return next(_interface_addresses(), "127.0.0.1")
+    return next(interface_addresses(), "127.0.0.1")
 
 
 def is_advertisable(address: str) -> bool:
@@ -124,7 +124,8 @@ def _route_to(host: str) -> str | None:
     return found.partition("%")[0]
 
 
-def _interface_addresses() -> Iterator[str]:
+def interface_addresses() -> Iterator[str]:
+    """Of all interfaces that are up, IPv4 first; not loopback or link-local ones."""
     import psutil
 
     try:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -98,7 +99,11 @@ def control_plane(name: str = "component") -> Iterator[TestCluster]:
 
 @contextlib.contextmanager
 def whole_cluster(name: str = "e2e", **given: Any) -> Iterator[TestCluster]:
-    """What ``up`` makes: with registry, approver and a Ready node."""
+    """What ``up`` makes: with registry, approver and a Ready node. ``settings.local_origins`` names one free port of
+    this machine that pods may call."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        given.setdefault("local_origins", (f"http://127.0.0.1:{free.getsockname()[1]}",))
     with temporary_settings(name, **given) as settings:
         log = io.StringIO()
         recap = up(settings, reporter=PlainReporter(log))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from node.images.model import Credential, Images
 from node.kube.base import EventRecorder, Kube, KubeObject
+from node.pods.httppolicy import Outbound
 from node.pods.nodeinfo import NodeSource
 from node.pods.probes import ProbeObserver, ignore
 from node.pods.spec import Container, Pod
@@ -79,6 +80,9 @@ class Collaborators:
     observe_probe: ProbeObserver = ignore
     host_threads: HostThreads = field(default_factory=HostThreads)
     """For files that may lie on a volume of the machine."""
+
+    outbound: Outbound = field(default_factory=Outbound)
+    """Where no pod's modules may connect to."""
 
     wall_clock: Callable[[], float] = time.time
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from node import logfolders
 from node.images.model import Images
 from node.kube.base import EventRecorder, Kube, KubeObject
 from node.pods import admission, logtail, spec, termination
@@ -19,6 +20,7 @@ from node.pods.admission import Neighbour
 from node.pods.backoff import RetryBackoff
 from node.pods.collaborators import Collaborators, CredentialParser, Environments, PullSecretReader, Timing
 from node.pods.evictor import Evictor
+from node.pods.httppolicy import Outbound
 from node.pods.launch import ANNOTATION_MODULE
 from node.pods.nodeinfo import NodeSource
 from node.pods.probes import ProbeObserver, ignore
@@ -55,6 +57,7 @@ class PodManager:
         node: NodeSource,
         timing: Timing | None = None,
         observe_probe: ProbeObserver = ignore,
+        outbound: Outbound | None = None,
     ) -> None:
         self._services = Collaborators(
             kube=kube,
@@ -69,6 +72,7 @@ class PodManager:
             node=node,
             timing=timing or Timing(),
             observe_probe=observe_probe,
+            outbound=outbound or Outbound(),
         )
         self._node_name = settings.node_name
         self._evictor = Evictor(self._services)
@@ -281,7 +285,7 @@ class PodManager:
         """Stop and remove what belongs to no pod of the API server: containers, volumes, logs."""
         limit = asyncio.Semaphore(_ORPHANS_AT_ONCE)
         containers = [i for i in await self._list_runtime() if i.pod_uid not in self._workers]
-        folders = await asyncio.to_thread(_log_folders, logtail.pods_root(self._services.paths))
+        folders = await asyncio.to_thread(_log_folders, logfolders.pods_root(self._services.paths.logs))
         uids = {*await self._services.volumes.orphans(), *(i.pod_uid for i in containers), *folders}
 
         async def clean(uid: str) -> None:
@@ -337,4 +341,4 @@ def _log_folders(root: Path) -> dict[str, Path]:
     """Pod uid to log folder."""
     if not root.is_dir():
         return {}
-    return {logtail.uid_of_folder(entry.name): entry for entry in root.iterdir() if "_" in entry.name}
+    return {logfolders.uid_of(entry.name): entry for entry in root.iterdir() if "_" in entry.name}

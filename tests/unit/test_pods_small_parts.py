@@ -94,9 +94,9 @@ def test_without_annotations_there_is_no_outbound_http() -> None:
 
 
 def test_origins_and_the_limit_are_read() -> None:
-    domains = json.dumps(["https://api.example", "http://127.0.0.1:8080/", "https://[2001:db8::1]:8443"])
+    domains = json.dumps(["https://api.example", "http://192.0.2.1:8080/", "https://[2001:db8::1]:8443"])
     assert http_policy(annotated(domains=domains, limit="20")) == HttpPolicy(
-        allowed_origins=("https://api.example", "http://127.0.0.1:8080", "https://[2001:db8::1]:8443"),
+        allowed_origins=("https://api.example", "http://192.0.2.1:8080", "https://[2001:db8::1]:8443"),
         max_concurrent_requests=20,
     )
 

@@ -28,7 +28,14 @@ CONFIG = ContainerConfig(
     mounts=(Mount(host="/h", guest="/g", read_only=True),),
     log_path="/log",
     memory_limit_bytes=5,
-    http=HttpPolicy(allowed_origins=("https://a.example",), max_concurrent_requests=3),
+    http=HttpPolicy(
+        allowed_origins=("https://a.example",),
+        max_concurrent_requests=3,
+        local_origins=("http://127.0.0.1:8090",),
+        own_addresses=("10.1.2.3",),
+        api_servers=(("api.example", 6443),),
+        kubelet_ports=(38123,),
+    ),
     annotations={"k": "v"},
 )
 
@@ -94,4 +101,4 @@ def test_the_peer_is_known_by_its_uid() -> None:
 
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
-        assert wire.peer_uid(ours) == os.getuid()
+        assert wire.peer(ours) == wire.Peer(os.getpid(), os.getuid())

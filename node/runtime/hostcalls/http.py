@@ -5,11 +5,11 @@ Every function returns 0 or one of the crate's error numbers; results go through
 
 What a guest may reach. A request passes when its origin (scheme, host and port; the crate compared hosts only) is in
 the list of the container; so must every redirect, which otherwise ends with DESTINATION_NOT_ALLOWED. Guests share the
-network of the node, so a *name* in the list must not resolve to the node's own loopback, to link-local addresses
-(cloud metadata services), to multicast or to the unspecified address: whoever runs that name's DNS would choose the
-target. The address that was checked is the one that is connected to. An address literal or ``localhost`` that the list
-itself names is the author's visible decision, and passes. The crate's ``insecure:allow-all`` is no origin: it allows
-nothing.
+network of the node, and the list is the pod author's, so neither its names nor its literals lead to loopback, to
+link-local addresses (cloud metadata services), multicast, the unspecified address, the node's own addresses, the
+cluster's API server or a kubelet (``node.addresses``). Every address that a name resolves to is judged, and
+the one that was judged is connected to. An origin that the node's operator allows (``--allow-local-origins``) passes.
+The crate's ``insecure:allow-all`` is no origin: it allows nothing.
 
 Host, Content-Length and the hop-by-hop headers are ours: a guest that set Host could speak to a neighbour of the
 server that it may speak to.
@@ -21,7 +21,6 @@ import base64
 import encodings.idna  # noqa: F401 - getaddrinfo needs it, and a sandbox must not import
 import http.client
 import io
-import ipaddress
 import re
 import socket
 import ssl
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 
 import wasmtime
 
+from node import addresses
 from node.runtime.protocol import HttpPolicy
 
 MODULE = "wasi_experimental_http"
@@ -157,14 +157,6 @@ def allowed_origins(origins: tuple[str, ...]) -> frozenset[Origin]:
     return frozenset(found)
 
 
-def is_reserved(address: str) -> bool:
-    """Whether an address is loopback, link-local, multicast or unspecified, mapped IPv4 included."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(ip, "ipv4_mapped", None)
-    ip = mapped if mapped is not None else ip
-    return ip.is_loopback or ip.is_link_local or ip.is_multicast or ip.is_unspecified
-
-
 class _Answer(io.RawIOBase):
     """The bytes that a server sends. A socket's own limit begins anew with every byte, so a server that drips could
     hold its guest for ever: there is one for the whole head, too."""
@@ -242,13 +234,25 @@ class HttpClient:
     """Sends requests under one policy."""
 
     def __init__(self, policy: HttpPolicy | None) -> None:
-        self._allowed = allowed_origins(policy.allowed_origins if policy else ())
+        policy = policy or HttpPolicy(allowed_origins=())
+        self._allowed = allowed_origins(policy.allowed_origins)
+        self._local = allowed_origins(policy.local_origins)
+        self._guard = addresses.guard(
+            own=policy.own_addresses, endpoints=policy.api_servers, ports=policy.kubelet_ports
+        )
         self._tls: ssl.SSLContext | None = None
 
     def check(self, origin: Origin) -> None:
-        """Raises HttpCallError DESTINATION_NOT_ALLOWED unless the policy names the origin."""
+        """Raises HttpCallError DESTINATION_NOT_ALLOWED unless the policy names the origin, and it may be called."""
         if origin not in self._allowed:
             raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED)
+        self._judge(origin, origin.host)
+
+    def _judge(self, origin: Origin, host: str) -> None:
+        """``host``: the origin's, or an address that it resolves to. Raises as ``check`` does."""
+        refusal = "" if origin in self._local else self._guard.refusal(host, origin.port)
+        if refusal:
+            raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED, f"{host} is {refusal}")
 
     def send(self, target: Target, method: str, headers: list[tuple[str, str]], body: bytes) -> _Response:
         """The response after redirects. Raises HttpCallError."""
@@ -308,12 +312,11 @@ class HttpClient:
             raise HttpCallError(HttpErrno.REQUEST_ERROR, str(error)) from error
 
     def _connect(self, origin: Origin, deadline: float) -> socket.socket:
-        named = _is_name(origin.host) and origin.host != "localhost"
-        addresses = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
         last: OSError | None = None
-        if named and any(is_reserved(str(entry[4][0])) for entry in addresses):
-            raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED, "the name resolves to a reserved address")
-        for family, kind, protocol, _, address in addresses:
+        for entry in found:
+            self._judge(origin, str(entry[4][0]))
+        for family, kind, protocol, _, address in found:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -321,27 +324,29 @@ class HttpClient:
             try:
                 sock.settimeout(min(CONNECT_TIMEOUT_SECONDS, left))
                 sock.connect(address)
+                self._judge_connection(origin, sock)
                 if origin.scheme == "https":
                     sock = self._context().wrap_socket(sock, server_hostname=origin.host)
                 sock.settimeout(min(IDLE_TIMEOUT_SECONDS, max(left, 1.0)))
                 return sock
+            except HttpCallError:
+                sock.close()
+                raise
             except OSError as error:
                 sock.close()
                 last = error
         raise last or TimeoutError(f"no connection to {origin.host}:{origin.port} in time")
 
+    def _judge_connection(self, origin: Origin, sock: socket.socket) -> None:
+        """The kernel's word, before a byte is sent: a machine that speaks to itself has one address at both ends. So an
+        address that the node got after the policy was made is refused, too."""
+        if origin not in self._local and sock.getsockname()[0] == sock.getpeername()[0]:
+            raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED, f"{origin.host} is the node itself")
+
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
             self._tls = ssl.create_default_context()
         return self._tls
-
-
-def _is_name(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return True
-    return False
 
 
 def _netloc(origin: Origin) -> str:
