@@ -193,7 +193,7 @@ _ENVIRONMENT = {
 INVOKE_PREFIX = "INVOKE_WASILET_"
 
 _NUMBERS = frozenset({"nodes", "max_pods", "token_ttl_seconds"})
-_FLAGS = frozenset({"yes", "download", "install"})
+_FLAGS = frozenset({"yes", "download", "install", "approve_any"})
 _PATHS = frozenset({"kubeconfig", "config"})
 _TRUE, _FALSE = frozenset({"1", "yes", "true", "on", "y"}), frozenset({"0", "no", "false", "off", "n"})
 
