@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from node.server.streams import frames
-from node.server.streams.frames import FrameEncoder
+from wasilet_node.server.streams import frames
+from wasilet_node.server.streams.frames import FrameEncoder
 
 CHUNK = 48 * 1024
 RECONNECT_SECONDS = 0.05

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from cryptography import x509
+from wasilet.approver_rules import Facts, Policy, judge
+from wasilet.kube.client import KubeObject
 
-from harness.approver_rules import Facts, Policy, judge
-from harness.kube import KubeObject
 from tests.attacks.tally import Tally
-from tests.unit.test_harness_approver import csr, request
+from tests.unit.harness.cluster.test_approver import csr, request
 
 pytestmark = pytest.mark.unit
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from wasilet_node.lease import LeaseKeeper
 
-from node.lease import LeaseKeeper
 from tests.attacks.tally import Tally
-from tests.unit.server_rig import FakeKube, Rig, make_pod, make_status, running
+from tests.unit.node.server.rig import FakeKube, Rig, make_pod, make_status, running
 
 pytestmark = pytest.mark.unit
 

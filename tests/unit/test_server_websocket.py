@@ -8,9 +8,8 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from node.server.streams.turns import ANSWERS_AT_ONCE, Turns
-from node.server.streams.websocket import (
+from wasilet_node.server.streams.turns import ANSWERS_AT_ONCE, Turns
+from wasilet_node.server.streams.websocket import (
     MAX_MESSAGE_BYTES,
     MAX_UNSENT_BYTES,
     WAITING_MESSAGES,
