@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from cryptography import x509
-from wasilet.approver_rules import Facts, Policy, judge
+from wasilet.cluster.approver_rules import Facts, Policy, judge
 from wasilet.kube.client import KubeObject
 
 from tests.attacks.tally import Tally

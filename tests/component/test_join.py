@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from wasilet.approver_facts import policy_data, write_policy
 from wasilet.cluster.approver import examine
+from wasilet.cluster.approver_facts import policy_data, write_policy
 from wasilet.cluster.token import bootstrap_config, create_token, write_bootstrap_file
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet_node import instance

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from wasilet.approver_rules import SIGNER, is_open, requesting_node
 from wasilet.cluster.approver import CSRS, approve, consider
+from wasilet.cluster.approver_rules import SIGNER, is_open, requesting_node
 from wasilet.errors import UsageError
 from wasilet.kube.client import Kube, KubeObject
 

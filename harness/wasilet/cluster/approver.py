@@ -9,9 +9,9 @@ A request is approved when all of this holds, and is otherwise left alone, with 
 - the signer is ``kubernetes.io/kubelet-serving``;
 - the requester is a node (``system:node:<name>``, in ``system:nodes``), and the subject is exactly that node's;
 - the usages are one of the two sets the signer allows;
-- there is a name or address, each is one that this Node alone can have (``wasilet.approver_rules``), and nothing but
+- there is a name or address, each is one that this Node alone can have (``approver_rules``), and nothing but
   names and addresses is asked for;
-- in a cluster that is not Wasilet's own, the node is one that the harness knows (``wasilet.approver_facts``).
+- in a cluster that is not Wasilet's own, the node is one that the harness knows (``approver_facts``).
 
 It denies nothing: a request that is premature (the Node does not know its new address yet) becomes right by waiting,
 and is looked at again. ``python -P -m wasilet.cluster.approver --kubeconfig FILE --policy FILE [--status-file FILE]``
@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wasilet.approver_facts import gather_facts, read_policy
-from wasilet.approver_rules import SIGNER, Verdict, is_open, judge, requesting_node
+from wasilet.cluster.approver_facts import gather_facts, read_policy
+from wasilet.cluster.approver_rules import SIGNER, Verdict, is_open, judge, requesting_node
 from wasilet.errors import ApiError, HarnessError, StateError
 from wasilet.kube.client import Kube, KubeObject, api_path
 

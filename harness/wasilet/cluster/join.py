@@ -1,9 +1,8 @@
 """Nodes on other machines: a self-contained bootstrap file, the doors they need, and a systemd unit.
 
-A cluster that listens on loopback gets a door on an address that other machines reach (``wasilet.cluster.tcp_proxy``); one
-that is reachable anyway needs none. Doors are long-lived processes like any other: listed by ``status``, mended by
-``up``, ended by ``down``.
-"""
+A cluster that listens on loopback gets a door on an address that other machines reach (``wasilet.cluster.tcp_proxy``);
+one that is reachable anyway needs none. Doors are long-lived processes like any other: listed by ``status``, mended by
+``up``, ended by ``down``."""
 
 from __future__ import annotations
 
@@ -144,7 +143,7 @@ def make_known(
 ) -> None:
     """Tell the approver of a node that will join. ``local``: it runs on this machine, beside the cluster's own nodes.
     Raises UsageError, StateError."""
-    from wasilet.known_nodes import remember_node
+    from wasilet.cluster.known_nodes import remember_node
 
     _check_node_name(node)
     timeout_seconds = cluster.settings.timeouts.lock_seconds

@@ -263,8 +263,8 @@ def _rbac_step(cluster: Cluster) -> Step:
 
 
 def _policy_step(cluster: Cluster) -> Step:
-    from wasilet.approver_facts import policy_file, same_policy, service_ranges, write_policy
-    from wasilet.known_nodes import policy_of
+    from wasilet.cluster.approver_facts import policy_file, same_policy, service_ranges, write_policy
+    from wasilet.cluster.known_nodes import policy_of
 
     path = policy_file(cluster.state)
 
@@ -329,7 +329,7 @@ def node_has_certificate(data: Path) -> bool:
 
 
 def _approver_component(cluster: Cluster) -> Component:
-    from wasilet.approver_facts import policy_file
+    from wasilet.cluster.approver_facts import policy_file
     from wasilet.cluster.state import read_json
 
     state = cluster.state

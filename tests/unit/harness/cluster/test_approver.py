@@ -18,10 +18,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from wasilet.approver_facts import gather_facts, policy_data, read_policy, service_ranges, write_policy
-from wasilet.approver_rules import Facts, Policy, Verdict, is_open, node_addresses, requesting_node
-from wasilet.approver_rules import judge as judge_with
 from wasilet.cluster.approver import Approver
+from wasilet.cluster.approver_facts import gather_facts, policy_data, read_policy, service_ranges, write_policy
+from wasilet.cluster.approver_rules import Facts, Policy, Verdict, is_open, node_addresses, requesting_node
+from wasilet.cluster.approver_rules import judge as judge_with
 from wasilet.errors import ApiError, StateError
 from wasilet.kube.client import KubeObject
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from wasilet.approver_rules import Address, Facts, Network, Policy, node_addresses, parsed_address, parsed_network
+from wasilet.cluster.approver_rules import (
+    Address,
+    Facts,
+    Network,
+    Policy,
+    node_addresses,
+    parsed_address,
+    parsed_network,
+)
 from wasilet.cluster.state import read_json, write_json
 from wasilet.errors import ApiError, StateError
 from wasilet.kube.client import Kube, KubeObject, api_path

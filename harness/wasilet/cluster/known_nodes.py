@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wasilet.approver_facts import policy_data, policy_file, write_policy
+from wasilet.cluster.approver_facts import policy_data, policy_file, write_policy
 from wasilet.errors import UsageError
 
 if TYPE_CHECKING:
