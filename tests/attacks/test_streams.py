@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -71,6 +72,9 @@ async def assail(rig: Rig, folder: Path) -> list[dict[str, int]]:
     return counts
 
 
+@pytest.mark.filterwarnings(
+    "ignore:unclosed transport:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 async def test_fifty_hostile_streams_hold_up_neither_the_lease_nor_a_request(tmp_path: Path, tally: Tally) -> None:
     kube = LeaseServer()
     keeper = LeaseKeeper(
@@ -97,6 +101,7 @@ async def test_fifty_hostile_streams_hold_up_neither_the_lease_nor_a_request(tmp
                 task.cancel()
             await asyncio.gather(lease, asking, return_exceptions=True)
     await asyncio.sleep(1)  # transports that were cut close in the loop's next turns
+    gc.collect()  # one whose client was killed in its handshake says so here, not in another test
     gaps = [after - before for before, after in zip(kube.renewed, kube.renewed[1:], strict=False)]
     assert len(gaps) > 4
     late, slowest = max(gaps) - RENEW_SECONDS, max(answered)
