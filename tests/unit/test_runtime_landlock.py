@@ -126,6 +126,7 @@ from pathlib import Path
 from node.runtime import engine, sandbox
 from node.runtime.loop import Loop
 from node.runtime.process import SandboxProcess
+from node.runtime.zygote import Zygote
 from tests.unit.test_runtime_wire import CONFIG
 
 def instead_of_a_guest(*_args, **_fields):
@@ -135,7 +136,8 @@ sandbox.run_guest = instead_of_a_guest
 loop = Loop()
 process = SandboxProcess(loop, dataclasses.replace(CONFIG, http=None), on_output=print, on_started=print,
                          on_exit=lambda outcome: (print(outcome.message), loop.stop()))
-process.spawn(sandbox.make_tools(engine.make_linkers()), guest_stdin=False, group=None, backstop_bytes=None)
+zygote = Zygote(sandbox.make_tools(engine.make_linkers()))
+process.spawn(zygote, guest_stdin=False, group=None, backstop_bytes=None)
 loop.run()
 """
     (tmp_path / "secret").write_text("text")
