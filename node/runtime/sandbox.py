@@ -410,6 +410,9 @@ def _load_component(
     call = instance.get_func(store, function) if function is not None else None
     if call is None:
         raise LoadError(f"the component's {command} has no function run")
+    run_type: Any = call.type(store)
+    if run_type.params or not isinstance(run_type.result, wasmtime_component.ResultType):
+        raise LoadError(f"the function run of the component's {command} is not of WASI's type: func() -> result")
     started.tell()
     entry = call
 
