@@ -39,6 +39,9 @@ READY_SANDBOXES = 6
 REFILL_BELOW = 3
 """Then all that are missing are made at once, since the process between costs a fork of its own."""
 
+SANDBOX_NAME = "wasilet-sandbox"
+"""What ``ps`` shows of a process that has a container."""
+
 ANSWER_SECONDS = 10.0
 """Of a zygote that has to be executed first; a fork takes 1 to 2 ms."""
 
@@ -249,6 +252,7 @@ def _run(commands: socket.socket, parent: int, tools: sandbox.GuestTools) -> NoR
 
 def _serve(commands: socket.socket, tools: sandbox.GuestTools) -> None:
     """Make sandboxes on demand until the supervisor is gone."""
+    linux.set_name("wasilet-zygote")
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What is loaded now stays shared with every child: the collector must not write into it.
@@ -317,6 +321,7 @@ def _wait(channel: int, tools: sandbox.GuestTools) -> NoReturn:
     """A sandbox, from its fork to its plan, which it then carries out."""
     try:
         linux.close_range_except((channel,))
+        linux.set_name("wasilet-ready")
         with socket.socket(fileno=channel) as sock:
             message, descriptors, _, _ = socket.recv_fds(sock, 1, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         if not message:
@@ -324,6 +329,7 @@ def _wait(channel: int, tools: sandbox.GuestTools) -> NoReturn:
         with os.fdopen(descriptors[0], "rb") as file:
             file.seek(0)
             plan = _decoded(json.loads(file.read()), descriptors[1:])
+        linux.set_name(SANDBOX_NAME)
     except BaseException:  # noqa: BLE001 - there is nobody yet to whom it could be told but the supervisor, by the end
         os._exit(1)
     sandbox.run_child(plan, tools)
