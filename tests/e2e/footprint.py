@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from node.runtime.zygote import SANDBOX_NAME
+from wasilet_node.runtime.zygote import SANDBOX_NAME
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from wasilet_node.runtime import linux, supervisor_registry
+from wasilet_node.runtime.protocol import ContainerState
+from wasilet_node.runtime.zygote import READY_SANDBOXES
 
-from node.runtime import linux, locate
-from node.runtime.protocol import ContainerState
-from node.runtime.zygote import READY_SANDBOXES
-from tests.unit.runtime_guests import ENVIRONMENT, HELLO, SLEEPER, Rig, eventually, running_supervisor
+from tests.unit.node.runtime.guests import ENVIRONMENT, HELLO, SLEEPER, Rig, eventually, running_supervisor
 
 pytestmark = pytest.mark.unit
 
@@ -140,7 +140,7 @@ async def test_a_killed_sandbox_that_waited_is_passed_over(rig: Rig) -> None:
 async def test_nothing_is_left_of_a_supervisor(rig: Rig, number: signal.Signals) -> None:
     await rig.client.start(rig.config(rig.artifact(SLEEPER)))
     family = await settled(rig, running=1)
-    pointer = locate.current(rig.paths.data)
+    pointer = supervisor_registry.current(rig.paths.data)
     assert pointer is not None
     os.kill(pointer.pid, number)
 
