@@ -243,6 +243,38 @@ def test_a_cluster_of_its_own_is_shared_by_workers_and_gone_afterwards(project: 
         assert not kubeconfig.exists(), "the user's kubeconfig is left alone"
 
 
+def _installed(site: Path) -> set[str]:
+    """The top-level packages that the wheel brings."""
+    (record,) = site.glob("wasilet-*.dist-info/RECORD")
+    tops = {line.partition("/")[0] for line in record.read_text().splitlines()}
+    return {top for top in tops if top.isidentifier()}
+
+
+def _commands_work(programs: Path, folder: Path, environ: dict[str, str]) -> None:
+    """Both commands, from a folder that holds names which must not count."""
+    (folder / "node").mkdir()
+    (folder / "node" / "__init__.py").write_text("raise SystemExit('a folder of the user was imported')\n")
+    (folder / "yaml.py").write_text("raise SystemExit('a file of the user was imported')\n")
+    (folder / "tasks.py").write_text("raise SystemExit('tasks of the user were loaded')\n")
+
+    def printed(*words: str) -> str:
+        done = subprocess.run(
+            [programs / words[0], *words[1:]], cwd=folder, env=environ, capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert {"up", "demo", "doctor", "status"} <= {
+        line.split()[0] for line in printed("wasilet", "--list").splitlines() if line.strip()
+    }
+    assert "hello-world" in printed("wasilet", "samples")
+    assert "complete -F" in printed("wasilet", "completion", "bash", "--program", "wasilet")
+    assert "--bootstrap-file" in printed("wasilet-node", "--help")
+    for name in ("node", "yaml.py", "tasks.py"):
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
 def test_the_wheel_alone_is_enough(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Installed into an empty environment, with nothing of the checkout on the path but the dependencies."""
     root = Path(__file__).resolve().parents[2]
@@ -264,8 +296,10 @@ def test_the_wheel_alone_is_enough(project: Project, tmp_path_factory: pytest.Te
             (site / entry.name).symlink_to(entry)
     for leftover in site.glob("*wasilet*.pth"):
         leftover.unlink()
-    project.write(HELLO + "\ndef test_where():\n    import harness\n    assert 'venv' in harness.__file__\n")
+    assert _installed(site) == {"wasilet", "wasilet_common", "wasilet_node"}
     environ = {k: v for k, v in project.environ.items() if k != "PYTHONPATH"}
+    _commands_work(venv / "bin", project.folder, environ)
+    project.write(HELLO + "\ndef test_where():\n    import wasilet\n    assert 'venv' in wasilet.__file__\n")
     done = subprocess.run(
         [python, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--wasilet-report", "r.html"],
         cwd=project.folder, env=environ, capture_output=True, text=True, timeout=RUN_LIMIT_SECONDS, check=False,
