@@ -120,9 +120,9 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
 
 def remove(name: str, settings: Settings, *, options: DemoOptions) -> list[str]:
     """Delete what the demo of an app applied; the names of what is gone. Raises UsageError when no cluster runs."""
+    from harness.opening import open_cluster
     from harness.render import render
     from harness.resources import Resources
-    from harness.up import open_cluster
 
     app = find_app(name, environ=settings.environ)
     objects = [_named_secret(app), *render(app, {}, lenient=True)]
@@ -139,7 +139,8 @@ def _named_secret(app: App) -> KubeObject:
 
 def is_running(settings: Settings) -> bool:
     """Whether the cluster is there and pods can start in it."""
-    from harness.up import missing_for_pods, open_cluster
+    from harness.opening import open_cluster
+    from harness.up import missing_for_pods
 
     with open_cluster(settings) as cluster:
         try:
@@ -150,7 +151,8 @@ def is_running(settings: Settings) -> bool:
 
 def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
     """The cluster, stood up when it is not there or not ready. Raises HarnessError when that fails."""
-    from harness.up import open_cluster, up
+    from harness.opening import open_cluster
+    from harness.up import up
 
     if not is_running(settings):
         up(settings, reporter=reporter).raise_for_failure()

@@ -111,8 +111,8 @@ def settings_of(context: Context, /, **given: Any) -> Settings:
     if not given.get("provider") and not settings.environ.get("WASILET_PROVIDER"):
         # Nobody has to say again what a cluster was made with.
         with contextlib.suppress(StateError):
-            if recorded := State.of(settings).read().get("provider"):
-                settings = replace(settings, provider=str(recorded))
+            if recorded := State.of(settings).cluster.provider:
+                settings = replace(settings, provider=recorded)
     return settings
 
 

@@ -306,8 +306,8 @@ def write_report(settings: Settings, *, app: str, namespace: str, file: Path, re
     Raises UsageError when there is no such cluster or app, StateError when the file cannot be written."""
     from harness.apps import DemoOptions, demo, running_cluster
     from harness.down import unknown_cluster
+    from harness.opening import open_cluster
     from harness.state import State, storage_errors
-    from harness.up import open_cluster
 
     if not app and not State.of(settings).exists():
         raise unknown_cluster(settings)

@@ -128,7 +128,7 @@ def _decoded(value: str) -> str:
 def run_action(settings: Settings, action: str, *, token_id: str = "", file: str = "") -> list[dict[str, Any]]:
     """``invoke token``: what to print, an object a line. A new token is told once, here, unless it goes to a file."""
     from harness.cli import invocation_path
-    from harness.up import open_cluster
+    from harness.opening import open_cluster
 
     if action not in ACTIONS:
         raise UsageError(f"unknown action {action!r}", hint=", ".join(ACTIONS))

@@ -51,8 +51,8 @@ def show(settings: Settings, *, namespace: str = "") -> None:
     """Until ``q``. Raises UsageError when this is no terminal or there is no such cluster, ApiError when its API server
     does not answer."""
     from harness.down import unknown_cluster
+    from harness.opening import open_cluster
     from harness.state import State
-    from harness.up import open_cluster
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         raise UsageError(

@@ -21,11 +21,12 @@ from typing import Any
 from harness.console import PlainReporter
 from harness.down import down
 from harness.kube import Kube, api_path
+from harness.opening import open_cluster
 from harness.play import Play, Recap
 from harness.providers.base import Access, Cluster
 from harness.settings import Settings, cache_root, load
 from harness.status import status
-from harness.up import control_plane_steps, open_cluster, up
+from harness.up import control_plane_steps, up
 
 SERVICE_ACCOUNT_SECONDS = 30.0
 

@@ -22,8 +22,8 @@ from typing import Any
 from harness.credentials import Credentials
 from harness.errors import ApiError
 from harness.kube import Hangup, Kube, api_path
+from harness.opening import open_cluster
 from harness.settings import load
-from harness.up import open_cluster
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e.churn import Creator, counting_pod, run_counts
 from tests.e2e.footprint import Footprint, footprint

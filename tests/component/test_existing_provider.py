@@ -22,13 +22,14 @@ from harness.down import down
 from harness.errors import ApiError, HarnessError, UsageError
 from harness.kube import Kube, KubeObject, api_path
 from harness.kubeconfig import write_kubeconfig
+from harness.opening import open_cluster
 from harness.play import Recap, Status
 from harness.providers.existing import minified, routed_address
 from harness.providers.host import node_address
 from harness.providers.preflight import told_by_pods, try_bootstrap_token
 from harness.settings import Settings
 from harness.state import State
-from harness.up import missing_for_pods, open_cluster, up
+from harness.up import missing_for_pods, up
 from tests.clusters import TestCluster, temporary_settings
 from tests.rigs.standins.world import World
 

@@ -26,6 +26,7 @@ from harness.controlplane.acquire import acquire
 from harness.down import down
 from harness.errors import ApiError
 from harness.kube import Kube, KubeObject, api_path
+from harness.opening import open_cluster
 from harness.play import Status
 from harness.process import is_alive, stop
 from harness.providers.docker import Docker
@@ -33,7 +34,7 @@ from harness.providers.kind import CLUSTER_LABEL
 from harness.publish import push_app
 from harness.settings import Settings, cache_root
 from harness.state import port_is_free
-from harness.up import open_cluster, up
+from harness.up import up
 from tests.clusters import TestCluster, temporary_settings, whole_cluster
 from tests.rigs.kind.session import KindRig
 

@@ -14,7 +14,8 @@ import pytest
 from harness.console import PlainReporter
 from harness.down import down
 from harness.kube import api_path
-from harness.up import open_cluster, up
+from harness.opening import open_cluster
+from harness.up import up
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e.guests import Guests, build_toolbox
 

@@ -17,6 +17,7 @@ import yaml
 from harness.console import PlainReporter, SilentReporter
 from harness.down import down
 from harness.errors import UsageError
+from harness.opening import open_cluster
 from harness.play import Recap
 from harness.process import stop
 from harness.providers.base import Cluster
@@ -25,7 +26,7 @@ from harness.providers.external import StoppedError, made_since, update_facts
 from harness.providers.kind import KindProvider, node_image
 from harness.settings import Settings, cache_root, load
 from harness.state import State
-from harness.up import open_cluster, up
+from harness.up import up
 from tests.rigs.standins.world import ROOT, World
 
 pytestmark = pytest.mark.unit

@@ -18,9 +18,9 @@ from pathlib import Path
 from harness import process
 from harness.controlplane.acquire import acquire as acquire_binaries
 from harness.errors import HarnessError
+from harness.opening import open_cluster
 from harness.settings import cache_root, load
 from harness.status import status
-from harness.up import open_cluster
 from tests.clusters import TestCluster, whole_cluster
 from tests.rigs.conformance import images, report, suite
 
