@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.cluster.down import down
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.status import status
 from wasilet.cluster.up import control_plane_steps, up
 from wasilet.kube.client import Kube, api_path
-from wasilet.opening import open_cluster
 from wasilet.providers.base import Access, Cluster
 from wasilet.settings import Settings, cache_root, load
 from wasilet.steps import Play, Recap

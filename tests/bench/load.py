@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wasilet.cluster.opening import open_cluster
 from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup, Kube, api_path
 from wasilet.kube.credentials import Credentials
-from wasilet.opening import open_cluster
 from wasilet.settings import load
 
 from tests.clusters import TestCluster, whole_cluster

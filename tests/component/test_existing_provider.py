@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import yaml
 from wasilet.cluster.down import down
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import State
 from wasilet.cluster.up import missing_for_pods, up
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import read_credentials
 from wasilet.kube.kubeconfig import write_kubeconfig
-from wasilet.opening import open_cluster
 from wasilet.providers.existing import minified, routed_address
 from wasilet.providers.host import node_address
 from wasilet.providers.preflight import told_by_pods, try_bootstrap_token

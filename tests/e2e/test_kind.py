@@ -21,13 +21,13 @@ import pytest
 import yaml
 from wasilet.cluster.approver import CSRS
 from wasilet.cluster.down import down
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import port_is_free
 from wasilet.cluster.up import up
 from wasilet.controlplane.acquire import acquire
 from wasilet.errors import ApiError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.oci.publish import push_app
-from wasilet.opening import open_cluster
 from wasilet.process import is_alive, stop
 from wasilet.providers.docker import Docker
 from wasilet.providers.kind import CLUSTER_LABEL

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from wasilet.cluster.down import down
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.up import up
 from wasilet.kube.client import api_path
-from wasilet.opening import open_cluster
 from wasilet.terminal.console import PlainReporter
 
 from tests.clusters import TestCluster, whole_cluster

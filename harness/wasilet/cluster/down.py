@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import ComponentRecord, State, clusters
 from wasilet.cluster.up import node_component
 from wasilet.controlplane.components import environment_for_tools
 from wasilet.errors import CommandError, HarnessError, StateError, UsageError
-from wasilet.opening import open_cluster
 from wasilet.process import ProcessRecord, is_alive, run, stop
 from wasilet.providers.base import Cluster
 from wasilet.settings import Settings

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster_record import VERSION, ClusterRecord
+from wasilet.cluster.record import VERSION, ClusterRecord
 from wasilet.errors import PortTakenError, StateError
 from wasilet.process import ProcessRecord, check_cancelled, is_alive, with_environment
 from wasilet.settings import DEFAULT_NAME, Settings

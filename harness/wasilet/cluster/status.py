@@ -16,12 +16,12 @@ from typing import Any
 
 from wasilet.cluster.down import unknown_cluster
 from wasilet.cluster.local_registry import registry_address
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import State, read_json
 from wasilet.cluster.up import node_component, node_is_ready, own_components, steps
 from wasilet.controlplane.components import Component
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import KubeObject, api_path
-from wasilet.opening import open_cluster
 from wasilet.process import find, is_alive
 from wasilet.providers.base import BINARIES_STEP, Cluster
 from wasilet.settings import Settings

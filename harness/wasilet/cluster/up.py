@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.local_registry import COMPONENT as REGISTRY
 from wasilet.cluster.local_registry import registry_address, registry_component
+from wasilet.cluster.opening import open_cluster
+from wasilet.cluster.record import KubeconfigRecord
 from wasilet.cluster.state import EVERYWHERE, State
-from wasilet.cluster_record import KubeconfigRecord
 from wasilet.controlplane.components import Component, accepts, component_step
 from wasilet.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
-from wasilet.opening import open_cluster
 from wasilet.process import check_cancelled, is_alive, tail_of
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
 from wasilet.settings import Settings

@@ -120,9 +120,9 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
 
 def remove(name: str, settings: Settings, *, options: DemoOptions) -> list[str]:
     """Delete what the demo of an app applied; the names of what is gone. Raises UsageError when no cluster runs."""
+    from wasilet.cluster.opening import open_cluster
     from wasilet.demo.render import render
     from wasilet.kube.resources import Resources
-    from wasilet.opening import open_cluster
 
     app = find_app(name, environ=settings.environ)
     objects = [_named_secret(app), *render(app, {}, lenient=True)]
@@ -139,8 +139,8 @@ def _named_secret(app: App) -> KubeObject:
 
 def is_running(settings: Settings) -> bool:
     """Whether the cluster is there and pods can start in it."""
+    from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import missing_for_pods
-    from wasilet.opening import open_cluster
 
     with open_cluster(settings) as cluster:
         try:
@@ -151,8 +151,8 @@ def is_running(settings: Settings) -> bool:
 
 def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
     """The cluster, stood up when it is not there or not ready. Raises HarnessError when that fails."""
+    from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import up
-    from wasilet.opening import open_cluster
 
     if not is_running(settings):
         up(settings, reporter=reporter).raise_for_failure()

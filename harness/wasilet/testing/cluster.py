@@ -239,8 +239,8 @@ def _origin(settings: Settings) -> str:
 def _fit(settings: Settings) -> bool:
     """Whether pods can run and images can be pushed; a few milliseconds."""
     from wasilet.cluster.local_registry import COMPONENT as REGISTRY
+    from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import missing_for_pods
-    from wasilet.opening import open_cluster
 
     with open_cluster(settings) as cluster:
         if cluster.state.alive(REGISTRY) is None:
@@ -300,8 +300,8 @@ def _take_down(settings: Settings, *, purge: bool) -> str:
 
 def _opened(settings: Settings, wish: Wish) -> WasmCluster:
     from wasilet.cluster.local_registry import registry_address
+    from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import node_component
-    from wasilet.opening import open_cluster
 
     with open_cluster(settings) as cluster:
         port = cluster.ports().get("registry")

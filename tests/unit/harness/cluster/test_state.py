@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from wasilet.cluster import state as states
+from wasilet.cluster.record import ClusterRecord, KubeconfigRecord
 from wasilet.cluster.state import (
     RUN_ID_VARIABLE,
     ComponentRecord,
@@ -24,7 +25,6 @@ from wasilet.cluster.state import (
     write_file,
     write_json,
 )
-from wasilet.cluster_record import ClusterRecord, KubeconfigRecord
 from wasilet.errors import PortTakenError, StateError
 from wasilet.process import ProcessRecord, spawn, stop
 
