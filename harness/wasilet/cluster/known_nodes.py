@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from wasilet.providers.base import Cluster
 
 
-def policy_of(cluster: Cluster, service_ranges: list[str]) -> dict[str, object]:
+def policy_of(cluster: Cluster) -> dict[str, object]:
     """The approver's policy for a cluster, as of now. Called after its API server step."""
     here = cluster.provider.access(cluster).node_address
-    recorded: dict[str, bool] = cluster.state.read().get("known_nodes") or {}
-    nodes = {name: [here] if local else [] for name, local in recorded.items()}
+    record = cluster.state.cluster
+    nodes = {name: [here] if local else [] for name, local in record.known_nodes.items()}
     nodes |= {name: [here] for name in cluster.node_names()}
     only_known = _is_adopted(cluster) and not cluster.settings.approve_any
-    return policy_data(nodes, only_known=only_known, service_ranges=service_ranges)
+    return policy_data(nodes, only_known=only_known, service_ranges=list(record.service_ranges))
 
 
 def remember_node(cluster: Cluster, name: str, *, local: bool) -> None:
@@ -33,12 +33,10 @@ def remember_node(cluster: Cluster, name: str, *, local: bool) -> None:
             f"{name!r} is the name of a node that this cluster has on this machine", hint="choose another name"
         )
     state = cluster.state
-    recorded = state.read().get("known_nodes") or {}
-    state.update(known_nodes=recorded | {name: local})
-    write_policy(policy_file(state), policy_of(cluster, state.read().get("service_ranges") or []))
+    state.update(known_nodes={**state.cluster.known_nodes, name: local})
+    write_policy(policy_file(state), policy_of(cluster))
 
 
 def _is_adopted(cluster: Cluster) -> bool:
     """Whether the cluster is somebody else's."""
-    external = cluster.state.read().get("external") or {}
-    return cluster.provider.name != "host" and not external.get("created")
+    return cluster.provider.name != "host" and not cluster.state.cluster.external.get("created")

@@ -64,7 +64,7 @@ def _write_config(address: str, *, state: State, name: str, readonly: bool) -> P
 
     path = state.etc / f"{name}.yml"
     root = state.path / "registry"
-    with_secret = str(state.read().get("registry_secret") or "")
+    with_secret = state.cluster.registry_secret
     if not with_secret:
         with_secret = secrets.token_hex(16)
         state.update(registry_secret=with_secret)

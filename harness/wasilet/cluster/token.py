@@ -130,7 +130,7 @@ def run_action(
 ) -> list[dict[str, Any]]:
     """``invoke token``: what to print, one object per line. A new token is printed once, here, unless it goes to a
     file. ``node``: of this machine, which the approver shall know."""
-    from wasilet.cluster.up import open_cluster
+    from wasilet.cluster.opening import open_cluster
     from wasilet.terminal.cli import invocation_path
 
     if action not in ACTIONS:
