@@ -1,8 +1,8 @@
 """``status``: what runs, and whether it is well. The JSON is a contract: other programs build on it (docs/harness.md).
 
-``name, provider, kubeconfig, context, server, registry, components[], nodes[], ready``; each component ``name, pid,
-ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null when the
-process does not run. Fields are only ever added.
+``name, provider, kubeconfig, context, server, registry, registry_login, components[], nodes[], ready``; each component
+``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null
+when the process does not run. Fields are only ever added.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.controlplane.components import Component
 from harness.down import unknown_cluster
 from harness.errors import ApiError, HarnessError, UsageError
 from harness.kube import KubeObject, api_path
-from harness.local_registry import registry_address
+from harness.local_registry import login_file, registry_address
 from harness.process import find, is_alive
 from harness.providers.base import BINARIES_STEP, Cluster
 from harness.settings import Settings
@@ -46,6 +46,7 @@ def status(settings: Settings) -> dict[str, Any]:
         "context": data.get("kubeconfig", {}).get("context"),
         "server": data.get("kubeconfig", {}).get("server"),
         "registry": registry_address(ports["registry"]) if "registry" in ports else None,
+        "registry_login": str(login_file(state)) if login_file(state).is_file() else None,
         "state_dir": str(state.path),
         "components": components,
         "nodes": nodes,
@@ -134,6 +135,8 @@ def status_lines(data: dict[str, Any]) -> Iterator[str]:
     yield f"  kubeconfig  {data['kubeconfig'] or '-'} (context {data['context'] or '-'})"
     yield f"  API server  {data['server'] or '-'}"
     yield f"  registry    {data['registry'] or '-'}"
+    if data["registry_login"]:
+        yield f"  its login   DOCKER_CONFIG={Path(data['registry_login']).parent}  for docker, crane, wkg and others"
     for entry in data["components"]:
         yield _line(entry["name"], entry)
     for entry in data["nodes"]:

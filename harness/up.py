@@ -14,7 +14,7 @@ from harness.errors import ApiError, ComponentError, StateError, UsageError, Wai
 from harness.join import door_steps, doors
 from harness.kube import Kube, KubeObject, api_path
 from harness.local_registry import COMPONENT as REGISTRY
-from harness.local_registry import registry_address, registry_component
+from harness.local_registry import login_file, registry_address, registry_component
 from harness.play import Finding, Play, Progress, Recap, Step
 from harness.process import check_cancelled, is_alive, tail_of
 from harness.providers import by_name
@@ -337,6 +337,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         "--bootstrap-file", str(state.bootstrap_file),
         "--port", str(port),
         "--node-ip", access.node_address,
+        "--registry-config", str(login_file(state)),
     ]  # fmt: skip
     for taint in cluster.taints():
         argv += ["--taint", taint]
@@ -502,7 +503,7 @@ def _ready_words(cluster: Cluster) -> str:
     names = ", ".join(cluster.node_names())
     words = [
         names,
-        f"registry {registry_address(cluster.ports()['registry'])}",
+        f"registry {registry_address(cluster.ports()['registry'])}, with a login",
         *cluster.provider.access(cluster).notes,
     ]
     return "; ".join(words)

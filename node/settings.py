@@ -62,6 +62,9 @@ class ImageSettings:
     insecure_registries: tuple[str, ...] = ()
     """``host[:port]`` of registries spoken to in plain HTTP. Loopback always may be."""
 
+    registry_config: Path | None = None
+    """A docker ``config.json`` with the node's own logins, which serve every pod after the pod's pull secrets."""
+
     max_parallel_pulls: int = 4
     connect_timeout_seconds: float = 5.0
     read_timeout_seconds: float = 30.0

@@ -15,6 +15,7 @@ import fnmatch
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from node.images.model import Credential
@@ -55,6 +56,26 @@ def from_secrets(secrets: Iterable[Mapping[str, Any]]) -> tuple[Credential, ...]
                 names.get("name"),
             )
     return tuple(credentials)
+
+
+def from_docker_config(file: Path) -> tuple[Credential, ...]:
+    """The logins of a docker ``config.json``, as ``docker login`` writes it; none when there is no such file. What does
+    not parse is left out with a warning that shows nothing of it."""
+    try:
+        auths = json.loads(file.read_bytes()).get("auths") or {}
+        entries = [(str(registry), entry) for registry, entry in auths.items()]
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        logger.warning("the logins in %s cannot be read (%s), and are not used", file, type(error).__name__)
+        return ()
+    found = []
+    for registry, entry in entries:
+        try:
+            found.append(_credential(registry, entry))
+        except (ValueError, TypeError, AttributeError):
+            logger.warning("the login for %s in %s is not valid, and is not used", registry, file)
+    return tuple(found)
 
 
 def matching(reference: Reference, credentials: Iterable[Credential]) -> tuple[Credential, ...]:

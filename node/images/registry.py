@@ -2,7 +2,9 @@
 
 Rules that hold for every request: HTTPS, save for loopback and listed registries; connect and read time-outs; no
 cookies, no transparent decompression, no credentials from the environment. A registry may lead a request elsewhere (a
-redirect, a token server), but never from HTTPS to plain HTTP, nor from elsewhere to this machine.
+redirect, a token server, where to upload), but never from HTTPS to plain HTTP, nor to what is nearer to this machine
+than the registry is: from a public address to a private one, from elsewhere to loopback, from anywhere to link-local
+addresses. What a name resolves to is judged, and the address that was judged is connected to.
 
 Errors::
 
@@ -17,7 +19,7 @@ Errors::
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import io
 import logging
 import socket
 import ssl
@@ -27,14 +29,23 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import aiohttp
+from aiohttp.abc import ResolveResult
+from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
+from node import addresses
+from node.addresses import Reach
 from node.images.reference import is_loopback
 from node.settings import ImageSettings
 
 logger = logging.getLogger(__name__)
 
 USER_AGENT: Final = "wasilet"
+SLOWEST_BYTES_PER_SECOND: Final = 16 * 1024
+"""A registry that drips below this rate is given up on, as each byte would restart the read time-out."""
+
+_CHUNK_BYTES: Final = 256 * 1024
+_MAX_KNOWN_HOSTS: Final = 1024
 
 
 class RegistryError(Exception):
@@ -42,11 +53,19 @@ class RegistryError(Exception):
 
 
 class RegistryUnreachableError(RegistryError):
-    """The registry gave no answer."""
+    """The registry gave no answer. ``reason``: why, without what was asked for; empty where that is all."""
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class RegistryAuthError(RegistryError):
-    """The registry wants other credentials than it was given."""
+    """The registry wants other credentials than it was given. ``why``: its own words, or its status."""
+
+    def __init__(self, message: str, *, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why
 
 
 class RegistryNotFoundError(RegistryError):
@@ -68,8 +87,43 @@ def environment_proxy(url: URL) -> str | None:
     return urllib.request.getproxies_environment().get(url.scheme)
 
 
+class _Remembering(ThreadedResolver):
+    """Keeps what each host resolved to, since that is where its answers come from."""
+
+    def __init__(self, known: dict[str, list[str]]) -> None:
+        super().__init__()
+        self._known = known
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Raises OSError."""
+        found = await super().resolve(host, port, family)
+        if len(self._known) >= _MAX_KNOWN_HOSTS:
+            self._known.clear()
+        self._known[host] = [entry["host"] for entry in found]
+        return found
+
+
+class _Judging(_Remembering):
+    """Refuses a host any of whose addresses is nearer than ``limit``."""
+
+    def __init__(self, known: dict[str, list[str]], limit: Reach) -> None:
+        super().__init__(known)
+        self._limit = limit
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Raises OSError, RegistryProtocolError."""
+        found = await super().resolve(host, port, family)
+        for entry in found:
+            _check_reach(host, entry["host"], self._limit)
+        return found
+
+
 class RegistryClient:
-    """Connections to all registries; one a node. ``close`` it."""
+    """Connections to all registries; one per node or command. ``close`` it."""
 
     def __init__(
         self,
@@ -81,6 +135,7 @@ class RegistryClient:
         self.settings = settings
         self._ssl_context = ssl_context
         self._proxy = proxy
+        self._known: dict[str, list[str]] = {}
         self._session: aiohttp.ClientSession | None = None
         self._https_hosts: set[str] = set()
 
@@ -104,11 +159,13 @@ class RegistryClient:
         self._https_hosts.add(host)
 
     def may_go(self, target: URL, *, source: URL) -> bool:
-        """Whether a request may be led from ``source`` to ``target`` by the registry's word."""
+        """Whether a request may be led from ``source`` to ``target`` by the registry's word, as far as it can be told
+        without a look-up."""
         host = authority(target)
         if not target.host or target.user or target.password:
             return False
-        if _names_this_machine(target) and not is_loopback(authority(source)):
+        near = _written_reach(target.host)
+        if near >= Reach.LOOPBACK and near > _written_reach(source.host or ""):
             return False
         return target.scheme == "https" or (
             target.scheme == "http" and source.scheme == "http" and self.plain_http_allowed(host)
@@ -116,44 +173,97 @@ class RegistryClient:
 
     @asynccontextmanager
     async def send(
-        self, method: str, url: URL, *, headers: Mapping[str, str], form: Mapping[str, str] | None = None
+        self,
+        method: str,
+        url: URL,
+        *,
+        headers: Mapping[str, str],
+        data: bytes | Mapping[str, str] | None = None,
+        source: URL | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """One request, one answer, no redirects. Raises RegistryUnreachableError."""
+        """One request, one answer, no redirects. ``data``: a body, or a form's fields. ``source``: the registry that
+        led here. Raises RegistryUnreachableError; RegistryProtocolError when it led astray."""
         request = f'{method.capitalize()} "{url.with_query(None)}"'
         limit = self.settings.connect_timeout_seconds + self.settings.read_timeout_seconds
+        body = io.BytesIO(data) if isinstance(data, bytes) else data
+        if isinstance(data, bytes):
+            limit += len(data) / SLOWEST_BYTES_PER_SECOND
+        async with self._session_for(url, source) as session:
+            try:
+                async with asyncio.timeout(limit):
+                    response = await session.request(
+                        method,
+                        url,
+                        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **headers},
+                        data=body,
+                        allow_redirects=False,
+                        proxy=self._proxy(url),
+                    )
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                reason = self._explain(error, url)
+                raise RegistryUnreachableError(f"failed to do request: {request}: {reason}", reason=reason) from error
+            try:
+                yield response
+            finally:
+                response.close() if not response.content.at_eof() else response.release()
+
+    @asynccontextmanager
+    async def bounded(self, what: str, host: str) -> AsyncIterator[None]:
+        """A limit for a whole small answer. Raises RegistryUnreachableError naming it."""
+        limit = 2 * self.settings.read_timeout_seconds + self.settings.connect_timeout_seconds
         try:
             async with asyncio.timeout(limit):
-                response = await self._open_session().request(
-                    method,
-                    url,
-                    headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **headers},
-                    data=form,
-                    allow_redirects=False,
-                    proxy=self._proxy(url),
-                )
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise RegistryUnreachableError(f"failed to do request: {request}: {self._explain(error, url)}") from error
-        try:
-            yield response
-        finally:
-            response.close() if not response.content.at_eof() else response.release()
+                yield
+        except TimeoutError as error:
+            reason = f"the registry at {host} did not send {what} within {limit:g} s"
+            raise RegistryUnreachableError(reason, reason=reason) from error
+        except aiohttp.ClientError as error:
+            reason = f"the connection to the registry at {host} broke: {type(error).__name__}"
+            raise RegistryUnreachableError(reason, reason=reason) from error
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            settings = self.settings
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=self._ssl_context or ssl.create_default_context(), limit=0),
-                timeout=aiohttp.ClientTimeout(
-                    total=None,
-                    connect=settings.connect_timeout_seconds,
-                    sock_connect=settings.connect_timeout_seconds,
-                    sock_read=settings.read_timeout_seconds,
-                ),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                trust_env=False,
-            )
-        return self._session
+    @asynccontextmanager
+    async def _session_for(self, url: URL, source: URL | None) -> AsyncIterator[aiohttp.ClientSession]:
+        """The one of all, or one for a single request to where a registry led: its connections were judged."""
+        if source is None or source.origin() == url.origin():
+            if self._session is None:
+                self._session = self._new_session(_Remembering(self._known))
+            yield self._session
+            return
+        limit = self._limit(source)
+        if addresses.literal(url.host or "") is not None:
+            _check_reach(authority(url), url.host or "", limit)
+        # A proxy resolves names by itself; it is the user's, and may be anywhere.
+        resolver = _Remembering(self._known) if self._proxy(url) else _Judging(self._known, limit)
+        session = self._new_session(resolver)
+        try:
+            yield session
+        finally:
+            await session.close()
+
+    def _limit(self, source: URL) -> Reach:
+        """How near a registry may lead: as near as the farthest address that it resolved to. From nowhere to link-local
+        addresses."""
+        host = source.host or ""
+        found = [addresses.literal(text) for text in self._known.get(host, [])] or [addresses.literal(host)]
+        reached = [addresses.reach(address) for address in found if address is not None]
+        return min(*reached, Reach.LOOPBACK) if reached else Reach.PUBLIC
+
+    def _new_session(self, resolver: aiohttp.abc.AbstractResolver) -> aiohttp.ClientSession:
+        settings = self.settings
+        if self._ssl_context is None:
+            self._ssl_context = ssl.create_default_context()
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=self._ssl_context, limit=0, resolver=resolver),
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                connect=settings.connect_timeout_seconds,
+                sock_connect=settings.connect_timeout_seconds,
+                sock_read=settings.read_timeout_seconds,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+        )
 
     def _explain(self, error: Exception, url: URL) -> str:
         """Go's words for network errors, which kubectl users know, and what to do about it."""
@@ -189,22 +299,32 @@ class RegistryClient:
         return f"{type(error).__name__}: the answer is not HTTP, or the connection broke"
 
 
-def _names_this_machine(url: URL) -> bool:
-    """Every spelling by which a resolver takes a host for this machine without asking anybody: unspecified and mapped
-    addresses, ``localhost.``, and the C library's ``127.1`` or ``0x7f000001``."""
-    name = (url.host or "").rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        address: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.IPv4Address(socket.inet_aton(name))
-    except (OSError, ValueError):
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return address.is_loopback or address.is_unspecified
+def _written_reach(host: str) -> Reach:
+    """Of a host as it is written; a name that is not this machine's says nothing, so it counts as public."""
+    if addresses.names_this_machine(host):
+        return Reach.LOOPBACK
+    address = addresses.literal(host)
+    return Reach.PUBLIC if address is None else addresses.reach(address)
+
+
+def _check_reach(host: str, text: str, limit: Reach) -> None:
+    address = addresses.literal(text)
+    if address is not None and addresses.reach(address) > limit:
+        raise RegistryProtocolError(
+            f"the registry leads to {host} at {text}, which is nearer to this machine than the registry itself is"
+        )
+
+
+async def read_bounded(response: aiohttp.ClientResponse, limit: int, what: str) -> bytes:
+    """A whole body. Raises RegistryProtocolError when it has more than ``limit`` bytes."""
+    if response.content_length is not None and response.content_length > limit:
+        raise RegistryProtocolError(f"{what} has {response.content_length} bytes, more than the {limit} allowed")
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+        body += chunk
+        if len(body) > limit:
+            raise RegistryProtocolError(f"{what} has more than the {limit} bytes allowed")
+    return bytes(body)
 
 
 def authority(url: URL) -> str:

@@ -26,6 +26,7 @@ from harness.controlplane.acquire import acquire
 from harness.down import down
 from harness.errors import ApiError
 from harness.kube import Kube, KubeObject, api_path
+from harness.local_registry import login_file
 from harness.play import Status
 from harness.process import is_alive, stop
 from harness.providers.docker import Docker
@@ -112,7 +113,7 @@ def test_linux_and_wasm_run_side_by_side_and_wasm_reads_what_a_job_made(
     own: TestCluster, namespace: str, kind_rig: KindRig
 ) -> None:
     registry = str(own.status()["registry"])
-    linux = kind_rig.push_linux(registry)
+    linux = kind_rig.push_linux(registry, login_file(own.cluster.state).parent)
     recap, wasm = push_app("config-reader", own.settings, reporter=SilentReporter())
     assert recap.succeeded
     assert wasm is not None

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.kube import api_path
+from harness.local_registry import login_file
 from harness.new import new_app
 from tests.clusters import TestCluster, temporary_settings
 
@@ -219,6 +220,7 @@ def test_a_kubeconfig_alone_is_enough(project: Project, cluster: TestCluster) ->
     passed(project.pytest(
         "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), "--wasilet-registry", address,
         WASILET_STATE_HOME=str(project.folder / "nothing"),
+        DOCKER_CONFIG=str(login_file(cluster.cluster.state).parent),
     ))  # fmt: skip
     done = project.pytest(
         "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), WASILET_STATE_HOME=str(project.folder / "nothing")

@@ -77,6 +77,18 @@ class FakeRegistry:
     busy: list[tuple[int, str]] = field(default_factory=list)
     """The next answers: a status, and what they say in Retry-After."""
 
+    scopes: list[str] = field(default_factory=list)
+    """What tokens were asked for."""
+
+    challenges: tuple[str, ...] = ()
+    """Not empty: the WWW-Authenticate headers, in place of the one that ``realm`` and ``users`` make."""
+
+    upload_at: Callable[[str], str] | None = None
+    """From the path of an upload to what ``Location`` says."""
+
+    keep: Callable[[bytes], bytes] = bytes
+    """What becomes of an uploaded blob."""
+
     origin: str = ""
 
     @property
@@ -143,8 +155,21 @@ class FakeRegistry:
             return await self._token(request)
         if not self._authorized(request):
             challenge = f'Bearer realm="{self.realm}",service="fake"' if self.realm else 'Basic realm="fake"'
-            return web.json_response({}, status=401, headers={"WWW-Authenticate": challenge})
+            refused = web.json_response({}, status=401)
+            for header in self.challenges or (challenge,):
+                refused.headers.add("WWW-Authenticate", header)
+            return refused
         repository, _, rest = request.path.removeprefix("/v2/").rpartition("/")
+        if request.path.endswith("/blobs/uploads/"):
+            path = f"{request.path}one?state=x"
+            return web.Response(status=202, headers={"Location": self.upload_at(path) if self.upload_at else path})
+        if repository.endswith("/blobs/uploads"):
+            self.blobs[request.query["digest"]] = self.keep(await request.read())
+            return web.Response(status=201)
+        if repository.endswith("/manifests") and request.method == "PUT":
+            body = await request.read()
+            self.add_manifest(f"{repository.removesuffix('/manifests')}:{rest}", body, request.content_type)
+            return web.Response(status=201)
         if repository.endswith("/manifests"):
             return self._manifest(request, f"{repository.removesuffix('/manifests')}:{rest}")
         if repository.endswith("/blobs"):
@@ -160,6 +185,7 @@ class FakeRegistry:
         return True
 
     async def _token(self, request: web.Request) -> web.Response:
+        self.scopes += request.query.getall("scope", [])
         if request.method == "POST":
             form = await request.post()
             allowed = form.get("grant_type") == "refresh_token" and form.get("refresh_token") in self.identity_tokens
@@ -186,6 +212,8 @@ class FakeRegistry:
         data = self.served.get(digest, self.blobs.get(digest))
         if data is None:
             return web.Response(status=404)
+        if request.method == "HEAD":
+            return web.Response(headers={"Content-Length": str(len(data))})
         start = 0
         span = request.headers.get("Range")
         if span and not self.ignore_range:
