@@ -160,7 +160,11 @@ class Kube:
     ) -> KubeObject:
         """One request; the decoded answer. Raises ApiError with the server's own message."""
         target = path + ("?" + urlencode(query) if query else "")
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        try:
+            data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        except (TypeError, ValueError) as error:
+            # Of a test that hands over a date, say; manifests hold what JSON knows.
+            raise UsageError(f"{method} {path}: the object is no JSON: {error}") from error
         headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if data is not None else {})
         status, answer = self._exchange(method, target, data, headers, timeout_seconds)
         try:

@@ -13,10 +13,13 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.kube import KubeObject
+from harness.manifest_file import parse_objects
 from harness.samples import App
 
 WASM_ARCHITECTURE = "wasm32-wasi"
 ARCHITECTURE_LABEL = "kubernetes.io/arch"
+
+__all__ = ["add_pull_secret", "parse_objects", "place", "pod_spec", "render", "render_file", "render_text"]
 
 _TEMPLATES = {
     "Pod": ("spec",),
@@ -56,6 +59,8 @@ def render_file(folder: Path, name: str, variables: Mapping[str, Any], *, lenien
         raise UsageError(f"{folder / name}, line {error.lineno}: {error.message}") from error
     except jinja2.TemplateError as error:
         raise UsageError(f"{folder / name}: {error.message}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{folder / name} is not UTF-8 text") from error
 
 
 def render_text(text: str, variables: Mapping[str, Any]) -> str:
@@ -68,24 +73,6 @@ def render_text(text: str, variables: Mapping[str, Any]) -> str:
         return str(_environment(None).from_string(text).render(variables))
     except jinja2.TemplateError as error:
         raise UsageError(f"demo.yaml: {text!r}: {error.message}") from error
-
-
-def parse_objects(text: str, source: Path) -> list[KubeObject]:
-    """The objects of a YAML stream. Raises UsageError that names ``source``."""
-    import yaml
-
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        documents = list(yaml.load_all(text, Loader=loader))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{source} renders to something that is not YAML: {error}") from error
-    objects = [document for document in documents if document is not None]
-    for document in objects:
-        metadata = document.get("metadata") if isinstance(document, dict) else None
-        wanted = isinstance(metadata, dict) and document.get("kind") and document.get("apiVersion")
-        if not wanted or not isinstance(metadata, dict) or not metadata.get("name"):
-            raise UsageError(f"{source} holds something without apiVersion, kind and metadata.name")
-    return objects
 
 
 def pod_spec(obj: KubeObject) -> KubeObject | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from harness.errors import ApiError, UsageError, WaitTimeoutError
 from harness.kube import Kube, KubeObject, api_path
+from harness.manifest_file import manifest_errors
 from harness.process import check_cancelled
 
 FIELD_MANAGER = "wasilet"
@@ -46,6 +47,8 @@ class Resources:
     def apply(self, objects: Sequence[KubeObject], *, timeout_seconds: float = DELETE_TIMEOUT_SECONDS) -> list[str]:
         """Make the cluster hold ``objects``; ``kind/name`` of each with what was done.
 
+        What has a ``generateName`` is created each time, and what was made from it before is deleted.
+
         Raises UsageError when one exists that another made (before anything is changed) or there is no such namespace,
         ApiError when the server refuses one, WaitTimeoutError when one that must be replaced does not go.
         """
@@ -59,51 +62,57 @@ class Resources:
             raise
 
     def _apply(self, objects: Sequence[KubeObject], timeout_seconds: float) -> list[str]:
-        existing = [self.kube.find(self.path(obj)) for obj in objects]
-        for obj, old in zip(objects, existing, strict=True):
-            if old is not None and not is_ours(old):
+        existing = [self._existing(obj) for obj in objects]
+        for obj, found in zip(objects, existing, strict=True):
+            if any(not is_ours(old) for old in found):
                 name = object_name(obj)
                 raise UsageError(
                     f"{name} exists in namespace {self.namespace}, and something else made it",
                     hint=f"kubectl delete {name} -n {self.namespace}; or choose another --namespace",
                 )
-        replaced = [
-            (obj, old)
-            for obj, old in zip(objects, existing, strict=True)
-            if old is not None and obj["kind"] in _REPLACED
-        ]
-        for obj, old in replaced:
-            self._delete(obj, str(old["metadata"]["uid"]))
-        for obj, old in replaced:
-            self._wait_gone(obj, old, timeout_seconds)
-        done = []
-        for obj, old in zip(objects, existing, strict=True):
-            if obj["kind"] in _REPLACED:
-                query = {"fieldManager": FIELD_MANAGER}
-                self.kube.request("POST", self.collection(obj), body=obj, query=query)
-                done.append(f"{object_name(obj)} {'replaced' if old is not None else 'created'}")
+        replaced = [old for obj, found in zip(objects, existing, strict=True) for old in found if _is_made_again(obj)]
+        for old in replaced:
+            self._delete(old)
+        for old in replaced:
+            self._wait_gone(old, timeout_seconds)
+        return [self._put(obj, found) for obj, found in zip(objects, existing, strict=True)]
+
+    def _existing(self, obj: KubeObject) -> list[KubeObject]:
+        """The object of that name; with ``generateName``, those that this made from it before."""
+        # An object inside a list does not say what it is.
+        identity = {"apiVersion": obj["apiVersion"], "kind": obj["kind"]}
+        if is_named(obj):
+            old = self.kube.find(self.path(obj))
+            return [identity | old] if old is not None else []
+        items = self.kube.get(self.collection(obj)).get("items") or []
+        prefix = obj["metadata"]["generateName"]
+        return [identity | item for item in items if item["metadata"].get("generateName") == prefix and is_ours(item)]
+
+    def _put(self, obj: KubeObject, found: list[KubeObject]) -> str:
+        query = {"fieldManager": FIELD_MANAGER}
+        with manifest_errors(obj):
+            if _is_made_again(obj):
+                answer = self.kube.request("POST", self.collection(obj), body=obj, query=query)
+                done = "replaced" if found else "created"
             else:
-                self.kube.request(
+                answer = self.kube.request(
                     "PATCH",
                     self.path(obj),
                     body=obj,
-                    query={"fieldManager": FIELD_MANAGER, "force": "true"},
+                    query=query | {"force": "true"},
                     content_type="application/apply-patch+yaml",
                 )
-                done.append(f"{object_name(obj)} {'applied' if old is not None else 'created'}")
-        return done
+                done = "applied" if found else "created"
+        return f"{object_name(obj if is_named(obj) else {'kind': obj['kind'], **answer})} {done}"
 
     def remove(self, objects: Sequence[KubeObject], *, timeout_seconds: float = DELETE_TIMEOUT_SECONDS) -> list[str]:
         """Delete those of ``objects`` that this made, and wait until they are gone; their names."""
-        gone = []
-        found = [(obj, self.kube.find(self.path(obj))) for obj in reversed(objects)]
-        ours = [(obj, old) for obj, old in found if old is not None and is_ours(old)]
-        for obj, old in ours:
-            self._delete(obj, str(old["metadata"]["uid"]))
-        for obj, old in ours:
-            self._wait_gone(obj, old, timeout_seconds)
-            gone.append(object_name(obj))
-        return gone
+        ours = [old for obj in reversed(objects) for old in self._existing(obj) if is_ours(old)]
+        for old in ours:
+            self._delete(old)
+        for old in ours:
+            self._wait_gone(old, timeout_seconds)
+        return [object_name(old) for old in ours]
 
     def path(self, obj: KubeObject) -> str:
         """The object's own path. Raises UsageError for a kind that the server does not know."""
@@ -130,47 +139,47 @@ class Resources:
         except KeyError:
             raise UsageError(f"this cluster knows no kind {kind} in {version}") from None
 
-    def _delete(self, obj: KubeObject, uid: str) -> None:
+    def _delete(self, old: KubeObject) -> None:
         """With the object's uid as precondition: what took its name meanwhile is left alone."""
         body: KubeObject = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
-            "preconditions": {"uid": uid},
+            "preconditions": {"uid": str(old["metadata"]["uid"])},
             # A Job is gone only after its pods: the next one's log must not be mixed with theirs.
-            "propagationPolicy": "Foreground" if obj["kind"] == "Job" else "Background",
+            "propagationPolicy": "Foreground" if old["kind"] == "Job" else "Background",
         }
-        if obj["kind"] == "Pod":
+        if old["kind"] == "Pod":
             body["gracePeriodSeconds"] = 1
         try:
-            self.kube.request("DELETE", self.path(obj), body=body)
+            self.kube.request("DELETE", self.path(old), body=body)
         except ApiError as error:
             if error.code not in {404, 409}:
                 raise
 
-    def _wait_gone(self, obj: KubeObject, old: KubeObject, timeout_seconds: float) -> None:
+    def _wait_gone(self, old: KubeObject, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
         uid = old["metadata"]["uid"]
         while True:
             check_cancelled()
-            current = self.kube.find(self.path(obj))
+            current = self.kube.find(self.path(old))
             if current is None or current["metadata"]["uid"] != uid:
                 return
             left = deadline - time.monotonic()
             if left <= 0:
                 finalizers = ", ".join(current["metadata"].get("finalizers") or []) or "none"
                 raise WaitTimeoutError(
-                    f"{object_name(obj)} is not gone after {timeout_seconds:g} s (finalizers: {finalizers})",
-                    hint=f"see kubectl describe {object_name(obj)} -n {self.namespace}",
+                    f"{object_name(old)} is not gone after {timeout_seconds:g} s (finalizers: {finalizers})",
+                    hint=f"see kubectl describe {object_name(old)} -n {self.namespace}",
                 )
             # From the version just read on: a deletion in between is among the events, not lost.
             query = {
-                "fieldSelector": f"metadata.name={obj['metadata']['name']}",
+                "fieldSelector": f"metadata.name={old['metadata']['name']}",
                 "resourceVersion": str(current["metadata"]["resourceVersion"]),
             }
             try:
                 seconds = max(1, min(5, int(left)))
                 with self.kube.watch(
-                    self.collection(obj), timeout_seconds=seconds, idle_seconds=seconds + 5.0, **query
+                    self.collection(old), timeout_seconds=seconds, idle_seconds=seconds + 5.0, **query
                 ) as events:
                     for event in events:
                         if event.get("type") == "DELETED" and event["object"]["metadata"]["uid"] == uid:
@@ -182,9 +191,20 @@ class Resources:
                     raise
 
 
+def is_named(obj: KubeObject) -> bool:
+    """Whether the manifest names it; else the API server makes a name from ``generateName``."""
+    return bool(obj["metadata"].get("name"))
+
+
+def _is_made_again(obj: KubeObject) -> bool:
+    """Whether it is created each time, what was there before being deleted."""
+    return obj["kind"] in _REPLACED or not is_named(obj)
+
+
 def object_name(obj: KubeObject) -> str:
     """``pod/x``: as kubectl takes it."""
-    return f"{str(obj['kind']).lower()}/{obj['metadata']['name']}"
+    metadata = obj["metadata"]
+    return f"{str(obj['kind']).lower()}/{metadata.get('name') or metadata['generateName']}"
 
 
 def is_ours(obj: KubeObject) -> bool:

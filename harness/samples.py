@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.errors import UsageError
+from harness.kube_yaml import YamlError, load
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _T = TypeVar("_T")
@@ -181,17 +182,14 @@ def _load(folder: Path, *, is_sample: bool) -> App:
 
 def _read_demo(file: Path) -> Demo:
     try:
-        text = file.read_text()
+        data = load(file.read_bytes())
     except FileNotFoundError:
         return Demo()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
-    import yaml
-
-    try:
-        data = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506  (both are safe loaders)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not YAML: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except YamlError as error:
+        where = f"{file}, line {error.line}" if error.line else str(file)
+        raise UsageError(f"{where} is not YAML: {error.message}") from error
     try:
         return _demo(data)
     except DemoError as error:

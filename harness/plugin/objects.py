@@ -48,7 +48,8 @@ def read_objects(source: Any, variables: Mapping[str, Any], folders: Sequence[Pa
     """What ``apply`` is given: an object, a list of them, YAML, or a file (``.j2``: a template). Raises UsageError."""
     import copy
 
-    from harness.render import parse_objects, render_file
+    from harness.manifest_file import parse_objects
+    from harness.render import render_file
 
     if isinstance(source, Mapping):
         return [copy.deepcopy(dict(source))]
@@ -63,6 +64,6 @@ def read_objects(source: Any, variables: Mapping[str, Any], folders: Sequence[Pa
     if found.suffix == ".j2":
         return parse_objects(render_file(found.parent, found.name, variables), found)
     try:
-        return parse_objects(found.read_text(), found)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{found} cannot be read: {error}") from error
+        return parse_objects(found.read_bytes(), found)
+    except OSError as error:
+        raise UsageError(f"{found} cannot be read: {error.strerror}") from error

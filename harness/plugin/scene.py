@@ -112,6 +112,7 @@ class Scene:
 
     def apply(self, objects: Sequence[KubeObject]) -> list[Any]:
         """See the fixture ``apply``. Raises UsageError and ApiError; what exists already is an error too."""
+        from harness.manifest_file import manifest_errors
         from harness.render import place
         from harness.resources import Resources
 
@@ -121,9 +122,11 @@ class Scene:
             if self.cluster.has_other_nodes:
                 place([obj])
             if obj["kind"] == "Pod" and obj["metadata"].get("namespace") in {None, self.namespace}:
-                made.append(self.create_pod(obj))
+                with manifest_errors(obj):
+                    made.append(self.create_pod(obj))
                 continue
-            answer = self.cluster.kube.create(resources.collection(obj), obj)
+            with manifest_errors(obj):
+                answer = self.cluster.kube.create(resources.collection(obj), obj)
             # Answers of built-in kinds carry both; those of lists would not.
             answer = {"apiVersion": obj["apiVersion"], "kind": obj["kind"], **answer}
             self.created.append(answer)

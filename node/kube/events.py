@@ -252,7 +252,7 @@ class KubeEventRecorder:
         observed = self._observed.get(key, _Observed)
         observed.count += 1
         if not observed.name:
-            stem = said.involved.get("name", "unknown")[:_MAX_NAME_CHARACTERS]
+            stem = said.involved.get("name", "unknown")[:_MAX_NAME_CHARACTERS].rstrip("-.")
             observed.name = f"{stem}.{time.time_ns():x}"
             observed.first_timestamp = _text(said.at)
         bucket = self._spam.get((*subject, said.type), lambda: _Bucket(_SPAM_BURST, _SPAM_REFILL_PER_SECOND, now))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from node.pods import recovery
 from node.runtime.protocol import ContainerState, ContainerStatus
@@ -84,8 +85,11 @@ class Instances:
             if listed is not None:
                 if listed.state is not instance.state:
                     self.observe(listed)
+                elif listed.inherited and not instance.inherited:
+                    # The rest of what is known is at least as good as the record of one that came later.
+                    self.observe(replace(instance, inherited=True))
             elif instance.state is not ContainerState.EXITED and self._seen_at.get(instance.id, 0.0) < asked_at:
-                self.observe(recovery.unknown_end(instance))
+                self.observe(replace(recovery.unknown_end(instance), inherited=True))
         known_ids = {instance.id for instance in known}
         for container_id, listed in alive.items():
             if container_id not in known_ids and listed.state is not ContainerState.EXITED:

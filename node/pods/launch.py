@@ -19,6 +19,7 @@ from node.pods.backoff import RetryBackoff
 from node.pods.collaborators import Collaborators
 from node.pods.environment import expand_command, process_environment
 from node.pods.resources import ANNOTATION_RESOURCES
+from node.pods.sandboxes import ANNOTATION_SANDBOX
 from node.pods.spec import Container, Pod
 from node.runtime.protocol import ContainerConfig, ContainerStatus, RuntimeUnavailableError, StartError
 from node.volumes.base import ContainerConfigError, VolumeError
@@ -48,9 +49,10 @@ Late = Callable[[ContainerStatus], None]
 
 
 async def launch(
-    services: Collaborators, pod: Pod, container: Container, *, attempt: int, late: Late
+    services: Collaborators, pod: Pod, container: Container, *, attempt: int, sandbox: str, late: Late
 ) -> ContainerStatus:
-    """Start an instance and return its status. Raises LaunchError; events are written on the way.
+    """Start an instance in the pod's sandbox of this id and return its status. Raises LaunchError; events are written
+    on the way.
 
     ``late`` gets the status of an instance that came up although the launch was cancelled meanwhile.
     """
@@ -61,7 +63,7 @@ async def launch(
         )
 
     try:
-        config = await _prepare(services, pod, container, attempt)
+        config = await _prepare(services, pod, container, attempt, sandbox)
     except ImageError as error:
         # Of what goes wrong with a pull the images tell themselves, in events of their own.
         if error.reason == "CreateContainerError":
@@ -123,7 +125,9 @@ async def _start(services: Collaborators, config: ContainerConfig) -> ContainerS
     return await services.runtime.start(config)
 
 
-async def _prepare(services: Collaborators, pod: Pod, container: Container, attempt: int) -> ContainerConfig:
+async def _prepare(
+    services: Collaborators, pod: Pod, container: Container, attempt: int, sandbox: str
+) -> ContainerConfig:
     name = container["name"]
 
     def event(type_: str, reason: str, message: str) -> None:
@@ -169,7 +173,14 @@ async def _prepare(services: Collaborators, pod: Pod, container: Container, atte
         cpu_limit_millicores=resources.enforced_limit(pod, container, "cpu"),
         cpu_request_millicores=resources.request(container, "cpu"),
         http=policy,
-        annotations={ANNOTATION_MODULE: image.module_digest, ANNOTATION_RESOURCES: resources.encoded(container)},
+        stdin=bool(container.get("stdin")),
+        stdin_once=bool(container.get("stdinOnce")),
+        tty=bool(container.get("tty")),
+        annotations={
+            ANNOTATION_MODULE: image.module_digest,
+            ANNOTATION_RESOURCES: resources.encoded(container),
+            ANNOTATION_SANDBOX: sandbox,
+        },
     )
 
 

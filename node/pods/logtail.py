@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from node import logfolders
 from node.pods import spec
 from node.pods.spec import Pod
 from node.settings import NodePaths
@@ -18,24 +19,14 @@ MAX_TAIL_LINES = 80
 _READ_BYTES = 64 * 1024
 
 
-def pods_root(paths: NodePaths) -> Path:
-    """The folder that holds one folder a pod."""
-    return paths.logs / "pods"
-
-
 def pod_folder(paths: NodePaths, pod: Pod) -> Path:
-    """``<namespace>_<name>_<uid>``."""
-    return pods_root(paths) / f"{spec.namespace(pod)}_{spec.name(pod)}_{spec.uid(pod)}"
+    """The pod's own, which holds one folder per container."""
+    return logfolders.pod_folder(paths.logs, namespace=spec.namespace(pod), name=spec.name(pod), uid=spec.uid(pod))
 
 
 def log_path(paths: NodePaths, pod: Pod, container_name: str, attempt: int) -> Path:
     """The CRI log file of one instance."""
     return pod_folder(paths, pod) / container_name / f"{attempt}.log"
-
-
-def uid_of_folder(name: str) -> str:
-    """The pod uid in a folder's name; none of its three parts can hold an underscore."""
-    return name.rpartition("_")[2]
 
 
 def tail(path: str | Path) -> str:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from node import logfolders
 from node.images.model import Images
 from node.kube.base import EventRecorder, Kube, KubeObject
 from node.pods import admission, logtail, spec, termination
@@ -284,7 +285,7 @@ class PodManager:
         """Stop and remove what belongs to no pod of the API server: containers, volumes, logs."""
         limit = asyncio.Semaphore(_ORPHANS_AT_ONCE)
         containers = [i for i in await self._list_runtime() if i.pod_uid not in self._workers]
-        folders = await asyncio.to_thread(_log_folders, logtail.pods_root(self._services.paths))
+        folders = await asyncio.to_thread(_log_folders, logfolders.pods_root(self._services.paths.logs))
         uids = {*await self._services.volumes.orphans(), *(i.pod_uid for i in containers), *folders}
 
         async def clean(uid: str) -> None:
@@ -340,4 +341,4 @@ def _log_folders(root: Path) -> dict[str, Path]:
     """Pod uid to log folder."""
     if not root.is_dir():
         return {}
-    return {logtail.uid_of_folder(entry.name): entry for entry in root.iterdir() if "_" in entry.name}
+    return {logfolders.uid_of(entry.name): entry for entry in root.iterdir() if "_" in entry.name}

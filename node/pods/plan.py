@@ -1,8 +1,9 @@
 """Which containers of a pod to start and to kill: a pure function of spec, instances, probes and time.
 
-It follows ``computePodActions`` and ``computeInitContainerActions`` of kubelet's kuberuntime, with one thing less:
-there is no pod sandbox whose change would begin everything anew. So a pod counts as initialized for good as soon as
-one of its regular containers has ever had an instance, and init containers never run again after that.
+It follows ``computePodActions`` and ``computeInitContainerActions`` of kubelet's kuberuntime. A pod counts as
+initialized as soon as one of its regular containers has had an instance in the present sandbox
+(``node.pods.sandboxes``); then init containers do not run again. In a new sandbox everything begins with the first of
+them, whatever has run before.
 
 The executor is elsewhere (``node.pods.worker``); nothing here does I/O, so every case is a row in a table
 (``tests/unit/cases/pods/plan.yaml``).
@@ -10,7 +11,7 @@ The executor is elsewhere (``node.pods.worker``); nothing here does I/O, so ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -64,16 +65,25 @@ BackoffRemaining = Callable[[Container, ContainerStatus], float]
 
 
 def has_ever_started(pod: Pod, latest: Mapping[str, ContainerStatus]) -> bool:
-    """A regular container has had an instance: initialization is over for good."""
+    """A regular container has had an instance: initialization is over."""
     return any(container["name"] in latest for container in spec.regular_containers(pod))
 
 
-def make_plan(pod: Pod, latest: Mapping[str, ContainerStatus], probes: ProbeResults, backoff: BackoffRemaining) -> Plan:
-    """What to do next for a pod that is neither deleted nor stopped. ``latest`` maps names to newest instances."""
+def make_plan(
+    pod: Pod,
+    latest: Mapping[str, ContainerStatus],
+    probes: ProbeResults,
+    backoff: BackoffRemaining,
+    *,
+    former: Collection[str] = (),
+) -> Plan:
+    """What to do next for a pod that is neither deleted nor stopped. ``latest`` maps names to newest instances, and
+    ``former`` are the containers whose newest instance ran in a sandbox before the present one."""
     plan = Plan()
+    present = {name: instance for name, instance in latest.items() if name not in former}
     # First, and while the pod is initialized too: a pod that hangs there is one that people want to look into.
     plan.start += [each["name"] for each in spec.ephemeral_containers(pod) if each["name"] not in latest]
-    plan.initialized = _plan_init_containers(plan, pod, latest, probes, backoff)
+    plan.initialized = _plan_init_containers(plan, pod, present, probes, backoff)
     if plan.finished or not plan.initialized:
         return plan
     kept = 0

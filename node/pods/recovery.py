@@ -1,9 +1,9 @@
 """What is known of containers whose runtime record is lost: only what the API server's status says.
 
 After a restart the agent learns of its containers from the runtime. Where a record is missing (the data folder was
-emptied, the machine rebooted) the status in the API server is the memory that is left: a container that ended stays
-ended, one that ran has ended in an unknown way (137, ``ContainerStatusUnknown``), and neither runs a second time
-unless its restart policy says so.
+emptied) the status in the API server is the memory that is left: a container that ended stays ended, one that ran has
+ended in an unknown way (137, ``ContainerStatusUnknown``), and neither runs a second time unless its restart policy says
+so. Nothing of such a pod's sandbox is left.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def _from_status(pod: Pod, status: Mapping[str, Any], known: set[str]) -> Contai
         image_id=str(status.get("imageID", "")),
         log_path="",
         state=ContainerState.EXITED,
+        inherited=True,
     )
     return _exited(like, terminated or _UNKNOWN, started_at_ns=_nanoseconds((running or {}).get("startedAt")))
 

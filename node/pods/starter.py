@@ -93,7 +93,7 @@ class Starter:
     # ---- starting
 
     async def start(
-        self, pod: Pod, container: Container, latest: ContainerStatus | None, *, fresh: bool
+        self, pod: Pod, container: Container, latest: ContainerStatus | None, *, sandbox: str, fresh: bool
     ) -> ContainerStatus | None:
         """One attempt. None: it failed; ``waiting`` says why and ``retry_in`` when. ``fresh``: nothing has crashed, so
         no back-off is counted."""
@@ -101,7 +101,7 @@ class Starter:
         now = self._services.wall_clock()
         attempt = latest.attempt + 1 if latest is not None else 0
         try:
-            started = await launch(self._services, pod, container, attempt=attempt, late=self._late)
+            started = await launch(self._services, pod, container, attempt=attempt, sandbox=sandbox, late=self._late)
         except LaunchError as error:
             self.unsure = self.unsure or error.at_once
             self.waiting[name] = Waiting(reason=error.reason, message=error.message)

@@ -8,11 +8,11 @@ run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from node.pods import conditions, spec
+from node.pods import conditions, messages, spec
 from node.pods.nodeinfo import NodeInfo
 from node.pods.resources import ANNOTATION_RESOURCES, encoded, qos_class
 from node.pods.results import ProbeResults
@@ -63,6 +63,9 @@ class Facts:
     sandbox_ready: bool = False
     """Volumes are set up; what the condition PodReadyToStartContainers says."""
 
+    former: Collection[str] = ()
+    """Containers whose newest instance ran in a sandbox before the present one: each has its turn again."""
+
     terminal: bool = False
     """Nothing of the pod runs, and nothing will be started again."""
 
@@ -96,13 +99,14 @@ def compute(facts: Facts) -> PodStatus:
     status["qosClass"] = old.get("qosClass") or qos_class(pod)
     status["startTime"] = old.get("startTime") or facts.now
     _set_addresses(status, facts)
+    limit = messages.bytes_per_container(pod)
     for field_name, statuses in (
         ("initContainerStatuses", init),
         ("containerStatuses", regular),
         ("ephemeralContainerStatuses", ephemeral),
     ):
         if statuses:
-            status[field_name] = statuses
+            status[field_name] = [messages.cut(each, limit) for each in statuses]
     old_conditions: list[dict[str, Any]] = list(old.get("conditions") or ())
     foreign = [condition for condition in old_conditions if condition["type"] not in conditions.OWNED]
     if facts.verdict is not None and facts.verdict.disruption and phase in spec.TERMINAL_PHASES:
@@ -229,7 +233,7 @@ def _may_run_again(facts: Facts, container: Container, latest: ContainerStatus |
         return True
     if latest.state is not ContainerState.EXITED or spec.is_deleted(facts.pod) or facts.terminated:
         return False
-    if role is Role.SIDECAR:
+    if role is Role.SIDECAR or (role is Role.INIT and container["name"] in facts.former):
         return True
     code = 137 if latest.exit_code is None else latest.exit_code
     if role is Role.EPHEMERAL or (role is Role.INIT and code == 0):

@@ -19,7 +19,7 @@ from typing import Any
 
 from node.kube import fields
 from node.kube.base import KubeError, NotFoundError
-from node.pods import logtail, recovery, resources, spec, termination
+from node.pods import logtail, recovery, resources, sandboxes, spec, termination
 from node.pods import status as status_of
 from node.pods.backoff import NotBefore, RetryBackoff
 from node.pods.collaborators import Collaborators
@@ -30,7 +30,7 @@ from node.pods.plan import Plan, has_ever_started, make_plan
 from node.pods.probes import PodProbes
 from node.pods.refresher import Refresher
 from node.pods.results import ProbeResults
-from node.pods.spec import NANOSECONDS, Container, Pod
+from node.pods.spec import NANOSECONDS, Container, Pod, Role
 from node.pods.starter import Starter
 from node.pods.status import Facts, Verdict, Waiting
 from node.pods.termination import Grace
@@ -101,10 +101,12 @@ class PodWorker:
             changed=self._wake.set,
             ended=lambda instance, newest: self._last_words.note(self.pod, instance, newest=newest),
         )
-        for name, latest in self.latest().items():
-            found = spec.find_container(pod, name)
-            if found is not None:
-                self._starter.seed_back_off(found[1], latest)
+        self._sandbox = sandboxes.PodSandbox(self.instances)
+        if not self._sandbox.is_lost(self.instances):
+            for name, latest in self.latest().items():
+                found = spec.find_container(pod, name)
+                if found is not None:
+                    self._starter.seed_back_off(found[1], latest)
 
     # ---- what the manager tells
 
@@ -305,7 +307,19 @@ class PodWorker:
 
     def _sync(self, now: float, delays: list[float]) -> None:
         latest = self.latest()
-        plan = make_plan(self.pod, latest, self.results, lambda c, i: self._starter.backoff_remaining(c, i, now))
+        if self._sandbox.is_lost(self.instances):
+            if not sandboxes.begins_anew(self.pod, latest):
+                self._begin_to_end(spec.grace_seconds(self.pod))
+            elif self._job is None:
+                self._spawn(self._begin_anew(), now, delays)
+            return
+        plan = make_plan(
+            self.pod,
+            latest,
+            self.results,
+            lambda c, i: self._starter.backoff_remaining(c, i, now),
+            former=self._former(),
+        )
         if plan.finished and self._job is None:
             self._begin_to_end(spec.grace_seconds(self.pod))
             return
@@ -324,6 +338,25 @@ class PodWorker:
             self._spawn(self._carry_out(plan), now, delays)
         if self._volumes_ready and self._job is None and (again := self._refresher.check(self.pod, now)) is not None:
             delays.append(again)
+
+    def _former(self) -> frozenset[str]:
+        """The containers whose newest instance ran in a sandbox before the present one."""
+        return frozenset(name for name, instance in self.latest().items() if not self._sandbox.holds(instance))
+
+    async def _begin_anew(self) -> None:
+        """The sandbox is gone: stop what is left of the pod, and start it again in another. May be repeated."""
+        self.services.events.event(self.pod, "Normal", sandboxes.CHANGED_REASON, sandboxes.CHANGED_MESSAGE)
+        live = self.instances.live()
+        if live:
+            grace = Grace(spec.grace_seconds(self.pod))
+            try:
+                await termination.stop_pod(self.services, self.pod, live, grace=grace, observe=self.observe)
+            finally:
+                grace.close()
+            for instance in live.values():
+                self.instances.assume_dead(instance)
+        self._volumes_ready = False
+        self._sandbox.replace()
 
     async def _carry_out(self, plan: Plan) -> None:
         fresh = set()
@@ -369,14 +402,16 @@ class PodWorker:
         found = spec.find_container(self.pod, name)
         if found is None:
             return
-        container = found[1]
+        role, container = found
         latest = self.latest().get(name)
         if latest is not None and latest.state is not ContainerState.EXITED:
             return
         if self._starter.unsure and not await self._ask_runtime():
             return
         await self._last_words.settle()
-        started = await self._starter.start(self.pod, container, latest, fresh=fresh)
+        if latest is not None and role in (Role.INIT, Role.SIDECAR) and not self._sandbox.holds(latest):
+            fresh = True
+        started = await self._starter.start(self.pod, container, latest, sandbox=self._sandbox.id, fresh=fresh)
         if started is None:
             self._wake.set()
             return
@@ -452,6 +487,7 @@ class PodWorker:
                 waiting=waiting,
                 message_of=self._last_words.of,
                 sandbox_ready=self._volumes_ready or bool(self.instances.live()),
+                former=self._former(),
                 terminal=self._stopped,
                 terminated=self._stopped,
                 verdict=self.verdict,

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from node.runtime import locate, wire
 from node.runtime.launch import find_or_start
-from node.runtime.link import SUPPORTED_VERSIONS, Link, connect, open_connection
+from node.runtime.link import Link, connect, hello_to, open_connection
 from node.runtime.protocol import (
     ContainerConfig,
     ContainerStatus,
@@ -127,8 +127,7 @@ class RuntimeClient:
         try:
             async with asyncio.timeout(PING_TIMEOUT_SECONDS):
                 links = await self._all()
-                hello = {"op": "hello", "versions": list(SUPPORTED_VERSIONS)}
-                await asyncio.gather(*(link.call(hello) for link in links))
+                await asyncio.gather(*(link.call(hello_to(link.pointer)) for link in links))
         except TimeoutError:
             raise RuntimeUnavailableError(f"no answer from the supervisor in {PING_TIMEOUT_SECONDS} s") from None
 
@@ -239,9 +238,12 @@ class RuntimeClient:
         """A fresh instance beside a container. Raises UnknownContainerError, StartError, RuntimeUnavailableError."""
         return await self._exec_stream(container_id, argv, stdin=stdin, timeout_seconds=None)
 
-    async def attach(self, container_id: str) -> SupervisorStream:
-        """Output of a running container from now on. Raises UnknownContainerError, RuntimeUnavailableError."""
-        return await self._session(container_id, {"op": "attach", "id": container_id})
+    async def attach(self, container_id: str, *, stdin: bool = False) -> SupervisorStream:
+        """Output of a running container from now on, and with ``stdin`` its input, if it has one.
+
+        Raises UnknownContainerError, RuntimeUnavailableError.
+        """
+        return await self._session(container_id, {"op": "attach", "id": container_id, "stdin": stdin})
 
     async def _exec_stream(
         self, container_id: str, argv: Sequence[str], *, stdin: bool, timeout_seconds: float | None
@@ -257,7 +259,7 @@ class RuntimeClient:
             reader, writer = await open_connection(link.pointer)
             stream = SupervisorStream(reader, writer)
             try:
-                await stream.begin(request)
+                await stream.begin(hello_to(link.pointer), request)
                 return stream
             except UnknownContainerError as error:
                 unknown = error

@@ -21,6 +21,7 @@ from node.runtime.loop import Loop
 from node.runtime.process import ForkRefusedError, Outcome, SandboxProcess
 from node.runtime.protocol import ContainerConfig, ContainerState, ContainerStatus, ContainerUsage
 from node.runtime.records import Records, initial_status, valid_id
+from node.runtime.stdin import GuestInput
 from node.settings import LogSettings
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,9 @@ class Container:
     config: ContainerConfig
     status: ContainerStatus
     process: SandboxProcess | None = None
+    input: GuestInput | None = None
+    """Of a running container that reads what its clients send; None: it reads nothing."""
+
     group: Group | None = None
     log: LogFile | None = None
     framers: dict[str, LineFramer] = field(default_factory=dict)
@@ -245,12 +249,14 @@ class Containers:
         container.process = self.make_process(
             container,
             config,
-            stdin=False,
+            stdin=config.stdin,
             on_output=lambda stream, data: self._output(container, stream, data),
             on_started=lambda: self._running(container),
             on_exit=lambda outcome: self._ended(container, outcome),
             record=record,
         )
+        if config.stdin:
+            container.input = GuestInput(self._loop, container.process)
         self._loop.call_later(START_REPORT_SECONDS, lambda: self._running(container))
         if config.memory_limit_bytes is not None and (container.group is None or container.group.memory is None):
             self._watch_memory()
@@ -277,6 +283,9 @@ class Containers:
 
     def _ended(self, container: Container, outcome: Outcome) -> None:
         now = time.time_ns()
+        if container.input is not None:
+            container.input.end()
+            container.input = None
         if container.log is not None:
             for framer in container.framers.values():
                 container.log.write(framer.finish(rfc3339_nano(now)))

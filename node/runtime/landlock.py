@@ -2,8 +2,8 @@
 
 Should a guest break out of WebAssembly it would have the rights of the agent's user. With this it reaches the folders
 that are mounted into its container and no other file, makes no TCP connections, and can neither signal nor trace
-processes outside. A guest that may speak HTTP must resolve names and read certificates, so for it reading and TCP stay
-allowed.
+processes outside. A guest that may speak HTTP must resolve names and read certificates, so for it TCP stays allowed and
+those files can be read (``node.runtime.resolving``).
 
 Kernels without Landlock, or with its first version only (which forbids to rename from one folder into another), run
 the sandbox without it, as do those whose file systems refuse: it is one fence more, never a condition. Numbers are
@@ -55,19 +55,21 @@ def abi() -> int:
     return max(int(_syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_CREATE_RULESET_VERSION))), 0)
 
 
-def confine(mounts: Iterable[Mount], *, files: Iterable[str], network: bool) -> bool:
-    """Confine this thread, and the threads and processes it will make, to ``mounts`` and to reading ``files``.
+def confine(mounts: Iterable[Mount], *, files: Iterable[str], tcp: bool) -> bool:
+    """Confine this thread, and the threads and processes it will make, to ``mounts`` and to reading ``files`` (of a
+    folder: the files in it).
 
-    ``network``: see above. False: the kernel does not offer it, and nothing has changed. Needs ``no_new_privs``.
+    ``tcp``: whether it may connect and listen. False: the kernel does not offer it, and nothing has changed. Needs
+    ``no_new_privs``.
     """
     version = abi()
     if version < LOWEST_ABI:
         return False
     known = ~sum(right for right, first in _FIRST_ABI_OF.items() if version < first)
-    handled = (_WRITE | _NEVER | (0 if network else _READ)) & known
+    handled = (_WRITE | _NEVER | _READ) & known
     rules = _Ruleset(
         fs=handled,
-        net=_TCP if version >= _TCP_ABI and not network else 0,
+        net=_TCP if version >= _TCP_ABI and not tcp else 0,
         scoped=_ABSTRACT_SOCKETS_AND_SIGNALS if version >= _SCOPE_ABI else 0,
     )
     size = 24 if version >= _SCOPE_ABI else 16 if version >= _TCP_ABI else 8

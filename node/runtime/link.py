@@ -23,7 +23,7 @@ from node.runtime.protocol import (
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_VERSIONS = (PROTOCOL_VERSION,)
+SUPPORTED_VERSIONS = (PROTOCOL_VERSION, 1)
 CALL_TIMEOUT_SECONDS = 30.0
 CONNECT_TIMEOUT_SECONDS = 5.0
 _STREAM_LIMIT_BYTES = 1024 * 1024
@@ -151,8 +151,8 @@ async def open_connection(pointer: locate.Pointer) -> tuple[asyncio.StreamReader
     sock: socket.socket | None = None
     try:
         sock = await asyncio.to_thread(locate.connect, Path(pointer.socket), timeout_seconds=CONNECT_TIMEOUT_SECONDS)
-        if wire.peer_uid(sock) != os.geteuid():
-            raise RuntimeUnavailableError(f"the socket {pointer.socket} belongs to uid {wire.peer_uid(sock)}")
+        if (uid := wire.peer(sock).uid) != os.geteuid():
+            raise RuntimeUnavailableError(f"the socket {pointer.socket} belongs to uid {uid}")
         sock.setblocking(False)  # noqa: FBT003
         return await asyncio.open_unix_connection(sock=sock, limit=_STREAM_LIMIT_BYTES)
     except OSError as error:
@@ -165,12 +165,17 @@ async def open_connection(pointer: locate.Pointer) -> tuple[asyncio.StreamReader
         raise
 
 
+def hello_to(pointer: locate.Pointer) -> wire.Message:
+    """The first message of a connection. A supervisor of version 1 has no secret and asks for none."""
+    return {"op": "hello", "versions": list(SUPPORTED_VERSIONS), "secret": pointer.secret}
+
+
 async def connect(pointer: locate.Pointer) -> Link:
     """A control connection that has said hello. Raises RuntimeUnavailableError."""
     reader, writer = await open_connection(pointer)
     link = Link(pointer, reader, writer)
     try:
-        hello = await link.call({"op": "hello", "versions": list(SUPPORTED_VERSIONS)})
+        hello = await link.call(hello_to(pointer))
         found = hello["capabilities"]
         link.capabilities = RuntimeCapabilities(
             cpu_limits=bool(found["cpu_limits"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import encodings.ascii  # noqa: F401 - used below where nothing can be imported any more
 import os
 import resource
 import signal
@@ -26,6 +27,7 @@ MOST_EXPENDABLE = 1000
 
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_CLOSE_RANGE = 436
+_MAX_GENERATIONS = 64
 _CLOSE_RANGE_END = 2**32 - 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -87,6 +89,12 @@ def keep_only_capabilities(keep: frozenset[int]) -> None:
 
     Needs no capability where nothing is held (then nothing changes). Raises OSError.
     """
+    _bound_capabilities(keep)
+    _hold_capabilities(keep)
+
+
+def _bound_capabilities(keep: frozenset[int]) -> None:
+    """What no exec can bring back."""
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
     for capability in range(last + 1):
         if capability not in keep:
@@ -95,6 +103,9 @@ def keep_only_capabilities(keep: frozenset[int]) -> None:
                 prctl(PR_CAPBSET_DROP, capability)
     with contextlib.suppress(OSError):
         prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def _hold_capabilities(keep: frozenset[int]) -> None:
     held = effective_capabilities()
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)()
@@ -107,14 +118,27 @@ def keep_only_capabilities(keep: frozenset[int]) -> None:
         raise OSError(number, f"capset: {os.strerror(number)}")
 
 
-def drop_privileges() -> None:
-    """For this process and all that it forks: ``no_new_privs``, and of the capabilities CAP_DAC_OVERRIDE at most.
+def drop_privileges(*, keep: frozenset[int] = frozenset({CAP_DAC_OVERRIDE}), uid: int | None = None) -> None:
+    """For this process and all that it forks: ``no_new_privs``, and no capabilities but ``keep``. Root also becomes
+    ``uid`` and the group of that number, if given and if there is such a user here (a user namespace may lack it).
     Raises OSError."""
     set_no_new_privs()
     if os.geteuid() == 0:
         with contextlib.suppress(PermissionError):  # root of a user namespace that denies setgroups
             os.setgroups([])
-    keep_only_capabilities(frozenset({CAP_DAC_OVERRIDE}))
+        if uid is not None:
+            _bound_capabilities(keep)  # while CAP_SETPCAP is held
+            with contextlib.suppress(OSError):
+                become(uid)
+    keep_only_capabilities(keep)
+
+
+def become(uid: int) -> None:
+    """Another user and the group of the same number, for good. The signal at the parent's death, which the kernel
+    forgets then, is set again. Raises OSError."""
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    set_parent_death_signal()
 
 
 def set_oom_score(adjustment: int) -> bool:
@@ -175,6 +199,21 @@ def start_time(pid: int) -> int | None:
     if fields[0] in (b"Z", b"X"):
         return None
     return int(fields[19])
+
+
+def is_descendant(pid: int, ancestor: int) -> bool:
+    """Whether ``pid`` is ``ancestor`` or was forked by it, through however many others; False for one that is gone."""
+    for _ in range(_MAX_GENERATIONS):
+        if pid == ancestor:
+            return True
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return False
+        pid = int(stat[stat.rindex(b")") + 2 :].split()[1])
+        if pid <= 1:
+            return False
+    return True
 
 
 def resident_bytes(pid: int) -> int:

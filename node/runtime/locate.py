@@ -16,7 +16,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from node.files import write_private
@@ -41,6 +41,9 @@ class Pointer:
     build: str
     """``node.runtime.engine.engine_key``: which precompiled files it can load."""
 
+    secret: str = field(default="", repr=False)
+    """What a client says in its hello, to show that it can read this file."""
+
     cgroups: tuple[str, ...] = ()
     """Groups to remove when it is gone."""
 
@@ -59,6 +62,7 @@ def read_pointer(path: Path) -> Pointer | None:
             socket=str(data["socket"]),
             protocol_version=int(data["protocol_version"]),
             build=str(data.get("build", "")),
+            secret=str(data.get("secret", "")),
             cgroups=tuple(str(path) for path in data.get("cgroups", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -113,7 +117,9 @@ def listen(data: Path) -> tuple[socket.socket, Path]:
     try:
         return _bind(folder)
     except OSError:
-        base = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
+        given = os.environ.get("XDG_RUNTIME_DIR", "")
+        # Its specification says to ignore a relative one.
+        base = given if given.startswith("/") else "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
         return _bind(Path(tempfile.mkdtemp(prefix="wasilet-", dir=base)))
 
 

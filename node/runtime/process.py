@@ -153,6 +153,12 @@ class SandboxProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    def interrupt(self) -> None:
+        """SIGINT, of which a guest dies: it can handle no signal."""
+        if not self.finished and self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGINT)
+
     def pause(self) -> None:
         """Stop reading output: the guest blocks when its pipe is full."""
         if not self._paused:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+"""2: a hello carries the supervisor's secret."""
 
 
 class GuestKind(StrEnum):
@@ -96,6 +97,15 @@ class ContainerConfig:
     cpu_limit_millicores: int | None = None
     cpu_request_millicores: int | None = None
     http: HttpPolicy | None = None
+    stdin: bool = False
+    """Hold a pipe to the guest's stdin for those who attach; otherwise the guest reads end of file at once."""
+
+    stdin_once: bool = False
+    """The first attached client that ends its input, or leaves, ends the guest's."""
+
+    tty: bool = False
+    """An attached client may interrupt the guest, as a terminal's Ctrl-C does."""
+
     annotations: dict[str, str] = field(default_factory=dict)
     """Opaque to the runtime, given back by ``list``: what the agent needs after a restart of its own."""
 
@@ -125,6 +135,9 @@ class ContainerStatus:
 
     message: str = ""
     """A trap's message and backtrace, or why the start failed."""
+
+    inherited: bool = False
+    """The supervisor that ran it is gone, and all that it ran with it; this one knows only the record."""
 
     annotations: dict[str, str] = field(default_factory=dict)
 
@@ -195,7 +208,10 @@ class ExecStream(Protocol):
         """Waits until the guest's pipe has taken it; data for a guest that is gone is dropped."""
 
     async def close_stdin(self) -> None:
-        """End of file for the guest."""
+        """End of file for the guest; of an attach only where the container's ``stdin_once`` says so."""
+
+    async def interrupt(self) -> None:
+        """Ctrl-C: SIGINT for the guest. Of an attach only where the container has a ``tty``."""
 
     async def close(self) -> None:
         """Kill the exec (an attach only ends); idempotent."""

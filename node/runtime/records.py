@@ -130,8 +130,7 @@ class Records:
                 continue
             if start.owner != self._owner and start.owner.alive():
                 continue
-            status = self._exit_of(folder, start)
-            yield start, status
+            yield start, dataclasses.replace(self._exit_of(folder, start), inherited=True)
 
     def _exit_of(self, folder: Path, start: StartRecord) -> ContainerStatus:
         try:

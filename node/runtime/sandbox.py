@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import wasmtime
 from wasmtime import component as wasmtime_component
 
-from node.runtime import landlock, linux
+from node.runtime import landlock, linux, resolving, seccomp
 from node.runtime.beneath import open_directory, opened
 from node.runtime.engine import Linkers
 from node.runtime.hostcalls.http import HttpHost
@@ -41,13 +41,17 @@ TRAP_EXIT_CODE = 134
 START_ERROR_EXIT_CODE = 128
 MAX_MESSAGE_BYTES = 12 * 1024
 MAX_OPEN_FILES = 1024
+MAX_USER_PROCESSES = 16384
+"""Threads, of all processes of the sandbox's user: the filter lets it start no process. The kernel does not hold uid 0
+to it."""
+
 MAX_STRING_BYTES = 128 * 1024
 MAX_STRINGS_BYTES = 2 * 1024 * 1024
 """Of one argument or variable, and of all: Linux' own limits for execve (MAX_ARG_STRLEN, and a quarter of the usual
 stack), which pods meet on every other node too. Without them a pod could make the supervisor write without end."""
 
 _PREVIEW1 = "wasi_snapshot_preview1"
-_LEGACY_PREVIEW = "wasi_unstable"
+_PREVIEW0 = "wasi_unstable"
 _COMMAND = "wasi:cli/run@0.2."
 
 
@@ -77,6 +81,8 @@ class GuestTools:
 
     linkers: Linkers
     http: HttpHost
+    network_files: tuple[str, ...]
+    """What a guest with outbound HTTP may read besides its mounts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +112,10 @@ def make_tools(linkers: Linkers) -> GuestTools:
     http = HttpHost()
     exit_type = wasmtime.FuncType([wasmtime.ValType.i32()], [])
     module: Any = linkers.module
-    for name in (_PREVIEW1, _LEGACY_PREVIEW):
-        # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
-        module.define_func(name, "proc_exit", exit_type, _proc_exit)
+    # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
+    module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
-    return GuestTools(linkers=linkers, http=http)
+    return GuestTools(linkers=linkers, http=http, network_files=resolving.readable_paths())
 
 
 def check_config(config: ContainerConfig) -> None:
@@ -158,6 +163,7 @@ def run_here(config: ContainerConfig, tools: GuestTools, *, report: int) -> NoRe
         check_config(config)
         linux.close_range_except((report,))
         _limit()
+        seccomp.confine(seccomp.Network.NONE if config.http is None else seccomp.Network.CLIENT)
         return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report)
 
     _exit_with(report, run)
@@ -198,8 +204,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         os.write(file, b"0")
         os.close(file)
     _limit()
-    # Before a byte of the image is looked at, and while there is one thread: it holds for this and those that it makes.
-    landlock.confine(plan.config.mounts, files=(plan.config.artifact,), network=plan.config.http is not None)
+    _confine(plan.config, tools)
     return run_guest(
         plan.config,
         tools,
@@ -208,6 +213,15 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         report=plan.report,
         nice=plan.nice,
     )
+
+
+def _confine(config: ContainerConfig, tools: GuestTools) -> None:
+    """Before a byte of the image is looked at, and while there is one thread: it holds for this and those that it
+    makes. Landlock first, since the filter forbids its calls."""
+    network = config.http is not None
+    files = (config.artifact, *tools.network_files) if network else (config.artifact,)
+    landlock.confine(config.mounts, files=files, tcp=network)
+    seccomp.confine(seccomp.Network.CLIENT if network else seccomp.Network.NONE)
 
 
 def _limit() -> None:
@@ -220,6 +234,9 @@ def _limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = min(hard, MAX_OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    limit = MAX_USER_PROCESSES if hard == resource.RLIM_INFINITY else min(hard, MAX_USER_PROCESSES)
+    resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
 
 
 def run_guest(
@@ -315,13 +332,12 @@ def _load_module(
         module = wasmtime.Module.deserialize_file(tools.linkers.engine, config.artifact)
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"cannot load the compiled module: {error}", artifact=True) from error
+    _check_command(module)
     _configure_wasi(config, store, guest_stdin=guest_stdin)
     try:
         ready = tools.linkers.module.instantiate_pre(module)
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"the module imports what this node does not offer: {error}") from error
-    if not any(export.name == "_start" for export in module.exports):
-        raise LoadError("the module exports no function _start: it is a library or reactor, not a command")
     started.give_way()
     started.tell()
     call: Any = ready.instantiate(store).exports(store)["_start"]
@@ -331,6 +347,27 @@ def _load_module(
         return 0
 
     return run
+
+
+def _check_command(module: wasmtime.Module) -> None:
+    """Refuse by name what no instance of it could run. Raises LoadError."""
+    if any(imported.module == _PREVIEW0 for imported in module.imports):
+        raise LoadError(
+            f"the module imports {_PREVIEW0}, the WASI snapshot of 2019, which this node does not offer: build it "
+            f"again with a toolchain of 2020 or later, so that it imports {_PREVIEW1}"
+        )
+    found = next((export.type for export in module.exports if export.name == "_start"), None)
+    if found is None:
+        raise LoadError("the module exports no function _start: it is a library or reactor, not a command")
+    if not isinstance(found, wasmtime.FuncType):
+        kind = _KINDS.get(type(found), "something else")
+        raise LoadError(f"the module exports _start as a {kind}, not as a function: it is not a command")
+    if found.params or found.results:
+        types = " -> ".join(f"({' '.join(map(str, each))})" for each in (found.params, found.results))
+        raise LoadError(f"the module's _start has the type {types}; that of a command takes and returns nothing")
+
+
+_KINDS = {wasmtime.GlobalType: "global", wasmtime.MemoryType: "memory", wasmtime.TableType: "table"}
 
 
 def _load_component(
@@ -367,6 +404,9 @@ def _load_component(
     call = instance.get_func(store, function) if function is not None else None
     if call is None:
         raise LoadError(f"the component's {command} has no function run")
+    run_type: Any = call.type(store)
+    if run_type.params or not isinstance(run_type.result, wasmtime_component.ResultType):
+        raise LoadError(f"the function run of the component's {command} is not of WASI's type: func() -> result")
     started.tell()
     entry = call
 

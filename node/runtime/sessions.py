@@ -11,7 +11,6 @@ import base64
 import contextlib
 import dataclasses
 import logging
-import os
 import socket
 from collections.abc import Callable
 from typing import Protocol
@@ -21,6 +20,7 @@ from node.runtime.containers import Container, Containers, RequestError
 from node.runtime.loop import GONE, READ, WRITE, Loop, Timer, Watch
 from node.runtime.process import ForkRefusedError, Outcome, SandboxProcess
 from node.runtime.protocol import ContainerStatus
+from node.runtime.stdin import GuestInput
 
 logger = logging.getLogger(__name__)
 
@@ -183,25 +183,74 @@ def _output_message(stream: str, data: bytes) -> wire.Message:
     return {"stream": stream, "data": base64.b64encode(data).decode("ascii")}
 
 
-class AttachSession:
-    """The output of a running container from now on."""
+class _Stdin:
+    """One client's side of a guest's stdin: a piece at a time, answered when the guest's pipe has taken it."""
 
-    def __init__(self, connection: Connection, container: Container) -> None:
+    def __init__(self, connection: Connection, guest: GuestInput | None) -> None:
+        """``guest`` is None for one that reads nothing: what is sent to it is answered and dropped."""
+        self._connection = connection
+        self._guest = guest
+        self._busy = False
+
+    def on_message(self, message: wire.Message) -> None:
+        """The operation ``stdin``. Raises RequestError."""
+        if self._busy:
+            raise RequestError("BadRequest", "the last piece of stdin was not answered yet")
+        seq = message.get("seq", 0)
+
+        def taken() -> None:
+            self._busy = False
+            self._connection.answer(seq, None)
+
+        self._busy = True
+        data = base64.b64decode(message.get("data") or "")
+        if self._guest is None:
+            taken()
+        else:
+            self._guest.write(self, data, taken)
+
+    def leave(self) -> None:
+        """The client has gone."""
+        if self._guest is not None:
+            self._guest.leave(self)
+
+
+class AttachSession:
+    """The output of a running container from now on, and its stdin where it has one and the client asked for it."""
+
+    def __init__(self, connection: Connection, container: Container, *, stdin: bool) -> None:
         self._connection = connection
         self._container = container
+        self._guest = container.input if stdin else None
+        self._stdin = _Stdin(connection, self._guest)
         container.output_listeners.append(self._output)
         container.exit_waiters.append(self._ended)
 
     def on_message(self, message: wire.Message) -> None:
-        """Containers have no stdin; whatever is sent is acknowledged and dropped."""
+        """``stdin`` and ``interrupt``; anything else is answered and dropped."""
+        operation = message.get("op")
+        if operation == "stdin":
+            self._stdin.on_message(message)
+            if message.get("eof"):
+                self._end_of_input()
+            return
+        if operation == "interrupt" and self._container.config.tty and self._container.process is not None:
+            self._container.process.interrupt()
         if "seq" in message:
             self._connection.answer(message["seq"], None)
 
     def on_writable(self) -> None:
         """Nothing waits."""
 
+    def _end_of_input(self) -> None:
+        # Without stdinOnce the stream stays open across attach sessions, and the guest never reads an end of file.
+        if self._guest is not None and self._container.config.stdin_once:
+            self._guest.close()
+
     def on_closed(self) -> None:
         """Stop listening."""
+        self._end_of_input()
+        self._stdin.leave()
         with contextlib.suppress(ValueError):
             self._container.output_listeners.remove(self._output)
         with contextlib.suppress(ValueError):
@@ -233,14 +282,9 @@ class ExecSession:
         stdin: bool,
         timeout_seconds: float | None,
     ) -> None:
-        self._loop = loop
         self._connection = connection
         self._container = container
         self._timed_out = False
-        self._stdin_data = bytearray()
-        self._stdin_seq: object = None
-        self._stdin_watch: Watch | None = None
-        self._stdin_eof = False
         self._deadline: Timer | None = None
         try:
             self._process: SandboxProcess = containers.make_process(
@@ -253,6 +297,8 @@ class ExecSession:
             )
         except ForkRefusedError as error:
             raise RequestError("StartError", str(error)) from error
+        self._guest = GuestInput(loop, self._process)
+        self._stdin = _Stdin(connection, self._guest)
         self._deadline = loop.call_later(min(timeout_seconds or MAX_EXEC_SECONDS, MAX_EXEC_SECONDS), self._expire)
         self._kill: Callable[[], None] = self._process.kill
         container.exit_waiters.append(self._kill)
@@ -263,14 +309,15 @@ class ExecSession:
         if operation == "kill":
             self._process.kill()
             return
+        if operation == "interrupt":
+            self._process.interrupt()
+            self._connection.answer(message.get("seq", 0), None)
+            return
         if operation != "stdin":
             raise RequestError("BadRequest", f"an exec has no operation {operation!r}")
-        if self._stdin_seq is not None:
-            raise RequestError("BadRequest", "the last piece of stdin was not answered yet")
-        self._stdin_data += base64.b64decode(message.get("data") or "")
-        self._stdin_eof = bool(message.get("eof"))
-        self._stdin_seq = message.get("seq", 0)
-        self._write_stdin()
+        self._stdin.on_message(message)
+        if message.get("eof"):
+            self._guest.close()
 
     def on_writable(self) -> None:
         """The client has taken all: read the guest's output again."""
@@ -279,32 +326,6 @@ class ExecSession:
     def on_closed(self) -> None:
         """Nobody waits for the outcome."""
         self._process.kill()
-
-    def _write_stdin(self) -> None:
-        while self._stdin_data and self._process.stdin >= 0:
-            try:
-                written = os.write(self._process.stdin, self._stdin_data[:65536])
-            except BlockingIOError:
-                if self._stdin_watch is None:
-                    self._stdin_watch = self._loop.watch(
-                        self._process.stdin, lambda _events: self._write_stdin(), mask=WRITE
-                    )
-                return
-            except OSError:
-                self._stdin_data.clear()
-                break
-            del self._stdin_data[:written]
-        self._stdin_data.clear()
-        self._end_stdin_watch()
-        if self._stdin_eof:
-            self._process.close_stdin()
-        seq, self._stdin_seq = self._stdin_seq, None
-        self._connection.answer(seq, None)
-
-    def _end_stdin_watch(self) -> None:
-        if self._stdin_watch is not None:
-            self._loop.unwatch(self._stdin_watch)
-            self._stdin_watch = None
 
     def _output(self, stream: str, data: bytes) -> None:
         self._connection.send(_output_message(stream, data))
@@ -318,7 +339,7 @@ class ExecSession:
     def _ended(self, outcome: Outcome) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._end_stdin_watch()
+        self._guest.end()
         if self._container.group is not None:
             # An exec that the kernel killed for memory must not be taken for the container itself later.
             self._container.group.new_oom_kill()

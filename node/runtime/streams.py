@@ -9,7 +9,7 @@ import itertools
 from collections.abc import AsyncGenerator
 
 from node.runtime import wire
-from node.runtime.link import CALL_TIMEOUT_SECONDS, SUPPORTED_VERSIONS, error_of, read_message
+from node.runtime.link import CALL_TIMEOUT_SECONDS, error_of, read_message
 from node.runtime.protocol import RuntimeUnavailableError, StreamFrame
 
 
@@ -37,9 +37,9 @@ class SupervisorStream:
         """Why it could not be started, or a trap's message."""
         return self._error
 
-    async def begin(self, request: wire.Message) -> None:
+    async def begin(self, hello: wire.Message, request: wire.Message) -> None:
         """Hello and request. Raises StartError, UnknownContainerError, RuntimeUnavailableError."""
-        for message in ({"op": "hello", "versions": list(SUPPORTED_VERSIONS)}, request):
+        for message in (hello, request):
             seq = next(self._numbers)
             try:
                 async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
@@ -78,6 +78,10 @@ class SupervisorStream:
         """End of file for the guest."""
         await self._stdin({"eof": True})
 
+    async def interrupt(self) -> None:
+        """SIGINT for the guest."""
+        await self._request({"op": "interrupt"})
+
     async def close(self) -> None:
         """Closing the connection kills an exec; idempotent."""
         self._ended = True
@@ -88,17 +92,21 @@ class SupervisorStream:
 
     async def _stdin(self, fields: wire.Message) -> None:
         async with self._stdin_lock:
-            if self._ended:
-                return
-            seq = next(self._numbers)
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._acks[seq] = future
-            try:
-                self._writer.write(wire.encode({"op": "stdin", "seq": seq, **fields}))
-                await self._writer.drain()
-            except OSError:
-                return
-            await future
+            await self._request({"op": "stdin", **fields})
+
+    async def _request(self, message: wire.Message) -> None:
+        """Returns when it was answered, or the stream has ended."""
+        if self._ended:
+            return
+        seq = next(self._numbers)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._acks[seq] = future
+        try:
+            self._writer.write(wire.encode({**message, "seq": seq}))
+            await self._writer.drain()
+        except OSError:
+            return
+        await future
 
     def _end(self, result: wire.Message) -> None:
         code = result.get("code")

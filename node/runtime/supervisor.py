@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import hmac
 import json
 import logging
 import os
 import resource
+import secrets
 import signal
 import socket
 import sys
@@ -85,6 +87,7 @@ class Supervisor:
             socket=str(path),
             protocol_version=PROTOCOL_VERSION,
             build=engine.engine_key(),
+            secret=secrets.token_hex(32),
             cgroups=self._cgroups.directories,
         )
         locate.write_pointer(paths.data, self._pointer)
@@ -135,6 +138,10 @@ class Supervisor:
             versions = message.get("versions") or []
             if PROTOCOL_VERSION not in versions:
                 raise RequestError("Version", f"this supervisor speaks protocol {PROTOCOL_VERSION}, not {versions}")
+            if not hmac.compare_digest(str(message.get("secret") or "").encode(), self._pointer.secret.encode()):
+                raise RequestError(
+                    "Secret", f"a client must send the secret of {self._paths.data / locate.POINTER_NAME}"
+                )
             connection.greeted = True
             connection.answer(
                 seq,
@@ -166,8 +173,15 @@ class Supervisor:
             self._loop.change(self._accepting, 0)
             self._loop.call_later(ACCEPT_RETRY_SECONDS, lambda: self._loop.change(self._accepting, READ))
             return
-        if wire.peer_uid(sock) not in (os.geteuid(), 0):
-            logger.warning("refused a connection of uid %d", wire.peer_uid(sock))
+        try:
+            peer = wire.peer(sock)
+            welcome = peer.uid in {os.geteuid(), 0} and not linux.is_descendant(peer.pid, self._pointer.pid)
+        except OSError:
+            sock.close()
+            return
+        if not welcome:
+            # What a sandbox would do that broke out of its guest: it has this user, and is a child of this process.
+            logger.warning("refused a connection of process %d, uid %d", peer.pid, peer.uid)
             sock.close()
             return
         sock.setblocking(False)  # noqa: FBT003
@@ -184,6 +198,8 @@ class Supervisor:
             config = wire.load_config(message["config"])
         except wire.WireError as error:
             raise RequestError("StartError", str(error)) from error
+        _require_beneath(self._paths.compiled, config.artifact, "the compiled file")
+        _require_beneath(self._paths.logs, config.log_path, "the log file")
 
         def done(container: Container) -> None:
             status = container.status
@@ -247,7 +263,8 @@ class Supervisor:
         connection.answer(seq, None)
 
     def _attach(self, connection: Connection, message: wire.Message, seq: object) -> None:
-        connection.session = AttachSession(connection, self._running_container(message))
+        container = self._running_container(message)
+        connection.session = AttachSession(connection, container, stdin=bool(message.get("stdin")))
         connection.answer(seq, None)
 
     def _retire(self, connection: Connection, _message: wire.Message, seq: object) -> None:
@@ -308,6 +325,12 @@ class Supervisor:
             self._listener, self._accepting = listener, accepting
             self._pointer = dataclasses.replace(self._pointer, socket=str(path))
         locate.write_pointer(self._paths.data, self._pointer, current=not self._retired)
+
+
+def _require_beneath(folder: Path, path: str, what: str) -> None:
+    """Raises RequestError unless ``path`` lies in ``folder`` by its name; the links in it are this user's own."""
+    if os.path.normpath(path) != path or not Path(path).is_relative_to(folder):
+        raise RequestError("StartError", f"{what} {path} does not lie in {folder}")
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -75,11 +75,21 @@ class Decoder:
             yield decode_body(body)
 
 
-def peer_uid(connection: socket.socket) -> int:
-    """The uid of the process at the other end of a Unix socket, by SO_PEERCRED."""
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """The process at the other end of a Unix socket when it connected (or listened), by SO_PEERCRED."""
+
+    pid: int
+    """0: it is not of this pid namespace."""
+
+    uid: int
+
+
+def peer(connection: socket.socket) -> Peer:
+    """Who is at the other end. Raises OSError."""
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    _pid, uid, _gid = _PEER.unpack(data)
-    return int(uid)
+    pid, uid, _gid = _PEER.unpack(data)
+    return Peer(int(pid), int(uid))
 
 
 # dataclasses.fields and asdict are slow, and a supervisor lists a thousand containers twice a minute.

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from aiohttp import HttpVersion11, web
 
+from node.logfolders import pod_folder
 from node.server.logfiles import (
     CHUNK_BYTES,
     Renderer,
@@ -117,7 +118,7 @@ def find_log(pod: Pod, container: str, *, previous: bool, log_root: Path) -> Log
     state, last = status.get("state") or {}, (status.get("lastState") or {}).get("terminated")
     last_id = (last or {}).get("containerID", "")
     latest = int(status.get("restartCount", 0))
-    folder = log_root / "pods" / f"{namespace}_{name}_{uid}" / container
+    folder = pod_folder(log_root, namespace=namespace, name=name, uid=uid) / container
     if previous:
         if not last_id:
             raise LogRequestError(400, f'previous terminated container "{container}" in pod "{name}" not found')

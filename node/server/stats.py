@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from node import machine
+from node.logfolders import pod_folder
 from node.runtime import linux
 from node.runtime.protocol import ContainerState, ContainerStatus, Runtime
 from node.server.pods import PodSource, full_name
@@ -290,7 +291,7 @@ class SummaryView:
             "memory": _memory(moment, sample.working_set_bytes, sample.rss_bytes),
         }
         if disk is not None:
-            folder = self._log_root / "pods" / f"{pod.namespace}_{pod.name}_{pod.uid}" / name
+            folder = pod_folder(self._log_root, namespace=pod.namespace, name=pod.name, uid=pod.uid) / name
             entry["rootfs"] = {**disk, "usedBytes": 0}
             entry["logs"] = {**disk, "usedBytes": sum(_file_sizes(folder))}
         return entry

@@ -92,7 +92,8 @@ def _recorded(instance: Path, container: Container) -> Message:
 
 
 def read_message(instance: Path, container: Container) -> str:
-    """The last 4096 bytes of what the instance wrote; empty when it wrote nothing.
+    """The last 4096 bytes of what the instance wrote; empty when it wrote nothing. As text it may be longer, where
+    bytes that are not UTF-8 are replaced.
 
     Source of the limit and of reading the end: kubelet's ``getTerminationMessage``.
     """

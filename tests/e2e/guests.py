@@ -218,6 +218,10 @@ _OTHERS: Mapping[str, Callable[[bytes], Artifact]] = {
 
 _TEXTS: Mapping[str, str] = {
     "no-start": '(module (memory (export "memory") 1) (func (export "main")))',
+    "start-is-a-global": '(module (global (export "_start") i32 (i32.const 1)))',
+    "start-takes-a-value": '(module (func (export "_start") (param i32)))',
+    "start-gives-a-value": '(module (func (export "_start") (result i32) (i32.const 0)))',
+    "wasi-unstable": '(module (import "wasi_unstable" "proc_exit" (func (param i32))) (func (export "_start")))',
     "foreign-import": '(module (import "env" "fetch" (func)) (memory (export "memory") 1) (func (export "_start")))',
     "trap-at-start": '(module (memory (export "memory") 1) (func $boom unreachable) (start $boom) '
     '(func (export "_start")))',

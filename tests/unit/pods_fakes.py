@@ -272,6 +272,19 @@ class FakeRuntime:
     def exit(self, container: str = "c", code: int = 0, *, pod: str = "a", message: str = "") -> None:
         self._end(self.latest(container, pod), code, message)
 
+    def lose(self) -> None:
+        """The supervisor dies with all that it runs. Its successor, which listeners reach by listing, has its records.
+
+        As after a restart of the machine, a ``shutdown``, or a crash.
+        """
+        for instance in list(self.known.values()):
+            ended = instance
+            if instance.state is not ContainerState.EXITED:
+                ended = dataclasses.replace(
+                    instance, state=ContainerState.EXITED, exit_code=137, reason="ContainerStatusUnknown"
+                )
+            self.known[instance.id] = dataclasses.replace(ended, inherited=True)
+
     def _end(self, instance: ContainerStatus, code: int, message: str = "") -> None:
         self._change(
             dataclasses.replace(

@@ -259,6 +259,9 @@ class FakeGuest:
         self.say("stdout", b"eof after %d\n" % len(self._lines))
         self.end(0)
 
+    async def interrupt(self) -> None:
+        self.end(130)
+
     async def close(self) -> None:
         self.closed.set()
 
@@ -313,8 +316,10 @@ class FakeRuntime:
         self.guest.behave()
         return self.guest
 
-    async def attach(self, container_id: str) -> FakeGuest:
-        return await self.exec_stream(container_id, ("attach",))
+    async def attach(self, container_id: str, *, stdin: bool = False) -> FakeGuest:
+        if not stdin:
+            return await self.exec_stream(container_id, ("attach",))
+        return await self.exec_stream(container_id, ("cat",), stdin=True)
 
 
 def make_settings(folder: Path, *, port: int = 0, node_name: str = "wasm-1") -> NodeSettings:

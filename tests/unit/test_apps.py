@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 from harness import run as runs
 from harness.errors import ApiError, HarnessError, StateError, UsageError, WaitTimeoutError
 from harness.expect import ExpectationError, missing_line, wait_for
+from harness.manifest_file import parse_objects
 from harness.resources import FIELD_MANAGER, Resources
 from harness.samples import Expectation, Line, LocalSpec, find_app, sample_names
 
@@ -132,6 +134,8 @@ class FakeKube:
     def get(self, path: str, **_: Any) -> dict[str, Any]:
         if path.endswith("/events"):
             return {"items": [{"type": "Warning", "reason": "Failed", "message": "no such image"}]}
+        if path.endswith(("/pods", "/configmaps")):
+            return {"items": [obj for name, obj in self.objects.items() if name.startswith(f"{path}/")]}
         found = self.find(path)
         if found is None:
             raise ApiError("not found", code=404)
@@ -146,7 +150,7 @@ class FakeKube:
             if path not in self.stuck:
                 del self.objects[path]
             return {}
-        name = body["metadata"]["name"]
+        name = body["metadata"].get("name") or f"{body['metadata']['generateName']}{len(self.requests)}"
         path = path if method == "PATCH" else f"{path}/{name}"
         if method == "POST" and path in self.objects:
             raise ApiError("exists", code=409)
@@ -156,7 +160,12 @@ class FakeKube:
     def put(self, path: str, body: dict[str, Any], *, manager: str) -> None:
         made = copy.deepcopy(body)
         uid = f"uid-{len(self.requests)}-{time.monotonic_ns()}"
-        made["metadata"] |= {"uid": uid, "resourceVersion": "1", "managedFields": [{"manager": manager}]}
+        made["metadata"] |= {
+            "name": path.rpartition("/")[2],
+            "uid": uid,
+            "resourceVersion": "1",
+            "managedFields": [{"manager": manager}],
+        }
         self.objects[path] = made
 
     @contextmanager
@@ -309,6 +318,35 @@ def test_a_pod_is_created_and_the_second_time_replaced() -> None:
     assert resources(kube).apply([POD]) == ["pod/x replaced"]
     assert kube.objects[PATH]["metadata"]["uid"] != first
     assert POD["metadata"] == {"name": "x"}, "the manifest itself was changed"
+
+
+@pytest.mark.parametrize("kind", ["Pod", "ConfigMap"])
+def test_a_generated_name_is_another_each_time_and_only_the_last_stays(kind: str) -> None:
+    kube = FakeKube()
+    obj = {"apiVersion": "v1", "kind": kind, "metadata": {"generateName": "job-"}}
+    path = f"/api/v1/namespaces/default/{kind.lower()}s"
+    for name, manager in (("job-theirs", "kubectl"), ("job", "wasilet")):
+        kube.put(f"{path}/{name}", obj if manager == "kubectl" else {**obj, "metadata": {}}, manager=manager)
+    others = set(kube.objects)
+    (first,) = resources(kube).apply([obj])
+    assert re.fullmatch(rf"{kind.lower()}/job-\d+ created", first)
+    (second,) = resources(kube).apply([obj])
+    assert re.fullmatch(rf"{kind.lower()}/job-\d+ replaced", second)
+    (left,) = set(kube.objects) - others
+    assert f"{kind.lower()}/{left.rpartition('/')[2]} replaced" == second
+    assert obj["metadata"] == {"generateName": "job-"}, "the manifest itself was changed"
+    assert resources(kube).remove([obj]) == [second.removesuffix(" replaced")]
+    assert set(kube.objects) == others
+
+
+def test_what_the_server_refuses_is_named_with_the_line_of_its_file() -> None:
+    class Refusing(FakeKube):
+        def request(self, *_: Any, **__: Any) -> Any:
+            raise ApiError('Pod "x" is invalid: spec.foo: Invalid value: 1', code=422, reason="Invalid")
+
+    objects = parse_objects("apiVersion: v1\nkind: Pod\nmetadata: {name: x}\nspec:\n  foo: 1\n", Path("pod.yaml"))
+    with pytest.raises(ApiError, match=r'^pod\.yaml, line 5: Pod "x" is invalid'):
+        resources(Refusing()).apply(objects)
 
 
 @pytest.mark.parametrize("obj", [POD, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import wasmtime
 from wasmtime import component as wasmtime_component
 
 from node.images.compile import CompileError, Compiler
-from node.runtime import engine, linux
+from node.runtime import engine, landlock, seccomp
 from node.runtime.protocol import GuestKind
 from node.settings import ImageSettings
 from tests.unit.component_guests import component_guest
@@ -60,12 +61,13 @@ async def test_the_compiler_runs_without_privileges_and_goes_first_when_memory_e
         folder = Path(f"/proc/{worker.pid}")
 
         async def loaded() -> bool | None:
-            return "wasmtime" in (folder / "maps").read_text() or None
+            return "Seccomp:\t2" in (folder / "status").read_text() or not seccomp.available() or None
 
         await eventually(loaded)
         status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines())
         assert status["NoNewPrivs"] == "1"
-        assert int(status["CapEff"], 16) & ~(1 << linux.CAP_DAC_OVERRIDE) == 0
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        assert set(status["Uid"].split()) == {"65534" if os.geteuid() == 0 else str(os.geteuid())}
         assert (folder / "oom_score_adj").read_text() == "1000\n"
     finally:
         worker.kill()
@@ -249,3 +251,46 @@ def test_the_key_depends_on_version_settings_and_processor(monkeypatch: pytest.M
     other = engine.engine_key()
     monkeypatch.setattr(engine, "wasmtime_version", lambda: "0.0.1")
     assert len({key, other, engine.engine_key()}) == 3
+
+
+@pytest.mark.skipif(landlock.abi() < landlock.LOWEST_ABI or not seccomp.available(), reason="a kernel without fences")
+def test_the_compiler_reads_no_file_and_opens_no_socket(tmp_path: Path) -> None:
+    """What Cranelift could be made to do by a hostile module, in place of the compilation."""
+    script = """
+import os, socket, sys
+from pathlib import Path
+from node.runtime import compile_worker, engine
+
+listener = socket.create_server(("127.0.0.1", 0))
+found = {}
+
+def attempt(name, function):
+    try:
+        function()
+        found[name] = "ok"
+    except OSError as error:
+        found[name] = type(error).__name__
+
+def instead_of_the_compiler(_binary):
+    folder = Path(sys.argv[1])
+    attempt("read", lambda: os.close(os.open("/etc/passwd", os.O_RDONLY)))
+    attempt("list", lambda: os.listdir("/"))
+    attempt("write beside the output", lambda: os.open(folder / "new", os.O_WRONLY | os.O_CREAT))
+    attempt("read the module again", lambda: os.open(folder / "module.wasm", os.O_RDONLY))
+    attempt("connect", lambda: socket.create_connection(listener.getsockname(), timeout=5))
+    attempt("run", lambda: os.execv("/bin/true", ["true"]))
+    attempt("fork", os.fork)
+    print(found, os.getuid(), flush=True)
+    raise ValueError("enough")
+
+import encodings.idna
+engine.is_component = instead_of_the_compiler
+sys.exit(compile_worker.main([sys.argv[1] + "/module.wasm", sys.argv[1] + "/out", "module", str(2**31)]))
+"""
+    (tmp_path / "module.wasm").write_bytes(b"\0asm\1\0\0\0")
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "enough\n")
+    names = ("read", "list", "write beside the output", "read the module again", "connect", "run", "fork")
+    uid = 65534 if os.geteuid() == 0 else os.geteuid()
+    assert done.stdout == f"{dict.fromkeys(names, 'PermissionError')} {uid}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import http.server
 import json
 import os
@@ -79,6 +80,12 @@ def test_requests_carry_prefix_token_and_json(kube: Kube, server: Server) -> Non
     ((verb, path, headers, body),) = server.seen
     assert (verb, path, json.loads(body)) == ("POST", "/prefix/api/v1/namespaces", {"a": 1})
     assert headers["Authorization"] == "Bearer t0ken"
+
+
+def test_what_has_no_form_in_json_is_one_clear_error(kube: Kube, server: Server) -> None:
+    with pytest.raises(UsageError, match="the object is no JSON: Object of type date is not JSON serializable"):
+        kube.create("/api/v1/pods", {"metadata": {"annotations": {"built": dt.date(2026, 1, 2)}}})
+    assert server.seen == []
 
 
 def test_a_refusal_has_the_servers_own_words(kube: Kube, server: Server) -> None:

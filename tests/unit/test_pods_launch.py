@@ -55,7 +55,7 @@ async def test_volumes_that_hang_make_the_container_wait_and_nothing_else(
 
     async def start() -> LaunchError:
         with pytest.raises(LaunchError) as caught:
-            await launch(services, pod, pod["spec"]["containers"][0], attempt=0, late=lambda _: None)
+            await launch(services, pod, pod["spec"]["containers"][0], attempt=0, sandbox="s", late=lambda _: None)
         return caught.value
 
     # More than the event loop's own threads on any machine that runs tests.

@@ -19,6 +19,7 @@ from tests.unit.pods_fakes import make_instance
 
 pytestmark = pytest.mark.unit
 
+FORMER = " former"
 CASES = Path(__file__).parent / "cases" / "pods"
 
 
@@ -43,7 +44,7 @@ def pod_of(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def instance_of(name: str, text: str) -> ContainerStatus:
-    words = text.split()
+    words = text.removesuffix(FORMER).split()
     image = "i"
     if words[-1].startswith("image="):
         image = words.pop().removeprefix("image=")
@@ -62,6 +63,7 @@ def test_plan(case: dict[str, Any]) -> None:
         {name: instance_of(name, text) for name, text in case.get("instances", {}).items()},
         results,
         lambda container, _instance: float(case.get("backoff", {}).get(container["name"], 0)),
+        former={name for name, text in case.get("instances", {}).items() if text.endswith(FORMER)},
     )
     assert plan.start == case.get("start", [])
     assert {kill.container: kill.message for kill in plan.kill} == case.get("kill", {})

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from node import logfolders
 from node.kube.base import ApiUnavailableError
-from node.pods import logtail
 from node.runtime.protocol import ContainerState
 from node.volumes.base import VolumeRefusedError
 from tests.unit.pods_fakes import Fakes, eventually, make_instance, make_pod
@@ -77,7 +77,7 @@ async def test_orphans_are_removed_once_the_list_is_known(fakes: Fakes) -> None:
     stranger = make_instance(id="x", pod_uid="uid-gone")
     fakes.runtime.known["x"] = stranger
     fakes.volumes.on_disk = ["uid-gone", "uid-a"]
-    folder = logtail.pods_root(fakes.paths) / "default_b_uid-gone"
+    folder = logfolders.pods_root(fakes.paths.logs) / "default_b_uid-gone"
     (folder / "c").mkdir(parents=True)
     fakes.kube.add(make_pod())
     async with running(fakes):

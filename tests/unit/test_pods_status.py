@@ -435,3 +435,48 @@ def test_a_rejected_pod_keeps_the_conditions_it_had() -> None:
     status = status_of.rejected(pod, Verdict(reason="OutOfpods", message="m"), NOW)
     assert (status["phase"], status["message"]) == ("Failed", "Pod was rejected: m")
     assert status["conditions"] == pod["status"]["conditions"]
+
+
+def ended_with(messages: dict[str, str], *, init: int = 0, ephemeral: int = 0) -> list[str]:
+    """The messages that the status has of containers that ended with these, in their order."""
+    names = sorted(messages)
+    listed = [{"name": name, "image": "i"} for name in names]
+    regular = listed[init : len(listed) - ephemeral]
+    pod = make_pod(
+        containers=regular, initContainers=listed[:init], ephemeralContainers=listed[len(listed) - ephemeral :]
+    )
+    instances = {
+        name: [make_instance(name, state="exited", exit_code=0, message=text)] for name, text in messages.items()
+    }
+    status = compute(facts(pod, instances=instances))
+    fields = ("initContainerStatuses", "containerStatuses", "ephemeralContainerStatuses")
+    every = {each["name"]: each for field in fields for each in status.get(field, ())}
+    return [every[name]["state"]["terminated"]["message"] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("count", "init", "ephemeral", "bytes_each"),
+    [(1, 0, 0, 4096), (3, 0, 0, 4096), (4, 0, 0, 3072), (7, 0, 0, 1755), (7, 2, 1, 1755), (48, 16, 16, 256)],
+)
+def test_the_messages_of_a_pod_share_12_kib(count: int, init: int, ephemeral: int, bytes_each: int) -> None:
+    messages = ended_with({f"c{n:02}": "0123456789" * 1300 for n in range(count)}, init=init, ephemeral=ephemeral)
+    assert [len(message) for message in messages] == [bytes_each] * count
+    assert all(message.startswith("0123456789") for message in messages)
+
+
+@pytest.mark.parametrize(
+    "text", ["\N{REPLACEMENT CHARACTER}" * 4096, "x" + "\N{EURO SIGN}" * 4096, "\N{WATER WAVE}" * 4096]
+)
+def test_a_message_is_cut_between_characters(text: str) -> None:
+    [message] = ended_with({"c": text})
+    assert 4093 <= len(message.encode()) <= 4096
+    assert text.startswith(message)
+
+
+def test_a_message_of_the_instance_before_is_cut_too_and_the_server_keeps_its_own() -> None:
+    pod = make_pod()
+    terminated: dict[str, Any] = {"exitCode": 1, "message": "m" * 9000, "containerID": "wasmtime://before"}
+    old = {"containerStatuses": [{"name": "c", "state": {}, "lastState": {"terminated": terminated}}]}
+    status = compute(facts(pod, old=old, instances={"c": [make_instance(attempt=1)]}))
+    assert len(status["containerStatuses"][0]["lastState"]["terminated"]["message"]) == 4096
+    assert len(terminated["message"]) == 9000

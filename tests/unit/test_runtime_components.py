@@ -80,6 +80,16 @@ async def test_a_component_that_traps_is_134(rig: Rig) -> None:
             ),
             r"what this node does not offer \(components have no network: .*`wasi:http/outgoing-handler@0.2.3`",
         ),
+        (
+            component_guest("(i32.const 0)").replace("(func $run (result (result))", "(func $run (result u32)"),
+            r"wasi:cli/run@0.2.3 is not of WASI's type: func\(\) -> result",
+        ),
+        (
+            component_guest("(i32.const 0)")
+            .replace("(func $run (result (result))", '(func $run (param "x" u32) (result (result))')
+            .replace('(export "run") (result i32)', '(export "run") (param i32) (result i32)'),
+            "is not of WASI's type",
+        ),
     ],
 )
 async def test_a_component_that_cannot_run_is_refused_with_the_reason(rig: Rig, source: str, why: str) -> None:

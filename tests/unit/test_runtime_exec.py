@@ -13,6 +13,7 @@ import pytest
 
 from node.runtime import linux
 from node.runtime.protocol import (
+    ContainerConfig,
     ContainerState,
     ContainerStatus,
     HttpPolicy,
@@ -23,6 +24,7 @@ from node.runtime.protocol import (
 )
 from node.settings import LogSettings, NodePaths
 from tests.unit.runtime_guests import (
+    ECHO,
     SLEEPER,
     Rig,
     connected,
@@ -211,6 +213,124 @@ async def test_leaving_an_attach_leaves_the_container_alone(rig: Rig) -> None:
     await asyncio.sleep(0.05)
     assert next(found for found in await rig.client.list() if found.id == status.id).state is ContainerState.RUNNING
     await rig.client.remove(status.id)
+
+
+async def attached(rig: Rig, container_id: str, data: bytes, *, eof: bool = False) -> None:
+    """A client that sends ``data`` and leaves."""
+    stream = await rig.client.attach(container_id, stdin=True)
+
+    async def read() -> None:
+        async for _ in stream.frames():
+            pass
+
+    reader = asyncio.create_task(read())
+    try:
+        async with asyncio.timeout(10):
+            await stream.write_stdin(data)
+            if eof:
+                await stream.close_stdin()
+    finally:
+        await stream.close()
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+def log_text(config: ContainerConfig) -> str:
+    return Path(config.log_path).read_text()
+
+
+async def logged(config: ContainerConfig, text: str) -> None:
+    async def there() -> bool | None:
+        return text in log_text(config) or None
+
+    await eventually(there)
+
+
+async def state_of(rig: Rig, container_id: str) -> ContainerState:
+    return next(found.state for found in await rig.client.list() if found.id == container_id)
+
+
+@pytest.mark.parametrize("eof", [True, False], ids=["ends its input", "just leaves"])
+async def test_with_stdin_once_the_first_client_ends_the_input(rig: Rig, *, eof: bool) -> None:
+    config = rig.config(rig.artifact(ECHO), stdin=True, stdin_once=True)
+    await rig.client.start(config)
+    await attached(rig, config.id, b"over and out\n", eof=eof)
+    status = await rig.ended(config.id)
+    assert (status.exit_code, "over and out" in log_text(config)) == (0, True)
+
+
+async def test_without_stdin_once_the_input_stays_open_across_clients(rig: Rig) -> None:
+    config = rig.config(rig.artifact(ECHO), stdin=True)
+    await rig.client.start(config)
+    for number in range(3):
+        await attached(rig, config.id, b"client %d\n" % number, eof=True)
+        await logged(config, f"client {number}")
+    assert await state_of(rig, config.id) is ContainerState.RUNNING
+    await rig.client.remove(config.id)
+
+
+async def test_a_container_that_asks_for_no_stdin_reads_its_end_at_once(rig: Rig) -> None:
+    assert (await rig.run(ECHO)).exit_code == 0
+
+
+async def test_what_is_sent_to_a_container_without_stdin_is_dropped(rig: Rig) -> None:
+    config = rig.config(rig.artifact(PRINTER))
+    await rig.client.start(config)
+    await attached(rig, config.id, b"in vain", eof=True)
+    assert await state_of(rig, config.id) is ContainerState.RUNNING
+    await rig.client.remove(config.id)
+
+
+async def test_watching_alone_does_not_use_stdin_once_up(rig: Rig) -> None:
+    config = rig.config(rig.artifact(ECHO), stdin=True, stdin_once=True)
+    await rig.client.start(config)
+    stream = await rig.client.attach(config.id)
+    await stream.close()
+    await attached(rig, config.id, b"still open\n", eof=True)
+    assert (await rig.ended(config.id)).exit_code == 0
+    assert "still open" in log_text(config)
+
+
+async def test_a_guest_that_does_not_read_holds_nobody_up_but_its_writer(rig: Rig) -> None:
+    config = rig.config(rig.artifact(SLEEPER), stdin=True)
+    await rig.client.start(config)
+    stream = await rig.client.attach(config.id, stdin=True)
+    frames = stream.frames()
+    reading = asyncio.ensure_future(anext(frames))
+    writing = asyncio.create_task(stream.write_stdin(b"x" * 1_000_000))
+    await asyncio.wait_for(rig.client.list(), 10)
+    assert not writing.done()
+    second = await rig.client.attach(config.id, stdin=True)
+    waiting = asyncio.create_task(second.write_stdin(b"y"))
+    await stream.close()
+    await asyncio.wait_for(writing, 10)
+    await second.close()
+    await asyncio.wait_for(waiting, 10)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert linux.resident_bytes(rig.pid()) < 100_000_000
+    status = await rig.client.stop(config.id)
+    assert status is not None
+    await rig.client.remove(config.id)
+
+
+@pytest.mark.parametrize(("tty", "code"), [(True, 130), (False, 137)])
+async def test_an_attached_terminal_interrupts_the_guest(rig: Rig, *, tty: bool, code: int) -> None:
+    config = rig.config(rig.artifact(SLEEPER), stdin=True, tty=tty)
+    await rig.client.start(config)
+    stream = await rig.client.attach(config.id, stdin=True)
+
+    async def read() -> None:
+        async for _ in stream.frames():
+            pass
+
+    reader = asyncio.create_task(read())
+    await asyncio.wait_for(stream.interrupt(), 10)
+    if not tty:
+        await rig.client.stop(config.id)
+    await asyncio.wait_for(reader, 10)
+    assert stream.exit_code == code
+    await stream.close()
 
 
 async def test_a_lost_supervisor_breaks_a_stream_off(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_container_that_ended_is_found_as_it_ended(tmp_path: Path) -> None:
     records.write_exit(status)
     ((start, found),) = Records(tmp_path, own()).load()
     assert start.config == CONFIG
-    assert found == status
+    assert found == dataclasses.replace(status, inherited=True)
 
 
 def test_a_container_that_nobody_saw_end_is_unknown_for_good(tmp_path: Path) -> None:

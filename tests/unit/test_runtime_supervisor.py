@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -17,6 +19,7 @@ import pytest
 
 from node.runtime import linux, locate
 from node.runtime.client import RuntimeClient, ensure_supervisor, shutdown
+from node.runtime.link import connect
 from node.runtime.protocol import (
     ContainerState,
     ContainerStatus,
@@ -214,9 +217,26 @@ async def test_an_import_that_nobody_offers_is_a_start_error(rig: Rig) -> None:
         await rig.client.start(config)
 
 
-async def test_a_module_without_start_is_a_start_error(rig: Rig) -> None:
-    with pytest.raises(StartError, match="_start"):
-        await rig.client.start(rig.config(rig.artifact('(module (memory (export "memory") 1))')))
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ('(memory (export "memory") 1)', "exports no function _start"),
+        ('(global (export "_start") i32 (i32.const 1))', "_start as a global"),
+        ('(memory (export "_start") 1)', "_start as a memory"),
+        ('(table (export "_start") 1 funcref)', "_start as a table"),
+        ('(func (export "_start") (param i32))', r"type \(i32\) -> \(\)"),
+        ('(func (export "_start") (result i32) (i32.const 0))', r"type \(\) -> \(i32\)"),
+        ('(func (export "_start") (param i64 f32) (result i32 i32) (i32.const 0) (i32.const 0))', "i64 f32"),
+        ('(import "wasi_unstable" "fd_write" (func (param i32 i32 i32 i32) (result i32)))', "wasi_unstable"),
+        ('(import "wasi_unstable" "proc_exit" (func (param i32))) (func (export "_start"))', "wasi_snapshot_preview1"),
+    ],
+)
+async def test_a_module_that_is_no_command_is_a_start_error_with_the_reason(rig: Rig, source: str, reason: str) -> None:
+    config = rig.config(rig.artifact(f"(module {source})"))
+    with pytest.raises(StartError, match=reason):
+        await rig.client.start(config)
+    status = await rig.ended(config.id)
+    assert (status.reason, status.exit_code, status.started_at_ns) == ("StartError", 128, 0)
 
 
 async def test_a_missing_mount_is_a_start_error_that_names_it(rig: Rig) -> None:
@@ -294,7 +314,7 @@ async def test_a_killed_supervisor_takes_its_containers_along_and_its_successor_
     assert (lost.state, lost.exit_code, lost.reason) == (ContainerState.EXITED, 137, "ContainerStatusUnknown")
     assert "could not be located" in lost.message
     assert lost.annotations == started.annotations
-    assert statuses[finished.id] == finished
+    assert statuses[finished.id] == dataclasses.replace(finished, inherited=True)
     again = await own_rig.client.start(sleeping)
     assert again == lost, "a container whose start was recorded never runs twice"
     assert (await own_rig.run(HELLO)).exit_code == 0
@@ -487,7 +507,12 @@ async def test_an_older_supervisor_keeps_its_containers_beside_a_new_one(own_rig
     assert old is not None
     # What an upgrade of wasmtime looks like to the agent: the supervisor that runs was built otherwise.
     outdated = locate.Pointer(
-        pid=old.pid, start_time=old.start_time, socket=old.socket, protocol_version=1, build="other"
+        pid=old.pid,
+        start_time=old.start_time,
+        socket=old.socket,
+        protocol_version=1,
+        build="other",
+        secret=old.secret,
     )
     locate.write_pointer(own_rig.paths.data, outdated)
     await own_rig.client.close()
@@ -531,6 +556,66 @@ async def test_a_client_that_says_no_hello_gets_nothing(own_rig: Rig) -> None:
         await read_message(reader)
     writer.close()
     assert await own_rig.client.list() == ()
+
+
+@pytest.mark.parametrize("secret", ["", "0" * 64, "ä"])
+async def test_a_client_that_does_not_know_the_secret_gets_nothing(rig: Rig, secret: str) -> None:
+    pointer = locate.current(rig.paths.data)
+    assert pointer is not None
+    assert len(pointer.secret) == 64
+    assert pointer.secret not in repr(pointer)
+    with pytest.raises(RuntimeUnavailableError, match="must send the secret"):
+        await connect(dataclasses.replace(pointer, secret=secret))
+    assert (await rig.run(HELLO)).exit_code == 0
+
+
+def test_a_child_of_the_supervisor_is_no_client_although_it_knows_the_secret(tmp_path: Path) -> None:
+    """A sandbox that broke out, whose grandchildren are no better."""
+    script = """
+import os, sys, threading
+from pathlib import Path
+from node.runtime import locate, wire
+from node.runtime.supervisor import Supervisor
+from node.settings import LogSettings, NodePaths
+
+data = Path(sys.argv[1])
+supervisor = Supervisor(NodePaths(data=data), LogSettings(), use_cgroups=False)
+child = os.fork()
+if child == 0:
+    if os.fork() == 0:
+        pointer = locate.current(data)
+        sock = locate.connect(Path(pointer.socket), timeout_seconds=20)
+        sock.sendall(wire.encode({"op": "hello", "seq": 1, "versions": [2], "secret": pointer.secret}))
+        try:
+            answer = sock.recv(100)
+        except ConnectionResetError:
+            answer = b""
+        print("answered", answer, flush=True)
+        os._exit(0)
+    os.wait()
+    os.kill(os.getppid(), 15)
+    os._exit(0)
+supervisor.run()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "answered b''\n"
+    assert "refused a connection of process" in done.stderr
+
+
+@pytest.mark.parametrize("field", ["artifact", "log_path"])
+@pytest.mark.parametrize("place", ["{data}/../elsewhere/x", "{data}/{folder}/../x", "{data}", "/etc/x", "{folder}/x"])
+async def test_files_outside_of_the_data_folder_are_neither_loaded_nor_written(
+    rig: Rig, field: str, place: str
+) -> None:
+    folder = {"artifact": rig.paths.compiled, "log_path": rig.paths.logs}[field].name
+    path = place.format(data=rig.paths.data, folder=folder)
+    fields: dict[str, Any] = {field: path}
+    config = dataclasses.replace(rig.config(rig.artifact(HELLO)), **fields)
+    with pytest.raises(StartError, match="does not lie in"):
+        await rig.client.start(config)
+    assert not Path(path).is_file()
+    assert config.id not in {status.id for status in await rig.client.list()}
 
 
 async def test_a_closed_client_refuses_calls(rig: Rig) -> None:

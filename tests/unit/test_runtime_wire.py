@@ -101,4 +101,4 @@ def test_the_peer_is_known_by_its_uid() -> None:
 
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
-        assert wire.peer_uid(ours) == os.getuid()
+        assert wire.peer(ours) == wire.Peer(os.getpid(), os.getuid())

@@ -12,7 +12,7 @@ import pytest
 
 from node.server.app import KubeletServer
 from tests.unit import runtime_guests
-from tests.unit.runtime_guests import SLEEPER, guest, running_supervisor
+from tests.unit.runtime_guests import ECHO, SLEEPER, guest, running_supervisor
 from tests.unit.server_rig import API_SERVER, Authority, FakeKube, FakePods, client_context, make_pod, make_settings
 
 pytestmark = pytest.mark.unit
@@ -46,9 +46,10 @@ class Node:
         self.server.set_certificate(serving.certificate, serving.key)
         self.tls = client_context(self.authority.pem, self.authority.issue(API_SERVER))
 
-    async def place(self, source: str) -> str:
-        """Run a guest as the pod ``web``."""
+    async def place(self, source: str, *, interactive: bool = False) -> str:
+        """Run a guest as the pod ``web``; ``interactive`` as ``kubectl run -i`` makes it."""
         pod = self.pods.add(make_pod())
+        pod["spec"]["containers"][0] |= {"stdin": interactive, "stdinOnce": interactive}
         folder = self.runtime.paths.logs / "pods" / "default_web_uid-web" / "main"
         config = self.runtime.config(
             self.runtime.artifact(source),
@@ -56,6 +57,8 @@ class Node:
             pod_name="web",
             argv=("module",),
             log_path=str(folder / "0.log"),
+            stdin=interactive,
+            stdin_once=interactive,
         )
         await self.runtime.client.start(config)
         pod["status"]["containerStatuses"][0]["containerID"] = f"wasmtime://{config.id}"
@@ -119,3 +122,22 @@ async def test_usage_of_a_running_guest_has_no_zero(node: Node) -> None:
     assert container["memory"]["workingSetBytes"] > 4096
     assert container["memory"]["rssBytes"] > 4096
     assert 'container_cpu_usage_seconds_total{container="main",namespace="default",pod="web"}' in text
+
+
+async def test_attach_gives_a_guest_its_stdin_and_what_it_answers(node: Node) -> None:
+    container_id = await node.place(ECHO, interactive=True)
+    seen: dict[int, bytes] = {}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(
+            node.url("/attach/default/web/main?input=1&output=1"), ssl=node.tls, protocols=["v5.channel.k8s.io"]
+        ) as socket,
+    ):
+        await socket.send_bytes(b"\x00over and out\n")
+        await socket.send_bytes(b"\xff\x00")
+        async with asyncio.timeout(10):
+            async for message in socket:
+                seen[message.data[0]] = seen.get(message.data[0], b"") + message.data[1:]
+    assert seen[1] == b"over and out\n"
+    assert json.loads(seen[3])["status"] == "Success"
+    assert (await node.runtime.ended(container_id)).exit_code == 0

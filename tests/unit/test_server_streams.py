@@ -334,9 +334,54 @@ async def test_a_forward_by_websocket_channels_names_the_port_first(rig: Rig) ->
     assert b"cannot listen" in seen[1]
 
 
-async def test_attach_shows_output_and_takes_no_input(rig: Rig) -> None:
+async def test_attach_to_a_container_without_stdin_shows_output_and_takes_no_input(rig: Rig) -> None:
     async with websocket(rig, "/attach/default/web/main?output=1&input=1", "v5.channel.k8s.io") as socket:
         await socket.send_bytes(b"\x00typed in vain")
         seen = await channels_of(socket)
     assert seen[1] == b"from now on\n"
+    assert json.loads(seen[3])["status"] == "Success"
+
+
+def interactive(rig: Rig, **fields: bool) -> None:
+    rig.pods.known["default", "web"]["spec"]["containers"][0] |= {"stdin": True, **fields}
+
+
+async def test_attach_feeds_a_container_that_asks_for_stdin(rig: Rig) -> None:
+    interactive(rig, stdinOnce=True)
+    async with websocket(rig, "/attach/default/web/main?output=1&input=1", "v5.channel.k8s.io") as socket:
+        await socket.send_bytes(b"\x00typed")
+        await socket.send_bytes(b"\xff\x00")
+        seen = await channels_of(socket)
+    assert seen[1] == b"[typed]eof after 5\n"
+    assert json.loads(seen[3])["status"] == "Success"
+
+
+async def test_attach_without_input_leaves_stdin_alone(rig: Rig) -> None:
+    interactive(rig)
+    async with websocket(rig, "/attach/default/web/main?output=1", "v5.channel.k8s.io") as socket:
+        seen = await channels_of(socket)
+    assert seen[1] == b"from now on\n"
+
+
+@pytest.mark.parametrize(
+    ("once", "keys", "shown"),
+    [
+        (True, b"hi\r\x04", b"hi\r\n[hi\r\n]eof after 3\r\n"),
+        (False, b"hi\r\x04", b"hi\r\n[hi\r\n]"),
+        (False, b"\x03", b"^C\r\n"),
+    ],
+    ids=["Ctrl-D ends an input that ends", "Ctrl-D leaves one that does not", "Ctrl-C interrupts the guest"],
+)
+async def test_an_attached_terminal(rig: Rig, *, once: bool, keys: bytes, shown: bytes) -> None:
+    interactive(rig, stdinOnce=once, tty=True)
+    path = "/attach/default/web/main?output=1&input=1&tty=1"
+    seen: dict[int, bytes] = {}
+    async with websocket(rig, path, "v5.channel.k8s.io") as socket:
+        await socket.send_bytes(b"\x00" + keys)
+        async with asyncio.timeout(5):
+            async for message in socket:
+                seen[message.data[0]] = seen.get(message.data[0], b"") + message.data[1:]
+                if seen.get(1) == shown and keys[-1:] == b"\x04" and not once:
+                    await socket.send_bytes(b"\x00\x03")  # it is still read: this ends the guest
+    assert seen[1].removesuffix(b"^C\r\n") == shown.removesuffix(b"^C\r\n")
     assert json.loads(seen[3])["status"] == "Success"

@@ -2,7 +2,7 @@
 
 exec runs a fresh instance of the container's module, with the same mounts and environment and the given arguments: a
 wasm module cannot start a program inside a running instance, and this is the nearest honest thing. attach shows the
-output of the running instance from now on; its standard input is closed, so what is typed goes nowhere.
+output of the running instance from now on, and feeds its standard input where the container asks for one (``stdin``).
 
 Order and texts are those of kubelet and of its CRI streaming server (k8s.io/kubelet/pkg/cri/streaming).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -45,8 +46,11 @@ class StreamRuntime(Runtime, Protocol):
     async def exec_stream(self, container_id: str, argv: Sequence[str], *, stdin: bool = False) -> ExecStream:
         """A fresh instance beside a container. Raises UnknownContainerError, StartError, RuntimeUnavailableError."""
 
-    async def attach(self, container_id: str) -> ExecStream:
-        """Output of a running container from now on. Raises UnknownContainerError, RuntimeUnavailableError."""
+    async def attach(self, container_id: str, *, stdin: bool = False) -> ExecStream:
+        """Output of a running container from now on, and with ``stdin`` its input, if it has one.
+
+        Raises UnknownContainerError, RuntimeUnavailableError.
+        """
 
 
 def find_pod(pods: PodSource, request: web.Request) -> Pod:
@@ -79,7 +83,7 @@ class RemoteCommandViews:
             options,
             verb="executing command in container",
             start=lambda: self._runtime.exec_stream(container_id, argv, stdin=options.stdin),
-            with_input=options.stdin,
+            input_=Input(wanted=options.stdin),
             with_exit_code=True,
         )
 
@@ -87,12 +91,15 @@ class RemoteCommandViews:
         """``GET|POST /attach/{namespace}/{pod}[/{uid}]/{container}``."""
         options = StreamOptions.of(request)
         container_id = await self._running(request)
+        pod, name = find_pod(self._pods, request), request.match_info["container"]
+        container = next(each for each in containers(pod) if each.get("name") == name)
+        wanted = options.stdin and bool(container.get("stdin"))
         return await self._serve(
             request,
             options,
             verb="attaching to container",
-            start=lambda: self._runtime.attach(container_id),
-            with_input=False,
+            start=lambda: self._runtime.attach(container_id, stdin=wanted),
+            input_=Input(wanted=wanted, ends=bool(container.get("stdinOnce")), interrupts=bool(container.get("tty"))),
             with_exit_code=False,
         )
 
@@ -120,7 +127,7 @@ class RemoteCommandViews:
         *,
         verb: str,
         start: Callable[[], Awaitable[ExecStream]],
-        with_input: bool,
+        input_: Input,
         with_exit_code: bool,
     ) -> web.StreamResponse:
         try:
@@ -130,7 +137,7 @@ class RemoteCommandViews:
                 except (StartError, UnknownContainerError, RuntimeUnavailableError) as error:
                     await channels.finish(internal_error(f"error {verb}: {error}"))
                     return Upgraded()
-                session = Session(channels, guest, tty=options.tty, with_input=with_input)
+                session = Session(channels, guest, tty=options.tty, input_=input_)
                 try:
                     code = await session.run()
                     if code is None and guest.exit_code is None and guest.error:
@@ -146,14 +153,28 @@ class RemoteCommandViews:
         return Upgraded()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """What becomes of what a client sends."""
+
+    wanted: bool
+    """False: it is read and dropped."""
+
+    ends: bool = True
+    """Ctrl-D on an empty line is the end of it; else the guest never sees one, and the terminal stays open."""
+
+    interrupts: bool = False
+    """Ctrl-C interrupts the guest, whose end then ends the session; else the session alone ends."""
+
+
 class Session:
     """Moves bytes between a client and a guest until one of them ends."""
 
-    def __init__(self, channels: Channels, guest: ExecStream, *, tty: bool, with_input: bool) -> None:
+    def __init__(self, channels: Channels, guest: ExecStream, *, tty: bool, input_: Input) -> None:
         self._channels = channels
         self._guest = guest
         self._terminal = LineDiscipline() if tty else None
-        self._with_input = with_input
+        self._policy = input_
         self._interrupted = False
         self._active = asyncio.get_running_loop().time()
 
@@ -199,7 +220,7 @@ class Session:
     async def _input(self) -> None:
         async for data in self._channels.stdin():
             self._active = asyncio.get_running_loop().time()
-            if not self._with_input:
+            if not self._policy.wanted:
                 continue
             if self._terminal is None:
                 await self._guest.write_stdin(data)
@@ -207,14 +228,17 @@ class Session:
             typed = self._terminal.type(data)
             if typed.echo:
                 await self._channels.write("stdout", typed.echo)
-            if typed.interrupt:
+            if typed.interrupt and not self._policy.interrupts:
                 self._interrupted = True
                 return
+            if typed.interrupt:
+                await self._guest.interrupt()
+                continue
             if typed.input:
                 await self._guest.write_stdin(typed.input)
-            if typed.end:
+            if typed.end and self._policy.ends:
                 break
-        if self._with_input:
+        if self._policy.wanted:
             await self._guest.close_stdin()
 
     async def _idle(self) -> None:

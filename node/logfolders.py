@@ -1,0 +1,42 @@
+"""Where the log of each container lies: the one place that knows the names of the folders.
+
+``<root>/pods/<namespace>_<name>_<uid>/<container>/<attempt>.log``, as kubelet has them and log collectors expect them.
+A namespace may have 63 characters and a name 253, together more than the 255 bytes of a file name on Linux: then the
+pod's name is cut, and a hash of namespace and name follows it. The uid is always whole, because clean-up finds the
+owner of a folder by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+_MAX_NAME_BYTES = 255
+"""Linux' NAME_MAX."""
+
+_HASH_DIGITS = 16
+
+
+def pods_root(log_root: Path) -> Path:
+    """The folder that holds one folder per pod."""
+    return log_root / "pods"
+
+
+def pod_folder(log_root: Path, *, namespace: str, name: str, uid: str) -> Path:
+    """The folder that holds one folder per container of this pod."""
+    return pods_root(log_root) / _folder_name(namespace, name, uid)
+
+
+def uid_of(folder_name: str) -> str:
+    """The pod uid in a folder's name; none of its three parts can hold an underscore."""
+    return folder_name.rpartition("_")[2]
+
+
+def _folder_name(namespace: str, name: str, uid: str) -> str:
+    full = f"{namespace}_{name}_{uid}"
+    excess = len(full.encode()) - _MAX_NAME_BYTES
+    if excess <= 0:
+        return full
+    digest = hashlib.sha256(f"{namespace}/{name}".encode()).hexdigest()[:_HASH_DIGITS]
+    kept = name.encode()[: max(0, len(name.encode()) - excess - _HASH_DIGITS - 1)].decode(errors="ignore")
+    return f"{namespace}_{kept.rstrip('-.')}-{digest}_{uid}"
