@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import yaml
+from wasilet_common.oci.reference import parse
+from wasilet_node.images.authentication import same_site
+from wasilet_node.images.model import Credential
+from wasilet_node.images.registry import (
+    RegistryAuthError,
+    RegistryClient,
+    RegistryProtocolError,
+    RegistryUnreachableError,
+)
+from wasilet_node.images.repository import Repository
+from wasilet_node.settings import ImageSettings
 from yarl import URL
 
-from node.images.authentication import same_site
-from node.images.model import Credential
-from node.images.reference import parse
-from node.images.registry import RegistryAuthError, RegistryClient, RegistryProtocolError, RegistryUnreachableError
-from node.images.repository import Repository
-from node.settings import ImageSettings
-from tests.unit.images_fakes import FakeRegistry, credential, digest_of, serving
+from tests.unit.node.images.fakes import FakeRegistry, credential, digest_of, serving
 
 pytestmark = pytest.mark.unit
 
@@ -77,7 +82,7 @@ async def token_requests(
     monkeypatch: pytest.MonkeyPatch, used: Credential, *logins: Credential
 ) -> tuple[FakeRegistry, Exception | None]:
     """A registry whose token server is of another site; what that server was asked, and how it ended."""
-    monkeypatch.setattr("node.images.authentication.same_site", lambda *_: False)
+    monkeypatch.setattr("wasilet_node.images.authentication.same_site", lambda *_: False)
     registry, server = FakeRegistry(users={"cat": "purr"}), FakeRegistry(users={"cat": "purr"})
     registry.add_cncf("a/hello:v1")
     client = RegistryClient(settings=ImageSettings())
