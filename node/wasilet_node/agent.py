@@ -49,7 +49,8 @@ _OPEN_FILES_WANTED = 65536
 
 
 def run_agent(settings: NodeSettings, *, kubeconfig_copy: Path | None, version: str) -> int:
-    """Run until SIGTERM or SIGINT (0) or until something fails (1). ``kubeconfig_copy``: see ``wasilet_node.commandline``.
+    """Run until SIGTERM or SIGINT (0) or until something fails (1). ``kubeconfig_copy``: see
+    ``wasilet_node.commandline``.
 
     Raises InstanceError, and OSError when the data folder cannot be had.
     """
@@ -133,8 +134,9 @@ class _Agent:
     async def _run_parts(
         self, stack: AsyncExitStack, certificates: Certificates, kube: KubeClient, runtime: RuntimeClient
     ) -> None:
+        from wasilet_common.oci.credentials import from_secrets
+
         from wasilet_node.images.compile import Compiler
-        from wasilet_node.images.credentials import from_secrets
         from wasilet_node.images.manager import ImageManager
         from wasilet_node.kube.events import KubeEventRecorder
         from wasilet_node.kube.references import References

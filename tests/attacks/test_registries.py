@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from wasilet_common.oci.authentication import same_site
+from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import parse
-from wasilet_node.images.authentication import same_site
-from wasilet_node.images.model import Credential
-from wasilet_node.images.registry import (
+from wasilet_common.oci.registry import (
     RegistryAuthError,
     RegistryClient,
     RegistryProtocolError,
     RegistryUnreachableError,
 )
-from wasilet_node.images.repository import Repository
+from wasilet_common.oci.repository import Repository
 from wasilet_node.settings import ImageSettings
 from yarl import URL
 
@@ -82,7 +82,7 @@ async def token_requests(
     monkeypatch: pytest.MonkeyPatch, used: Credential, *logins: Credential
 ) -> tuple[FakeRegistry, Exception | None]:
     """A registry whose token server is of another site; what that server was asked, and how it ended."""
-    monkeypatch.setattr("wasilet_node.images.authentication.same_site", lambda *_: False)
+    monkeypatch.setattr("wasilet_common.oci.authentication.same_site", lambda *_: False)
     registry, server = FakeRegistry(users={"cat": "purr"}), FakeRegistry(users={"cat": "purr"})
     registry.add_cncf("a/hello:v1")
     client = RegistryClient(settings=ImageSettings())

@@ -34,8 +34,8 @@ from wasilet.controlplane.pki import Pki
 from wasilet.errors import ApiError, PortTakenError, StateError, UsageError
 from wasilet.kube.client import Kube, api_path
 from wasilet.kube.credentials import Credentials, read_credentials
-from wasilet.logins import basic_header, logins_for
 from wasilet.oci.artifact import make_artifact
+from wasilet.oci.logins import basic_header, logins_for
 from wasilet.oci.push import RegistryError, holds, push, reference_named
 from wasilet.settings import Settings
 from wasilet.steps import Recap, Status

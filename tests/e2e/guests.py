@@ -24,12 +24,12 @@ import wasmtime
 from wasilet.build.application import build
 from wasilet.demo.demo_services import private_registry
 from wasilet.demo.samples import find_app
-from wasilet.logins import basic_header, logins_for
 from wasilet.oci.artifact import Artifact, Blob, Layout, make_artifact
+from wasilet.oci.logins import basic_header, logins_for
 from wasilet.oci.push import push, reference_named
 from wasilet.providers.base import Cluster
 from wasilet_common.oci import mediatypes
-from wasilet_node.images.model import Credential
+from wasilet_common.oci.credentials import Credential
 
 from tests.e2e import componentize
 from tests.unit.node.runtime.component_guests import component_guest

@@ -19,7 +19,7 @@ from pathlib import Path
 from wasilet.cluster.state import State, read_json, storage_errors, write_file, write_json
 from wasilet.controlplane.components import LOOPBACK, PROBE_TIMEOUT_SECONDS, Component, Probe
 from wasilet.errors import StateError
-from wasilet.logins import CLUSTER_LOGIN
+from wasilet.oci.logins import CLUSTER_LOGIN
 
 COMPONENT = "registry"
 

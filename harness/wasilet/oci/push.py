@@ -1,8 +1,8 @@
 """Artifacts to a registry and back: ``invoke push`` and ``invoke pull``.
 
-The registry client is the node's (``wasilet_node.images``), so what a command can push to, a node can pull from: challenges,
-odd answers, indexes and limits are handled alike. What is sent is read back and compared; what is fetched counts only
-once its size and digest are those that the manifest names. Logins come from :mod:`wasilet.logins`.
+The registry client is the node's (``wasilet_common.oci``), so what a command can push to, a node can pull from:
+challenges, odd answers, indexes and limits are handled alike. What is sent is read back and compared; what is fetched
+counts only once its size and digest are those that the manifest names. Logins come from :mod:`wasilet.oci.logins`.
 
 Plain HTTP is spoken to loopback and to the registries that are listed, never as a fallback.
 """
@@ -24,17 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wasilet.errors import HarnessError, UsageError
-from wasilet.logins import all_logins, basic_header, logins_for
-from wasilet.oci.artifact import Artifact
 from wasilet_common.oci import mediatypes
 from wasilet_common.oci.reference import InvalidReferenceError, Reference, is_loopback, parse
 
+from wasilet.errors import HarnessError, UsageError
+from wasilet.oci.artifact import Artifact
+from wasilet.oci.logins import all_logins, basic_header, logins_for
+
 if TYPE_CHECKING:
-    from wasilet_node.images.layouts import Descriptor, ImageManifest
-    from wasilet_node.images.model import Credential
-    from wasilet_node.images.registry import RegistryError as ClientError
-    from wasilet_node.images.repository import Repository
+    from wasilet_common.oci.credentials import Credential
+    from wasilet_common.oci.layouts import Descriptor, ImageManifest
+    from wasilet_common.oci.registry import RegistryError as ClientError
+    from wasilet_common.oci.repository import Repository
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 READ_TIMEOUT_SECONDS = 30.0
@@ -172,7 +173,7 @@ def pull(
     """
 
     async def work() -> Pulled:
-        from wasilet_node.images.choice import choose
+        from wasilet_common.oci.choice import choose
 
         async with _repository(reference, insecure, environ, actions="pull") as repository:
             chosen = await choose(repository, await repository.manifest(reference.target))
@@ -201,9 +202,9 @@ def pull(
 
 
 def _run(work: Coroutine[Any, Any, _Result], reference: Reference) -> _Result:
-    from wasilet_node.images.layouts import LayoutError
-    from wasilet_node.images.registry import RegistryError as ClientError
-    from wasilet_node.images.tarball import LayerError
+    from wasilet_common.oci.layouts import LayoutError
+    from wasilet_common.oci.registry import RegistryError as ClientError
+    from wasilet_common.oci.tarball import LayerError
 
     try:
         return asyncio.run(work)
@@ -217,11 +218,10 @@ def _run(work: Coroutine[Any, Any, _Result], reference: Reference) -> _Result:
 async def _repository(
     reference: Reference, insecure: Collection[str], environ: Mapping[str, str], *, actions: str
 ) -> AsyncIterator[Repository]:
-    from wasilet_node.images.registry import RegistryClient
-    from wasilet_node.images.repository import Repository
-    from wasilet_node.settings import ImageSettings
+    from wasilet_common.oci.registry import Reaching, RegistryClient
+    from wasilet_common.oci.repository import Repository
 
-    settings = ImageSettings(
+    settings = Reaching(
         insecure_registries=tuple(insecure),
         connect_timeout_seconds=CONNECT_TIMEOUT_SECONDS,
         read_timeout_seconds=READ_TIMEOUT_SECONDS,
@@ -255,7 +255,7 @@ def _denial(credential: Credential | None, reference: Reference, why: str) -> st
 def _explained(error: ClientError, reference: Reference) -> RegistryError:
     """The client's error as a person at a terminal reads it, with what to type."""
     import aiohttp
-    from wasilet_node.images import registry
+    from wasilet_common.oci import registry
 
     host, cause = reference.host, error.__cause__
     if isinstance(error, registry.RegistryAuthError):
@@ -297,7 +297,7 @@ async def _blob(repository: Repository, blob: Descriptor, reference: Reference) 
 
 def _module(reference: Reference, image: ImageManifest, config: bytes, layers: list[tuple[Descriptor, bytes]]) -> bytes:
     """What a node would run. Raises LayoutError, LayerError, RegistryError."""
-    from wasilet_node.images import layouts, tarball
+    from wasilet_common.oci import layouts, tarball
 
     plan = layouts.plan(image, config)
     content = {layer.digest: data for layer, data in layers}

@@ -19,15 +19,16 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from wasilet_common.oci import credentials as pull_credentials
+from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import InvalidReferenceError, Reference, parse
+from wasilet_common.oci.registry import RegistryClient
 
-from wasilet_node.images import credentials as pull_credentials
 from wasilet_node.images.backoff import Backoff
 from wasilet_node.images.compile import CompileError
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
-from wasilet_node.images.model import Credential, EventSink, Image, ImageError, PullPolicy
+from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
 from wasilet_node.images.pull import Pulled, Puller, PullError
-from wasilet_node.images.registry import RegistryClient
 from wasilet_node.images.singleflight import Flights
 from wasilet_node.images.store import ImageRecord, Store, StoreError
 from wasilet_node.runtime.protocol import GuestKind
@@ -51,7 +52,8 @@ class ModuleCompiler(Protocol):
 
 
 class ImageManager:
-    """Implements ``wasilet_node.images.model.Images``. Everything waits for ``start``, which the first call makes up for."""
+    """Implements ``wasilet_node.images.model.Images``. Everything waits for ``start``, which the first call makes up
+    for."""
 
     def __init__(
         self,

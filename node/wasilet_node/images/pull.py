@@ -19,14 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from wasilet_common.oci import layouts, tarball
+from wasilet_common.oci.choice import choose
+from wasilet_common.oci.credentials import Credential
+from wasilet_common.oci.layouts import Descriptor, ImageManifest, LayoutError, Plan
 from wasilet_common.oci.mediatypes import WASM_TO_OCI_CONFIG
 from wasilet_common.oci.reference import Reference
-
-from wasilet_node.images import layouts, tarball
-from wasilet_node.images.choice import choose
-from wasilet_node.images.layouts import Descriptor, ImageManifest, LayoutError, Plan
-from wasilet_node.images.model import Credential
-from wasilet_node.images.registry import (
+from wasilet_common.oci.registry import (
     RegistryAuthError,
     RegistryClient,
     RegistryError,
@@ -34,7 +33,9 @@ from wasilet_node.images.registry import (
     RegistryProtocolError,
     TransferInterruptedError,
 )
-from wasilet_node.images.repository import MAX_MANIFEST_BYTES, Manifest, Repository
+from wasilet_common.oci.repository import MAX_MANIFEST_BYTES, Manifest, Repository
+
+from wasilet_node.images.kinds import detect_kind
 from wasilet_node.images.singleflight import uninterrupted
 from wasilet_node.images.store import ImageRecord, Store, open_private
 from wasilet_node.settings import ImageSettings
@@ -176,7 +177,7 @@ class Puller:
                 digest=digest,
                 module_digest=module_digest,
                 module_size_bytes=length,
-                kind=layouts.detect_kind(preamble),
+                kind=detect_kind(preamble),
                 size_bytes=size,
                 entrypoint=plan.config.entrypoint,
                 cmd=plan.config.cmd,

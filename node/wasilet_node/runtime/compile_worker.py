@@ -1,4 +1,5 @@
-"""One compilation in a process of its own: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND MEMORY_BYTES``.
+"""One compilation in a process of its own: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND
+MEMORY_BYTES``.
 
 Cranelift parses what an image gives it, so it runs under limits, away from the agent and the supervisor, and behind a
 sandbox's fences: the binary is read and the output file opened first; then root becomes an unprivileged user, Landlock

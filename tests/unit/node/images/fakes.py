@@ -18,7 +18,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from wasilet_common.oci import mediatypes
-from wasilet_node.images.model import Credential
+from wasilet_common.oci.credentials import Credential
 from wasilet_node.runtime.protocol import GuestKind
 
 MODULE = b"\0asm\x01\0\0\0" + b"a core module"

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
-from wasilet_common.oci import mediatypes
-from wasilet_common.oci.reference import Reference, is_digest
 from yarl import URL
 
-from wasilet_node.images.authentication import Authenticator, Denial, pod_denial
-from wasilet_node.images.challenge import parse_challenges
-from wasilet_node.images.model import Credential
-from wasilet_node.images.registry import (
+from wasilet_common.oci import mediatypes
+from wasilet_common.oci.authentication import Authenticator, Denial, pod_denial
+from wasilet_common.oci.challenge import parse_challenges
+from wasilet_common.oci.credentials import Credential
+from wasilet_common.oci.reference import Reference, is_digest
+from wasilet_common.oci.registry import (
     SLOWEST_BYTES_PER_SECOND,
     RegistryClient,
     RegistryNotFoundError,

@@ -26,17 +26,17 @@ import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import aiohttp
 from aiohttp.abc import ResolveResult
 from aiohttp.resolver import ThreadedResolver
-from wasilet_common.oci.reference import is_loopback
 from yarl import URL
 
-from wasilet_node import addresses
-from wasilet_node.addresses import Reach
-from wasilet_node.settings import ImageSettings
+from wasilet_common import addresses
+from wasilet_common.addresses import Reach
+from wasilet_common.oci.reference import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,29 @@ SLOWEST_BYTES_PER_SECOND: Final = 16 * 1024
 
 _CHUNK_BYTES: Final = 256 * 1024
 _MAX_KNOWN_HOSTS: Final = 1024
+
+
+class ClientSettings(Protocol):
+    """How to reach registries; the node has more settings than these."""
+
+    @property
+    def insecure_registries(self) -> tuple[str, ...]:
+        """``host[:port]`` of registries spoken to in plain HTTP. Loopback always may be."""
+
+    @property
+    def connect_timeout_seconds(self) -> float: ...
+
+    @property
+    def read_timeout_seconds(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reaching:
+    """``ClientSettings`` for a command."""
+
+    insecure_registries: tuple[str, ...] = ()
+    connect_timeout_seconds: float = 5.0
+    read_timeout_seconds: float = 30.0
 
 
 class RegistryError(Exception):
@@ -128,7 +151,7 @@ class RegistryClient:
     def __init__(
         self,
         *,
-        settings: ImageSettings,
+        settings: ClientSettings,
         ssl_context: ssl.SSLContext | None = None,
         proxy: Callable[[URL], str | None] = environment_proxy,
     ) -> None:

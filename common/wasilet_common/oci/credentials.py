@@ -15,12 +15,11 @@ import fnmatch
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from wasilet_common.oci.reference import DEFAULT_REGISTRY, Reference
-
-from wasilet_node.images.model import Credential
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,20 @@ _SECRET_KEYS: Final = {
     "kubernetes.io/dockerconfigjson": ".dockerconfigjson",
     "kubernetes.io/dockercfg": ".dockercfg",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credential:
+    """One entry of a docker config, of the pod's or its service account's pull secrets."""
+
+    registry: str
+    username: str = ""
+    password: str = ""
+    identity_token: str = ""
+
+    def __repr__(self) -> str:
+        """Never shows a secret."""
+        return f"Credential(registry={self.registry!r}, username={self.username!r})"
 
 
 def from_secrets(secrets: Iterable[Mapping[str, Any]]) -> tuple[Credential, ...]:

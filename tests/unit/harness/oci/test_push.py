@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet.logins import docker_config, logins_for
 from wasilet.oci.artifact import Layout, make_artifact
+from wasilet.oci.logins import docker_config, logins_for
 from wasilet.oci.push import RegistryError, pull, push, reference_named
 from wasilet_common.oci import mediatypes
 from wasilet_common.oci.reference import parse
@@ -162,7 +162,7 @@ def test_a_helper_of_another_registry_is_not_asked_and_one_that_hangs_is_given_u
     environ = with_helper(tmp_path, "x", {}, credHelpers={"other.example": "tests"})
     assert logins_for(parse("registry.example/a"), environ) == ()
     assert not (tmp_path / "seen").exists()
-    monkeypatch.setattr("wasilet.logins.HELPER_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("wasilet.oci.logins.HELPER_TIMEOUT_SECONDS", 0.2)
     (tmp_path / "docker-credential-tests").write_text("#!/bin/sh\nexec sleep 60\n")
     assert logins_for(parse("other.example/a"), environ) == ()
 

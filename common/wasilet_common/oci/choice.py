@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from wasilet_node.images import layouts
-from wasilet_node.images.layouts import ImageManifest, Index, LayoutError
-from wasilet_node.images.repository import MAX_MANIFEST_BYTES, Manifest, Repository
+from wasilet_common.oci import layouts
+from wasilet_common.oci.layouts import ImageManifest, Index, LayoutError
+from wasilet_common.oci.repository import MAX_MANIFEST_BYTES, Manifest, Repository
 
 _MAX_INDEX_DEPTH: Final = 3
 

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.oci.credentials import Credential, from_docker_config, matching
 from wasilet_common.oci.reference import DEFAULT_REGISTRY, Reference, is_loopback
-from wasilet_node.images.credentials import from_docker_config, matching
-from wasilet_node.images.model import Credential
 
 HELPER_TIMEOUT_SECONDS = 20.0
 CLUSTER_LOGIN = "etc/registry-login/config.json"
@@ -96,8 +95,12 @@ def _from_helpers(reference: Reference, config: Path, environ: Mapping[str, str]
 
 def _ask(config: dict[str, Any], servers: Sequence[str], environ: Mapping[str, str]) -> str | None:
     """User and secret in base64, by the first helper that has them."""
-    from oras.auth.base import AuthBackend
-    from oras.auth.utils import get_basic_auth
+    try:
+        from oras.auth.base import AuthBackend
+        from oras.auth.utils import get_basic_auth
+    except ImportError:
+        logger.warning("docker's credential helpers are asked by oras, which is not here: pip install 'wasilet[push]'")
+        return None
 
     class Bounded(AuthBackend):  # type: ignore[misc]
         """oras' search through docker's configuration, its helpers run with a limit and this command's environment."""

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 import aiohttp
-from wasilet_common.oci.reference import Reference
 from yarl import URL
 
-from wasilet_node import addresses
-from wasilet_node.images.challenge import Challenge
-from wasilet_node.images.model import Credential
-from wasilet_node.images.registry import (
+from wasilet_common import addresses
+from wasilet_common.oci.challenge import Challenge
+from wasilet_common.oci.credentials import Credential
+from wasilet_common.oci.reference import Reference
+from wasilet_common.oci.registry import (
     USER_AGENT,
     RegistryAuthError,
     RegistryClient,
