@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class DemoResult:
 
     recap: Recap
     image: str
-    logs: dict[str, tuple[str, ...]]
+    logs: dict[str, Sequence[str]]
     """By ``pod/x``."""
 
     next: tuple[str, ...]

@@ -39,12 +39,6 @@ class Line:
     absent: str = ""
     """No line holds this text."""
 
-    def found_in(self, line: str) -> bool:
-        """Whether ``line`` is what this looks for (for ``absent``: whether it is what must not be)."""
-        if self.matches:
-            return re.search(self.matches, line) is not None
-        return (self.contains or self.absent) in line
-
     def __str__(self) -> str:
         """For messages."""
         if self.matches:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -390,14 +390,14 @@ def get_pod(wasilet_scene: Scene) -> Callable[..., Pod]:
 
 
 @pytest.fixture
-def assert_logs(wasilet_scene: Scene) -> Callable[..., list[str]]:
+def assert_logs(wasilet_scene: Scene) -> Callable[..., Sequence[str]]:
     """``assert_logs(pod, contains="x", within_seconds=30)``: wait until a log holds what it must; its lines.
 
     ``contains``: a text or several, in any order; ``matches``: regular expressions; ``in_order``: each in a later line
     than the one before; ``absent``: in no line until then (alone: until the pod is over, or the limit). ``pod``: what
     ``run_pod`` returned, a pod's name, ``job/x`` or ``deployment/x``. ``container``: only this one's."""
 
-    def check(pod: Pod | str, **wanted: Any) -> list[str]:
+    def check(pod: Pod | str, **wanted: Any) -> Sequence[str]:
         __tracebackhide__ = True
         with _clearly():
             return wasilet_scene.assert_logs(pod, **wanted)
