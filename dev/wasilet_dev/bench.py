@@ -138,7 +138,8 @@ def bench_pods(settings: Settings, *, pods: int, reporter: Reporter, say: Say) -
     """Latencies, a burst, the agent's memory over ``pods`` pods run one after another, and log throughput.
 
     Raises HarnessError when the cluster does not come up, WaitTimeoutError when pods do not come where they should."""
-    from wasilet.cluster.up import open_cluster, up
+    from wasilet.cluster.opening import open_cluster
+    from wasilet.cluster.up import up
 
     with _environment(replace(settings, max_pods=BURST_PODS + 50)) as bench:
         try:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from wasilet_node.settings import ImageSettings, NodePaths, NodeSettings
@@ -106,6 +106,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse's own, which takes a full disk for success."""
+        if message:
+            (file or sys.stderr).write(message)
 
 
 def parse(

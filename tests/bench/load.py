@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster.up import open_cluster
+from wasilet.cluster.opening import open_cluster
 from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup, Kube, api_path
 from wasilet.kube.credentials import Credentials

@@ -22,8 +22,9 @@ import yaml
 from wasilet.cluster.approver import CSRS
 from wasilet.cluster.down import down
 from wasilet.cluster.local_registry import login_file
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import port_is_free
-from wasilet.cluster.up import open_cluster, up
+from wasilet.cluster.up import up
 from wasilet.controlplane.acquire import acquire
 from wasilet.errors import ApiError
 from wasilet.kube.client import Kube, KubeObject, api_path

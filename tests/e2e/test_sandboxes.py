@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from wasilet.cluster.down import down
-from wasilet.cluster.up import open_cluster, up
+from wasilet.cluster.opening import open_cluster
+from wasilet.cluster.up import up
 from wasilet.kube.client import api_path
 from wasilet.terminal.console import PlainReporter
 

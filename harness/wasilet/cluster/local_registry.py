@@ -124,7 +124,7 @@ def answers(address: str, port: int) -> bool:
 def _write_config(address: str, *, state: State, name: str, passwords: Path | None) -> Path:
     path = state.etc / f"{name}.yml"
     root = state.path / "registry"
-    with_secret = str(state.read().get("registry_secret") or "")
+    with_secret = state.cluster.registry_secret
     if not with_secret:
         with_secret = secrets.token_hex(16)
         state.update(registry_secret=with_secret)

@@ -120,7 +120,7 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
 
 def remove(name: str, settings: Settings, *, options: DemoOptions) -> list[str]:
     """Delete what the demo of an app applied; the names of what is gone. Raises UsageError when no cluster runs."""
-    from wasilet.cluster.up import open_cluster
+    from wasilet.cluster.opening import open_cluster
     from wasilet.demo.render import render
     from wasilet.kube.resources import Resources
 
@@ -139,7 +139,8 @@ def _named_secret(app: App) -> KubeObject:
 
 def is_running(settings: Settings) -> bool:
     """Whether the cluster is there and pods can start in it."""
-    from wasilet.cluster.up import missing_for_pods, open_cluster
+    from wasilet.cluster.opening import open_cluster
+    from wasilet.cluster.up import missing_for_pods
 
     with open_cluster(settings) as cluster:
         try:
@@ -150,7 +151,8 @@ def is_running(settings: Settings) -> bool:
 
 def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
     """The cluster, stood up when it is not there or not ready. Raises HarnessError when that fails."""
-    from wasilet.cluster.up import open_cluster, up
+    from wasilet.cluster.opening import open_cluster
+    from wasilet.cluster.up import up
 
     if not is_running(settings):
         up(settings, reporter=reporter).raise_for_failure()

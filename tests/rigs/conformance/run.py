@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from wasilet import process
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.status import status
-from wasilet.cluster.up import open_cluster
 from wasilet.controlplane.acquire import acquire as acquire_binaries
 from wasilet.errors import HarnessError
 from wasilet.settings import cache_root, load
