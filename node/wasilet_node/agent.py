@@ -220,7 +220,7 @@ class _Agent:
             volumes=volumes,
             events=events,
             settings=settings,
-            environment=EnvironmentBuilder(references),
+            environment=EnvironmentBuilder(references, volumes),
             references=references,
             parse_credentials=from_secrets,
             node=registration.info,

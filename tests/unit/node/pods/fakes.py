@@ -457,6 +457,9 @@ class FakeVolumes:
     ) -> Sequence[Mount]:
         return []
 
+    async def read_file(self, pod: Pod, volume: str, path: str, *, limit_bytes: int) -> bytes | None:
+        return None
+
     def termination_message(self, pod: Pod, container: Pod, *, attempt: int = 0) -> str:
         return self.message
 
