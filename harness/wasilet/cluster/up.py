@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.local_registry import COMPONENT as REGISTRY
-from wasilet.cluster.local_registry import registry_address, registry_component
+from wasilet.cluster.local_registry import login_file, registry_address, registry_component
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.record import KubeconfigRecord
 from wasilet.cluster.state import EVERYWHERE, State
@@ -353,6 +353,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         "--bootstrap-file", str(state.bootstrap_file),
         "--port", str(port),
         "--node-ip", access.node_address,
+        "--registry-config", str(login_file(state)),
     ]  # fmt: skip
     for taint in cluster.taints():
         argv += ["--taint", taint]
@@ -515,7 +516,7 @@ def _ready_words(cluster: Cluster) -> str:
     names = ", ".join(cluster.node_names())
     words = [
         names,
-        f"registry {registry_address(cluster.ports()['registry'])}",
+        f"registry {registry_address(cluster.ports()['registry'])}, with a login",
         *cluster.provider.access(cluster).notes,
     ]
     return "; ".join(words)
