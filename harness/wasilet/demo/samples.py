@@ -14,8 +14,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wasilet_common.kube_yaml import YamlError, load
+
 from wasilet.errors import UsageError
-from wasilet.kube.kube_yaml import YamlError, load
 from wasilet.package_data import data_path
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")

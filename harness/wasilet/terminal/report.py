@@ -306,8 +306,8 @@ def write_report(settings: Settings, *, app: str, namespace: str, file: Path, re
 
     Raises UsageError when there is no such cluster or app, StateError when the file cannot be written."""
     from wasilet.cluster.down import unknown_cluster
+    from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.state import State, storage_errors
-    from wasilet.cluster.up import open_cluster
     from wasilet.demo.demo import DemoOptions, demo, running_cluster
 
     if not app and not State.of(settings).exists():

@@ -52,8 +52,8 @@ def show(settings: Settings, *, namespace: str = "") -> None:
     """Until ``q``. Raises UsageError when this is no terminal or there is no such cluster, ApiError when its API server
     does not answer."""
     from wasilet.cluster.down import unknown_cluster
+    from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.state import State
-    from wasilet.cluster.up import open_cluster
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         raise UsageError(
