@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wasilet.cluster import kubernetes_version
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.local_registry import COMPONENT as REGISTRY
 from wasilet.cluster.local_registry import login_file, registry_address, registry_component
@@ -198,11 +199,12 @@ def _binaries_step(cluster: Cluster) -> Step:
 
     settings = cluster.settings
     names = (*cluster.provider.binaries, "registry", "kubectl")
+    version = kubernetes_version.wanted(cluster)
 
     def look() -> Finding:
         missing = []
         for name in names:
-            found = locate(name, cache=settings.cache, environ=settings.environ)
+            found = locate(name, cache=settings.cache, environ=settings.environ, kubernetes=version)
             if found is None:
                 missing.append(name)
             else:
@@ -219,6 +221,7 @@ def _binaries_step(cluster: Cluster) -> Step:
             progress=progress,
             mirror=settings.mirror,
             allow_download=settings.download,
+            kubernetes=version,
         )
         cluster.binaries.update({name: binary.path for name, binary in found.items()})
         return ", ".join(f"{name} ({binary.source})" for name, binary in found.items())
