@@ -20,8 +20,15 @@ from node.pods.collaborators import Collaborators
 from node.pods.environment import expand_command, process_environment
 from node.pods.resources import ANNOTATION_RESOURCES
 from node.pods.sandboxes import ANNOTATION_SANDBOX
+from node.pods.server_settings import server_settings
 from node.pods.spec import Container, Pod
-from node.runtime.protocol import ContainerConfig, ContainerStatus, RuntimeUnavailableError, StartError
+from node.runtime.protocol import (
+    ContainerConfig,
+    ContainerStatus,
+    RuntimeUnavailableError,
+    ServerSettings,
+    StartError,
+)
 from node.volumes.base import ContainerConfigError, VolumeError
 
 logger = logging.getLogger(__name__)
@@ -135,6 +142,7 @@ async def _prepare(
 
     # Read before the image is pulled: a mistake in an annotation should not cost a download.
     policy = await services.outbound.policy(pod)
+    server = server_settings(pod, container)
     image = await services.images.ensure(
         container.get("image", ""),
         policy=_pull_policy(container),
@@ -173,6 +181,7 @@ async def _prepare(
         cpu_limit_millicores=resources.enforced_limit(pod, container, "cpu"),
         cpu_request_millicores=resources.request(container, "cpu"),
         http=policy,
+        server=_server(pod, server) if image.server else None,
         stdin=bool(container.get("stdin")),
         stdin_once=bool(container.get("stdinOnce")),
         tty=bool(container.get("tty")),
@@ -182,6 +191,15 @@ async def _prepare(
             ANNOTATION_SANDBOX: sandbox,
         },
     )
+
+
+def _server(pod: Pod, settings: ServerSettings) -> ServerSettings:
+    if not pod["spec"].get("hostNetwork"):
+        raise ContainerConfigError(
+            "the component answers HTTP requests, but pods of this node have no network of their own to be reached "
+            "by: set hostNetwork to listen on the node's addresses"
+        )
+    return settings
 
 
 def _pull_policy(container: Container) -> PullPolicy:

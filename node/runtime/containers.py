@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from node.runtime import linux, sandbox
+from node.runtime import linux, sandbox, wire
 from node.runtime.cgroups import CgroupManager, Group
+from node.runtime.component_host.counters import CountersPage
 from node.runtime.logs import LineFramer, LogFile, rfc3339_nano
 from node.runtime.loop import Loop
 from node.runtime.process import ForkRefusedError, Outcome, SandboxProcess
@@ -68,6 +69,9 @@ class Container:
     started_waiters: list[Callable[[], None]] = field(default_factory=list)
     exit_waiters: list[Callable[[], None]] = field(default_factory=list)
     output_listeners: list[OutputListener] = field(default_factory=list)
+    counters: CountersPage | None = None
+    """Of a server that runs."""
+
     stop_requested: bool = False
     oom_by_watch: bool = False
     decided: bool = False
@@ -159,14 +163,20 @@ class Containers:
         finally:
             os.close(record)
 
-    def stop(self, container: Container, done: Callable[[], None]) -> None:
-        """Kill; ``done`` is called when it is reaped and its log is complete."""
+    def stop(self, container: Container, done: Callable[[], None], *, grace_seconds: float = 0.0) -> None:
+        """Kill; ``done`` is called when it is reaped and its log is complete. A server drains first, within the grace;
+        being asked again without one ends that."""
         if container.process is None:
             done()
             return
         container.stop_requested = True
         container.exit_waiters.append(done)
-        container.process.kill()
+        process = container.process
+        if container.config.server is not None and grace_seconds > 0 and process.started:
+            process.terminate()
+            self._loop.call_later(grace_seconds, process.kill)
+        else:
+            process.kill()
 
     def remove(self, container_id: str, done: Callable[[], None]) -> None:
         """Forget; a running one is killed first, as CRI's RemoveContainer does. Unknown ids are fine."""
@@ -203,6 +213,7 @@ class Containers:
                     cpu_nanoseconds=cpu,
                     memory_bytes=memory if memory is not None else linux.private_bytes(pid),
                     timestamp_ns=time.time_ns(),
+                    http=wire.load_counters(container.counters.read()) if container.counters is not None else None,
                 )
             )
         return found
@@ -228,6 +239,7 @@ class Containers:
             group=container.group,
             backstop_bytes=memory_backstop(config.memory_limit_bytes, kernel=kernel),
             record=record,
+            counters=container.counters.descriptor if config.server is not None and container.counters else -1,
         )
         return process
 
@@ -246,6 +258,8 @@ class Containers:
             )
         except OSError as error:
             logger.warning("no control group for container %s: %s", config.id, error)
+        if config.server is not None:
+            container.counters = CountersPage()
         container.process = self.make_process(
             container,
             config,
@@ -255,6 +269,8 @@ class Containers:
             on_exit=lambda outcome: self._ended(container, outcome),
             record=record,
         )
+        if container.counters is not None:
+            container.counters.close_descriptor()
         if config.stdin:
             container.input = GuestInput(self._loop, container.process)
         self._loop.call_later(START_REPORT_SECONDS, lambda: self._running(container))
@@ -320,6 +336,9 @@ class Containers:
         if outcome.bad_artifact:
             self._drop_artifact(container.config.artifact)
         container.process = None
+        if container.counters is not None:
+            container.counters.close()
+            container.counters = None
         if container.group is not None:
             self._remove_group(container.group, GROUP_REMOVE_ATTEMPTS)
             container.group = None

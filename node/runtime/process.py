@@ -18,7 +18,7 @@ from node.runtime import linux, sandbox
 from node.runtime.cgroups import Group
 from node.runtime.logs import READ_BYTES
 from node.runtime.loop import Loop, Watch
-from node.runtime.protocol import ContainerConfig
+from node.runtime.protocol import ContainerConfig, GuestKind
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class SandboxProcess:
         group: Group | None,
         backstop_bytes: int | None,
         record: int = -1,
+        counters: int = -1,
     ) -> None:
         """Fork. Raises ForkRefusedError; nothing is left behind then."""
         opened: list[int] = []
@@ -88,6 +89,9 @@ class SandboxProcess:
             opened.extend(ends)
             return ends
 
+        if self._config.kind is GuestKind.COMPONENT:
+            # Here and not in the child, so that all children share it.
+            tools.components.open()
         try:
             threads = linux.thread_count()
             if threads != 1:
@@ -116,6 +120,7 @@ class SandboxProcess:
                 cgroup_files=tuple(groups),
                 memory_backstop_bytes=backstop_bytes,
                 record=record,
+                counters=counters,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
             self.pid = os.fork()
@@ -152,6 +157,12 @@ class SandboxProcess:
         if not self.finished and self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """SIGTERM, on which a server drains and ends."""
+        if not self.finished and self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def interrupt(self) -> None:
         """SIGINT, of which a guest dies: it can handle no signal."""

@@ -22,6 +22,7 @@ import json
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -31,6 +32,9 @@ from wasmtime import component as wasmtime_component
 
 from node.runtime import landlock, linux, resolving, seccomp
 from node.runtime.beneath import open_directory, opened
+from node.runtime.component_host import entry
+from node.runtime.component_host.entry import ComponentHost
+from node.runtime.component_host.library import Library
 from node.runtime.engine import Linkers
 from node.runtime.hostcalls.http import HttpHost
 from node.runtime.protocol import ContainerConfig, GuestKind
@@ -81,6 +85,9 @@ class GuestTools:
 
     linkers: Linkers
     http: HttpHost
+    components: ComponentHost
+    """Runs components where it is there; else wasmtime's Python bindings run those that they can."""
+
     network_files: tuple[str, ...]
     """What a guest with outbound HTTP may read besides its mounts."""
 
@@ -106,6 +113,9 @@ class ChildPlan:
     record: int = -1
     """A file that has to be on disk before guest code runs; -1: none."""
 
+    counters: int = -1
+    """Where a server counts; -1: nowhere."""
+
 
 def make_tools(linkers: Linkers) -> GuestTools:
     """Add our own host functions to the linkers; before the first fork."""
@@ -115,7 +125,7 @@ def make_tools(linkers: Linkers) -> GuestTools:
     # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
     module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
-    return GuestTools(linkers=linkers, http=http, network_files=resolving.readable_paths())
+    return GuestTools(linkers=linkers, http=http, components=ComponentHost(), network_files=resolving.readable_paths())
 
 
 def check_config(config: ContainerConfig) -> None:
@@ -162,9 +172,12 @@ def run_here(config: ContainerConfig, tools: GuestTools, *, report: int) -> NoRe
     def run() -> int:
         check_config(config)
         linux.close_range_except((report,))
-        _limit()
-        seccomp.confine(seccomp.Network.NONE if config.http is None else seccomp.Network.CLIENT)
-        return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report)
+        _limit(config)
+        if config.kind is GuestKind.COMPONENT:
+            tools.components.open()
+        listener = _listen(config)
+        seccomp.confine(_network(config))
+        return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report, listener=listener)
 
     _exit_with(report, run)
 
@@ -190,7 +203,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
             os.dup2(source, target)
         else:
             os.set_inheritable(target, True)  # noqa: FBT003
-    linux.close_range_except((plan.report, plan.record, *plan.cgroup_files))
+    linux.close_range_except((plan.report, plan.record, plan.counters, *plan.cgroup_files))
     linux.set_parent_death_signal()
     if os.getppid() != plan.parent_pid:
         os._exit(START_ERROR_EXIT_CODE)
@@ -203,7 +216,8 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     for file in plan.cgroup_files:
         os.write(file, b"0")
         os.close(file)
-    _limit()
+    _limit(plan.config)
+    listener = _listen(plan.config)
     _confine(plan.config, tools)
     return run_guest(
         plan.config,
@@ -212,6 +226,8 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         memory_backstop_bytes=plan.memory_backstop_bytes,
         report=plan.report,
         nice=plan.nice,
+        listener=listener,
+        counters=plan.counters,
     )
 
 
@@ -221,10 +237,27 @@ def _confine(config: ContainerConfig, tools: GuestTools) -> None:
     network = config.http is not None
     files = (config.artifact, *tools.network_files) if network else (config.artifact,)
     landlock.confine(config.mounts, files=files, tcp=network)
-    seccomp.confine(seccomp.Network.CLIENT if network else seccomp.Network.NONE)
+    seccomp.confine(_network(config))
 
 
-def _limit() -> None:
+def _network(config: ContainerConfig) -> seccomp.Network:
+    outward = config.http is not None
+    if config.server is not None:
+        return seccomp.Network.SERVER if outward else seccomp.Network.ACCEPT
+    return seccomp.Network.CLIENT if outward else seccomp.Network.NONE
+
+
+def _listen(config: ContainerConfig) -> socket.socket | None:
+    """A server's socket, made before the fences. Raises LoadError."""
+    if config.server is None:
+        return None
+    try:
+        return entry.listen(config.server)
+    except OSError as error:
+        raise LoadError(str(error.strerror)) from error
+
+
+def _limit(config: ContainerConfig) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
@@ -232,7 +265,8 @@ def _limit() -> None:
     # All containers would die with the supervisor, which would otherwise be as good a victim as any of them.
     linux.set_oom_score(linux.MOST_EXPENDABLE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(hard, MAX_OPEN_FILES)
+    wanted = MAX_OPEN_FILES if config.server is None else entry.SERVER_OPEN_FILES
+    limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     limit = MAX_USER_PROCESSES if hard == resource.RLIM_INFINITY else min(hard, MAX_USER_PROCESSES)
@@ -247,8 +281,25 @@ def run_guest(
     memory_backstop_bytes: int | None,
     report: int,
     nice: int = 0,
+    listener: socket.socket | None = None,
+    counters: int = -1,
 ) -> int:
     """Load and run a guest on this process's standard descriptors; the exit code. Raises LoadError before it runs."""
+    if config.kind is GuestKind.COMPONENT:
+        library = tools.components.library
+        if library is not None:
+            _Started(report, nice).give_way()
+            return _run_in_host(
+                library,
+                config,
+                report=report,
+                stdin=guest_stdin,
+                memory_bytes=memory_backstop_bytes,
+                listener=listener,
+                counters=counters,
+            )
+        if config.server is not None:
+            raise LoadError(tools.components.why_not)
     tools.http.configure(config.http)
     store = wasmtime.Store(tools.linkers.engine)
     if memory_backstop_bytes is not None:
@@ -270,6 +321,31 @@ def run_guest(
         return TRAP_EXIT_CODE
     _report(report, {"exit": code})
     return code
+
+
+def _run_in_host(
+    library: Library,
+    config: ContainerConfig,
+    *,
+    report: int,
+    stdin: bool,
+    memory_bytes: int | None,
+    listener: socket.socket | None,
+    counters: int,
+) -> int:
+    """The library writes the report itself. Raises LoadError."""
+    try:
+        with entry.spec(
+            config,
+            report=report,
+            stdin=stdin,
+            memory_bytes=memory_bytes,
+            listener=listener.detach() if listener is not None else -1,
+            counters=counters,
+        ) as text:
+            return library.run(text)
+    except OSError as error:
+        raise LoadError(str(error.strerror)) from error
 
 
 @dataclass(frozen=True)

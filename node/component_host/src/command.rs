@@ -1,0 +1,78 @@
+//! `wasi:cli/run` of WASI 0.2 and 0.3: once, to its end.
+
+use crate::artifact;
+use crate::engine;
+use crate::guest::{Guest, Maker};
+use crate::report::{Outcome, Report};
+use crate::spec::Spec;
+use crate::worlds;
+use wasmtime::Store;
+use wasmtime::component::InstancePre;
+use wasmtime_wasi::{I32Exit, p2, p3};
+
+/// Threads for name lookups, the only work of a guest that may not hold the process up.
+const MAX_BLOCKING_THREADS: usize = 4;
+
+enum Pre {
+    P2(p2::bindings::CommandPre<Guest>),
+    P3(p3::bindings::CommandPre<Guest>),
+}
+
+/// Its whole life.
+pub fn run(spec: &Spec, report: &Report) -> Result<Outcome, Outcome> {
+    let engine = engine::make(spec, false).map_err(Outcome::start_error)?;
+    let component = artifact::load(&engine, &spec.artifact)?;
+    let linked = worlds::link(&component).map_err(|error| Outcome::start_error(worlds::why_not_linked(&error)))?;
+    let pre = command(linked).ok_or_else(|| {
+        let exports = artifact::exports(&component);
+        let what = "no wasi:cli/run of WASI 0.2 or 0.3, so it is not a command";
+        Outcome::start_error(format!("the component exports {what}; it exports {exports}"))
+    })?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
+        .build()
+        .map_err(Outcome::start_error)?;
+    let maker = Maker::new(spec, &engine, false)?;
+    let ended = runtime.block_on(async {
+        let store = maker.store().map_err(Outcome::start_error)?;
+        report.started();
+        Ok(call(store, pre).await)
+    })?;
+    // A thread that still looks a name up must not hold the end up.
+    runtime.shutdown_background();
+    Ok(outcome(ended))
+}
+
+fn command(linked: InstancePre<Guest>) -> Option<Pre> {
+    if let Ok(pre) = p3::bindings::CommandPre::new(linked.clone()) {
+        return Some(Pre::P3(pre));
+    }
+    p2::bindings::CommandPre::new(linked).ok().map(Pre::P2)
+}
+
+async fn call(mut store: Store<Guest>, pre: Pre) -> wasmtime::Result<Result<(), ()>> {
+    match pre {
+        Pre::P2(pre) => {
+            let guest = pre.instantiate_async(&mut store).await?;
+            guest.wasi_cli_run().call_run(&mut store).await
+        }
+        Pre::P3(pre) => {
+            let guest = pre.instantiate_async(&mut store).await?;
+            store
+                .run_concurrent(async |access| guest.wasi_cli_run().call_run(access).await)
+                .await?
+        }
+    }
+}
+
+fn outcome(ended: wasmtime::Result<Result<(), ()>>) -> Outcome {
+    match ended {
+        Ok(Ok(())) => Outcome::Exit(0),
+        Ok(Err(())) => Outcome::Exit(1),
+        Err(error) => match error.downcast_ref::<I32Exit>() {
+            Some(exit) => Outcome::Exit(exit.0),
+            None => Outcome::Trap(format!("{error:?}")),
+        },
+    }
+}
