@@ -7,7 +7,7 @@ use crate::report::{Outcome, Report};
 use crate::spec::Spec;
 use crate::worlds;
 use wasmtime::Store;
-use wasmtime::component::InstancePre;
+use wasmtime::component::{Component, InstancePre};
 use wasmtime_wasi::{I32Exit, p2, p3};
 
 /// Threads for name lookups, the only work of a guest that may not hold the process up.
@@ -23,11 +23,7 @@ pub fn run(spec: &Spec, report: &Report) -> Result<Outcome, Outcome> {
     let engine = engine::make(spec, false).map_err(Outcome::start_error)?;
     let component = artifact::load(&engine, &spec.artifact)?;
     let linked = worlds::link(&component).map_err(|error| Outcome::start_error(worlds::why_not_linked(&error)))?;
-    let pre = command(linked).ok_or_else(|| {
-        let exports = artifact::exports(&component);
-        let what = "no wasi:cli/run of WASI 0.2 or 0.3, so it is not a command";
-        Outcome::start_error(format!("the component exports {what}; it exports {exports}"))
-    })?;
+    let pre = command(linked).ok_or_else(|| Outcome::start_error(why_no_command(&component)))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MAX_BLOCKING_THREADS)
@@ -49,6 +45,15 @@ fn command(linked: InstancePre<Guest>) -> Option<Pre> {
         return Some(Pre::P3(pre));
     }
     p2::bindings::CommandPre::new(linked).ok().map(Pre::P2)
+}
+
+fn why_no_command(component: &Component) -> String {
+    let exports = artifact::exports(component);
+    if let Some(name) = exports.split(", ").find(|name| name.starts_with("wasi:cli/run@0.2.")) {
+        return format!("the function run of the component's {name} is not of WASI's type: func() -> result");
+    }
+    let what = "no wasi:cli/run of WASI 0.2 or 0.3, so it is not a command";
+    format!("the component exports {what}; it exports {exports}")
 }
 
 async fn call(mut store: Store<Guest>, pre: Pre) -> wasmtime::Result<Result<(), ()>> {

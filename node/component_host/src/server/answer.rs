@@ -146,10 +146,13 @@ impl Body for Answer {
                 self.exchange.log(&reason);
             }
             // A guest that is gone closes its body like one that has finished.
-            Poll::Ready(None) if self.exchange.failure.get().is_some() => {
-                return Poll::Ready(Some(Err(Error::HttpResponseIncomplete)));
+            Poll::Ready(None) => {
+                if let Some(reason) = self.exchange.failure.get() {
+                    self.exchange.broke(reason);
+                    return Poll::Ready(Some(Err(Error::HttpResponseIncomplete)));
+                }
             }
-            _ => {}
+            Poll::Pending => {}
         }
         polled
     }

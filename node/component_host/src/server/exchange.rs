@@ -55,6 +55,7 @@ pub struct Exchange {
     /// Why the instance that had it has ended. A body that is under way then ends with an error, never as if whole.
     pub failure: OnceLock<String>,
     logged: AtomicBool,
+    over: AtomicBool,
     /// Of the instance that answers, where it answers several.
     pub instance: OnceLock<Arc<Deadline>>,
     request_timeout: Duration,
@@ -70,6 +71,7 @@ impl Exchange {
             answered: AtomicBool::new(false),
             failure: OnceLock::new(),
             logged: AtomicBool::new(false),
+            over: AtomicBool::new(false),
             instance: OnceLock::new(),
             request_timeout,
             idle_timeout,
@@ -81,6 +83,16 @@ impl Exchange {
         if !self.logged.swap(true, Ordering::Relaxed) {
             log(&self.what, reason);
         }
+    }
+
+    /// Nothing of it is under way any more.
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    /// Whether the log knows that something went wrong.
+    pub fn is_logged(&self) -> bool {
+        self.logged.load(Ordering::Relaxed)
     }
 
     /// The head of the answer is out, and no more will come. To be called before the guest's store is dropped.
@@ -96,6 +108,7 @@ impl Exchange {
 
     /// The answer is whole or its reader has gone: what the guest still does is bounded as a request is.
     pub fn ended(&self) {
+        self.over.store(true, Ordering::Relaxed);
         self.extend(self.request_timeout);
     }
 

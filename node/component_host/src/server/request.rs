@@ -81,7 +81,12 @@ impl Service {
         connection.request_begun();
         let settings = &self.settings;
         let exchange = Exchange::new(describe(&request), settings.request_timeout(), settings.idle_timeout());
-        let counted = Counted::new(self.counters, connection, begin);
+        let counted = Counted {
+            counters: self.counters,
+            connection: Some(connection),
+            exchange: exchange.clone(),
+            begin,
+        };
         let version = request.version();
         let (mut response, slot) = match self.try_answer(request, exchange.clone()).await {
             Ok(answer) => answer,
@@ -126,6 +131,7 @@ impl Service {
 struct Counted {
     counters: Counters,
     connection: Option<Arc<Watch>>,
+    exchange: Arc<Exchange>,
     begin: Instant,
 }
 
@@ -133,14 +139,6 @@ struct Counted {
 const CLIENT_GONE: u16 = 499;
 
 impl Counted {
-    fn new(counters: Counters, connection: Arc<Watch>, begin: Instant) -> Self {
-        Counted {
-            counters,
-            connection: Some(connection),
-            begin,
-        }
-    }
-
     /// From here the answer's body counts.
     fn hand_over(mut self) -> Arc<Watch> {
         self.connection.take().expect("it is there until now")
@@ -150,6 +148,7 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(connection) = self.connection.take() {
+            self.exchange.ended();
             self.counters.end(CLIENT_GONE, self.begin.elapsed());
             connection.request_ended();
         }

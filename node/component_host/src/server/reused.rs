@@ -8,7 +8,7 @@ use crate::server::exchange::{Deadline, Exchange};
 use http::{HeaderMap, Request, Response};
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::time::Sleep;
@@ -176,28 +176,34 @@ struct Worker {
     reuse: usize,
     at_once: usize,
     activity: Arc<Deadline>,
-    current: Mutex<Vec<Weak<Exchange>>>,
+    /// Those under way, and those that came to an end after the last began.
+    current: Mutex<Vec<Arc<Exchange>>>,
     /// For as long as the instance lives: it may compute after its answers, too.
     _running: Running,
 }
 
 impl Worker {
-    /// Its requests hear why; if there are none, the log does.
+    /// Its requests hear why; if none is left that failed of it, the log does.
     fn failed(&self, reason: &str) {
-        let left: Vec<_> = self.current().drain(..).filter_map(|each| each.upgrade()).collect();
-        for exchange in &left {
+        let mut told = false;
+        for exchange in self.current().drain(..) {
+            if exchange.is_over() {
+                told = told || exchange.is_logged();
+                continue;
+            }
+            told = true;
             if exchange.answered.load(Ordering::Relaxed) {
                 exchange.broke(reason);
             } else {
                 let _ = exchange.failure.set(reason.to_owned());
             }
         }
-        if left.is_empty() {
+        if !told {
             log("an instance ended", reason);
         }
     }
 
-    fn current(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Exchange>>> {
+    fn current(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Exchange>>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -226,8 +232,8 @@ impl WorkerState for Worker {
         store.data_mut().hooks.follow(&data.headers);
         let _ = data.exchange.instance.set(self.activity.clone());
         let mut current = self.current();
-        current.retain(|each| each.strong_count() > 0);
-        current.push(Arc::downgrade(&data.exchange));
+        current.retain(|each| !each.is_over());
+        current.push(data.exchange.clone());
         let exchange = data.exchange;
         Box::pin(async move { exchange.deadline.passed().await })
     }
