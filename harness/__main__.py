@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 
 try:
+    from harness.process_start import prepare_process
+
+    prepare_process()
+
     from invoke import __version__
 
     from harness.program import TaskProgram

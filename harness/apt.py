@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from harness import process
 from harness.errors import HarnessError
+from harness.settings import environment_flag
 
 Say = Callable[[str], None]
 
@@ -33,8 +34,8 @@ def may_install(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def wanted(env: Mapping[str, str]) -> bool:
-    """Whether anything may be installed at all: ``WASILET_INSTALL`` is not ``0``, ``no``, ``false`` or ``off``."""
-    return env.get("WASILET_INSTALL", "").strip().lower() not in {"0", "no", "false", "off"}
+    """Whether anything may be installed at all: ``WASILET_INSTALL`` does not say no. Raises UsageError."""
+    return environment_flag(env, "WASILET_INSTALL", default=True)
 
 
 def command(packages: Sequence[str]) -> str:

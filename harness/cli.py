@@ -23,8 +23,8 @@ from invoke.exceptions import Exit
 from harness.console import reporter_for
 from harness.errors import CommandError, ComponentError, HarnessError, StateError, UsageError
 from harness.play import Recap
-from harness.settings import Settings, load
-from harness.state import State
+from harness.settings import Settings, environment_flag, from_invoke_variables, load
+from harness.state import State, os_error_reason
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,7 +88,10 @@ def _terminate(_signum: int, _frame: FrameType | None) -> None:
 
 
 def _words(error: HarnessError) -> str:
-    if os.environ.get("WASILET_DEBUG"):
+    debug = False
+    with contextlib.suppress(UsageError):
+        debug = environment_flag(os.environ, "WASILET_DEBUG")
+    if debug:
         traceback.print_exception(error)
     lines = [f"error: {error}"]
     if isinstance(error, CommandError):
@@ -113,16 +116,22 @@ def settings_of(context: Context, /, **given: Any) -> Settings:
     return settings
 
 
-def _section(context: Context) -> dict[str, Any]:
+def _section(context: Context) -> Any:
     """The ``wasilet`` section. Invoke lets a project's file win over the user's; here the project's holds the defaults,
-    so the user's file, then ``INVOKE_WASILET_*``, then ``--config`` are laid over it again."""
+    so the user's file, then ``INVOKE_WASILET_*``, then ``--config`` are laid over it again. Raises UsageError."""
     from invoke.config import merge_dicts
 
-    section: dict[str, Any] = _plain(context.config.get("wasilet", {}))
-    for level in ("_user", "_env", "_runtime"):
-        over = getattr(context.config, level, None) or {}
-        if isinstance(over.get("wasilet"), dict):
-            merge_dicts(section, over["wasilet"])
+    section = _plain(context.config.get("wasilet", {}))
+    levels = [getattr(context.config, level, None) or {} for level in ("_user", "_runtime")]
+    levels.insert(1, {"wasilet": from_invoke_variables(os.environ)})
+    for level in levels:
+        over = level.get("wasilet", {})
+        if not isinstance(over, dict) or not isinstance(section, dict):
+            return over if isinstance(section, dict) else section  # what is no mapping is told by load()
+        try:
+            merge_dicts(section, over)
+        except TypeError as error:  # Invoke's AmbiguousMergeError: a section in one file, a number in the other
+            raise UsageError(f"the settings in invoke.yaml files do not fit together: {error}") from error
     return section
 
 
@@ -164,9 +173,20 @@ def finish_with(code: int) -> None:
 
 
 def emit(line: str) -> None:
-    """A line of data on stdout."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """A line of data on stdout. Raises StateError when it cannot be written, and BrokenPipeError as it is."""
+    try:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        stop_writing()
+        raise lost_output(error) from error
+
+
+def lost_output(error: OSError) -> StateError:
+    """What to say of a stdout that takes nothing more: a full disk, a device that is gone."""
+    return StateError(f"cannot write to stdout: {os_error_reason(error)}")
 
 
 def emit_json(data: Any) -> None:

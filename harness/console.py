@@ -38,7 +38,11 @@ class Reporter(Protocol):
 
 def is_interactive(stream: TextIO, environ: Mapping[str, str]) -> bool:
     """Whether lines may be redrawn: a real terminal, not in CI, not ``dumb``."""
-    return stream.isatty() and not environ.get("CI") and environ.get("TERM", "dumb") != "dumb"
+    return (
+        stream.isatty()
+        and environ.get("CI", "").lower() in {"", "0", "false"}
+        and environ.get("TERM", "dumb") != "dumb"
+    )
 
 
 def reporter_for(environ: Mapping[str, str], *, stream: TextIO | None = None, show_diff: bool = False) -> Reporter:

@@ -87,13 +87,20 @@ def write_kubeconfig(
     )
 
 
-def user_kubeconfig(environ: Mapping[str, str]) -> Path:
-    """The file that kubectl would change: the first of ``$KUBECONFIG``, else ``~/.kube/config``."""
-    for entry in environ.get("KUBECONFIG", "").split(os.pathsep):
-        if entry:
-            return Path(entry).expanduser().absolute()
+def kubeconfig_files(environ: Mapping[str, str]) -> list[Path]:
+    """The files that kubectl reads, in its order: those of ``$KUBECONFIG``, else ``~/.kube/config``. A relative name
+    counts from the folder that the command was typed in. ``~`` is the shell's: client-go does not know it either."""
+    base = Path(environ.get("WASILET_INVOCATION_DIR") or Path.cwd())
+    named = [entry for entry in environ.get("KUBECONFIG", "").split(os.pathsep) if entry]
     home = environ.get("HOME")
-    return (Path(home) if home else Path.home()) / ".kube" / "config"
+    default = (Path(home) if home else Path.home()) / ".kube" / "config"
+    return list(dict.fromkeys(base / entry for entry in named)) or [default]
+
+
+def user_kubeconfig(environ: Mapping[str, str]) -> Path:
+    """The file that kubectl would change: the first that is there, else the last (client-go's GetDefaultFilename)."""
+    files = kubeconfig_files(environ)
+    return next((file for file in files if file.exists()), files[-1])
 
 
 def read_config(path: Path) -> KubeObject:
@@ -134,17 +141,18 @@ def check_changeable(path: Path) -> None:
 
 
 def holds(path: Path, ours: KubeObject) -> bool:
-    """Whether a file has our entries exactly (the current context aside)."""
+    """Whether a file has our entries exactly (the current context aside), and nobody else may read them."""
     try:
         data = read_config(path)
-    except StateError:
+        private = not path.stat().st_mode & 0o077
+    except (StateError, OSError):
         return False
-    return all(ours[section][0] in (data.get(section) or []) for section in SECTIONS)
+    return private and all(ours[section][0] in (data.get(section) or []) for section in SECTIONS)
 
 
 def add(path: Path, ours: KubeObject) -> str:
-    """Put our entries into a file and make our context the current one. Returns the context that was current before
-    (empty: none). Raises StateError."""
+    """Put our entries into a file and make our context the current one. The file gets mode 0600, since a key is in it.
+    Returns the context that was current before (empty: none). Raises StateError."""
     name = str(ours["current-context"])
     with locked(path):
         data = read_config(path)
@@ -155,7 +163,7 @@ def add(path: Path, ours: KubeObject) -> str:
         wanted["current-context"] = name
         wanted.setdefault("apiVersion", "v1")
         wanted.setdefault("kind", "Config")
-        _save(path, data, wanted, name)
+        _save(path, data, wanted, name, mode=0o600)
     return before
 
 
@@ -190,17 +198,21 @@ def _without(data: KubeObject, name: str) -> KubeObject:
     return wanted
 
 
-def _save(path: Path, data: KubeObject, wanted: KubeObject, name: str) -> None:
+def _save(path: Path, data: KubeObject, wanted: KubeObject, name: str, *, mode: int | None = None) -> None:
+    """``mode``: None keeps the file's."""
     target = path.resolve() if path.is_symlink() else path
     text = ""
     if data:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             text = target.read_bytes().decode()
     edited = _edited(text, wanted, name) if text else None
-    mode = 0o600
-    with contextlib.suppress(OSError):
-        mode = target.stat().st_mode & 0o777
-    write_file(target, (edited if edited is not None else _dump(wanted)).encode(), mode=mode)
+    if mode is None:
+        mode = 0o600
+        with contextlib.suppress(OSError):
+            mode = target.stat().st_mode & 0o777
+    if edited is None:
+        edited = _dump(wanted).replace("\n", _line_end(text))
+    write_file(target, edited.encode(), mode=mode)
 
 
 @contextlib.contextmanager
@@ -251,16 +263,25 @@ def _edited(text: str, wanted: KubeObject, name: str) -> str | None:
     import yaml
 
     try:
-        lines = text.splitlines()
+        # A line keeps its carriage return: what is not touched stays as it is, whatever the others end with.
+        end = _line_end(text).removesuffix("\n")
+        lines = text.removesuffix("\n").split("\n")
+        if not text.endswith("\n"):
+            lines[-1] += end
         for section in SECTIONS:
-            lines = _edit_section(lines, section, wanted, name)
-        lines = _edit_scalar(lines, "current-context", wanted)
+            lines = _edit_section(lines, section, wanted, name, end)
+        lines = _edit_scalar(lines, "current-context", wanted, end)
         for key in ("apiVersion", "kind"):
-            lines = _edit_scalar(lines, key, wanted)
+            lines = _edit_scalar(lines, key, wanted, end)
         edited = "\n".join(lines) + "\n"
         return edited if _same(load_yaml(edited), wanted) else None
     except (yaml.YAMLError, _NotByLinesError):
         return None
+
+
+def _line_end(text: str) -> str:
+    """What most lines of a text end with."""
+    return "\r\n" if text.count("\r\n") * 2 > text.count("\n") else "\n"
 
 
 class _NotByLinesError(Exception):
@@ -287,13 +308,13 @@ def _top_level(lines: list[str]) -> dict[str, tuple[Any, Any]]:
     return {str(key.value): (key, value) for key, value in root.value}
 
 
-def _edit_section(lines: list[str], section: str, wanted: KubeObject, name: str) -> list[str]:
+def _edit_section(lines: list[str], section: str, wanted: KubeObject, name: str, end: str) -> list[str]:
     import yaml
 
     entry = next((e for e in wanted.get(section) or [] if isinstance(e, dict) and e.get("name") == name), None)
     nodes = _top_level(lines)
     if section not in nodes:
-        return [*lines, f"{section}:", *_entry_lines(entry, "")] if entry else lines
+        return [*lines, f"{section}:{end}", *_entry_lines(entry, "", end)] if entry else lines
     key, value = nodes[section]
     if not isinstance(value, yaml.SequenceNode) or value.flow_style or not value.value:
         # `clusters: []`, `clusters: null`, `clusters:`: nothing in it that could be lost.
@@ -301,24 +322,26 @@ def _edit_section(lines: list[str], section: str, wanted: KubeObject, name: str)
             raise _NotByLinesError
         first, last = key.start_mark.line, max(key.start_mark.line, value.end_mark.line)
         last = min(last, first)
-        return [*lines[:first], f"{section}:", *_entry_lines(entry, ""), *lines[last + 1 :]] if entry else lines
+        if entry is None:
+            return lines
+        return [*lines[:first], f"{section}:{end}", *_entry_lines(entry, "", end), *lines[last + 1 :]]
     indent = " " * value.start_mark.column
     kept = list(lines)
     for item in reversed(value.value):
         if _item_name(item) == name:
             start = item.start_mark.line
-            end = _end_line(kept, item)
+            stop = _end_line(kept, item)
             if "-" not in kept[start][: item.start_mark.column]:
                 raise _NotByLinesError
-            del kept[start:end]
+            del kept[start:stop]
     if entry is None:
         if all(_item_name(item) == name for item in value.value):
-            kept[key.start_mark.line] = f"{section}: []"
+            kept[key.start_mark.line] = f"{section}: []{end}"
         return kept
     removed = len(lines) - len(kept)
     last_item = value.value[-1]
     position = _end_line(lines, last_item) - removed
-    return [*kept[:position], *_entry_lines(entry, indent), *kept[position:]]
+    return [*kept[:position], *_entry_lines(entry, indent, end), *kept[position:]]
 
 
 def _end_line(lines: list[str], item: Any) -> int:
@@ -342,17 +365,17 @@ def _item_name(item: Any) -> str | None:
     return None
 
 
-def _entry_lines(entry: KubeObject | None, indent: str) -> list[str]:
-    return [] if entry is None else [indent + line for line in _dump([entry]).splitlines()]
+def _entry_lines(entry: KubeObject | None, indent: str, end: str) -> list[str]:
+    return [] if entry is None else [f"{indent}{line}{end}" for line in _dump([entry]).splitlines()]
 
 
-def _edit_scalar(lines: list[str], key: str, wanted: KubeObject) -> list[str]:
+def _edit_scalar(lines: list[str], key: str, wanted: KubeObject, end: str) -> list[str]:
     import yaml
 
     nodes = _top_level(lines)
     value = wanted.get(key)
     if key not in nodes:
-        return lines if value in {None, ""} else [*lines, _dump({key: value}).rstrip("\n")]
+        return lines if value in {None, ""} else [*lines, _dump({key: value}).rstrip("\n") + end]
     name, node = nodes[key]
     if not isinstance(node, yaml.ScalarNode) or name.start_mark.line != node.end_mark.line:
         raise _NotByLinesError

@@ -20,6 +20,7 @@ from harness.controlplane.components import LOOPBACK, Component, Probe, ensure_r
 from harness.errors import UsageError
 from harness.kube import KubeObject
 from harness.providers.base import Cluster
+from harness.settings import environment_flag
 from harness.state import read_json, write_file, write_json
 
 CAT_FACTS_URL = "https://catfact.ninja/fact"
@@ -42,7 +43,7 @@ def start(name: str, cluster: Cluster, *, say: Say, environ: Mapping[str, str] =
 
 
 def _cat_facts(cluster: Cluster, say: Say, environ: Mapping[str, str]) -> dict[str, Any]:
-    local = bool(environ.get(OFFLINE)) or not _answers(CAT_FACTS_URL)
+    local = environment_flag(environ, OFFLINE) or not _answers(CAT_FACTS_URL)
     url = _local_cat_facts(cluster, say) if local else environ.get("CAT_FACTS_URL") or CAT_FACTS_URL
     parts = urlsplit(url)
     return {

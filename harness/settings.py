@@ -8,6 +8,7 @@ the command line. Nothing but :func:`load` reads the environment.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -28,28 +29,26 @@ KRUSTLET_TAINTS = (
 
 
 def cache_root(environ: Mapping[str, str] | None = None) -> Path:
-    """Where what was downloaded or built is kept, for all clusters of this user: ``$WASILET_CACHE``, else the
-    platform's cache folder (``~/.cache/wasilet``). It may not exist yet."""
-    environ = os.environ if environ is None else environ
-    if given := environ.get("WASILET_CACHE"):
-        return Path(given).expanduser().absolute()
-    if xdg := environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "wasilet"
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("wasilet", appauthor=False))
+    """Where what was downloaded or built is kept, for all clusters of this user: ``$WASILET_CACHE``, else
+    ``~/.cache/wasilet``. It may not exist yet."""
+    return _root("WASILET_CACHE", "XDG_CACHE_HOME", ".cache", environ)
 
 
 def state_root(environ: Mapping[str, str] | None = None) -> Path:
     """Where the folders of clusters are: ``$WASILET_STATE_HOME``, else ``~/.local/state/wasilet``."""
-    environ = os.environ if environ is None else environ
-    if given := environ.get("WASILET_STATE_HOME"):
-        return Path(given).expanduser().absolute()
-    if xdg := environ.get("XDG_STATE_HOME"):
-        return Path(xdg) / "wasilet"
-    from platformdirs import user_state_dir
+    return _root("WASILET_STATE_HOME", "XDG_STATE_HOME", ".local/state", environ)
 
-    return Path(user_state_dir("wasilet", appauthor=False))
+
+def _root(own: str, xdg: str, default: str, environ: Mapping[str, str] | None) -> Path:
+    environ = os.environ if environ is None else environ
+    if given := environ.get(own):
+        return Path(environ.get("WASILET_INVOCATION_DIR") or Path.cwd()) / Path(given).expanduser()
+    # "All paths set in these environment variables must be absolute. If an implementation encounters a relative path
+    # [...] it should consider the path invalid and ignore it." (XDG Base Directory Specification)
+    if (base := environ.get(xdg, "")).startswith("/"):
+        return Path(base) / "wasilet"
+    home = environ.get("HOME", "")
+    return (Path(home) if home.startswith("/") else Path.home()) / default / "wasilet"
 
 
 def checked_name(name: str, *, what: str = "cluster") -> str:
@@ -187,6 +186,12 @@ _ENVIRONMENT = {
     "WASILET_INSTALL": "install",
     "WASILET_LOCAL_ORIGINS": "local_origins",
 }
+INVOKE_PREFIX = "INVOKE_WASILET_"
+
+_NUMBERS = frozenset({"nodes", "max_pods", "token_ttl_seconds"})
+_FLAGS = frozenset({"yes", "download", "install"})
+_PATHS = frozenset({"kubeconfig", "config"})
+_TRUE, _FALSE = frozenset({"1", "yes", "true", "on", "y"}), frozenset({"0", "no", "false", "off", "n"})
 
 
 def load(
@@ -195,59 +200,116 @@ def load(
     """Defaults, then ``config`` (the ``wasilet`` section of invoke.yaml), then ``WASILET_*``, then ``given`` (the
     command line; None or an empty string means not given). Raises UsageError for a value that makes no sense."""
     environ = dict(os.environ if environ is None else environ)
-    values: dict[str, Any] = {}
-    for key, value in (config or {}).items():
-        if key == "ports":
-            values["ports"] = _section(PortSettings, key, value)
-        elif key == "timeouts":
-            values["timeouts"] = _section(TimeoutSettings, key, value)
-        else:
-            values[key] = value
+    if not isinstance(config, Mapping | None):
+        raise UsageError(f"the section wasilet of invoke.yaml must be a mapping, not {config!r}")
+    values = {key: _typed(f"setting {key}", key, value) for key, value in (config or {}).items()}
     for variable, key in _ENVIRONMENT.items():
         if environ.get(variable):
-            values[key] = environ[variable]
-    values |= {key: value for key, value in given.items() if value is not None and value != ""}
-    known = {f.name for f in fields(Settings)}
-    if unknown := sorted(set(values) - known):
-        raise UsageError(f"unknown setting: {', '.join(unknown)}", hint=f"known are: {', '.join(sorted(known))}")
-    return _checked(replace(Settings(environ=environ), **_typed(values)))
+            values[key] = _typed(variable, key, environ[variable])
+    for key, value in given.items():
+        if value is not None and value != "":
+            values[key] = _typed(f"setting {key}", key, value)
+    return _checked(replace(Settings(environ=environ), **values))
 
 
-def _section(kind: type[Any], name: str, value: Any) -> Any:
+def from_invoke_variables(environ: Mapping[str, str]) -> dict[str, Any]:
+    """``INVOKE_WASILET_*`` as a section of a configuration file would hold it: Invoke names a variable by the path of
+    its setting. Read here, not by Invoke, to which ``INVOKE_WASILET_DOWNLOAD=false`` is true and ``NODES=x`` a crash.
+    Raises UsageError."""
+    section: dict[str, Any] = {}
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(INVOKE_PREFIX) or not text:
+            continue
+        key = variable.removeprefix(INVOKE_PREFIX).lower()
+        for name, kind in (("ports", PortSettings), ("timeouts", TimeoutSettings)):
+            if key.startswith(f"{name}_"):
+                part = key.removeprefix(f"{name}_")
+                section.setdefault(name, {})[part] = getattr(_section(kind, name, {part: text}, variable), part)
+                break
+        else:
+            section[key] = _typed(variable, key, text)
+    return section
+
+
+def flag(name: str, value: Any) -> bool:
+    """A boolean of a file or of the environment. Raises UsageError that names it."""
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word in _TRUE | _FALSE:
+        return word in _TRUE
+    raise UsageError(f"{name} must be true or false, not {value!r}")
+
+
+def environment_flag(environ: Mapping[str, str], variable: str, *, default: bool = False) -> bool:
+    """A boolean variable; empty is not set. Raises UsageError."""
+    text = environ.get(variable, "")
+    return flag(variable, text) if text else default
+
+
+def _typed(name: str, key: str, value: Any) -> Any:
+    """``value`` as the setting ``key`` has it; ``name`` is what messages call it. Raises UsageError."""
+    known = {f.name for f in fields(Settings)} - {"environ"}
+    if key not in known:
+        raise UsageError(
+            f"unknown setting: {name.removeprefix('setting ')}", hint=f"known are: {', '.join(sorted(known))}"
+        )
+    if key == "ports":
+        return _section(PortSettings, key, value)
+    if key == "timeouts":
+        return _section(TimeoutSettings, key, value)
+    if key in _NUMBERS:
+        return _whole(name, value)
+    if key in _FLAGS:
+        return flag(name, value)
+    if key == "taints":
+        return None if value is None else _texts(name, [value] if isinstance(value, str) else value)
+    if key == "local_origins":
+        return _texts(name, value.split(",") if isinstance(value, str) else value or ())
+    if key in _PATHS:
+        if not isinstance(value, str | Path | None):
+            raise UsageError(f"{name} must be a path, not {value!r}")
+        return Path(value).expanduser().absolute() if isinstance(value, str) else value
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be a text, not {value!r}", hint=f'write "{value}"')
+    return value
+
+
+def _section(kind: type[Any], name: str, value: Any, shown: str = "") -> Any:
+    if isinstance(value, kind):
+        return value
     if not isinstance(value, Mapping):
         raise UsageError(f"setting {name} must be a mapping")
     known = {f.name: f.type for f in fields(kind)}
-    if unknown := sorted(set(value) - set(known)):
-        raise UsageError(f"unknown setting: {name}.{unknown[0]}", hint=f"known are: {', '.join(known)}")
-    number = int if kind is PortSettings else float
-    return kind(**{key: _number(f"{name}.{key}", v, number) for key, v in value.items()})
+    if unknown := sorted(map(str, set(value) - set(known))):
+        raise UsageError(f"unknown setting: {shown or f'{name}.{unknown[0]}'}", hint=f"known are: {', '.join(known)}")
+    check = _whole if kind is PortSettings else _duration
+    return kind(**{key: check(shown or f"setting {name}.{key}", v) for key, v in value.items()})
 
 
-def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
-    typed = dict(values)
-    for key in ("nodes", "max_pods", "token_ttl_seconds"):
-        if key in typed:
-            typed[key] = _number(key, typed[key], int)
-    for key in ("download", "install"):
-        if isinstance(typed.get(key), str):
-            typed[key] = typed[key].strip().lower() not in {"0", "no", "false", "off"}
-    if "taints" in typed and typed["taints"] is not None:
-        taints = typed["taints"]
-        typed["taints"] = (taints,) if isinstance(taints, str) else tuple(taints)
-    if isinstance(origins := typed.get("local_origins", ()), str):
-        origins = origins.split(",")
-    typed["local_origins"] = tuple(str(origin).strip() for origin in origins or () if str(origin).strip())
-    for key in ("kubeconfig", "config"):
-        if isinstance(typed.get(key), str):
-            typed[key] = Path(typed[key]).expanduser().absolute()
-    return typed
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise UsageError(f"{name} must be a list of texts, not {value!r}")
+    return tuple(item.strip() for item in value if item.strip())
 
 
-def _number(name: str, value: Any, kind: type[int | float]) -> Any:
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    if not re.fullmatch(r"[-+]?[0-9]{1,18}", text, re.ASCII):
+        raise UsageError(f"{name} must be a whole number, not {value!r}")
+    return int(text)
+
+
+def _duration(name: str, value: Any) -> float:
     try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"setting {name} must be a number, not {value!r}") from None
+        seconds = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise UsageError(f"{name} must be a number of seconds, not {value!r}")
+    return seconds
 
 
 def _check_address(text: str) -> None:

@@ -385,8 +385,12 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def os_error_words(error: OSError, path: Path | None = None) -> str:
     """``<what> <where>`` for the errors that people meet."""
-    where = error.filename or path or "a file"
-    words = {
+    return f"cannot write {error.filename or path or 'a file'}: {os_error_reason(error)}"
+
+
+def os_error_reason(error: OSError) -> str:
+    """Why, for the errors that people meet."""
+    return {
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "no permission",
         errno.EPERM: "not permitted",
@@ -394,7 +398,6 @@ def os_error_words(error: OSError, path: Path | None = None) -> str:
         errno.EDQUOT: "the disk quota is used up",
         errno.EMFILE: "too many open files",
     }.get(error.errno or 0, error.strerror or str(error))
-    return f"cannot write {where}: {words}"
 
 
 def _storage_hint(error: OSError) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import ipaddress
-import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 from harness.credentials import Credentials, read_credentials
 from harness.errors import ApiError, CommandError, UsageError
 from harness.kube import Kube, KubeObject, api_path
-from harness.kubeconfig import read_config, user_kubeconfig
+from harness.kubeconfig import kubeconfig_files, read_config
 from harness.play import Progress
 from harness.providers.base import Cluster, Detection
 from harness.providers.external import ExternalProvider, Found
@@ -122,8 +121,7 @@ def _files(settings: Settings, known: Mapping[str, object]) -> list[Path]:
         return [settings.config]
     if known.get("source"):
         return [Path(str(known["source"]))]
-    entries = [entry for entry in settings.environ.get("KUBECONFIG", "").split(os.pathsep) if entry]
-    return [Path(entry).expanduser().absolute() for entry in entries] or [user_kubeconfig(settings.environ)]
+    return kubeconfig_files(settings.environ)
 
 
 def _contexts(file: Path) -> list[str]:

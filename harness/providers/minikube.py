@@ -177,10 +177,11 @@ class MinikubeProvider(ExternalProvider):
 
     def _kubeconfig(self, cluster: Cluster, *, created: bool) -> KubeObject:
         """Ours is in a file of ours; an adopted profile's context is where minikube put it."""
-        from harness.kubeconfig import user_kubeconfig
+        from harness.kubeconfig import kubeconfig_files
 
         name = cluster.settings.name
-        file = self._own_file(cluster) if created else user_kubeconfig(cluster.settings.environ)
+        # minikube takes the first of $KUBECONFIG, whether it is there or not.
+        file = self._own_file(cluster) if created else kubeconfig_files(cluster.settings.environ)[0]
         names = [entry.get("name") for entry in read_config(file).get("contexts") or [] if isinstance(entry, dict)]
         if name not in names:
             raise HarnessError(

@@ -117,7 +117,9 @@ def listen(data: Path) -> tuple[socket.socket, Path]:
     try:
         return _bind(folder)
     except OSError:
-        base = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
+        given = os.environ.get("XDG_RUNTIME_DIR", "")
+        # Its specification says to ignore a relative one.
+        base = given if given.startswith("/") else "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
         return _bind(Path(tempfile.mkdtemp(prefix="wasilet-", dir=base)))
 
 

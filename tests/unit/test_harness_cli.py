@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from invoke.exceptions import Exit
@@ -17,6 +18,7 @@ from invoke.exceptions import Exit
 from harness import docs_tasks
 from harness.cli import command, invocation_path
 from harness.errors import UsageError
+from harness.process_start import tighten_umask
 from harness.settings import load
 from harness.testing import needs_binaries, pytest_command
 
@@ -29,8 +31,8 @@ def invoke(*words: str, state: Path, **environ: str) -> subprocess.CompletedProc
     return _run(sys.executable, "-P", "-m", "invoke", *words, state=state, **environ)
 
 
-def run(*words: str, state: Path) -> subprocess.CompletedProcess[str]:
-    return _run(str(ROOT / "run"), *words, state=state)
+def run(*words: str, state: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return _run(str(ROOT / "run"), *words, state=state, **environ)
 
 
 def _run(*argv: str, state: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -106,6 +108,123 @@ def test_what_run_cannot_make_sense_of_is_one_clear_line_and_2(tmp_path: Path, w
     assert line.startswith("error: ")
     assert expected in line
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"INVOKE_WASILET_NODES": "x"}, "INVOKE_WASILET_NODES must be a whole number, not 'x'"),
+        ({"INVOKE_WASILET_PORTS_APISERVER": "x"}, "INVOKE_WASILET_PORTS_APISERVER must be a whole number"),
+        ({"INVOKE_WASILET_DOWNLOAD": "maybe"}, "INVOKE_WASILET_DOWNLOAD must be true or false"),
+        ({"INVOKE_WASILET_TIMEOUTS_READY_SECONDS": "nan"}, "INVOKE_WASILET_TIMEOUTS_READY_SECONDS must be a number"),
+        ({"INVOKE_RUN_ECHO": "maybe"}, "INVOKE_RUN_ECHO must be true or false"),
+        ({"INVOKE_RUN_WATCHERS": "x"}, "INVOKE_RUN_WATCHERS cannot be set by the environment"),
+        ({"WASILET_NODES": "x"}, "WASILET_NODES must be a whole number, not 'x'"),
+        ({"WASILET_DOWNLOAD": "maybe"}, "WASILET_DOWNLOAD must be true or false"),
+        ({"WASILET_NAME": "A B"}, "'A B' is no name for a cluster"),
+    ],
+)
+@pytest.mark.parametrize("start", [invoke, run], ids=["invoke", "run"])
+def test_a_wrong_value_in_the_environment_is_one_clear_line_and_2(
+    tmp_path: Path, start: Any, environ: dict[str, str], expected: str
+) -> None:
+    done = start("up", "--check", state=tmp_path, **environ)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("wasilet: 7\n", "/.invoke.yaml: wasilet must be a mapping"),
+        ("wasilet: [\n", ".invoke.yaml, line 2 cannot be used"),
+        ("wasilet:\n  nodes: x\n", "setting nodes must be a whole number, not 'x'"),
+        ("wasilet:\n  download: maybe\n", "setting download must be true or false, not 'maybe'"),
+        ("wasilet:\n  name: 2026-01-02\n", "setting name must be a text"),
+        ("wasilet:\n  ports: 7\n", "/.invoke.yaml: wasilet.ports must be a mapping"),
+        ("wasilet:\n  nodes: {a: 1}\n", "/.invoke.yaml: wasilet.nodes must be no mapping"),
+    ],
+)
+def test_a_wrong_value_in_the_users_file_is_one_clear_line_and_2(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / ".invoke.yaml").write_text(text)
+    done = run("up", "--check", state=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+def test_a_no_in_the_environment_is_a_no(tmp_path: Path) -> None:
+    """Invoke takes every text but 0 for true."""
+    (tmp_path / "config.yaml").write_text("wasilet:\n  install: 'no'\n")
+    code = (
+        "import invoke, sys; from harness.cli import settings_of; from harness.program import load_shell_env;"
+        "from invoke.config import Config; from invoke.context import Context;"
+        "c = Config(project_location='.', runtime_path=sys.argv[1]); c.load_project(); c.load_runtime();"
+        "load_shell_env(c); s = settings_of(Context(c)); print(s.download, s.install, s.nodes)"
+    )
+    argv = (sys.executable, "-P", "-c", code, str(tmp_path / "config.yaml"))
+    done = _run(*argv, state=tmp_path, INVOKE_WASILET_DOWNLOAD="false", INVOKE_WASILET_NODES="3")
+    assert done.stdout == "False False 3\n", done.stderr
+
+
+@pytest.mark.parametrize("words", [["--list"], ["--help"], ["up", "--help"], ["--version"], ["completion", "bash"]])
+def test_a_full_device_is_one_clear_line_and_2(tmp_path: Path, words: list[str]) -> None:
+    env = {**os.environ, "WASILET_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [str(ROOT / "run"), *words],
+            env=env,
+            text=True,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (2, "error: cannot write to stdout: the disk is full\n")
+
+
+def test_what_cannot_be_told_on_stderr_keeps_its_exit_code(tmp_path: Path) -> None:
+    env = {**os.environ, "WASILET_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    with Path("/dev/full").open("w") as full:
+        argv = [str(ROOT / "run"), "status", "--name", "unknown"]
+        done = subprocess.run(argv, env=env, text=True, stdout=subprocess.PIPE, stderr=full, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("start", [invoke, run], ids=["invoke", "run"])
+def test_modules_in_the_users_pythonpath_are_not_ours(tmp_path: Path, start: Any) -> None:
+    for name in ("yaml", "jinja2", "rich", "harness_settings", "platformdirs"):
+        (tmp_path / f"{name}.py").write_text("import sys; print('a foreign module', __name__, file=sys.stderr)")
+    done = start("doctor", "--output", "json", state=tmp_path, PYTHONPATH=str(tmp_path))
+    # Invoke itself looks for yaml, before it knows of any tasks.
+    said = done.stderr.replace("a foreign module yaml\n", "") if start is invoke else done.stderr
+    assert "a foreign module" not in said
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith(("{", "["))
+
+
+def test_nothing_that_is_made_can_be_written_by_others(tmp_path: Path) -> None:
+    argv = ["sh", "-c", 'umask 000; exec "$0" new app', str(ROOT / "run")]
+    done = _run(*argv, state=tmp_path, WASILET_INVOCATION_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    made = [tmp_path / "app", *(tmp_path / "app").rglob("*")]
+    assert len(made) > 2
+    assert [path for path in made if path.stat().st_mode & 0o022] == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(0, 0o022), (0o002, 0o002), (0o022, 0o022), (0o077, 0o077), (0o005, 0o027)]
+)
+def test_a_umask_that_lets_others_write_is_tightened(before: int, after: int) -> None:
+    mask = os.umask(before)
+    try:
+        tighten_umask()
+        assert os.umask(0) == after
+    finally:
+        os.umask(mask)
 
 
 def test_run_gives_pytest_its_own_words(tmp_path: Path) -> None:

@@ -105,7 +105,6 @@ def test_what_was_added_is_taken_out_again_to_the_letter(tmp_path: Path, text: s
     ]
     assert remove(path, "wasilet", previous="prod")
     assert path.read_text() == text
-    assert path.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize(
@@ -225,9 +224,80 @@ def test_many_clusters_at_once_lose_nothing(tmp_path: Path) -> None:
     assert normal(read_config(path)) | {"current-context": "prod"} == normal(yaml.safe_load(USERS_FILE))
 
 
-def test_the_file_is_the_one_kubectl_would_change() -> None:
-    assert user_kubeconfig({"KUBECONFIG": ":/a:/b", "HOME": "/h"}) == Path("/a")
-    assert user_kubeconfig({"HOME": "/h"}) == Path("/h/.kube/config")
+@pytest.mark.parametrize(
+    ("variable", "there", "expected"),
+    [
+        (":{0}/a:{0}/b", "", "b"),
+        ("{0}/none:{0}/two:{0}/three", "two three", "two"),
+        ("{0}/none:{0}/two:{0}/three", "three", "three"),
+        ("{0}/none:{0}/two:{0}/three", "", "three"),
+        ("{0}/none:{0}/none", "", "none"),
+        ("{0}/one", "", "one"),
+        ("relative:{0}/two", "relative", "relative"),
+        ("relative", "", "relative"),
+        ("~/x", "", "~/x"),
+        ("", "", "home/.kube/config"),
+        (":", "", "home/.kube/config"),
+    ],
+)
+def test_the_file_is_the_one_kubectl_would_change(tmp_path: Path, variable: str, there: str, expected: str) -> None:
+    """client-go's GetDefaultFilename: the first that exists, else the last."""
+    for name in there.split():
+        (tmp_path / name).write_text("")
+    environ = {
+        "KUBECONFIG": variable.format(tmp_path),
+        "HOME": str(tmp_path / "home"),
+        "WASILET_INVOCATION_DIR": str(tmp_path),
+    }
+    assert user_kubeconfig(environ) == tmp_path / expected
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o666, 0o600])
+def test_a_file_with_our_key_is_for_its_owner_alone(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "config"
+    path.write_text(USERS_FILE)
+    path.chmod(mode)
+    add(path, OURS)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(mode)
+    assert holds(path, OURS) == (mode == 0o600)
+
+
+@pytest.mark.parametrize("text", [USERS_FILE, INDENTED_FILE, EMPTY_SECTIONS, FLOW_FILE])
+def test_a_file_keeps_its_line_ends(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config"
+    written = text.replace("\n", "\r\n").encode()
+    path.write_bytes(written)
+    add(path, OURS)
+    added = path.read_bytes()
+    assert added.count(b"\n") == added.count(b"\r\n") > written.count(b"\n") / 2
+    assert holds(path, OURS)
+    remove(path, "wasilet", previous=str((yaml.safe_load(text)).get("current-context") or ""))
+    after = path.read_bytes()
+    assert after.count(b"\n") == after.count(b"\r\n")
+    if text in {USERS_FILE, INDENTED_FILE}:
+        assert after == written
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+def test_the_last_line_may_have_no_end(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "config"
+    written = INDENTED_FILE.replace("\n", end).rstrip().encode()
+    path.write_bytes(written)
+    add(path, OURS)
+    assert holds(path, OURS)
+    assert path.read_bytes().count(b"\n") == path.read_bytes().count(end.encode())
+    remove(path, "wasilet", previous="prod")
+    assert path.read_bytes().rstrip() == written
+
+
+def test_lines_that_end_in_both_ways_stay_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "config"
+    written = USERS_FILE.replace("\n", "\r\n").replace("# before dev\r\n", "# before dev\n").encode()
+    path.write_bytes(written)
+    add(path, OURS)
+    remove(path, "wasilet", previous="prod")
+    assert path.read_bytes() == written
 
 
 NAMES = st.text(alphabet="abcxyz019-_.:@ ñ#'\"", min_size=1, max_size=12)
