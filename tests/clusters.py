@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.console import PlainReporter
-from harness.down import down
-from harness.kube import Kube, api_path
-from harness.play import Play, Recap
-from harness.providers.base import Access, Cluster
-from harness.settings import Settings, cache_root, load
-from harness.status import status
-from harness.up import control_plane_steps, open_cluster, up
+from wasilet.cluster.down import down
+from wasilet.cluster.status import status
+from wasilet.cluster.up import control_plane_steps, open_cluster, up
+from wasilet.kube.client import Kube, api_path
+from wasilet.providers.base import Access, Cluster
+from wasilet.settings import Settings, cache_root, load
+from wasilet.steps import Play, Recap
+from wasilet.terminal.console import PlainReporter
 
 SERVICE_ACCOUNT_SECONDS = 30.0
 

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from wasilet_node.addresses import guard
+from wasilet_node.pods.http_policy import ALLOWED_DOMAINS, Outbound, OutboundRules, http_policy
+from wasilet_node.runtime.hostcalls.http import HttpCallError, HttpClient, HttpErrno, parse_url
+from wasilet_node.runtime.protocol import HttpPolicy
+from wasilet_node.volumes.base import ContainerConfigError
 
-from node.addresses import guard
-from node.pods.httppolicy import ALLOWED_DOMAINS, Outbound, OutboundRules, http_policy
-from node.runtime.hostcalls.http import HttpCallError, HttpClient, HttpErrno, parse_url
-from node.runtime.protocol import HttpPolicy
-from node.volumes.base import ContainerConfigError
-from tests.unit.pods_fakes import make_pod
+from tests.unit.node.pods.fakes import make_pod
 
 pytestmark = pytest.mark.unit
 
@@ -59,7 +59,7 @@ def no_connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         tried.append(address)
         raise ConnectionRefusedError
 
-    monkeypatch.setattr("node.runtime.hostcalls.http.socket.socket.connect", connect)
+    monkeypatch.setattr("wasilet_node.runtime.hostcalls.http.socket.socket.connect", connect)
     return tried
 
 
@@ -160,7 +160,7 @@ def test_an_address_that_the_node_got_since_is_known_by_the_connection_itself(
     redirecting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ends of a connection of the machine to itself have one address, whatever the list of addresses says."""
-    monkeypatch.setattr("node.addresses.Guard.refusal", lambda *_: "")
+    monkeypatch.setattr("wasilet_node.addresses.Guard.refusal", lambda *_: "")
     with pytest.raises(HttpCallError, match="the node itself") as refused:
         HttpClient(policy(redirecting)).send(parse_url(redirecting), "GET", [], b"")
     assert refused.value.errno is HttpErrno.DESTINATION_NOT_ALLOWED

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.credentials import Credentials
-from harness.errors import ApiError
-from harness.kube import Hangup, Kube, api_path
-from harness.settings import load
-from harness.up import open_cluster
+from wasilet.cluster.up import open_cluster
+from wasilet.errors import ApiError
+from wasilet.kube.client import Hangup, Kube, api_path
+from wasilet.kube.credentials import Credentials
+from wasilet.settings import load
+
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e.churn import Creator, counting_pod, run_counts
 from tests.e2e.footprint import Footprint, footprint

@@ -15,11 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.console import PlainReporter, SilentReporter
-from harness.down import down
-from harness.providers.base import API_SERVER_STEP
-from harness.settings import Settings
-from harness.up import up
+from wasilet.cluster.down import down
+from wasilet.cluster.up import up
+from wasilet.providers.base import API_SERVER_STEP
+from wasilet.settings import Settings
+from wasilet.terminal.console import PlainReporter, SilentReporter
+
 from tests.clusters import temporary_settings
 from tests.rigs.kind.session import kind_rig
 

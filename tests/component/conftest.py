@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from wasilet.kube.client import Kube, api_path
 
-from harness.kube import Kube, api_path
 from tests.clusters import TestCluster
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.controlplane.pki import CLUSTER_CA, Pki
-from harness.kube import api_path
+from wasilet.controlplane.pki import CLUSTER_CA, Pki
+from wasilet.kube.client import api_path
+
 from tests.clusters import TestCluster
-from tests.unit.server_rig import Authority, Pair
+from tests.unit.node.server.rig import Authority, Pair
 
 
 class ControlPlane:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.controlplane.acquire import acquire
-from harness.htpasswd import entry
-from harness.settings import cache_root
+from wasilet.cluster.htpasswd import entry
+from wasilet.controlplane.acquire import acquire
+from wasilet.settings import cache_root
 
 START_TIMEOUT_SECONDS = 20.0
 USER, PASSWORD = "cat", "purr purr"

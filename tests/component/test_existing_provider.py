@@ -15,20 +15,20 @@ from typing import Any
 
 import pytest
 import yaml
+from wasilet.cluster.down import down
+from wasilet.cluster.state import State
+from wasilet.cluster.up import missing_for_pods, open_cluster, up
+from wasilet.errors import ApiError, HarnessError, UsageError
+from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.kube.credentials import read_credentials
+from wasilet.kube.kubeconfig import write_kubeconfig
+from wasilet.providers.existing import minified, routed_address
+from wasilet.providers.host import node_address
+from wasilet.providers.preflight import told_by_pods, try_bootstrap_token
+from wasilet.settings import Settings
+from wasilet.steps import Recap, Status
+from wasilet.terminal.console import PlainReporter, SilentReporter
 
-from harness.console import PlainReporter, SilentReporter
-from harness.credentials import read_credentials
-from harness.down import down
-from harness.errors import ApiError, HarnessError, UsageError
-from harness.kube import Kube, KubeObject, api_path
-from harness.kubeconfig import write_kubeconfig
-from harness.play import Recap, Status
-from harness.providers.existing import minified, routed_address
-from harness.providers.host import node_address
-from harness.providers.preflight import told_by_pods, try_bootstrap_token
-from harness.settings import Settings
-from harness.state import State
-from harness.up import missing_for_pods, open_cluster, up
 from tests.clusters import TestCluster, temporary_settings
 from tests.rigs.standins.world import World
 
@@ -225,7 +225,7 @@ class _Deaf(Kube):
 def test_a_server_that_takes_no_tokens_is_found_out(
     control_plane_cluster: TestCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.providers.preflight.TOKEN_TRIAL_SECONDS", 0.3)
+    monkeypatch.setattr("wasilet.providers.preflight.TOKEN_TRIAL_SECONDS", 0.3)
     credentials = read_credentials(control_plane_cluster.admin_kubeconfig)
     deaf = _Deaf(credentials)
     try:

@@ -22,19 +22,19 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from wasilet.cluster.approver import CSRS
+from wasilet.cluster.down import down
+from wasilet.cluster.state import State, port_is_free
+from wasilet.cluster.status import status
+from wasilet.cluster.up import up
+from wasilet.controlplane.pki import Pki
+from wasilet.errors import ApiError, PortTakenError, StateError, UsageError
+from wasilet.kube.client import Kube, api_path
+from wasilet.kube.credentials import Credentials, read_credentials
+from wasilet.settings import Settings
+from wasilet.steps import Recap, Status
+from wasilet.terminal.console import PlainReporter
 
-from harness.approver import CSRS
-from harness.console import PlainReporter
-from harness.controlplane.pki import Pki
-from harness.credentials import Credentials, read_credentials
-from harness.down import down
-from harness.errors import ApiError, PortTakenError, StateError, UsageError
-from harness.kube import Kube, api_path
-from harness.play import Recap, Status
-from harness.settings import Settings
-from harness.state import State, port_is_free
-from harness.status import status
-from harness.up import up
 from tests.clusters import TestCluster, temporary_settings, whole_cluster
 
 pytestmark = pytest.mark.component
@@ -223,7 +223,7 @@ def test_a_pod_may_not_reach_the_registry_by_another_name_than_the_one_told(own:
 
 def test_clusters_live_side_by_side_and_one_goes_without_the_other(own: TestCluster) -> None:
     environ = dict(own.settings.environ)
-    from harness.settings import load
+    from wasilet.settings import load
 
     other = load(environ=environ, name="beside", kubeconfig=own.settings.kubeconfig)
     before = pids(own.settings)
@@ -317,12 +317,12 @@ def test_a_wanted_port_that_is_taken_is_named_with_its_holder() -> None:
 def test_a_first_up_without_binaries_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from harness.controlplane.acquire import AcquireError
+    from wasilet.controlplane.acquire import AcquireError
 
     def nowhere(*_: object, **__: object) -> None:
         raise AcquireError("can be had from nowhere")
 
-    monkeypatch.setattr("harness.controlplane.acquire.acquire", nowhere)
+    monkeypatch.setattr("wasilet.controlplane.acquire.acquire", nowhere)
     with temporary_settings("bare") as made:
         environ = {k: v for k, v in made.environ.items() if k != "KUBEBUILDER_ASSETS"}
         environ |= {"WASILET_CACHE": str(tmp_path / "cache"), "PATH": str(tmp_path)}
@@ -344,7 +344,7 @@ def test_what_would_fail_half_way_is_refused_before_anything_is_made(
             damaged.write_text("clusters: 7\n")
             settings = replace(made, kubeconfig=damaged)
         else:
-            monkeypatch.setattr("harness.up.NEEDED_BYTES", 1 << 62)
+            monkeypatch.setattr("wasilet.cluster.up.NEEDED_BYTES", 1 << 62)
         with pytest.raises(StateError, match="is no kubeconfig" if what == "kubeconfig" else r"only \d+ MB are free"):
             up(settings, reporter=PlainReporter(io.StringIO()))
         assert not State.of(settings).path.exists()
@@ -355,9 +355,9 @@ def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_pat
         script = tmp_path / "up.py"
         script.write_text(
             "import sys, os, io\n"
-            "from harness.console import PlainReporter\n"
-            "from harness.settings import load\n"
-            "from harness.up import up\n"
+            "from wasilet.terminal.console import PlainReporter\n"
+            "from wasilet.settings import load\n"
+            "from wasilet.cluster.up import up\n"
             f"up(load(environ=os.environ, name='killed', kubeconfig={str(settings.kubeconfig)!r}),"
             " reporter=PlainReporter(sys.stderr))\n"
         )

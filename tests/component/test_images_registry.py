@@ -15,18 +15,18 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from wasilet.oci.artifact import Layout, make_artifact
+from wasilet.oci.push import push, reference_named
+from wasilet_common.oci import mediatypes
+from wasilet_node.images.compile import Compiler
+from wasilet_node.images.credentials import from_secrets
+from wasilet_node.images.manager import ImageManager
+from wasilet_node.images.model import Credential, Image, ImageError, PullPolicy
+from wasilet_node.runtime.protocol import GuestKind
+from wasilet_node.settings import ImageSettings
 
-from harness.artifact import Layout, make_artifact
-from harness.push import push, reference_named
-from node.images import mediatypes
-from node.images.compile import Compiler
-from node.images.credentials import from_secrets
-from node.images.manager import ImageManager
-from node.images.model import Credential, Image, ImageError, PullPolicy
-from node.runtime.protocol import GuestKind
-from node.settings import ImageSettings
 from tests.component.registry_rig import PASSWORD, USER, free_port, running_registry
-from tests.unit.images_fakes import Events, tar_of
+from tests.unit.node.images.fakes import Events, tar_of
 
 pytestmark = pytest.mark.component
 
@@ -193,10 +193,10 @@ async def test_a_registry_that_is_gone_is_a_prompt_error(images: ImageManager) -
 KILLED = """
 import asyncio, os, sys
 from pathlib import Path
-from node.images import store
-from node.images.manager import ImageManager
-from node.images.model import PullPolicy
-from node.settings import ImageSettings
+from wasilet_node.images import store
+from wasilet_node.images.manager import ImageManager
+from wasilet_node.images.model import PullPolicy
+from wasilet_node.settings import ImageSettings
 
 class NoCompiler:
     async def compile(self, path, digest, kind): ...

@@ -18,20 +18,20 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from wasilet.cluster.approver import examine
+from wasilet.cluster.token import bootstrap_config, create_token, write_bootstrap_file
+from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet_node import instance
+from wasilet_node.certificates import Certificates
+from wasilet_node.certificates_store import NodeNames, Pair, load_pair
+from wasilet_node.instance import AgentRecord
+from wasilet_node.kube.base import ApiStatusError, ForbiddenError
+from wasilet_node.kube.client import KubeClient
+from wasilet_node.kube.events import KubeEventRecorder
+from wasilet_node.lease import LeaseKeeper
+from wasilet_node.registration import Registration
+from wasilet_node.settings import NodePaths, NodeSettings
 
-from harness.approver import examine
-from harness.kube import Kube, KubeObject, api_path
-from harness.token import bootstrap_config, create_token, write_bootstrap_file
-from node import instance
-from node.certificates import Certificates
-from node.certificates_store import NodeNames, Pair, load_pair
-from node.instance import AgentRecord
-from node.kube.base import ApiStatusError, ForbiddenError
-from node.kube.client import KubeClient
-from node.kube.events import KubeEventRecorder
-from node.lease import LeaseKeeper
-from node.registration import Registration
-from node.settings import NodePaths, NodeSettings
 from tests.clusters import TestCluster
 
 pytestmark = pytest.mark.component
@@ -62,7 +62,7 @@ class AgentProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *arguments: str) -> None:
-        command = [sys.executable, "-P", "-m", "node", "--data-dir", str(self.data), "--node-name", self.name]
+        command = [sys.executable, "-P", "-m", "wasilet_node", "--data-dir", str(self.data), "--node-name", self.name]
         command += ["--node-ip", "127.0.0.1", "--port", "0", *arguments]
         if self._bootstrap is not None:
             command += ["--bootstrap-file", str(self._bootstrap)]
@@ -89,7 +89,7 @@ class AgentProcess:
 
     def shutdown(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-P", "-m", "node", "shutdown", "--data-dir", str(self.data)],
+            [sys.executable, "-P", "-m", "wasilet_node", "shutdown", "--data-dir", str(self.data)],
             capture_output=True, text=True, timeout=30, check=False, cwd="/", env=environment(),
         )  # fmt: skip
 
@@ -348,7 +348,7 @@ async def test_a_quiet_node_costs_nothing_and_a_moved_one_keeps_no_old_address(
     joined = await made.join()
     pair = load_pair(made.client_path)
     assert pair is not None
-    from node.certificates import _credentials
+    from wasilet_node.certificates import _credentials
 
     client = Counting(joined.cluster, _credentials(pair), user_agent="test")
     settings = NodeSettings(

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from wasilet.errors import HarnessError, UsageError
+from wasilet.oci.artifact import Layout, make_artifact
+from wasilet.oci.push import RegistryError, holds, pull, push, reference_named
 
-from harness.artifact import Layout, make_artifact
-from harness.errors import HarnessError, UsageError
-from harness.push import RegistryError, holds, pull, push, reference_named
 from tests.component.registry_rig import PASSWORD, USER, free_port, running_registry
 
 pytestmark = pytest.mark.component
@@ -160,7 +160,7 @@ def test_a_registry_that_is_not_there_is_an_error_that_says_so(module: Path) -> 
 
 
 def test_a_registry_that_accepts_and_says_nothing_is_given_up(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.push.READ_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("wasilet.oci.push.READ_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(RegistryError, match="does not answer in time"):

@@ -14,15 +14,15 @@ from typing import Any
 
 import aiohttp
 import pytest
+from wasilet.kube.client import api_path
+from wasilet_node.kube.client import KubeClient
+from wasilet_node.kube.kubeconfig import Cluster, Credentials
+from wasilet_node.runtime.protocol import StartError
+from wasilet_node.server.app import KubeletServer
 
-from harness.kube import api_path
-from node.kube.client import KubeClient
-from node.kube.kubeconfig import Cluster, Credentials
-from node.runtime.protocol import StartError
-from node.server.app import KubeletServer
 from tests.clusters import TestCluster
 from tests.component.plane import ControlPlane
-from tests.unit.server_rig import (
+from tests.unit.node.server.rig import (
     FakePods,
     FakeRuntime,
     client_context,

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.kube.client import api_path
+from wasilet_node.kube.base import ForbiddenError, NotFoundError
+from wasilet_node.kube.client import KubeClient
+from wasilet_node.kube.kubeconfig import Cluster, Credentials
+from wasilet_node.kube.references import References
+from wasilet_node.pods.environment import EnvironmentBuilder
+from wasilet_node.settings import NodePaths
+from wasilet_node.volumes.base import ContainerConfigError, VolumeError
+from wasilet_node.volumes.manager import VolumeManager
 
-from harness.kube import api_path
-from node.kube.base import ForbiddenError, NotFoundError
-from node.kube.client import KubeClient
-from node.kube.kubeconfig import Cluster, Credentials
-from node.kube.references import References
-from node.pods.environment import EnvironmentBuilder
-from node.settings import NodePaths
-from node.volumes.base import ContainerConfigError, VolumeError
-from node.volumes.manager import VolumeManager
 from tests.clusters import TestCluster
 from tests.component.plane import ControlPlane
 

@@ -6,11 +6,11 @@ import io
 from pathlib import Path
 
 import pytest
+from wasilet.demo.local_run import check
+from wasilet.demo.samples import LocalSpec, find_app
+from wasilet.oci.publish import pull_artifact, push_app
+from wasilet.terminal.console import PlainReporter
 
-from harness.console import PlainReporter
-from harness.publish import pull_artifact, push_app
-from harness.run import check
-from harness.samples import LocalSpec, find_app
 from tests.clusters import temporary_settings
 from tests.component.registry_rig import running_registry
 from tests.e2e import componentize

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from harness.credentials import Credentials
-from harness.errors import ApiError
-from harness.kube import Kube, KubeObject, api_path
+from wasilet.errors import ApiError
+from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.kube.credentials import Credentials
 
 CREATE_SECONDS = 60.0
 RETRY_SECONDS = 0.25

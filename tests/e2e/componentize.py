@@ -12,8 +12,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from harness import npm, process
-from harness.errors import HarnessError
+from wasilet import process
+from wasilet.build import npm
+from wasilet.errors import HarnessError
 
 _FOLDER = Path(__file__).with_name("adapter")
 _JCO = Path("node_modules/@bytecodealliance/jco/src/jco.js")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from wasilet.kube.client import Kube
 
-from harness.kube import Kube
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e.guests import Guests, build_toolbox
 from tests.e2e.stage import Stage

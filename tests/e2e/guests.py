@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import wasmtime
+from wasilet.build.application import build
+from wasilet.demo.demo_services import private_registry
+from wasilet.demo.samples import find_app
+from wasilet.oci.artifact import Artifact, Blob, Layout, make_artifact
+from wasilet.oci.push import push, reference_named
+from wasilet.providers.base import Cluster
+from wasilet_common.oci import mediatypes
 
-from harness.artifact import Artifact, Blob, Layout, make_artifact
-from harness.build import build
-from harness.providers.base import Cluster
-from harness.push import push, reference_named
-from harness.samples import find_app
-from harness.services import private_registry
-from node.images import mediatypes
 from tests.e2e import componentize
-from tests.unit.component_guests import component_guest
+from tests.unit.node.runtime.component_guests import component_guest
 
 FOLDER = Path(__file__).parent
 

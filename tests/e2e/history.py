@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.credentials import Credentials
-from harness.errors import ApiError
-from harness.kube import Hangup, Kube, KubeObject, api_path
+from wasilet.errors import ApiError
+from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
+from wasilet.kube.credentials import Credentials
 
 RETRY_SECONDS = 0.2
 _ORDER = {"": 0, "Pending": 0, "Running": 1, "Succeeded": 2, "Failed": 2}

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import wasmtime
+from wasilet_common.oci import mediatypes
 
-from node.images import mediatypes
-from tests.unit.component_guests import component_guest
-from tests.unit.runtime_guests import HELLO
+from tests.unit.node.runtime.component_guests import component_guest
+from tests.unit.node.runtime.guests import HELLO
 
 MAX_STALL_SECONDS = 3.0
 

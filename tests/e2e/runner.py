@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import ApiError
-from harness.kube import Kube, KubeObject, api_path
-from harness.resources import Resources
+from wasilet.errors import ApiError
+from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.kube.resources import Resources
+
 from tests.e2e.casefiles import Case, filled, whole_object
 from tests.e2e.guests import Guests
 from tests.e2e.matching import mismatches

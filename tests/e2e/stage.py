@@ -14,10 +14,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.credentials import Credentials
-from harness.errors import ApiError
-from harness.kube import Hangup, Kube, KubeObject, api_path
-from harness.resources import Resources
+from wasilet.errors import ApiError
+from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
+from wasilet.kube.credentials import Credentials
+from wasilet.kube.resources import Resources
 
 POLL_SECONDS = 0.2
 SERVICE_ACCOUNT_SECONDS = 60.0

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.demo import demo as apps
+from wasilet.demo.new_app import new_app
+from wasilet.demo.samples import sample_names
+from wasilet.kube.client import api_path
+from wasilet.settings import Settings
+from wasilet.terminal.console import PlainReporter
 
-from harness import apps
-from harness.console import PlainReporter
-from harness.kube import api_path
-from harness.new import new_app
-from harness.samples import sample_names
-from harness.settings import Settings
 from tests.clusters import TestCluster
 
 pytestmark = pytest.mark.e2e

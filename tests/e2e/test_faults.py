@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from wasilet import process
+from wasilet.cluster.up import up
+from wasilet.kube.client import Kube, api_path
+from wasilet.settings import TimeoutSettings
+from wasilet.terminal.console import PlainReporter
 
-from harness import process
-from harness.console import PlainReporter
-from harness.kube import Kube, api_path
-from harness.settings import TimeoutSettings
-from harness.up import up
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e.churn import Churn, Creator, counting_pod, run_counts
 from tests.e2e.footprint import footprint

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import pytest
 import wasmtime
+from wasilet.errors import ApiError
+from wasilet.kube.client import KubeObject, api_path
 
-from harness.errors import ApiError
-from harness.kube import KubeObject, api_path
 from tests.e2e.conftest import Roomy
 from tests.e2e.guests import Guests, build_toolbox, wasm_artifact
 from tests.e2e.hostile import LyingRegistry, modules, odd_annotations, pod_spec
 from tests.e2e.stage import is_ready, phase
 from tests.e2e.test_cases import agent_pid, unexpected_lines
-from tests.unit.runtime_guests import HELLO
+from tests.unit.node.runtime.guests import HELLO
 
 pytestmark = pytest.mark.e2e
 

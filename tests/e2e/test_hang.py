@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from wasilet.kube.client import api_path
+from wasilet_node.runtime import supervisor_registry
 
-from harness.kube import api_path
-from node.runtime import locate
 from tests.e2e.conftest import Roomy
 from tests.e2e.stage import is_ready, phase
 
@@ -35,7 +35,7 @@ def pod(name: str, image: str, *args: str, **spec: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def hanging_supervisor(roomy: Roomy) -> Iterator[None]:
-    pointer = locate.current(roomy.cluster.cluster.state.node(roomy.node))
+    pointer = supervisor_registry.current(roomy.cluster.cluster.state.node(roomy.node))
     assert pointer is not None
     os.kill(pointer.pid, signal.SIGSTOP)
     try:

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from wasilet.build.application import build
+from wasilet.demo.samples import find_app
+from wasilet.kube.client import KubeObject, api_path
 
-from harness.build import build
-from harness.kube import KubeObject, api_path
-from harness.samples import find_app
 from tests.clusters import TestCluster
 from tests.e2e.guests import Guests
 from tests.e2e.runner import read_log

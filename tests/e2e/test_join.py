@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.cluster import join
+from wasilet.cluster.down import down
+from wasilet.cluster.state import port_is_free
+from wasilet.cluster.up import node_is_ready, up
+from wasilet.errors import ApiError
+from wasilet.kube.client import api_path
+from wasilet.oci.publish import push_app
+from wasilet.process import is_alive
+from wasilet.steps import Status
+from wasilet.terminal.console import SilentReporter
 
-from harness import join
-from harness.console import SilentReporter
-from harness.down import down
-from harness.errors import ApiError
-from harness.kube import api_path
-from harness.play import Status
-from harness.process import is_alive
-from harness.publish import push_app
-from harness.state import port_is_free
-from harness.up import node_is_ready, up
 from tests.clusters import TestCluster, whole_cluster
 
 pytestmark = pytest.mark.e2e
@@ -103,7 +103,7 @@ def _joined(own: TestCluster, machine: Machine, folder: Path) -> Iterator[join.J
         eventually(lambda: ready(own, "other-1"), "node other-1", (folder / "log").read_text)
         yield made
     finally:
-        shutdown = [sys.executable, "-P", "-m", "node", "shutdown", "--data-dir", str(data), "--timeout", "10"]
+        shutdown = [sys.executable, "-P", "-m", "wasilet_node", "shutdown", "--data-dir", str(data), "--timeout", "10"]
         machine.run(*shutdown, env=env, cwd="/").wait(20)
         agent.wait(20)
 

@@ -19,21 +19,21 @@ from typing import Any
 
 import pytest
 import yaml
+from wasilet.cluster.approver import CSRS
+from wasilet.cluster.down import down
+from wasilet.cluster.state import port_is_free
+from wasilet.cluster.up import open_cluster, up
+from wasilet.controlplane.acquire import acquire
+from wasilet.errors import ApiError
+from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.oci.publish import push_app
+from wasilet.process import is_alive, stop
+from wasilet.providers.docker import Docker
+from wasilet.providers.kind import CLUSTER_LABEL
+from wasilet.settings import Settings, cache_root
+from wasilet.steps import Status
+from wasilet.terminal.console import PlainReporter, SilentReporter
 
-from harness.approver import CSRS
-from harness.console import PlainReporter, SilentReporter
-from harness.controlplane.acquire import acquire
-from harness.down import down
-from harness.errors import ApiError
-from harness.kube import Kube, KubeObject, api_path
-from harness.play import Status
-from harness.process import is_alive, stop
-from harness.providers.docker import Docker
-from harness.providers.kind import CLUSTER_LABEL
-from harness.publish import push_app
-from harness.settings import Settings, cache_root
-from harness.state import port_is_free
-from harness.up import open_cluster, up
 from tests.clusters import TestCluster, temporary_settings, whole_cluster
 from tests.rigs.kind.session import KindRig
 
@@ -356,9 +356,9 @@ def kill_while(settings: Settings, until: Any, folder: Path, *, after_seconds: f
     values = {"name": settings.name, "provider": "kind", "image": settings.image, "config": str(settings.config)}
     script.write_text(
         "import json, os, sys\n"
-        "from harness.console import PlainReporter\n"
-        "from harness.settings import load\n"
-        "from harness.up import up\n"
+        "from wasilet.terminal.console import PlainReporter\n"
+        "from wasilet.settings import load\n"
+        "from wasilet.cluster.up import up\n"
         f"up(load(environ=os.environ, kubeconfig={str(settings.kubeconfig)!r}, **json.loads({json.dumps(values)!r})),"
         " reporter=PlainReporter(sys.stderr))\n"
     )

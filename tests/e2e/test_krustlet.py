@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.kube.client import Kube, KubeObject, api_path
 
-from harness.kube import Kube, KubeObject, api_path
 from tests.clusters import TestCluster
 from tests.e2e.guests import Guests, build_toolbox
 from tests.e2e.stage import Stage, is_ready, phase
@@ -68,7 +68,7 @@ def krustlet(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
         "MAX_PODS": "17",
         "NODE_LABELS": "krustlet.example/own=yes,topology.kubernetes.io/zone=here",
     }
-    command = [sys.executable, "-P", "-m", "node", *(word for taint in TAINTS for word in ("--taint", taint))]
+    command = [sys.executable, "-P", "-m", "wasilet_node", *(word for taint in TAINTS for word in ("--taint", taint))]
     stage = Stage(cluster.cluster.admin_credentials())
     with log.open("wb") as output:
         agent = subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
@@ -84,7 +84,7 @@ def krustlet(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
         agent.terminate()
         agent.wait(30)
         subprocess.run(
-            [sys.executable, "-P", "-m", "node", "shutdown", "--data-dir", str(data)], timeout=60, check=True
+            [sys.executable, "-P", "-m", "wasilet_node", "shutdown", "--data-dir", str(data)], timeout=60, check=True
         )
         kube.delete(f"/api/v1/nodes/{NODE}")
         stage.close()

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.cluster.up import node_is_ready
+from wasilet.controlplane.acquire import acquire
+from wasilet.kube.client import KubeObject, api_path
+from wasilet.oci.publish import push_app
+from wasilet.settings import cache_root
+from wasilet.terminal.console import SilentReporter
 
-from harness.console import SilentReporter
-from harness.controlplane.acquire import acquire
-from harness.kube import KubeObject, api_path
-from harness.publish import push_app
-from harness.settings import cache_root
-from harness.up import node_is_ready
 from tests.clusters import TestCluster, whole_cluster
 
 pytestmark = pytest.mark.e2e

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from wasilet import process
+from wasilet.controlplane.acquire import locate
+from wasilet.kube.client import KubeObject, api_path
 
-from harness import process
-from harness.controlplane.acquire import locate
-from harness.kube import KubeObject, api_path
 from tests.e2e.conftest import Roomy
 from tests.e2e.matching import mismatches
 from tests.e2e.stage import is_ready, phase

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from wasilet.kube.client import api_path
 
-from harness.kube import api_path
 from tests.e2e.conftest import Roomy
 from tests.e2e.stage import is_ready, phase
 from tests.e2e.test_cases import unexpected_lines

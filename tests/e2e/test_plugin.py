@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from wasilet.demo.new_app import new_app
+from wasilet.kube.client import api_path
 
-from harness.kube import api_path
-from harness.new import new_app
 from tests.clusters import TestCluster, temporary_settings
 
 pytestmark = pytest.mark.e2e

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from wasilet.controlplane.acquire import acquire
+from wasilet.providers.docker import Docker
+from wasilet.providers.kind import CLUSTER_LABEL
+from wasilet.settings import cache_root
 
-from harness.controlplane.acquire import acquire
-from harness.providers.docker import Docker
-from harness.providers.kind import CLUSTER_LABEL
-from harness.settings import cache_root
 from tests.rigs.kind.session import KindRig
 
 pytestmark = pytest.mark.e2e

@@ -11,11 +11,11 @@ import zlib
 from pathlib import Path
 
 import pytest
+from wasilet.build import apt
+from wasilet.errors import HarnessError
+from wasilet.terminal.console import PlainReporter
+from wasilet.terminal.report import write_report
 
-from harness import apt
-from harness.console import PlainReporter
-from harness.errors import HarnessError
-from harness.report import write_report
 from tests.clusters import TestCluster
 
 pytestmark = pytest.mark.e2e
@@ -101,7 +101,7 @@ def test_a_browser_shows_the_demo(cluster: TestCluster, chromium: str, tmp_path:
 
 def test_a_hostile_page_runs_nothing(chromium: str, tmp_path: Path) -> None:
     """The page's own policy, apart from the escaping: a script that got in would not run."""
-    from harness.report import page
+    from wasilet.terminal.report import page
 
     file = tmp_path / "report.html"
     evil = "<script>document.title = 'taken over'</script>"

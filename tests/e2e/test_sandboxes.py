@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from wasilet.cluster.down import down
+from wasilet.cluster.up import open_cluster, up
+from wasilet.kube.client import api_path
+from wasilet.terminal.console import PlainReporter
 
-from harness.console import PlainReporter
-from harness.down import down
-from harness.kube import api_path
-from harness.up import open_cluster, up
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e.guests import Guests, build_toolbox
 

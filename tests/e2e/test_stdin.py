@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from wasilet.controlplane.acquire import locate
+from wasilet.kube.client import api_path
 
-from harness.controlplane.acquire import locate
-from harness.kube import api_path
 from tests.e2e.conftest import Roomy
 from tests.e2e.matching import mismatches
 

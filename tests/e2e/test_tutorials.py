@@ -21,9 +21,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from wasilet.controlplane.acquire import locate
+from wasilet.settings import cache_root
 
-from harness.controlplane.acquire import locate
-from harness.settings import cache_root
 from tests.docs_pages import DOCS, Command, File, begins, items, matches
 
 pytestmark = pytest.mark.e2e

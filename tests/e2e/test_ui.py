@@ -16,8 +16,8 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
+from wasilet.kube.client import api_path
 
-from harness.kube import api_path
 from tests.clusters import TestCluster
 
 pytestmark = pytest.mark.e2e

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from wasilet_node import logfolders
+from wasilet_node.server.logs import find_log
 
-from node import logfolders
-from node.server.logs import find_log
-from tests.unit.pods_fakes import Fakes, eventually
-from tests.unit.pods_fakes import make_pod as bound_pod
-from tests.unit.pods_rig import container, gone, phase, running
-from tests.unit.server_rig import make_pod
+from tests.unit.node.pods.fakes import Fakes, eventually
+from tests.unit.node.pods.fakes import make_pod as bound_pod
+from tests.unit.node.pods.rig import container, gone, phase, running
+from tests.unit.node.server.rig import make_pod
 
 pytestmark = pytest.mark.unit
 

@@ -8,9 +8,8 @@ import pickle
 from pathlib import Path
 
 import pytest
-
-from harness.errors import ApiError, UsageError
-from harness.manifest_file import manifest_errors, parse_objects
+from wasilet.errors import ApiError, UsageError
+from wasilet.manifest_file import manifest_errors, parse_objects
 
 pytestmark = pytest.mark.unit
 

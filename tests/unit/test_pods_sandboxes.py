@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX, CHANGED_MESSAGE, PodSandbox, begins_anew
+from wasilet_node.runtime.protocol import RuntimeUnavailableError
 
-from node.pods.sandboxes import ANNOTATION_SANDBOX, CHANGED_MESSAGE, PodSandbox, begins_anew
-from node.runtime.protocol import RuntimeUnavailableError
-from tests.unit.pods_fakes import Fakes, eventually, make_instance, make_pod
-from tests.unit.pods_rig import container, phase, running
+from tests.unit.node.pods.fakes import Fakes, eventually, make_instance, make_pod
+from tests.unit.node.pods.rig import container, phase, running
 
 pytestmark = pytest.mark.unit
 

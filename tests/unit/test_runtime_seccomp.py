@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-
-from node.runtime import seccomp
-from node.runtime.seccomp import Network
+from wasilet_node.runtime import seccomp
+from wasilet_node.runtime.seccomp import Network
 
 pytestmark = pytest.mark.unit
 needs_filter = pytest.mark.skipif(not seccomp.available(), reason="this kernel takes no filters")
@@ -31,7 +30,7 @@ NEVER_FILTERED = {335, 336}
 PRELUDE = """
 import ctypes, encodings.idna, errno, json, os, resource, signal, socket, struct, sys
 from pathlib import Path
-from node.runtime import linux, seccomp
+from wasilet_node.runtime import linux, seccomp
 
 network = seccomp.Network(sys.argv[1])
 column = seccomp.ARCHITECTURES[os.uname().machine].column

@@ -6,9 +6,10 @@ import asyncio
 import sys
 from pathlib import Path
 
-from node.runtime.client import ensure_supervisor
-from node.settings import LogSettings, NodePaths
-from tests.unit.runtime_guests import SLEEPER, Rig
+from wasilet_node.runtime.client import ensure_supervisor
+from wasilet_node.settings import LogSettings, NodePaths
+
+from tests.unit.node.runtime.guests import SLEEPER, Rig
 
 
 async def serve(data: Path, seen: Path) -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from wasilet import process
+from wasilet.build.application import build
+from wasilet.demo.samples import find_app
+from wasilet.oci.artifact import Artifact, Blob
+from wasilet.oci.push import push, reference_named
+from wasilet_common.oci import mediatypes
 
-from harness import process
-from harness.artifact import Artifact, Blob
-from harness.build import build
-from harness.push import push, reference_named
-from harness.samples import find_app
-from node.images import mediatypes
 from tests.rigs.conformance.suite import HERE, Suite
 
 REPOSITORY = "e2e"

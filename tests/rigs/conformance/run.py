@@ -15,12 +15,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from harness import process
-from harness.controlplane.acquire import acquire as acquire_binaries
-from harness.errors import HarnessError
-from harness.settings import cache_root, load
-from harness.status import status
-from harness.up import open_cluster
+from wasilet import process
+from wasilet.cluster.status import status
+from wasilet.cluster.up import open_cluster
+from wasilet.controlplane.acquire import acquire as acquire_binaries
+from wasilet.errors import HarnessError
+from wasilet.settings import cache_root, load
+
 from tests.clusters import TestCluster, whole_cluster
 from tests.rigs.conformance import images, report, suite
 

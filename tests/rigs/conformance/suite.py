@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import process
-from harness.controlplane.binaries import BINARIES
-from harness.controlplane.gobuild import BUILD_TIMEOUT_SECONDS, find_go
-from harness.errors import HarnessError
+from wasilet import process
+from wasilet.controlplane.binaries import BINARIES
+from wasilet.controlplane.gobuild import BUILD_TIMEOUT_SECONDS, find_go
+from wasilet.errors import HarnessError
 
 HERE = Path(__file__).resolve().parent
 VERSION = BINARIES["kube-apiserver"].version

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-
-from harness import apt, process
-from harness.errors import HarnessError
+from wasilet import process
+from wasilet.build import apt
+from wasilet.errors import HarnessError
 
 PACKAGES = ("docker.io", "iptables", "iproute2")
 START_TIMEOUT_SECONDS = 60.0

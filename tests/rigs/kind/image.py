@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import apt, process
-from harness.controlplane.acquire import acquire
-from harness.controlplane.binaries import BINARIES
-from harness.controlplane.gobuild import find_go
-from harness.errors import HarnessError
+from wasilet import process
+from wasilet.build import apt
+from wasilet.controlplane.acquire import acquire
+from wasilet.controlplane.binaries import BINARIES
+from wasilet.controlplane.gobuild import find_go
+from wasilet.errors import HarnessError
+
 from tests.rigs.kind.engine import Engine
 
 FILES = Path(__file__).resolve().parent / "files"

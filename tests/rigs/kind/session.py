@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import apt, process
-from harness.controlplane.gobuild import find_go
-from harness.errors import HarnessError
-from harness.settings import cache_root
+from wasilet import process
+from wasilet.build import apt
+from wasilet.controlplane.gobuild import find_go
+from wasilet.errors import HarnessError
+from wasilet.settings import cache_root
+
 from tests.rigs.kind.engine import Engine, answers, docker_engine
 from tests.rigs.kind.image import build_go_program, build_go_tool, node_image
 

@@ -1,0 +1,371 @@
+"""Approves the serving certificates that nodes may rightly ask for, and no others.
+
+The controller-manager approves a node's *client* certificate, never its serving one: it cannot know which addresses
+are the node's. This process knows, for it asks the API server for the Node. It is long-lived, because nodes renew;
+it has a credential of its own that can do nothing else (``manifests/approver-rbac.yaml.j2``).
+
+A request is approved when all of this holds, and is otherwise left alone, with the reason in the log once:
+
+- the signer is ``kubernetes.io/kubelet-serving``;
+- the requester is a node (``system:node:<name>``, in ``system:nodes``), and the subject is exactly that node's;
+- the usages are one of the two sets the signer allows;
+- there is a name or address, each is one of that Node's own, and nothing but names and addresses is asked for.
+
+It denies nothing: a request that is premature (the Node does not know its new address yet) becomes right by waiting,
+and is looked at again. ``python -P -m wasilet.cluster.approver --kubeconfig FILE [--status-file FILE]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import ipaddress
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wasilet.errors import ApiError, HarnessError
+from wasilet.kube.client import Kube, KubeObject, api_path
+
+logger = logging.getLogger("wasilet.approver")
+
+SIGNER = "kubernetes.io/kubelet-serving"
+CSRS = api_path("certificatesigningrequests", group="certificates.k8s.io")
+USAGES = (
+    frozenset({"digital signature", "server auth"}),
+    frozenset({"digital signature", "key encipherment", "server auth"}),
+)
+MAX_REQUEST_BYTES = 65536
+WATCH_SECONDS = 240
+RETRY_FIRST_SECONDS = 0.1
+RETRY_LAST_SECONDS = 15.0
+AWAY_LAST_SECONDS = 3.0
+_NODE_PREFIX = "system:node:"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a request. ``why`` is for people: the reason it was left alone, or what was approved."""
+
+    approve: bool
+    why: str
+    pending: bool = False
+    """Left alone for now: what is missing may come (the Node, or an address of it)."""
+
+
+class _RefusalError(Exception):
+    def __init__(self, why: str, *, pending: bool = False) -> None:
+        super().__init__(why)
+        self.why = why
+        self.pending = pending
+
+
+# --- the rules -------------------------------------------------------------------------------------------------------
+
+
+def is_open(csr: KubeObject) -> bool:
+    """Whether a request is the signer's and still undecided."""
+    status = csr.get("status") or {}
+    return (
+        (csr.get("spec") or {}).get("signerName") == SIGNER
+        and not status.get("conditions")
+        and not status.get("certificate")
+    )
+
+
+def requesting_node(csr: KubeObject) -> str:
+    """The name of the node that asks; empty when the requester is no node."""
+    spec = csr.get("spec") or {}
+    username = str(spec.get("username") or "")
+    if not username.startswith(_NODE_PREFIX) or "system:nodes" not in (spec.get("groups") or []):
+        return ""
+    return username.removeprefix(_NODE_PREFIX)
+
+
+def judge(csr: KubeObject, node: KubeObject | None) -> Verdict:
+    """Apply the rules to an open request. ``node``: the Node object of the requester, None when there is none."""
+    try:
+        return Verdict(approve=True, why=_checked(csr, node))
+    except _RefusalError as refusal:
+        return Verdict(approve=False, why=refusal.why, pending=refusal.pending)
+
+
+def _checked(csr: KubeObject, node: KubeObject | None) -> str:
+    spec = csr.get("spec") or {}
+    if spec.get("signerName") != SIGNER:
+        raise _RefusalError(f"the signer is {spec.get('signerName')!r}")
+    name = requesting_node(csr)
+    if not name:
+        raise _RefusalError(f"the requester {spec.get('username')!r} is no node")
+    usages = frozenset(map(str, spec.get("usages") or []))
+    if usages not in USAGES:
+        raise _RefusalError(f"the usages are {', '.join(sorted(usages)) or 'none'}")
+    dns, ips = _requested_names(str(spec.get("request") or ""), str(spec["username"]))
+    if node is None:
+        raise _RefusalError(f"there is no Node {name!r}", pending=True)
+    own_dns, own_ips = node_names(node)
+    if node.get("metadata", {}).get("name") != name:
+        raise _RefusalError(f"the Node is not {name!r}")
+    foreign = sorted(dns - own_dns) + sorted(str(ip) for ip in ips - own_ips)
+    if foreign:
+        raise _RefusalError(f"not a name or address of Node {name!r}: {', '.join(foreign)}", pending=True)
+    return f"{name}: {', '.join([*sorted(dns), *sorted(str(ip) for ip in ips)])}"
+
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def node_names(node: KubeObject) -> tuple[frozenset[str], frozenset[_Address]]:
+    """A Node's DNS names (its own among them) and IP addresses, by its status."""
+    dns = {str(node.get("metadata", {}).get("name"))}
+    ips: set[_Address] = set()
+    for entry in (node.get("status") or {}).get("addresses") or []:
+        kind, address = str(entry.get("type")), str(entry.get("address"))
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            if kind in {"Hostname", "InternalDNS", "ExternalDNS"}:
+                dns.add(address)
+        else:
+            if kind in {"InternalIP", "ExternalIP"}:
+                ips.add(parsed)
+    return frozenset(dns), frozenset(ips)
+
+
+def _requested_names(request: str, username: str) -> tuple[frozenset[str], frozenset[_Address]]:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        pem = base64.b64decode(request, validate=True)
+        if len(pem) > MAX_REQUEST_BYTES:
+            raise _RefusalError("the request is too large")
+        parsed = x509.load_pem_x509_csr(pem)
+        if not parsed.is_signature_valid:
+            raise _RefusalError("the request is not signed by the key it is for")
+        _check_subject(parsed.subject, username)
+        return _names_of(parsed)
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType) as error:
+        raise _RefusalError(f"the request cannot be read: {error}") from error
+    except x509.DuplicateExtension as error:
+        raise _RefusalError("an extension is there twice") from error
+
+
+def _check_subject(subject: Any, username: str) -> None:
+    from cryptography.x509.oid import NameOID
+
+    found = sorted((attribute.oid.dotted_string, str(attribute.value)) for attribute in subject)
+    wanted = sorted(
+        [(NameOID.COMMON_NAME.dotted_string, username), (NameOID.ORGANIZATION_NAME.dotted_string, "system:nodes")]
+    )
+    if found != wanted:
+        raise _RefusalError(f"the subject is {subject.rfc4514_string()!r}, not that of {username}")
+
+
+def _names_of(request: Any) -> tuple[frozenset[str], frozenset[_Address]]:
+    from cryptography import x509
+
+    dns: set[str] = set()
+    ips: set[_Address] = set()
+    for extension in request.extensions:
+        value = extension.value
+        if isinstance(value, x509.SubjectAlternativeName):
+            for name in value:
+                if isinstance(name, x509.DNSName):
+                    dns.add(name.value)
+                elif isinstance(name, x509.IPAddress) and isinstance(
+                    name.value, ipaddress.IPv4Address | ipaddress.IPv6Address
+                ):
+                    ips.add(name.value)
+                else:
+                    raise _RefusalError(f"a {type(name).__name__} is asked for")
+        elif isinstance(value, x509.BasicConstraints):
+            if value.ca:
+                raise _RefusalError("an authority's certificate is asked for")
+        elif not isinstance(value, x509.KeyUsage | x509.ExtendedKeyUsage):
+            raise _RefusalError(f"extension {extension.oid.dotted_string} is asked for")
+    if not dns and not ips:
+        raise _RefusalError("no name and no address is asked for")
+    return frozenset(dns), frozenset(ips)
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def approve(kube: Kube, csr: KubeObject, why: str) -> None:
+    """Add the Approved condition. Raises ApiError (409 when the request changed meanwhile)."""
+    condition = {
+        "type": "Approved",
+        "status": "True",
+        "reason": "AddressesBelongToNode",
+        "message": f"approved by wasilet: {why}"[:1000],
+    }
+    body = csr | {"status": {**(csr.get("status") or {}), "conditions": [condition]}}
+    kube.replace(f"{CSRS}/{csr['metadata']['name']}/approval", body)
+
+
+def examine(kube: Kube, csr: KubeObject) -> Verdict:
+    """Judge one open request by the Node as it is now, and approve it when it is right. Raises ApiError."""
+    name = requesting_node(csr)
+    node = kube.find(api_path("nodes", name)) if name else None
+    verdict = judge(csr, node)
+    if verdict.approve:
+        approve(kube, csr, verdict.why)
+    return verdict
+
+
+@dataclass
+class _Waiting:
+    csr: KubeObject
+    due: float
+    pause_seconds: float = RETRY_FIRST_SECONDS
+    said: str = ""
+
+
+_SYNCED: KubeObject = {}
+
+
+@dataclass
+class Approver:
+    """The loop: one thread watches and queues, the caller's thread judges."""
+
+    kube: Kube
+    status_file: Path | None = None
+    _events: queue.SimpleQueue[KubeObject] = field(default_factory=queue.SimpleQueue, init=False)
+    _waiting: dict[str, _Waiting] = field(default_factory=dict, init=False)
+    _approved: int = field(default=0, init=False)
+    _synced: bool = field(default=False, init=False)
+
+    def run(self, stop: threading.Event) -> None:
+        """Until ``stop`` is set (looked at once a second)."""
+        self._report()
+        watcher = threading.Thread(target=self._watch, args=(stop,), name="watch", daemon=True)
+        watcher.start()
+        while not stop.is_set():
+            pause = min([1.0, *(max(0.0, w.due - time.monotonic()) for w in self._waiting.values())])
+            try:
+                event = self._events.get(timeout=pause) if pause > 0 else None
+            except queue.Empty:
+                event = None
+            if event is not None:
+                self._take(event)
+            for name in [n for n, w in self._waiting.items() if w.due <= time.monotonic()]:
+                self._examine(name)
+
+    def _take(self, event: KubeObject) -> None:
+        if event is _SYNCED:
+            if not self._synced:
+                self._synced = True
+                logger.info("watching certificate signing requests at %s", self.kube.server)
+                self._report()
+            return
+        csr = event["object"]
+        name = str(csr["metadata"]["name"])
+        if event["type"] == "DELETED" or not is_open(csr):
+            if self._waiting.pop(name, None):
+                self._report()
+            return
+        known = self._waiting.get(name)
+        self._waiting[name] = _Waiting(csr, time.monotonic(), said=known.said if known else "")
+
+    def _examine(self, name: str) -> None:
+        waiting = self._waiting[name]
+        try:
+            verdict = examine(self.kube, waiting.csr)
+        except ApiError as error:
+            if error.code in {404, 409}:
+                # Somebody else was faster, or it is gone; the watch brings what it is now.
+                self._waiting.pop(name, None)
+                return
+            verdict = Verdict(approve=False, why=error.message, pending=True)
+        if verdict.approve:
+            self._waiting.pop(name, None)
+            self._approved += 1
+            logger.info("approved %s for %s", name, verdict.why)
+            self._report()
+            return
+        waiting.due = time.monotonic() + (waiting.pause_seconds if verdict.pending else float("inf"))
+        waiting.pause_seconds = min(waiting.pause_seconds * 2, RETRY_LAST_SECONDS)
+        if waiting.said != verdict.why:
+            waiting.said = verdict.why
+            logger.warning("left alone %s%s: %s", name, " for now" if verdict.pending else "", verdict.why)
+            self._report()
+
+    def _watch(self, stop: threading.Event) -> None:
+        away = RETRY_FIRST_SECONDS
+        said = ""
+        selector = f"spec.signerName={SIGNER}"
+        while not stop.is_set():
+            try:
+                listed = self.kube.get(CSRS, fieldSelector=selector)
+                for item in listed.get("items") or []:
+                    self._events.put({"type": "ADDED", "object": item})
+                self._events.put(_SYNCED)
+                away, said = RETRY_FIRST_SECONDS, ""
+                self._follow(selector, str(listed["metadata"]["resourceVersion"]), stop)
+            except ApiError as error:
+                if str(error) != said:
+                    said = str(error)
+                    logger.warning("%s; trying again", said)
+                stop.wait(away)
+                away = min(away * 2, AWAY_LAST_SECONDS)
+
+    def _follow(self, selector: str, version: str, stop: threading.Event) -> None:
+        while not stop.is_set():
+            with self.kube.watch(
+                CSRS,
+                timeout_seconds=WATCH_SECONDS,
+                idle_seconds=WATCH_SECONDS + 30.0,
+                fieldSelector=selector,
+                resourceVersion=version,
+            ) as events:
+                for event in events:
+                    if event["type"] == "ERROR":
+                        return
+                    version = str(event["object"]["metadata"]["resourceVersion"])
+                    if event["type"] != "BOOKMARK":
+                        self._events.put(event)
+
+    def _report(self) -> None:
+        """The status file: for ``status``, and to know that the approver works."""
+        if self.status_file is None:
+            return
+        left = [{"name": name, "why": w.said} for name, w in self._waiting.items() if w.said]
+        data = {"pid": os.getpid(), "ready": self._synced, "approved": self._approved, "left_alone": left[:50]}
+        temporary = self.status_file.with_name(f".{self.status_file.name}.{os.getpid()}")
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                json.dump(data, file)
+            temporary.replace(self.status_file)
+        except OSError as error:
+            logger.warning("cannot write %s: %s", self.status_file, error.strerror)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="wasilet.cluster.approver", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kubeconfig", type=Path, required=True)
+    parser.add_argument("--status-file", type=Path)
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        Approver(Kube.from_kubeconfig(options.kubeconfig), options.status_file).run(threading.Event())
+    except HarnessError as error:
+        logger.error("%s", error)  # noqa: TRY400  (one clear line; the trace says nothing more)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,461 @@
+"""What is remembered of a cluster: one folder, ``<state root>/<name>``, all of it private to the user.
+
+::
+
+    cluster.json      provider, run id, ports, addresses: written atomically
+    run/<component>.json   pid and start time of each long-lived process
+    run/*.argv        the command line it was started with
+    lock              held (flock) by the run that changes the cluster; holds its pid
+    pki/ etc/ logs/ etcd/ registry/ nodes/<node>/
+
+A file is written beside its target and renamed, so that a run killed at any moment leaves the old or the new one. The
+run id is random, and in the environment of every process of the cluster: it finds a process that was started by a run
+that died before it could write the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wasilet.errors import PortTakenError, StateError
+from wasilet.process import ProcessRecord, check_cancelled, is_alive, with_environment
+from wasilet.settings import DEFAULT_NAME, Settings
+
+RUN_ID_VARIABLE = "WASILET_RUN_ID"
+LOCK_POLL_SECONDS = 0.1
+PREFERRED_PORTS = {"apiserver": 6443, "registry": 5000, "kubelet": 10250}
+"""What the cluster ``wasilet`` takes when it is free; any other cluster gets ports of its own range."""
+
+NO_ROOM = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT})
+FULL_DISK_HINT = "free some space, or set WASILET_STATE_HOME and WASILET_CACHE to folders on another disk"
+
+_FIRST_PORT, _LAST_PORT = 20000, 32000
+"""Below Linux's ephemeral range (32768), so that no outgoing connection sits on a port of ours."""
+
+EVERYWHERE = "0.0.0.0"  # noqa: S104  (asked about, never listened on)
+"""A port that is free here has no listener on any address of this machine."""
+
+
+@dataclass(frozen=True)
+class ComponentRecord:
+    """A long-lived process of a cluster."""
+
+    name: str
+    process: ProcessRecord
+    log: Path
+    argv_digest: str
+    """SHA-256 of the command line and configuration it was started with: another one means a restart."""
+
+    log_start_bytes: int = 0
+    """How long the log was before: what precedes is an earlier process's."""
+
+
+class State:
+    """The folder of one cluster. Nothing is made before :meth:`create`."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root = root
+        self.name = name
+        self.path = root / name
+        self._updating = threading.Lock()
+
+    @classmethod
+    def of(cls, settings: Settings) -> State:
+        """The state of ``settings.name``."""
+        return cls(settings.state_root, settings.name)
+
+    # --- folders ---------------------------------------------------------------------------------------------------
+
+    @property
+    def logs(self) -> Path:
+        """``<component>.log`` each."""
+        return self.path / "logs"
+
+    @property
+    def pki(self) -> Path:
+        """Keys and certificates."""
+        return self.path / "pki"
+
+    @property
+    def etc(self) -> Path:
+        """Configuration files and kubeconfigs of components."""
+        return self.path / "etc"
+
+    @property
+    def run(self) -> Path:
+        """Process records."""
+        return self.path / "run"
+
+    @property
+    def admin_kubeconfig(self) -> Path:
+        """The administrator's kubeconfig, which the harness itself uses."""
+        return self.etc / "admin.conf"
+
+    @property
+    def bootstrap_file(self) -> Path:
+        """The kubeconfig with the bootstrap token."""
+        return self.etc / "bootstrap.conf"
+
+    def node(self, node: str) -> Path:
+        """The data folder of a node agent."""
+        return self.path / "nodes" / node
+
+    def log(self, component: str) -> Path:
+        """The log of a component."""
+        return self.logs / f"{component}.log"
+
+    def exists(self) -> bool:
+        """Whether the cluster was ever begun (and not taken down)."""
+        return (self.path / "cluster.json").is_file()
+
+    def create(self) -> None:
+        """Make the folders. Raises StateError in one clear line when that cannot be."""
+        with storage_errors(self.path):
+            for folder in (self.path, self.logs, self.pki, self.etc, self.run):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        """Remove the whole folder, the lock last: a run that waits for it then finds nothing half-gone."""
+        if not self.path.is_dir():
+            return
+        with storage_errors(self.path):
+            for entry in sorted(self.path.iterdir(), key=lambda p: p.name != "cluster.json"):
+                if entry.name == "lock":
+                    continue
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+            (self.path / "lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    # --- facts -----------------------------------------------------------------------------------------------------
+
+    def read(self) -> dict[str, Any]:
+        """``cluster.json``; empty when there is none. Raises StateError when it is damaged."""
+        return read_json(self.path / "cluster.json")
+
+    def update(self, **values: Any) -> dict[str, Any]:
+        """Merge ``values`` into ``cluster.json`` and return the whole."""
+        # Steps that run beside each other all write here.
+        with self._updating:
+            data = self.read() | values
+            self.create()
+            write_json(self.path / "cluster.json", data)
+            return data
+
+    def run_id(self) -> str:
+        """The random name that every process of this cluster carries in its environment; made when missing."""
+        data = self.read()
+        return str(data["run_id"]) if "run_id" in data else str(self.update(run_id=secrets.token_hex(16))["run_id"])
+
+    # --- processes -------------------------------------------------------------------------------------------------
+
+    def record(self, component: str) -> ComponentRecord | None:
+        """What was started as ``component``; None when nothing was or the record is unreadable."""
+        try:
+            data = json.loads((self.run / f"{component}.json").read_text())
+            return ComponentRecord(
+                name=component,
+                process=ProcessRecord.from_json(data["process"]),
+                log=Path(data["log"]),
+                argv_digest=str(data["argv_digest"]),
+                log_start_bytes=int(data.get("log_start_bytes", 0)),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def records(self) -> list[ComponentRecord]:
+        """Every component that was started, in the order of starting."""
+        try:
+            files = sorted(self.run.glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        except OSError:
+            return []
+        return [record for file in files if (record := self.record(file.stem))]
+
+    def remember(self, record: ComponentRecord) -> None:
+        """Write a component's record."""
+        self.create()
+        write_json(
+            self.run / f"{record.name}.json",
+            {
+                "process": record.process.to_json(),
+                "log": str(record.log),
+                "argv_digest": record.argv_digest,
+                "log_start_bytes": record.log_start_bytes,
+            },
+        )
+
+    def forget(self, component: str) -> None:
+        """Drop a component's record."""
+        (self.run / f"{component}.json").unlink(missing_ok=True)
+
+    def alive(self, component: str) -> ComponentRecord | None:
+        """The record of a component whose process runs."""
+        record = self.record(component)
+        return record if record is not None and is_alive(record.process) else None
+
+    def stray_processes(self) -> list[ProcessRecord]:
+        """Processes that carry this cluster's run id, whether recorded or not."""
+        run_id = self.read().get("run_id")
+        return with_environment(RUN_ID_VARIABLE, str(run_id)) if run_id else []
+
+    # --- the lock --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(
+        self, *, timeout_seconds: float, say: Callable[[str], None] = lambda _: None, what: str = "changing the cluster"
+    ) -> Iterator[None]:
+        """Hold the cluster's lock. While another run holds it, ``say`` is told who, once. Raises StateError after
+        ``timeout_seconds``. The kernel lets go of the lock when its holder dies, however it dies."""
+        path = self.path / "lock"
+        deadline = time.monotonic() + timeout_seconds
+        said = False
+        while (fd := self._try_lock(path)) is None:
+            holder = _holder(path)
+            if time.monotonic() >= deadline:
+                raise StateError(f"cluster {self.name!r} is still locked by {holder}", hint="wait for it, or end it")
+            if not said:
+                say(f"waiting for {holder}, which works on cluster {self.name!r}")
+                said = True
+            check_cancelled()
+            time.sleep(LOCK_POLL_SECONDS)
+        try:
+            # The name is for those who wait; on a full disk the lock is held without one, or nothing could be ended.
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"pid {os.getpid()} ({what})\n".encode(), 0)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+            os.close(fd)
+
+    def _try_lock(self, path: Path) -> int | None:
+        """The descriptor that holds the lock; None while another run has it."""
+        while True:
+            self.create()
+            with storage_errors(path):
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                except FileNotFoundError:
+                    continue  # `down --purge` removed the folder this very moment: it is made again
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return None
+            if _same_file(fd, path):
+                return fd
+            # The file was removed between open and lock: this lock guards nothing any more.
+            os.close(fd)
+
+    # --- ports -----------------------------------------------------------------------------------------------------
+
+    def allocate_ports(self, wanted: dict[str, int], *, addresses: tuple[str, ...] = ("127.0.0.1",)) -> dict[str, int]:
+        """A port for each name, remembered in ``cluster.json``. ``wanted``: the port the user asks for, or 0.
+
+        A port that this cluster already has stays. Clusters do not clash: the choice is made under a lock of the state
+        root, knowing the ports of all its clusters. A port that is chosen has no listener anywhere on this machine; of
+        one that is asked for only ``addresses`` matter, which it will be used on. Raises PortTakenError when it cannot
+        be had."""
+        with self._all_ports_locked():
+            ports: dict[str, int] = dict(self.read().get("ports", {}))
+            others = self._ports_of_others()
+            for name, port in wanted.items():
+                if port and ports.get(name) != port:
+                    if port in others:
+                        raise PortTakenError(f"port {port} ({name}) belongs to cluster {others[port]!r}")
+                    if twice := [other for other in ports if ports[other] == port]:
+                        raise PortTakenError(f"port {port} is asked for twice: {twice[0]}, {name}")
+                    if not all(port_is_free(port, address) for address in addresses):
+                        raise port_taken(port, name)
+                    ports[name] = port
+                elif name not in ports:
+                    ports[name] = self._free_port(name, set(others) | set(ports.values()))
+            self.update(ports=ports)
+            return {name: ports[name] for name in wanted}
+
+    def _free_port(self, name: str, taken: set[int]) -> int:
+        if self.name == DEFAULT_NAME and "WASILET_STATE_HOME" not in os.environ and name in PREFERRED_PORTS:
+            port = PREFERRED_PORTS[name]
+            if port not in taken and port_is_free(port, EVERYWHERE):
+                return port
+        size = _LAST_PORT - _FIRST_PORT
+        # Two state roots know nothing of each other: each begins at a place of its own.
+        start = int.from_bytes(hashlib.sha256(os.fsencode(self.path)).digest()[:4], "big") % size
+        for offset in range(size):
+            port = _FIRST_PORT + (start + offset) % size
+            if port not in taken and port_is_free(port, EVERYWHERE):
+                return port
+        raise PortTakenError(f"no free TCP port between {_FIRST_PORT} and {_LAST_PORT}")
+
+    def _ports_of_others(self) -> dict[int, str]:
+        others: dict[int, str] = {}
+        for file in self.root.glob("*/cluster.json"):
+            if file.parent.name != self.name:
+                with contextlib.suppress(StateError):
+                    others |= {int(port): file.parent.name for port in read_json(file).get("ports", {}).values()}
+        return others
+
+    @contextlib.contextmanager
+    def _all_ports_locked(self) -> Iterator[None]:
+        self.create()
+        path = self.root / ".ports.lock"
+        with storage_errors(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+def clusters(root: Path) -> list[str]:
+    """The names of all clusters under a state root."""
+    return sorted(file.parent.name for file in root.glob("*/cluster.json"))
+
+
+def port_is_free(port: int, address: str = "127.0.0.1") -> bool:
+    """Whether a server could listen there now."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # Go and asyncio servers set this too: without it, connections in TIME_WAIT would look like a listener.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            # Bound, never listening: a neighbouring thread's fork may carry this socket along for a moment, and
+            # SO_REUSEADDR lets two sockets share a port as long as neither of them listens.
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
+
+
+def port_taken(port: int, what: str) -> PortTakenError:
+    """The error that names the port, what needs it and (where /proc tells) who has it."""
+    holder = port_holder(port)
+    by = f" by {holder}" if holder else " by another program"
+    return PortTakenError(
+        f"port {port}, which {what} needs, is taken{by}",
+        hint="end that program, or fix another port in ~/.invoke.yaml; see docs/harness.md, Settings",
+    )
+
+
+def port_holder(port: int) -> str:
+    """``name (pid n)`` of who listens on a TCP port; empty when it belongs to another user or to nobody."""
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,)
+            if listens and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except (psutil.Error, OSError):
+        pass
+    return ""
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of file work into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise StateError(os_error_words(error, path), hint=_storage_hint(error)) from error
+
+
+def os_error_words(error: OSError, path: Path | None = None) -> str:
+    """``<what> <where>`` for the errors that people meet."""
+    return f"cannot write {error.filename or path or 'a file'}: {os_error_reason(error)}"
+
+
+def os_error_reason(error: OSError) -> str:
+    """Why, for the errors that people meet."""
+    return {
+        errno.EROFS: "the file system is read-only",
+        errno.EACCES: "no permission",
+        errno.EPERM: "not permitted",
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EMFILE: "too many open files",
+    }.get(error.errno or 0, error.strerror or str(error))
+
+
+def _storage_hint(error: OSError) -> str:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return FULL_DISK_HINT
+    if error.errno in {errno.ENOENT, errno.EISDIR}:
+        return ""  # of a path that was typed: folders of ours are made
+    return "set WASILET_STATE_HOME and WASILET_CACHE to folders that you can write to"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when the file does not exist. Raises StateError when it is damaged or unreadable."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise StateError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise StateError(f"{path} is damaged: {error}", hint="`invoke down --purge` removes the cluster") from error
+    if not isinstance(data, dict):
+        raise StateError(f"{path} is damaged: not a JSON object", hint="`invoke down --purge` removes the cluster")
+    return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Replace a JSON file atomically, mode 0600."""
+    write_file(path, json.dumps(data, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace a file atomically: written beside it, renamed over it. Raises StateError."""
+    with storage_errors(path):
+        try:
+            fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        try:
+            with os.fdopen(fd, "wb") as file:
+                os.fchmod(fd, mode)
+                file.write(data)
+            Path(temporary).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)  # noqa: PTH108
+            raise
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:200].strip() or "another run"
+    except OSError:
+        return "another run"
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        ours, theirs = os.fstat(fd), path.stat()
+    except FileNotFoundError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)

@@ -1,0 +1,121 @@
+"""A door for other machines to a server that listens on loopback: bytes pass, nothing is read or changed.
+
+The API server of a local cluster (``host``, kind, k3d) listens on loopback only, and should. A node on another machine
+gets this door instead: TLS goes through it end to end, so it needs no key and knows no secret, and who comes through
+must still show the API server a credential. ``python -P -m wasilet.cluster.tcp_proxy --listen 192.0.2.1:6443 --to HOST:PORT``
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+logger = logging.getLogger("wasilet.forwarder")
+
+MAX_CONNECTIONS = 500
+"""A node holds about a dozen; the limit keeps a flood from taking the machine's descriptors."""
+
+CONNECT_SECONDS = 5.0
+_BLOCK_BYTES = 65536
+
+
+async def serve(listen: tuple[str, int], to: tuple[str, int], *, stop: asyncio.Event) -> None:
+    """Forward until ``stop`` is set. Raises OSError when it cannot listen."""
+    places = asyncio.Semaphore(MAX_CONNECTIONS)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        try:
+            if places.locked():
+                logger.warning("more than %d connections: one was refused", MAX_CONNECTIONS)
+                return
+            async with places:
+                await _forward(reader, writer, to)
+        finally:
+            await _close(writer)
+
+    server = await asyncio.start_server(accept, *listen)
+    logger.info("%s:%d leads to %s:%d", *listen, *to)
+    async with server:
+        await stop.wait()
+        server.close()
+        for task in tuple(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tuple[str, int]) -> None:
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            there_reader, there_writer = await asyncio.open_connection(*to)
+    except OSError as error:
+        logger.warning("no connection to %s:%d: %s", *to, error)
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_pump(reader, there_writer))
+            group.create_task(_pump(there_reader, writer))
+    finally:
+        await _close(there_writer)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """One direction, until its end; the end is passed on, the other direction lives."""
+    with contextlib.suppress(OSError):
+        while block := await reader.read(_BLOCK_BYTES):
+            writer.write(block)
+            await writer.drain()
+        if writer.can_write_eof():
+            writer.write_eof()
+        return
+    # Broken, not ended: the other side must not wait for the rest.
+    writer.transport.abort()
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+async def _run(listen: tuple[str, int], to: tuple[str, int]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await serve(listen, to, stop=stop)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="wasilet.cluster.tcp_proxy", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--listen", type=_address, required=True, metavar="HOST:PORT")
+    parser.add_argument("--to", type=_address, required=True, metavar="HOST:PORT")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        asyncio.run(_run(options.listen, options.to))
+    except OSError as error:
+        logger.error("cannot listen on %s:%d: %s", *options.listen, error)  # noqa: TRY400  (no traceback for that)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,518 @@
+"""``up``: the ordered list of steps between nothing and a Ready node. Read :func:`steps`; the rest is what they do."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wasilet.cluster.join import door_steps, doors
+from wasilet.cluster.local_registry import COMPONENT as REGISTRY
+from wasilet.cluster.local_registry import registry_address, registry_component
+from wasilet.cluster.state import EVERYWHERE, State
+from wasilet.controlplane.components import Component, accepts, component_step
+from wasilet.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
+from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.process import check_cancelled, is_alive, tail_of
+from wasilet.providers import by_name
+from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
+from wasilet.settings import Settings
+from wasilet.steps import Finding, Play, Progress, Recap, Step
+
+if TYPE_CHECKING:
+    from wasilet.terminal.console import Reporter
+
+APPROVER = "approver"
+RBAC_STEP = "RBAC"
+TOKEN_STEP = "bootstrap token"  # noqa: S105  (a step's name)
+NEEDED_BYTES = 250_000_000
+"""Of disk for a new control plane: etcd alone reserves two files of 64 MB for its log."""
+NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovider.kubernetes.io/uninitialized"})
+
+
+def open_cluster(settings: Settings) -> Cluster:
+    """The cluster that settings name, by the provider it was made with. Raises UsageError when the settings ask for
+    another one."""
+    state = State.of(settings)
+    recorded = state.read().get("provider")
+    return Cluster(settings=settings, state=state, provider=by_name(str(recorded or settings.provider)))
+
+
+def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
+    """Bring a cluster up, or mend what is missing of it. Raises UsageError and StateError before anything is changed;
+    a failed step is in the recap."""
+    check_provider(settings)
+    with open_cluster(settings) as cluster:
+        check_options(cluster.provider, settings)
+        detection = cluster.provider.detect(settings)
+        if not detection.usable:
+            raise UsageError(f"provider {settings.provider!r} cannot be used: {detection.detail}", hint=detection.hint)
+        _check_places(cluster)
+        play = Play(f"up {settings.name} ({settings.provider})", steps(cluster))
+        if check:
+            return play.run(reporter=reporter, check=True)
+        cluster.provider.confirm(settings)
+        with cluster.state.locked(
+            timeout_seconds=settings.timeouts.lock_seconds,
+            say=reporter.notice,
+            what="invoke up",
+        ):
+            new = not cluster.state.exists()
+            try:
+                return play.run(reporter=reporter)
+            finally:
+                if new and not _left_something(cluster):
+                    # It failed before anything was started: there is no cluster, so there is no folder of one.
+                    cluster.state.remove()
+
+
+def check_provider(settings: Settings) -> None:
+    """Raises UsageError when there is a cluster of that name by another provider than the one asked for."""
+    recorded = State.of(settings).read().get("provider")
+    if recorded and recorded != settings.provider:
+        raise UsageError(
+            f"cluster {settings.name!r} is of provider {recorded!r}, not {settings.provider!r}",
+            hint=f"`invoke down --purge --name {settings.name}` first, or choose another --name",
+        )
+
+
+def _left_something(cluster: Cluster) -> bool:
+    state = cluster.state
+    return bool(state.records() or state.stray_processes() or cluster.provider.deletion(cluster))
+
+
+def _check_places(cluster: Cluster) -> None:
+    """Refuse what would fail half-way: a kubeconfig that cannot be changed, a disk that is (nearly) full. Raises
+    StateError."""
+    from wasilet.kube import kubeconfig as files
+
+    settings, state = cluster.settings, cluster.state
+    if not _kubeconfig_is_right(cluster):
+        files.check_changeable(_kubeconfig_place(cluster))
+    if "etcd" not in cluster.provider.wanted_ports or (state.path / "etcd").exists():
+        return
+    place = next(folder for folder in (state.path, *state.path.parents) if folder.is_dir())
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < NEEDED_BYTES:
+        raise StateError(
+            f"only {free_bytes // 1_000_000} MB are free in {place}, and cluster {settings.name!r} needs "
+            f"{NEEDED_BYTES // 1_000_000} MB",
+            hint="set WASILET_STATE_HOME to a folder with more room",
+        )
+
+
+def control_plane_steps(cluster: Cluster) -> list[Step]:
+    """The beginning of :func:`steps`: an API server with what is behind it, and the roles that nodes need. Tests that
+    need no node stop here."""
+    return [
+        _preparation_step(cluster),
+        _binaries_step(cluster),
+        *cluster.provider.create_steps(cluster),
+        _rbac_step(cluster),
+    ]
+
+
+def steps(cluster: Cluster) -> list[Step]:
+    """Each starts as soon as what it names in ``after`` is done."""
+    settings, state = cluster.settings, cluster.state
+    made = own_components(cluster)
+    nodes = [_node_step(cluster, name, made[node_component(name)]) for name in cluster.node_names()]
+    return [
+        *control_plane_steps(cluster),
+        component_step(
+            made[REGISTRY], REGISTRY, title=REGISTRY, state=state, settings=settings,
+            after=(BINARIES_STEP, PREPARATION_STEP),
+        ),
+        _kubeconfig_step(cluster),
+        component_step(
+            made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP,)
+        ),
+        _token_step(cluster),
+        *door_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
+        *nodes,
+        _ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.name for n in nodes))),
+    ]  # fmt: skip
+
+
+def node_component(node: str) -> str:
+    """The component name of a node agent."""
+    return f"node-{node}"
+
+
+def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
+    """The long-lived processes that every provider's cluster has, by name, in the order of ``status``."""
+    made: dict[str, Callable[[], Component]] = {
+        REGISTRY: lambda: registry_component(
+            binary=cluster.binary("registry"), port=cluster.ports()["registry"], state=cluster.state
+        ),
+        APPROVER: lambda: _approver_component(cluster),
+    }
+    made.update(doors(cluster))
+    for index, node in enumerate(cluster.node_names()):
+        made[node_component(node)] = lambda node=node, index=index: _node_component(cluster, node, index)  # type: ignore[misc]
+    return made
+
+
+# --- what the steps do -----------------------------------------------------------------------------------------------
+
+
+def _preparation_step(cluster: Cluster) -> Step:
+    settings, state = cluster.settings, cluster.state
+
+    def wanted() -> dict[str, int]:
+        asked = {
+            name: getattr(settings.ports, name) for name in (*cluster.provider.wanted_ports, "registry", "kubelet")
+        }
+        # The demos' own API, which the nodes are told of when they start: a port of its own, kept for it.
+        asked["cat_facts"] = 0
+        return asked | {f"kubelet_{number}": 0 for number in range(2, cluster.node_count() + 1)}
+
+    def look() -> Finding:
+        data = state.read()
+        ports = data.get("ports", {})
+        missing = [name for name, port in wanted().items() if not ports.get(name) or (port and ports[name] != port)]
+        origins = list(settings.local_origins)
+        other = bool(origins) and data.get("local_origins", []) != origins
+        if not data.get("run_id") or data.get("nodes") != cluster.node_count() or missing or other:
+            return Finding.differs(
+                f"use {state.path}", [f"+ {state.path}", *(f"+ port for {name}" for name in missing)]
+            )
+        return Finding.ok(str(state.path))
+
+    def change(_: Progress) -> str:
+        state.create()
+        # First, because it may fail: then nothing is written down yet. Nodes are reached from elsewhere, the rest is
+        # not; which address that is, another provider knows only when its cluster is there.
+        asked = wanted()
+        kubelets = {name: asked.pop(name) for name in list(asked) if name.startswith("kubelet")}
+        ports = state.allocate_ports(kubelets, addresses=(settings.node_ip or EVERYWHERE,))
+        ports |= state.allocate_ports(asked)
+        state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
+        if settings.local_origins:
+            state.update(local_origins=list(settings.local_origins))
+        state.run_id()
+        return f"{state.path}, ports {', '.join(f'{name} {port}' for name, port in ports.items())}"
+
+    return Step(name=PREPARATION_STEP, look=look, change=change, after=())
+
+
+def _binaries_step(cluster: Cluster) -> Step:
+    from wasilet.controlplane.acquire import acquire, locate
+
+    settings = cluster.settings
+    names = (*cluster.provider.binaries, "registry", "kubectl")
+
+    def look() -> Finding:
+        missing = []
+        for name in names:
+            found = locate(name, cache=settings.cache, environ=settings.environ)
+            if found is None:
+                missing.append(name)
+            else:
+                cluster.binaries[name] = found.path
+        if missing:
+            return Finding.differs(f"acquire {', '.join(missing)}", [f"+ {name}" for name in missing])
+        return Finding.ok(f"{len(names)} found")
+
+    def change(progress: Progress) -> str:
+        found = acquire(
+            names,
+            cache=settings.cache,
+            environ=settings.environ,
+            progress=progress,
+            mirror=settings.mirror,
+            allow_download=settings.download,
+        )
+        cluster.binaries.update({name: binary.path for name, binary in found.items()})
+        return ", ".join(f"{name} ({binary.source})" for name, binary in found.items())
+
+    return Step(name=BINARIES_STEP, look=look, change=change, after=())
+
+
+def _rbac_step(cluster: Cluster) -> Step:
+    from wasilet.kube.manifests import create_missing, missing_objects, render_objects
+
+    def wanted() -> list[KubeObject]:
+        templates = ["bootstrap-rbac.yaml.j2", "approver-rbac.yaml.j2"]
+        if cluster.provider.name == "host":
+            templates.append("host-rbac.yaml.j2")
+        return [obj for template in templates for obj in render_objects(template)]
+
+    def look() -> Finding:
+        if not _api_answers(cluster):
+            return Finding.differs("create roles and bindings")
+        missing = missing_objects(cluster.admin(), wanted())
+        if not missing:
+            return Finding.ok("all there")
+        names = [f"{obj['kind']}/{obj['metadata']['name']}" for obj in missing]
+        return Finding.differs(f"create {len(missing)}", [f"+ {name}" for name in names])
+
+    def change(_: Progress) -> str:
+        made = create_missing(cluster.admin(), wanted())
+        # What was there before is the cluster's own, and stays when Wasilet goes.
+        known = cluster.state.read().get("created_objects") or []
+        cluster.state.update(created_objects=sorted({*known, *made}))
+        return f"created {len(made)}"
+
+    return Step(name=RBAC_STEP, look=look, change=change, after=(API_SERVER_STEP,))
+
+
+def _token_step(cluster: Cluster) -> Step:
+    from wasilet.cluster.token import bootstrap_config, create_token, usable_token, write_bootstrap_file
+
+    state, settings = cluster.state, cluster.settings
+
+    def look() -> Finding:
+        if not _api_answers(cluster):
+            return Finding.differs("create a token and bootstrap.conf")
+        access = cluster.provider.access(cluster)
+        if all(node_has_certificate(state.node(name)) for name in cluster.node_names()):
+            return Finding.ok("every node has its certificate")
+        info = usable_token(
+            cluster.admin(), state.bootstrap_file, server=access.server, ca=access.ca, client_ca=access.client_ca
+        )
+        if info is not None:
+            return Finding.ok(f"{info.id} is good for {info.seconds_left / 60:.0f} min")
+        return Finding.differs(
+            "create a token and bootstrap.conf", ["+ kube-system/bootstrap-token-...", "+ bootstrap.conf"]
+        )
+
+    def change(_: Progress) -> str:
+        access = cluster.provider.access(cluster)
+        token = create_token(cluster.admin(), ttl_seconds=settings.token_ttl_seconds, description="wasilet up")
+        config = bootstrap_config(server=access.server, ca=access.ca, client_ca=access.client_ca, token=token)
+        write_bootstrap_file(state.bootstrap_file, config)
+        return f"{token.id}, good for {settings.token_ttl_seconds / 60:.0f} min"
+
+    return Step(name=TOKEN_STEP, look=look, change=change, after=(API_SERVER_STEP,))
+
+
+def node_has_certificate(data: Path) -> bool:
+    """Whether a node holds a client certificate that is good for another hour."""
+    import datetime as dt
+
+    from cryptography import x509
+
+    try:
+        certificate = x509.load_pem_x509_certificate((data / "pki" / "client.pem").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return certificate.not_valid_after_utc - dt.datetime.now(dt.UTC) > dt.timedelta(hours=1)
+
+
+def _approver_component(cluster: Cluster) -> Component:
+    from wasilet.cluster.state import read_json
+
+    state = cluster.state
+    kubeconfig = cluster.provider.approver_kubeconfig(cluster)
+    status_file = state.run / "approver.status"
+
+    def ready() -> bool:
+        record = state.record(APPROVER)
+        status = read_json(status_file)
+        return record is not None and status.get("pid") == record.process.pid and bool(status.get("ready"))
+
+    return Component(
+        name=APPROVER,
+        argv=(
+            sys.executable, "-P", "-m", "wasilet.cluster.approver",
+            "--kubeconfig", str(kubeconfig), "--status-file", str(status_file),
+        ),
+        inputs=(kubeconfig,),
+        ready=ready,
+    )  # fmt: skip
+
+
+def _node_component(cluster: Cluster, node: str, index: int) -> Component:
+    state = cluster.state
+    access = cluster.provider.access(cluster)
+    port = cluster.ports()["kubelet" if index == 0 else f"kubelet_{index + 1}"]
+    argv = [
+        sys.executable, "-P", "-m", "wasilet_node",
+        "--node-name", node,
+        "--data-dir", str(state.node(node)),
+        "--bootstrap-file", str(state.bootstrap_file),
+        "--port", str(port),
+        "--node-ip", access.node_address,
+    ]  # fmt: skip
+    for taint in cluster.taints():
+        argv += ["--taint", taint]
+    for origin in local_origins(cluster):
+        argv += ["--allow-local-origins", origin]
+    if cluster.settings.max_pods:
+        argv += ["--max-pods", str(cluster.settings.max_pods)]
+    return Component(
+        name=node_component(node),
+        argv=tuple(argv),
+        ports={"kubelet API": port},
+        addresses=(access.node_address,),
+        clients=True,
+        # The kubelet API answers nobody without a credential, so a connection has to do; the Node's own condition says
+        # the rest, but is believed for 40 s after an agent died.
+        ready=lambda: accepts(access.node_address, port),
+    )
+
+
+def local_origins(cluster: Cluster) -> tuple[str, ...]:
+    """What pods may call on this machine: the demos' own API, and what the user allowed."""
+    from wasilet.demo.demo_services import cat_facts_origin
+
+    port = cluster.ports().get("cat_facts")
+    own = (cat_facts_origin(port),) if port else ()
+    return tuple(dict.fromkeys((*own, *cluster.state.read().get("local_origins", []))))
+
+
+def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) -> Step:
+    return component_step(
+        component,
+        node_component(node),
+        title=f"node {node}",
+        state=cluster.state,
+        settings=cluster.settings,
+        after=(TOKEN_STEP, RBAC_STEP),
+    )
+
+
+def _kubeconfig_place(cluster: Cluster) -> Path:
+    """The file that gets our context: the one asked for, else where it is already, else the user's own."""
+    from wasilet.kube.kubeconfig import user_kubeconfig
+
+    if cluster.settings.kubeconfig is not None:
+        return cluster.settings.kubeconfig
+    recorded = cluster.state.read().get("kubeconfig", {}).get("path")
+    return Path(recorded) if recorded else user_kubeconfig(cluster.settings.environ)
+
+
+def _kubeconfig_entries(cluster: Cluster) -> KubeObject:
+    from wasilet.kube.kubeconfig import renamed
+
+    return renamed(cluster.state.admin_kubeconfig, cluster.settings.context_name)
+
+
+def _kubeconfig_is_right(cluster: Cluster) -> bool:
+    from wasilet.kube.kubeconfig import holds
+
+    path = _kubeconfig_place(cluster)
+    recorded = cluster.state.read().get("kubeconfig", {}).get("path")
+    known = cluster.state.admin_kubeconfig.is_file() and recorded == str(path)
+    return known and holds(path, _kubeconfig_entries(cluster))
+
+
+def _kubeconfig_step(cluster: Cluster) -> Step:
+    from wasilet.kube import kubeconfig as files
+
+    settings, state = cluster.settings, cluster.state
+
+    def look() -> Finding:
+        path = _kubeconfig_place(cluster)
+        if _kubeconfig_is_right(cluster):
+            return Finding.ok(f"{path}, context {settings.context_name}")
+        return Finding.differs(f"add context {settings.context_name} to {path}", [f"+ context {settings.context_name}"])
+
+    def change(_: Progress) -> str:
+        path = _kubeconfig_place(cluster)
+        recorded: dict[str, Any] = state.read().get("kubeconfig", {})
+        if recorded.get("path") not in {None, str(path)}:
+            files.remove(
+                Path(recorded["path"]),
+                settings.context_name,
+                previous=recorded.get("previous", ""),
+                delete_if_empty=bool(recorded.get("created")),
+            )
+            recorded = {}
+        current = str(files.read_config(path).get("current-context") or "")
+        previous = recorded.get("previous", "") if current == settings.context_name else current
+        # Written down first: a run that dies between the two must not forget what was current before.
+        state.update(
+            kubeconfig={
+                "path": str(path),
+                "previous": previous,
+                "created": bool(recorded.get("created")) or not path.exists(),
+                "context": settings.context_name,
+                "server": cluster.admin_credentials().server,
+            }
+        )
+        files.add(path, _kubeconfig_entries(cluster))
+        return f"{path}, context {settings.context_name}"
+
+    return Step(name="kubeconfig", look=look, change=change, after=(API_SERVER_STEP,))
+
+
+def _ready_step(cluster: Cluster, *, after: tuple[str, ...]) -> Step:
+    settings = cluster.settings
+
+    def look() -> Finding:
+        if not _api_answers(cluster):
+            return Finding.differs("wait for the nodes to be Ready")
+        missing = missing_for_pods(cluster.admin(), cluster.node_names())
+        return Finding.differs(f"wait for {missing}") if missing else Finding.ok(_ready_words(cluster))
+
+    def change(progress: Progress) -> str:
+        kube = cluster.admin()
+        deadline = time.monotonic() + settings.timeouts.node_ready_seconds
+        while missing := missing_for_pods(kube, cluster.node_names()):
+            progress(f"waiting for {missing}")
+            for node in cluster.node_names():
+                record = cluster.state.record(node_component(node))
+                if record is None or not is_alive(record.process):
+                    log = cluster.state.log(node_component(node))
+                    raise ComponentError(f"the agent of node {node} ended", log=log, tail=tail_of(log))
+            if time.monotonic() >= deadline:
+                raise WaitTimeoutError(
+                    f"{missing} did not come within {settings.timeouts.node_ready_seconds:g} s",
+                    hint=f"see `invoke logs {node_component(cluster.node_names()[0])}` and `invoke logs approver`",
+                )
+            check_cancelled()
+            time.sleep(settings.timeouts.poll_seconds)
+        return _ready_words(cluster)
+
+    return Step(name="Ready", look=look, change=change, after=after)
+
+
+def missing_for_pods(kube: Kube, nodes: tuple[str, ...]) -> str:
+    """What still keeps pods from starting, in words; empty when nothing does. Raises ApiError."""
+    if not kube.ready():
+        return "the API server to be ready"
+    if kube.find(api_path("serviceaccounts", "default", namespace="default")) is None:
+        return "the ServiceAccount default"
+    if kube.find(api_path("configmaps", "kube-root-ca.crt", namespace="default")) is None:
+        return "the ConfigMap kube-root-ca.crt"
+    for name in nodes:
+        node = kube.find(api_path("nodes", name))
+        if node is None:
+            return f"node {name} to join"
+        if not node_is_ready(node):
+            return f"node {name} to be Ready"
+        taints = {taint.get("key") for taint in node.get("spec", {}).get("taints") or []}
+        if left := taints & NOT_READY_TAINTS:
+            return f"the taint {min(left)} to go from node {name}"
+    return ""
+
+
+def node_is_ready(node: KubeObject) -> bool:
+    """Its Ready condition."""
+    conditions = (node.get("status") or {}).get("conditions") or []
+    return any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)
+
+
+def _ready_words(cluster: Cluster) -> str:
+    names = ", ".join(cluster.node_names())
+    words = [
+        names,
+        f"registry {registry_address(cluster.ports()['registry'])}",
+        *cluster.provider.access(cluster).notes,
+    ]
+    return "; ".join(words)
+
+
+def _api_answers(cluster: Cluster) -> bool:
+    """False in check mode on a cluster that is not there."""
+    if not cluster.state.admin_kubeconfig.is_file():
+        return False
+    try:
+        return cluster.admin().find(api_path("namespaces", "kube-system")) is not None
+    except (ApiError, UsageError):
+        return False

@@ -1,0 +1,150 @@
+"""The Docker engine as kind and k3d use it: asked through its client, so that contexts, DOCKER_HOST and rights are the
+user's own. Each question has a short limit, and each way of having no engine one clear line.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wasilet.errors import CommandError, HarnessError, UsageError
+from wasilet.process import Completed, check_cancelled, run
+
+ASK_SECONDS = 15.0
+"""For a question. An engine that is paging may take seconds; one that hangs must not."""
+
+
+SETTLE_SECONDS = 30.0
+"""For a container that is being made or removed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """What matters of a container that is a cluster's node."""
+
+    id: str
+    name: str
+    running: bool
+    created: str
+    """RFC 3339 with nanoseconds, UTC: compares as text with other instants of that form."""
+
+    labels: Mapping[str, str]
+    command: tuple[str, ...]
+    networks: Mapping[str, str]
+    """Network name to the address of its gateway on this machine (IPv4)."""
+
+
+class Docker:
+    """A Docker client with the environment of this run."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = dict(environ)
+
+    def run(self, *arguments: str, timeout_seconds: float = ASK_SECONDS) -> Completed:
+        """Run the client. Raises CommandError."""
+        return run(["docker", *arguments], timeout_seconds=timeout_seconds, env=self._environ)
+
+    def check(self) -> str:
+        """The engine's version. Raises UsageError, in one line with a hint, when it cannot be used."""
+        try:
+            return self.run("version", "--format", "{{.Server.Version}}").stdout.strip()
+        except CommandError as error:
+            raise no_engine(error) from error
+
+    def containers(self, label: str) -> list[Container]:
+        """Every container with a label (``key=value``), stopped ones too, by name. Raises CommandError."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            ids = self.run("ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={label}").stdout.split()
+            if not ids:
+                return []
+            try:
+                data = json.loads(self.run("inspect", "--type", "container", *ids).stdout)
+            except CommandError as error:
+                # Going, or still coming: the engine lists a container while it makes its volumes, for seconds, and
+                # goes on with that when whoever asked for it is gone.
+                if "no such container" not in error.message.lower() or time.monotonic() >= deadline:
+                    raise
+                check_cancelled()
+                time.sleep(0.2)
+                continue
+            return sorted((_container(entry) for entry in data), key=lambda container: container.name)
+
+    def read(self, container: str, path: str) -> str:
+        """A file of a container; empty when there is none. Raises CommandError for anything else."""
+        script = '[ ! -e "$1" ] || cat -- "$1"'
+        return self.run("exec", container, "sh", "-c", script, "sh", path).stdout
+
+    def write(self, container: str, path: str, text: str) -> None:
+        """Write a small file of a container, folders included. Raises CommandError.
+
+        The text is an argument: on a busy machine ``docker exec --interactive`` was seen to end before its input had
+        arrived, and to call that success."""
+        script = 'mkdir -p -- "$(dirname -- "$1")" && printf %s "$2" >"$1.new" && mv -- "$1.new" "$1"'
+        self.run("exec", container, "sh", "-c", script, "sh", path, text)
+
+    def remove(self, container: str, path: str) -> None:
+        """Remove a folder of a container. Raises CommandError."""
+        self.run("exec", container, "rm", "-rf", "--", path)
+
+
+def no_engine(error: CommandError) -> UsageError:
+    """Why the client got no answer."""
+    words = " ".join([error.message, *error.tail]).lower()
+    if error.returncode is None and "not installed" in error.message:
+        return UsageError("the program docker is not installed, or not on PATH", hint="install Docker Engine")
+    if "permission denied" in words:
+        return UsageError(
+            "this user has no right to Docker's socket",
+            hint="sudo usermod -aG docker $USER, then log in anew; or set DOCKER_HOST",
+        )
+    if "cannot connect" in words or "is the docker daemon running" in words or "connection refused" in words:
+        return UsageError("Docker is not running", hint="sudo systemctl start docker, or set DOCKER_HOST")
+    if error.returncode is None:
+        return UsageError(f"Docker gives no answer: {error.message}", hint="see `docker version`")
+    return UsageError(f"Docker cannot be used: {error.message}", hint="see `docker version`")
+
+
+def gateway(containers: Sequence[Container], *, what: str) -> str:
+    """The address of this machine in the containers' network. Raises HarnessError when it is none of this machine's:
+    rootless Docker and Docker Desktop keep their networks in a place of their own."""
+    for container in containers:
+        for address in container.networks.values():
+            if not is_local(address):
+                raise HarnessError(
+                    f"the gateway {address} of {what}'s network is no address of this machine (rootless Docker, or "
+                    "Docker Desktop?)",
+                    hint="--node-ip ADDRESS names one that its containers reach",
+                )
+            return address
+    raise HarnessError(f"{what} has no network with a gateway", hint="see `docker network inspect`")
+
+
+def is_local(address: str) -> bool:
+    """Whether a process of this machine could listen on that address."""
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _container(data: Mapping[str, Any]) -> Container:
+    networks = (data.get("NetworkSettings") or {}).get("Networks") or {}
+    config = data.get("Config") or {}
+    return Container(
+        id=str(data["Id"]),
+        name=str(data["Name"]).lstrip("/"),
+        running=bool((data.get("State") or {}).get("Running")),
+        created=str(data.get("Created") or ""),
+        labels=config.get("Labels") or {},
+        command=tuple(map(str, data.get("Args") or ())),
+        networks={name: str(entry["Gateway"]) for name, entry in networks.items() if (entry or {}).get("Gateway")},
+    )

@@ -1,0 +1,166 @@
+"""Clusters whose machines are Docker containers (kind, k3d): known by labels, theirs or ours by container ids.
+
+The API server reaches wasm nodes, and the cluster's own nodes reach the registry, by the gateway of the cluster's
+Docker network: both listen there and on loopback, nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+
+from wasilet.cluster.state import write_file
+from wasilet.errors import ApiError, HarnessError, UsageError
+from wasilet.kube.client import Kube, KubeObject
+from wasilet.kube.credentials import read_credentials
+from wasilet.providers.base import Cluster
+from wasilet.providers.docker import Container, Docker, gateway
+from wasilet.providers.existing_base import (
+    ExternalProvider,
+    Found,
+    HalfMadeError,
+    StoppedError,
+    facts,
+    made_since,
+    update_facts,
+)
+
+_ANSWER_SECONDS = 5.0
+
+
+class ContainedProvider(ExternalProvider):
+    """The base of kind and k3d."""
+
+    def label(self, name: str) -> str:
+        """``key=value`` that every container of a cluster has."""
+        raise NotImplementedError
+
+    def is_server(self, container: Container) -> bool:
+        """Whether a container runs a control plane."""
+        raise NotImplementedError
+
+    def is_node(self, container: Container) -> bool:
+        """Whether a container runs pods."""
+        raise NotImplementedError
+
+    def kubeconfig(self, cluster: Cluster) -> KubeObject:
+        """The administrator's, by the tool. Raises HarnessError when there is none (yet)."""
+        raise NotImplementedError
+
+    def delete_by_tool(self, cluster: Cluster) -> None:
+        """Delete the cluster. Raises HarnessError."""
+        raise NotImplementedError
+
+    def delete_command(self, name: str) -> str:
+        """What a user would type."""
+        raise NotImplementedError
+
+    def start_command(self, name: str, stopped: Sequence[str]) -> str:
+        """What a user would type to start a cluster, of which these containers are stopped."""
+        raise NotImplementedError
+
+    # --- ExternalProvider --------------------------------------------------------------------------------------------
+
+    def find(self, cluster: Cluster) -> Found | None:
+        """By label."""
+        name = cluster.settings.name
+        docker = Docker(cluster.settings.environ)
+        containers = docker.containers(self.label(name))
+        if not containers:
+            return None
+        ours = made_here(cluster, containers)
+        servers = [container for container in containers if self.is_server(container)]
+        stopped = [container.name for container in containers if not container.running]
+        if ours and facts(cluster).get("creating"):
+            if not servers or stopped or not self._answers(cluster):
+                raise HalfMadeError(f"an interrupted run left {self.name} cluster {name} half made")
+        elif not servers:
+            raise self.half_made(name)
+        elif stopped and ours:
+            raise StoppedError(f"{self.name} cluster {name} is stopped")
+        elif stopped:
+            raise UsageError(f"{self.name} cluster {name} is stopped", hint=self.start_command(name, stopped))
+        return self.found(cluster, containers, created=ours)
+
+    def found(self, cluster: Cluster, containers: Sequence[Container], *, created: bool) -> Found:
+        """The facts of running containers. Raises HarnessError when the cluster is not whole."""
+        name = cluster.settings.name
+        nodes = [container for container in containers if self.is_node(container)]
+        address = cluster.settings.node_ip or gateway(nodes, what=f"{self.name} cluster {name}")
+        try:
+            kubeconfig = self.kubeconfig(cluster)
+        except HarnessError as error:
+            raise self.half_made(name) from error
+        return Found(
+            kubeconfig=kubeconfig,
+            node_address=address,
+            registry_address=address,
+            created=created,
+            ids=tuple(container.id for container in containers),
+        )
+
+    def note_containers(self, cluster: Cluster) -> None:
+        """Write down what is being made, as soon as it is there: by this a later run knows it again."""
+        if not facts(cluster).get("ids"):
+            found = Docker(cluster.settings.environ).containers(self.label(cluster.settings.name))
+            update_facts(cluster, ids=[container.id for container in found])
+
+    def destroy(self, cluster: Cluster) -> str:
+        """Delete it, when the containers of that name are those that were made here."""
+        name = cluster.settings.name
+        docker = Docker(cluster.settings.environ)
+        docker.check()
+        self._end_orphans(cluster)
+        containers = docker.containers(self.label(name))
+        if not containers:
+            return f"{self.name} cluster {name} was gone already"
+        if not made_here(cluster, containers):
+            return f"{self.name} cluster {name} is another one by now, and stays"
+        self.delete_by_tool(cluster)
+        return f"{self.name} cluster {name} deleted"
+
+    def node_ids(self, cluster: Cluster) -> list[str]:
+        """The containers that run pods."""
+        containers = Docker(cluster.settings.environ).containers(self.label(cluster.settings.name))
+        return [container.id for container in containers if self.is_node(container)]
+
+    def half_made(self, name: str) -> UsageError:
+        """There is a cluster of that name, which cannot be used and may not be deleted."""
+        return UsageError(
+            f"{self.name} cluster {name} has no working control plane, and was not made here",
+            hint=f"`{self.delete_command(name)}` removes it",
+        )
+
+    def _answers(self, cluster: Cluster) -> bool:
+        """Whether the cluster is whole after all: the run that made it died after the tool had finished."""
+        path = cluster.state.etc / f"{self.name}.look.conf"
+        try:
+            cluster.state.create()
+            write_file(path, json.dumps(self.kubeconfig(cluster)).encode())
+            kube = Kube(read_credentials(path))
+        except HarnessError:
+            return False
+        finally:
+            path.unlink(missing_ok=True)
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                if kube.ready() and kube.get("/api/v1/nodes").get("items"):
+                    return True
+                time.sleep(cluster.settings.timeouts.poll_seconds)
+        except ApiError:
+            return False
+        finally:
+            kube.close()
+        return False
+
+
+def made_here(cluster: Cluster, containers: Sequence[Container]) -> bool:
+    """Whether these are the containers that the harness had made: by their ids, or, when it was killed before it knew
+    them, by having been made since it began."""
+    known = facts(cluster)
+    if ids := known.get("ids"):
+        return bool(known.get("created") or known.get("creating")) and set(ids) >= {c.id for c in containers}
+    since = str(known.get("creating") or "")
+    return bool(since) and all(made_since(container.created, since) for container in containers)

@@ -1,0 +1,200 @@
+"""The ``host`` provider: a real etcd, API server, controller-manager and scheduler as plain processes. No Docker.
+
+All of it listens on loopback, but for the nodes, whose address the API server must reach and will proxy to only when
+it is not loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from wasilet.controlplane.acquire import locate
+from wasilet.controlplane.components import LOOPBACK, SERVICE_IP, Component, ControlPlane, component_step
+from wasilet.controlplane.pki import CLUSTER_CA, Pki, host_specs
+from wasilet.kube.kubeconfig import write_kubeconfig
+from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
+from wasilet.settings import Settings
+from wasilet.steps import Finding, Progress, Step
+
+PKI_STEP = "certificates"
+_CLIENTS = {
+    "admin": "admin",
+    "controller-manager": "controller-manager",
+    "scheduler": "scheduler",
+    "approver": "approver",
+}
+"""Kubeconfig ``etc/<key>.conf`` for certificate ``<value>``."""
+
+_VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "kube", "podman", "tun", "tap", "wg")
+
+
+class HostProvider:
+    """See the module."""
+
+    name = "host"
+    summary = "plain processes on this machine; no Docker, no root"
+    options: tuple[str, ...] = ()
+    default_taints: tuple[str, ...] = ()
+    binaries = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
+    wanted_ports = ("apiserver", "etcd", "etcd_peer", "controller_manager", "scheduler")
+
+    def detect(self, settings: Settings) -> Detection:
+        """Usable wherever Wasilet runs; tells which binaries have still to be acquired."""
+        missing = [n for n in self.binaries if locate(n, cache=settings.cache, environ=settings.environ) is None]
+        if missing:
+            return Detection(usable=True, detail=f"will acquire {', '.join(missing)}")
+        return Detection(usable=True, detail="all binaries are here")
+
+    def confirm(self, settings: Settings) -> None:
+        """Everything here is the user's own."""
+
+    def create_steps(self, cluster: Cluster) -> Sequence[Step]:
+        """etcd and the API server start together (it waits for etcd by itself); the other two as soon as it answers,
+        because they give up, or back off, when it is not there."""
+        both = (BINARIES_STEP, PKI_STEP)
+        made = self.components(cluster)
+        settings, state = cluster.settings, cluster.state
+
+        def step(name: str, title: str, after: tuple[str, ...]) -> Step:
+            return component_step(made[name], name, title=title, state=state, settings=settings, after=after)
+
+        return (
+            self._pki_step(cluster),
+            step("etcd", "etcd", both),
+            step("kube-apiserver", API_SERVER_STEP, both),
+            step("kube-controller-manager", "controller-manager", (API_SERVER_STEP,)),
+            step("kube-scheduler", "scheduler", (API_SERVER_STEP,)),
+        )
+
+    def must_settle(self) -> tuple[str, ...]:
+        """The two that a node's joining does not wait for by name."""
+        return ("controller-manager", "scheduler", "etcd")
+
+    def components(self, cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
+        """By the names of their executables."""
+
+        def plane() -> ControlPlane:
+            return ControlPlane(
+                binaries={name: cluster.binary(name) for name in self.binaries},
+                ports=cluster.ports(),
+                state=cluster.state,
+                advertise_address=node_address(cluster.settings),
+            )
+
+        return {
+            "etcd": lambda: plane().etcd(),
+            "kube-apiserver": lambda: plane().apiserver(),
+            "kube-controller-manager": lambda: plane().controller_manager(),
+            "kube-scheduler": lambda: plane().scheduler(),
+        }
+
+    def access(self, cluster: Cluster) -> Access:
+        """One authority signs both servers and clients here."""
+        ca = Pki(cluster.state.pki).read_certificate(CLUSTER_CA)
+        address = node_address(cluster.settings)
+        notes: tuple[str, ...] = ()
+        if ipaddress.ip_address(address).is_loopback:
+            notes = ("this machine has no address but loopback: `kubectl get --raw .../proxy` will not reach nodes",)
+        return Access(server=self._server(cluster), ca=ca, client_ca=ca, node_address=address, notes=notes)
+
+    def approver_kubeconfig(self, cluster: Cluster) -> Path:
+        """Written with the others, beside the certificates."""
+        return cluster.state.etc / "approver.conf"
+
+    def deletion(self, cluster: Cluster) -> str:  # noqa: ARG002
+        """Nothing but processes, which are in the records."""
+        return ""
+
+    def delete(self, cluster: Cluster, *, purge: bool) -> list[str]:  # noqa: ARG002
+        """Its processes are all in the records."""
+        return []
+
+    def _server(self, cluster: Cluster) -> str:
+        return f"https://{LOOPBACK}:{cluster.ports()['apiserver']}"
+
+    def _pki_step(self, cluster: Cluster) -> Step:
+        state = cluster.state
+        pki = Pki(state.pki)
+
+        def specs() -> tuple[str, ...]:
+            return tuple(dict.fromkeys((LOOPBACK, node_address(cluster.settings))))
+
+        def wanted_configs() -> dict[Path, tuple[str, str]]:
+            return {state.etc / f"{file}.conf": (self._server(cluster), name) for file, name in _CLIENTS.items()}
+
+        def stale() -> list[Path]:
+            current = state.read().get("client_configs", {})
+            return [
+                path
+                for path, (server, name) in wanted_configs().items()
+                if not path.is_file() or current.get(path.name) != [server, _digest(pki.certificate(name))]
+            ]
+
+        def look() -> Finding:
+            if not state.exists() or "apiserver" not in cluster.ports():
+                return Finding.differs("make them", ["+ certificates and keys"])
+            names = pki.missing(host_specs(addresses=specs(), service_ip=SERVICE_IP))
+            if names:
+                return Finding.differs(f"make {len(names)}: {', '.join(names)}", [f"+ {name}" for name in names])
+            if paths := stale():
+                return Finding.differs("write kubeconfigs", [f"+ {path.name}" for path in paths])
+            return Finding.ok("valid for a month at least")
+
+        def change(_: Progress) -> str:
+            names = pki.make(host_specs(addresses=specs(), service_ip=SERVICE_IP))
+            ca = pki.read_certificate(CLUSTER_CA)
+            written: dict[str, list[str]] = {}
+            for path, (server, name) in wanted_configs().items():
+                write_kubeconfig(
+                    path,
+                    name="wasilet",
+                    server=server,
+                    ca=ca,
+                    certificate=pki.read_certificate(name),
+                    key=pki.key(name).read_bytes(),
+                )
+                written[path.name] = [server, _digest(pki.certificate(name))]
+            state.update(client_configs=written)
+            return f"made {len(names)}" if names else "wrote kubeconfigs"
+
+        return Step(name=PKI_STEP, look=look, change=change, after=(PREPARATION_STEP,))
+
+
+def node_address(settings: Settings) -> str:
+    """The address nodes advertise: the one asked for, else that of the default route, else any that is not loopback
+    or a container bridge's, else loopback."""
+    if settings.node_ip:
+        return settings.node_ip
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Connecting a datagram socket sends nothing; it only asks the routing table for the source address.
+        probe.connect(("198.51.100.1", 9))
+        address = str(probe.getsockname()[0])
+        if _global(address):
+            return address
+    import psutil
+
+    for interface, addresses in sorted(psutil.net_if_addrs().items()):
+        if interface.startswith(_VIRTUAL):
+            continue
+        for entry in addresses:
+            if entry.family == socket.AF_INET and _global(entry.address):
+                return str(entry.address)
+    return LOOPBACK
+
+
+def _global(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return not (parsed.is_loopback or parsed.is_link_local or parsed.is_unspecified or parsed.is_multicast)
+
+
+def _digest(path: Path) -> str:
+    import hashlib
+
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""

@@ -1,0 +1,279 @@
+"""minikube, with its docker and kvm2 drivers. Written against minikube 1.33 to 1.37.
+
+``--name`` is the profile. How the cluster reaches this machine depends on the driver (a bridge of Docker's, a network
+of libvirt's); minikube itself writes the address into every node's hosts file as ``host.minikube.internal``, for both.
+A new profile gets containerd: Docker, minikube's default, takes ``localhost:5000`` for the node's own.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wasilet.cluster.state import RUN_ID_VARIABLE
+from wasilet.errors import ApiError, CommandError, HarnessError, UsageError
+from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.kube.credentials import read_credentials
+from wasilet.kube.kubeconfig import read_config
+from wasilet.process import run
+from wasilet.providers.base import API_SERVER_STEP, Cluster, Detection
+from wasilet.providers.docker import is_local
+from wasilet.providers.existing import minified
+from wasilet.providers.existing_base import (
+    REGISTRY_FOR_NODES_STEP,
+    ExternalProvider,
+    Found,
+    HalfMadeError,
+    StoppedError,
+    facts,
+    hosts_toml,
+)
+from wasilet.providers.preflight import try_bootstrap_token
+from wasilet.settings import Settings
+from wasilet.steps import Finding, Progress, Step
+
+OLDEST = (1, 26)
+DRIVERS = frozenset({"docker", "kvm2"})
+CREATE_SECONDS = 900
+CERTS_D = "/etc/containerd/certs.d"
+WIRE_STEP = "registry of minikube's nodes"
+EXTRA_CONFIG = ("apiserver.enable-bootstrap-token-auth=true",)
+
+
+class MinikubeProvider(ExternalProvider):
+    """See the module."""
+
+    name = "minikube"
+    summary = "a minikube profile (docker or kvm2 driver), with wasm nodes beside it"
+    options = ("kubernetes_version",)
+
+    def detect(self, settings: Settings) -> Detection:
+        """minikube must be there; whether its driver works, it says itself. Raises UsageError."""
+        path, version = user_minikube(settings)
+        return Detection(usable=True, detail=f"minikube {version} ({path})")
+
+    # --- the cluster -------------------------------------------------------------------------------------------------
+
+    def find(self, cluster: Cluster) -> Found | None:
+        """By ``minikube profile list``."""
+        name = cluster.settings.name
+        profile = self._profile(cluster)
+        known = facts(cluster)
+        ours = self._ours(cluster)
+        if profile is None:
+            return None
+        running = self._running(cluster)
+        if known.get("creating") and not running:
+            raise HalfMadeError(f"an interrupted run left minikube profile {name} half made")
+        driver = str((profile.get("Config") or {}).get("Driver") or "")
+        if driver not in DRIVERS:
+            raise UsageError(
+                f"minikube profile {name} has driver {driver or 'none'!r}; docker and kvm2 are supported",
+                hint="--provider existing --context NAME takes any cluster that reaches this machine",
+            )
+        if not running:
+            if not ours:
+                raise UsageError(f"minikube profile {name} does not run", hint=f"minikube start -p {name}")
+            raise StoppedError(f"minikube profile {name} does not run")
+        return self._found(cluster, profile, created=ours)
+
+    def _found(self, cluster: Cluster, profile: dict[str, Any], *, created: bool) -> Found:
+        runtime = ((profile.get("Config") or {}).get("KubernetesConfig") or {}).get("ContainerRuntime")
+        address = cluster.settings.node_ip or self._host_address(cluster)
+        return Found(
+            kubeconfig=self._kubeconfig(cluster, created=created),
+            node_address=address,
+            # Only containerd can be told that localhost:5000 is elsewhere.
+            registry_address=address if runtime == "containerd" else "",
+            created=created,
+        )
+
+    def create(self, cluster: Cluster, say: Progress) -> Found:
+        """``minikube start``; its driver is minikube's choice, or that of MINIKUBE_DRIVER."""
+        self.start(cluster, say)
+        profile = self._profile(cluster)
+        if profile is None:
+            raise HarnessError(f"minikube made no profile {cluster.settings.name}")
+        return self._found(cluster, profile, created=True)
+
+    def destroy(self, cluster: Cluster) -> str:
+        """``minikube delete``, unless the profile is another cluster by now."""
+        name = cluster.settings.name
+        self._end_orphans(cluster)
+        if self._profile(cluster) is None:
+            return f"minikube profile {name} was gone already"
+        if facts(cluster).get("created") and self._is_another(cluster):
+            return f"minikube profile {name} is another cluster by now, and stays"
+        self._minikube(cluster, "delete", timeout_seconds=180.0)
+        return f"minikube profile {name} deleted"
+
+    def preflight(self, cluster: Cluster, kube: Kube, say: Progress) -> None:
+        """kubeadm switches bootstrap tokens on; an --extra-config may have switched them off."""
+        say("trying a bootstrap token")
+        try_bootstrap_token(kube, read_credentials(cluster.state.admin_kubeconfig))
+
+    def start(self, cluster: Cluster, say: Progress) -> None:
+        """``minikube start``, which makes a profile or starts one."""
+        settings = cluster.settings
+        arguments = [
+            "start",
+            "--container-runtime=containerd",
+            "--embed-certs",
+            "--interactive=false",
+            *(f"--extra-config={option}" for option in EXTRA_CONFIG),
+            "--wait=apiserver,default_sa",
+        ]
+        if settings.kubernetes_version:
+            arguments.append(f"--kubernetes-version=v{settings.kubernetes_version.removeprefix('v')}")
+
+        def progress(line: str) -> None:
+            words = re.sub(r"[^\x20-\x7e]", "", line).strip(" *-|\\/")
+            if words.endswith("..."):
+                say(words.removesuffix("...").strip())
+
+        self._minikube(cluster, *arguments, timeout_seconds=CREATE_SECONDS, on_line=progress)
+
+    def _profile(self, cluster: Cluster) -> dict[str, Any] | None:
+        # Exit code 0 also when there is none; a profile that is damaged is listed as invalid.
+        answer = json.loads(self._minikube(cluster, "profile", "list", "--output=json", profile=False) or "{}")
+        for kind in ("valid", "invalid"):
+            for profile in answer.get(kind) or []:
+                if profile.get("Name") == cluster.settings.name:
+                    return dict(profile)
+        return None
+
+    def _running(self, cluster: Cluster) -> bool:
+        # The exit code has a bit for each part that does not run; the words on stdout say the same.
+        done = self._minikube(cluster, "status", "--output=json", check=False)
+        try:
+            status = json.loads(done)
+        except ValueError:
+            return False
+        first = status[0] if isinstance(status, list) and status else status
+        return isinstance(first, dict) and first.get("Host") == "Running" and first.get("APIServer") == "Running"
+
+    def _host_address(self, cluster: Cluster) -> str:
+        name = cluster.settings.name
+        text = self._minikube(cluster, "ssh", "--", "grep host.minikube.internal /etc/hosts")
+        address = text.split()[0] if text.split() else ""
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise HarnessError(
+                f"minikube profile {name} does not know this machine (host.minikube.internal)",
+                hint="--node-ip ADDRESS names an address that it reaches",
+            ) from None
+        if not is_local(address):
+            raise HarnessError(
+                f"{address}, which minikube profile {name} knows this machine by, is none of its addresses",
+                hint="--node-ip ADDRESS names one that it reaches",
+            )
+        return address
+
+    def _kubeconfig(self, cluster: Cluster, *, created: bool) -> KubeObject:
+        """Ours is in a file of ours; an adopted profile's context is where minikube put it."""
+        from wasilet.kube.kubeconfig import kubeconfig_files
+
+        name = cluster.settings.name
+        # minikube takes the first of $KUBECONFIG, whether it is there or not.
+        file = self._own_file(cluster) if created else kubeconfig_files(cluster.settings.environ)[0]
+        names = [entry.get("name") for entry in read_config(file).get("contexts") or [] if isinstance(entry, dict)]
+        if name not in names:
+            raise HarnessError(
+                f"{file} has no context {name}", hint=f"`minikube update-context -p {name}` brings it back"
+            )
+        return minified(file, name)
+
+    def _is_another(self, cluster: Cluster) -> bool:
+        try:
+            found = cluster.admin().get(api_path("namespaces", "kube-system"), timeout_seconds=5.0)
+        except (ApiError, UsageError):
+            return False
+        return bool(found["metadata"]["uid"] != facts(cluster).get("uid"))
+
+    @staticmethod
+    def _ours(cluster: Cluster) -> bool:
+        return bool(facts(cluster).get("created") or facts(cluster).get("creating"))
+
+    def _own_file(self, cluster: Cluster) -> Path:
+        return cluster.state.etc / "minikube.conf"
+
+    def _minikube(
+        self,
+        cluster: Cluster,
+        *arguments: str,
+        timeout_seconds: float = 60.0,
+        check: bool = True,
+        profile: bool = True,
+        on_line: Progress | None = None,
+    ) -> str:
+        settings = cluster.settings
+        path, _ = user_minikube(settings)
+        env = {**settings.environ, RUN_ID_VARIABLE: str(cluster.state.read().get("run_id", ""))}
+        if self._ours(cluster):
+            env["KUBECONFIG"] = str(self._own_file(cluster))
+        chosen = (f"--profile={settings.name}",) if profile else ()
+        return run(
+            [path, arguments[0], *chosen, *arguments[1:]],
+            timeout_seconds=timeout_seconds,
+            env=env,
+            check=check,
+            on_line=on_line,
+        ).stdout
+
+    # --- the registry ------------------------------------------------------------------------------------------------
+
+    def registry_steps(self, cluster: Cluster) -> Sequence[Step]:
+        """A ``hosts.toml`` in the node's containerd, written through ``minikube ssh``."""
+
+        def path() -> str:
+            return f"{CERTS_D}/{hosts_toml(cluster)[0]}/hosts.toml"
+
+        def look() -> Finding:
+            if facts(cluster) and not facts(cluster).get("registry_address"):
+                return Finding.skip("its nodes run Docker: `minikube image load` brings Linux images, see the docs")
+            if "registry_for_nodes" not in cluster.ports():
+                return Finding.differs("tell minikube's nodes where it is")
+            there = self._minikube(cluster, "ssh", "--", f"sudo cat {path()} 2>/dev/null || true")
+            if there.replace("\r", "").strip() != hosts_toml(cluster)[1].strip():
+                return Finding.differs("tell minikube's nodes where it is")
+            return Finding.ok("known")
+
+        def change(_: Progress) -> str:
+            folder, text = hosts_toml(cluster)
+            quoted = text.replace("\n", "\\n").replace('"', '\\"')
+            script = f'sudo mkdir -p {CERTS_D}/{folder} && printf "{quoted}" | sudo tee {path()} >/dev/null'
+            self._minikube(cluster, "ssh", "--", script)
+            return folder
+
+        return (Step(name=WIRE_STEP, look=look, change=change, after=(API_SERVER_STEP, REGISTRY_FOR_NODES_STEP)),)
+
+    def unwire(self, cluster: Cluster) -> None:
+        """Remove the ``hosts.toml`` again."""
+        if facts(cluster).get("registry_address"):
+            self._minikube(cluster, "ssh", "--", f"sudo rm -rf {CERTS_D}/{hosts_toml(cluster)[0]}")
+
+
+def user_minikube(settings: Settings) -> tuple[str, str]:
+    """Path and version of minikube. Raises UsageError when there is none, or it is too old."""
+    path = shutil.which("minikube", path=settings.environ.get("PATH", ""))
+    if path is None:
+        raise UsageError(
+            "minikube is not installed, or not on PATH",
+            hint="see https://minikube.sigs.k8s.io, or use --provider host",
+        )
+    try:
+        words = run([path, "version", "--short"], timeout_seconds=15.0, env=settings.environ).stdout
+    except CommandError as error:
+        raise UsageError(f"{path} does not work: {error.message}") from error
+    found = re.search(r"v(\d+)\.(\d+)\.(\d+)", words)
+    if found is None:
+        raise UsageError(f"{path} does not tell its version: {words.strip()[:80]!r}")
+    if (int(found[1]), int(found[2])) < OLDEST:
+        raise UsageError(f"{path} is minikube {found[0]}, and v1.26 or newer is needed", hint="update it")
+    return path, found[0]

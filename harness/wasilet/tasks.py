@@ -1,0 +1,790 @@
+"""The tasks of ``./run`` and ``invoke``: thin, with no logic of their own. Each ``--help`` teaches by examples."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from invoke.context import Context
+from invoke.tasks import task
+
+from wasilet.terminal.cli import (
+    checked_output,
+    command,
+    emit,
+    emit_json,
+    exec_program,
+    finish,
+    finish_with,
+    invocation_path,
+    remainder,
+    reporter,
+    settings_of,
+)
+from wasilet.terminal.program import take_over
+
+take_over()
+
+NAME_HELP = "the cluster (default: wasilet, or WASILET_NAME)"
+OUTPUT_HELP = "text or json"
+APP_HELP = "a sample's name or the path of a folder"
+
+
+@task(
+    iterable=["taint"],
+    auto_shortflags=False,
+    help={
+        "name": NAME_HELP,
+        "provider": "host (default), kind, k3d, minikube, or existing: any cluster that a kubeconfig names",
+        "nodes": "how many wasm nodes join (default: 1, or as many as there are)",
+        "taint": "key=value:Effect that new nodes register; repeatable",
+        "node-ip": "the address that nodes advertise (default: found)",
+        "image": "the node image of a new cluster (kind, k3d)",
+        "kubernetes-version": "of a new cluster, as 1.34.4 (kind, k3d, minikube)",
+        "config": "the provider's own file: cluster configuration (kind, k3d), or the kubeconfig to read (existing)",
+        "context": "existing: which context of that kubeconfig; must be named, the current one is never guessed",
+        "yes": "existing: it may be changed; without, only what is missing is said",
+        "kubeconfig": "write the context to this file and leave ~/.kube/config alone",
+        "check": "change nothing, say what would be changed",
+        "diff": "show what changes",
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def up(
+    c: Context,
+    name: str = "",
+    provider: str = "",
+    nodes: int = 0,
+    taint: list[str] | None = None,
+    node_ip: str = "",
+    image: str = "",
+    kubernetes_version: str = "",
+    config: str = "",
+    context: str = "",
+    yes: bool = False,
+    kubeconfig: str = "",
+    check: bool = False,
+    diff: bool = False,
+    output: str = "text",
+) -> None:
+    """Bring a cluster with a wasm node up, or mend it.
+
+    A cluster of that name that runs already (kind, k3d, minikube) is adopted: only what is missing is added, and
+    `down` takes back just that.
+
+    Examples:
+      invoke up                               a cluster on this machine, then: kubectl get nodes
+      invoke up --name two --kubeconfig ./kc  another one beside it, kept out of ~/.kube/config
+      invoke up --check --diff                what would be changed?
+      invoke up --nodes 3                     three wasm nodes
+      invoke up --provider kind               a wasm node beside kind's own
+      invoke up --provider existing --context my-cluster --yes
+    """
+    from wasilet.cluster.up import up as bring_up
+
+    checked_output(output)
+    settings = settings_of(
+        c,
+        name=name,
+        provider=provider,
+        nodes=nodes or None,
+        taints=taint or None,
+        node_ip=node_ip,
+        image=image,
+        kubernetes_version=kubernetes_version,
+        config=config,
+        context=context,
+        yes=yes or None,
+        kubeconfig=kubeconfig,
+    )
+    finish(bring_up(settings, reporter=reporter(diff=diff), check=check), output=output)
+
+
+@task(
+    help={
+        "name": NAME_HELP,
+        "purge": "remove what the cluster kept as well: objects, images, logs, certificates",
+        "check": "change nothing, say what would be changed",
+        "output": OUTPUT_HELP,
+    }
+)
+@command
+def down(c: Context, name: str = "", purge: bool = False, check: bool = False, output: str = "text") -> None:
+    """End a cluster; what it kept stays, for the next `up`.
+
+    Ends its nodes with their containers, its processes, and takes its entry out of the kubeconfig.
+
+    Examples:
+      invoke down                        end it; `invoke up` brings it back with its objects
+      invoke down --purge                end it and remove everything of it
+      invoke down --name two             only that one; others are left alone
+    """
+    from wasilet.cluster.down import down as take_down
+
+    checked_output(output)
+    settings = settings_of(c, name=name)
+    finish(take_down(settings, reporter=reporter(), purge=purge, check=check), output=output)
+
+
+@task(help={"name": NAME_HELP, "output": "text or json (fields: docs/harness.md)"})
+@command
+def status(c: Context, name: str = "", output: str = "text") -> None:
+    """Show what runs, and whether it is well.
+
+    Examples:
+      invoke status
+      invoke status --output json | jq -r .registry
+    """
+    from wasilet.cluster.status import status as read_status
+    from wasilet.cluster.status import status_lines
+
+    checked_output(output)
+    data = read_status(settings_of(c, name=name))
+    if output == "json":
+        emit_json(data)
+        return
+    for line in status_lines(data):
+        emit(line)
+
+
+@task(
+    help={
+        "component": "etcd, kube-apiserver, ..., approver, registry, or a node's name",
+        "name": NAME_HELP,
+        "follow": "go on printing as lines come",
+        "lines": "how many of the last lines (0: all)",
+    },
+)
+@command
+def logs(c: Context, component: str, name: str = "", follow: bool = False, lines: int = 100) -> None:
+    """Print a component's log.
+
+    Examples:
+      invoke logs kube-apiserver      (`invoke logs x` names those there are)
+      invoke logs wasilet-1 -f        the node agent's, as it comes
+    """
+    from wasilet.cluster.status import log_file, log_lines
+
+    settings = settings_of(c, name=name)
+    for line in log_lines(log_file(settings, component), tail=lines, follow=follow):
+        emit(line)
+
+
+@task(help={"name": NAME_HELP})
+@command
+def kubeconfig(c: Context, name: str = "") -> None:
+    """Print the path of the cluster's kubeconfig.
+
+    Example:
+      export KUBECONFIG=$(invoke kubeconfig)
+    """
+    from wasilet.cluster.status import kubeconfig_path
+
+    emit(str(kubeconfig_path(settings_of(c, name=name))))
+
+
+@task(help={"name": NAME_HELP})
+@command
+def kubectl(c: Context, name: str = "") -> None:
+    """Run kubectl against the cluster.
+
+    With the administrator's rights, whatever the current context is; what follows -- is kubectl's.
+
+    Examples:
+      invoke kubectl -- get pods -A
+      ./run kubectl get nodes         (run puts the -- in by itself)
+    """
+    from wasilet.cluster.status import kubectl_command
+
+    argv, env = kubectl_command(settings_of(c, name=name), remainder())
+    exec_program(argv, env=env, cwd=os.environ.get("WASILET_INVOCATION_DIR"))
+
+
+@task(
+    help={
+        "request": "the certificate signing request to approve; none: list what is pending",
+        "all": "approve every one that is right",
+        "name": NAME_HELP,
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def approve(c: Context, request: str = "", all: bool = False, name: str = "", output: str = "text") -> None:  # noqa: A002
+    """List or approve nodes' serving certificates by hand.
+
+    The approver does it by itself; this shows the step.
+
+    Examples:
+      invoke approve                  what is pending, and would it be approved?
+      invoke approve --request csr-x7k2p
+      invoke approve --all
+    """
+    from wasilet.cluster.approval import approve_once, pending
+    from wasilet.cluster.up import open_cluster
+
+    checked_output(output)
+    with open_cluster(settings_of(c, name=name)) as cluster:
+        kube = cluster.admin()
+        requests = approve_once(kube, request) if request or all else pending(kube)
+    if output == "json":
+        emit_json([vars(entry) for entry in requests])
+        return
+    verb = "approved" if request or all else "pending "
+    for entry in requests:
+        emit(f"{verb} {entry.name}  {entry.node}  {'' if entry.right else 'would be left alone: '}{entry.why}")
+    if not requests:
+        sys.stderr.write("nothing is pending\n")
+
+
+@task(
+    auto_shortflags=False,
+    help={
+        "action": "create, list or delete",
+        "id": "which one to delete",
+        "ttl": "how long a new token lives, in seconds",
+        "file": "write a bootstrap.conf with the new token there, in place of printing the token",
+        "name": NAME_HELP,
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def token(
+    c: Context,
+    action: str,
+    id: str = "",  # noqa: A002
+    ttl: int = 3600,
+    file: str = "",
+    name: str = "",
+    output: str = "text",
+) -> None:
+    """Create, list or delete tokens for nodes to join with.
+
+    Examples:
+      invoke token create --file bootstrap.conf   for `python -P -m wasilet_node --bootstrap-file bootstrap.conf ...`
+      invoke token list
+      invoke token delete --id abc123
+    """
+    from wasilet.cluster.token import run_action
+
+    settings = settings_of(c, name=name, token_ttl_seconds=ttl)
+    checked_output(output)
+    answer = run_action(settings, action, token_id=id, file=file)
+    if output == "json":
+        emit_json(answer)
+        return
+    for entry in answer:
+        emit("  ".join(str(value) for value in entry.values() if value))
+
+
+@task(
+    auto_shortflags=False,
+    help={
+        "node": "the new node's name",
+        "file": "where to write the bootstrap file (default: ./bootstrap.conf)",
+        "address": "of this machine, as the other one reaches it (default: that of the default route)",
+        "registry": "let the other machine pull from the local registry too; whoever reaches the address may read it",
+        "ttl": "how long the token lives, in seconds",
+        "name": NAME_HELP,
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def bootstrap(
+    c: Context,
+    node: str,
+    file: str = "bootstrap.conf",
+    address: str = "",
+    registry: bool = False,
+    ttl: int = 3600,
+    name: str = "",
+    output: str = "text",
+) -> None:
+    """Let a node of another machine join.
+
+    Writes a bootstrap file, and says what to type there.
+
+    A cluster that listens on loopback gets a door for it on --address, which `status` lists and `down` closes.
+
+    Examples:
+      invoke bootstrap --node wasm-2
+      invoke bootstrap --node wasm-2 --address 192.0.2.10 --registry
+    """
+    from pathlib import Path
+
+    from wasilet.cluster import join
+    from wasilet.cluster.up import open_cluster
+
+    checked_output(output)
+    with open_cluster(settings_of(c, name=name, token_ttl_seconds=ttl)) as cluster:
+        target = Path(invocation_path(file))
+        made = join.bootstrap(
+            cluster, node=node, file=target, address=address, registry=registry, say=reporter().notice
+        )
+    if output == "json":
+        emit_json({**vars(made), "file": str(made.file)})
+        return
+    for line in join.joining_lines(made):
+        emit(line)
+
+
+@task(
+    auto_shortflags=False,
+    help={
+        "node": "the node's name",
+        "systemd": "print a systemd unit in place of the command line",
+        "file": "write the unit to this file",
+        "data-dir": "where the node keeps what it has (default: /var/lib/wasilet/NODE)",
+        "bootstrap-file": "default: /etc/wasilet/bootstrap.conf",
+        "user": "whom the node runs as (default: root, which can limit cpu and memory everywhere)",
+    },
+)
+@command
+def node(
+    c: Context,
+    node: str,
+    systemd: bool = False,
+    file: str = "",
+    data_dir: str = "",
+    bootstrap_file: str = "/etc/wasilet/bootstrap.conf",
+    user: str = "",
+) -> None:
+    """Print how a node of this machine is run for good.
+
+    As a command line, or as a systemd unit. What follows -- are further options of the node; `python -P -m wasilet_node --help`
+    names them.
+
+    Examples:
+      invoke node --node wasm-1 --systemd --file /etc/systemd/system/wasilet-node.service
+      invoke node --node wasm-1 --systemd -- --max-pods 500
+    """
+    import shlex
+    from pathlib import Path
+
+    from wasilet.cluster import join
+
+    data = data_dir or f"/var/lib/wasilet/{node}"
+    if not systemd:
+        emit(
+            shlex.join(
+                join.node_command(node=node, data_dir=data, bootstrap_file=bootstrap_file, arguments=remainder())
+            )
+        )
+        return
+    unit = join.systemd_unit(node=node, data_dir=data, bootstrap_file=bootstrap_file, user=user, arguments=remainder())
+    if file:
+        join.write_unit(Path(invocation_path(file)), unit)
+        return
+    emit(unit.rstrip())
+
+
+@task(help={"name": NAME_HELP, "namespace": "only pods of this namespace"})
+@command
+def diagnose(c: Context, name: str = "", namespace: str = "") -> None:
+    """Print what to read when something went wrong.
+
+    Processes that are gone, nodes, pods with reasons and events, the ends of logs.
+
+    Examples:
+      invoke diagnose
+      invoke diagnose --namespace default
+    """
+    from wasilet.cluster.diagnostics import examine
+
+    for line in examine(settings_of(c, name=name), namespace=namespace):
+        emit(line)
+
+
+@task(
+    positional=["app"],
+    auto_shortflags=False,
+    help={"app": APP_HELP, "force": "even if nothing changed", "output": OUTPUT_HELP},
+)
+@command
+def build(c: Context, app: str, force: bool = False, output: str = "text") -> None:
+    """Compile an app to a wasm module, in release.
+
+    Prints the module's path. Rust, C or AssemblyScript: what the folder holds decides.
+
+    Examples:
+      invoke build hello-world        a sample of this project
+      invoke build ./my-app           a folder of yours
+    """
+    from wasilet.oci.publish import build_app
+
+    checked_output(output)
+    recap, built = build_app(app, settings_of(c), reporter=reporter(), force=force)
+    finish(recap, output=output)
+    if built is not None and output == "text":
+        emit(str(built.module))
+
+
+@task(
+    positional=["app"],
+    auto_shortflags=False,
+    iterable=["insecure"],
+    help={
+        "app": APP_HELP + "; or a .wasm file",
+        "to": "registry/repository:tag (default: the cluster's registry, the app's name, latest)",
+        "layout": "cncf (default), krustlet, runwasi or image",
+        "insecure": "host:port of a registry that speaks plain HTTP; loopback always may; repeatable",
+        "name": NAME_HELP,
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def push(
+    c: Context,
+    app: str,
+    to: str = "",
+    layout: str = "cncf",
+    insecure: list[str] | None = None,
+    name: str = "",
+    output: str = "text",
+) -> None:
+    """Build an app and push it to a registry as an OCI artifact.
+
+    The last line on stdout is reference@digest, ready for a manifest's image. Logins are docker's.
+
+    Examples:
+      invoke push hello-world
+      invoke push ./my-app --to registry.example/cats/my-app:v1
+      invoke push hello-world --layout krustlet
+    """
+    from wasilet.oci.publish import push_app
+
+    checked_output(output)
+    settings = settings_of(c, name=name)
+    recap, pushed = push_app(app, settings, reporter=reporter(), to=to, layout=layout, insecure=insecure or ())
+    finish(recap, output=output)
+    if pushed is not None and output == "text":
+        emit(pushed.pinned)
+
+
+@task(
+    positional=["reference"],
+    auto_shortflags=False,
+    iterable=["insecure"],
+    help={
+        "reference": "registry/repository:tag, or @sha256:...",
+        "file": "write the wasm module there",
+        "insecure": "host:port of a registry that speaks plain HTTP; loopback always may; repeatable",
+    },
+)
+@command
+def pull(c: Context, reference: str, file: str = "", insecure: list[str] | None = None) -> None:
+    """Fetch an artifact, verify every digest and size, and say what it is.
+
+    Examples:
+      invoke pull localhost:5000/hello-world:latest
+      invoke pull localhost:5000/hello-world:latest --file hello.wasm
+    """
+    from wasilet.oci.publish import pull_artifact
+
+    output = invocation_path(file) if file else ""
+    for line in pull_artifact(reference, settings_of(c), output=output, insecure=insecure or ()).lines():
+        emit(line)
+
+
+@task(
+    positional=["app"],
+    auto_shortflags=False,
+    iterable=["e", "dir", "allow"],
+    help={
+        "app": APP_HELP + "; or a .wasm file",
+        "e": "NAME=VALUE for the module's environment, or NAME to pass on yours; repeatable",
+        "dir": "HOST::GUEST, a folder that the module gets (HOST::GUEST::ro: only to read); repeatable",
+        "allow": "an origin that wasi-experimental-http may ask, as https://api.example; repeatable",
+    },
+)
+@command
+def run(
+    c: Context,
+    app: str,
+    e: list[str] | None = None,
+    dir: list[str] | None = None,  # noqa: A002
+    allow: list[str] | None = None,
+) -> None:
+    """Run a module here, in the node's own sandbox, without a cluster.
+
+    What follows -- are the module's arguments; its exit code is the task's (134 for a trap).
+
+    Examples:
+      invoke run hello-world -e INTERVAL_SECONDS=1
+      invoke run cat-facts -e RUST_LOG=info --allow https://catfact.ninja
+      invoke run ./tool.wasm --dir .::/work -- --help
+    """
+    from wasilet.demo.local_run import make_spec
+    from wasilet.demo.local_run import run as run_module
+    from wasilet.oci.publish import runnable
+
+    settings = settings_of(c)
+    module = runnable(app, settings, reporter=reporter())
+    spec = make_spec(module, args=remainder(), env=e or (), dirs=dir or (), allow=allow or (), environ=settings.environ)
+    finish_with(run_module(spec, environ=settings.environ))
+
+
+@task(
+    positional=["app"],
+    auto_shortflags=False,
+    help={
+        "app": APP_HELP + "; see `invoke samples`",
+        "name": NAME_HELP,
+        "namespace": "where it is applied (default: default)",
+        "layout": "how the artifact is laid out; see `invoke push --help`",
+        "private": "push to a registry with a login, and pull with a pull secret",
+        "remove": "delete what the demo applied",
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def demo(
+    c: Context,
+    app: str,
+    name: str = "",
+    namespace: str = "default",
+    layout: str = "cncf",
+    private: bool = False,
+    remove: bool = False,
+    output: str = "text",
+) -> None:
+    """Take an app from its source to an asserted log line in a cluster.
+
+    Builds it, runs it here, pushes it, applies its manifests, waits for what its demo.yaml promises, and says what to
+    type next. Brings a cluster up when none runs. What it applied stays until --remove.
+
+    Examples:
+      invoke demo hello-world
+      invoke demo cat-facts --private     by a registry with a login
+      invoke demo hello-world --remove
+    """
+    from wasilet.demo import demo as apps
+
+    checked_output(output)
+    settings = settings_of(c, name=name)
+    options = apps.DemoOptions(namespace=namespace, layout=layout, private=private)
+    if remove:
+        for gone in apps.remove(app, settings, options=options):
+            emit(f"{gone} removed")
+        return
+    result = apps.demo(app, settings, options=options, reporter=reporter())
+    for line in [apps.result_json(result)] if output == "json" else apps.log_lines(result):
+        emit(line)
+    sys.stderr.write(apps.next_words(result) if output == "text" else "")
+    finish(result.recap)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
+        "app": "run the demo of this app and report on it (a sample's name or a folder)",
+        "namespace": "whose pods (default: default)",
+        "file": "where the page goes (default: wasilet-report.html)",
+        "name": NAME_HELP,
+    },
+)
+@command
+def report(
+    c: Context, app: str = "", namespace: str = "default", file: str = "wasilet-report.html", name: str = ""
+) -> None:
+    """Write an HTML page of what pods did: timeline, events and logs.
+
+    One file that needs nothing else. For a test run: pytest --wasilet-report FILE.
+
+    Examples:
+      invoke report                        of the pods in namespace default, as they are now
+      invoke report --app hello-world      of a demo, which is run for it
+    """
+    from wasilet.terminal.report import write_report
+
+    written = write_report(
+        settings_of(c, name=name),
+        app=app,
+        namespace=namespace,
+        file=Path(invocation_path(file)),
+        reporter=reporter(),
+    )
+    emit(str(written.file))
+    if written.recap is not None:
+        finish(written.recap)
+
+
+@task(help={"name": NAME_HELP, "namespace": "only pods of this namespace (default: all)"})
+@command
+def ui(c: Context, name: str = "", namespace: str = "") -> None:
+    """Show nodes, pods, events and logs live, in this terminal.
+
+    Keys: up and down (or k and j) choose a pod, g and G the first and last, q leaves.
+
+    Examples:
+      invoke ui
+      invoke ui --namespace default
+    """
+    from wasilet.terminal.ui import show
+
+    show(settings_of(c, name=name), namespace=namespace)
+
+
+@task(
+    auto_shortflags=False,
+    help={"shell": "bash, zsh or fish", "program": "what is typed: invoke (default), inv or ./run"},
+)
+@command
+def completion(c: Context, shell: str, program: str = "invoke") -> None:
+    """Print what makes a shell complete tasks, options, samples and folders.
+
+    Examples:
+      source <(invoke completion bash)                     for this shell
+      invoke completion bash >> ~/.bash_completion         for every new one
+      source <(./run completion bash --program ./run)
+    """
+    from wasilet.terminal.completion import script
+
+    emit(script(shell, program))
+
+
+@task
+@command
+def samples(c: Context) -> None:
+    """List the samples, each of which has a demo.
+
+    Example:
+      invoke samples                  then: invoke demo hello-world
+    """
+    from wasilet.demo.demo import demo_lines
+
+    for line in demo_lines():
+        emit(line)
+
+
+@task(
+    positional=["app"],
+    auto_shortflags=False,
+    help={
+        "app": "the app's name: a folder of that name is made here",
+        "folder": "where to make it (default: here)",
+    },
+)
+@command
+def new(c: Context, app: str, folder: str = "") -> None:
+    """Start an app of your own from a template, with its test.
+
+    Example:
+      invoke new my-app                 then: invoke demo ./my-app, and: pytest ./my-app
+    """
+    from wasilet.demo.new_app import new_app
+
+    for line in new_app(app, invocation_path(folder or ".")):
+        emit(line)
+
+
+@task(help={"output": OUTPUT_HELP})
+@command
+def doctor(c: Context, output: str = "text") -> None:
+    """Show what this machine has, and what brings the rest.
+
+    Ends with exit code 2 when something that `up` or the demos need is missing.
+
+    Examples:
+      invoke doctor
+      invoke doctor --output json | jq '.[] | select(.status == "missing")'
+    """
+    from wasilet.doctor import check_lines, is_fit
+    from wasilet.doctor import doctor as examine
+
+    checked_output(output)
+    checks = examine(settings_of(c))
+    if output == "json":
+        emit_json([check.to_json() for check in checks])
+    else:
+        for line in check_lines(checks):
+            emit(line)
+    finish_with(0 if is_fit(checks) else 2)
+
+
+@task
+@command
+def docs(c: Context) -> None:
+    """Build this project's documentation as a site, strictly.
+
+    Prints the first page's path. The tools are locked in requirements-docs.lock and get an environment of their own.
+
+    Example:
+      xdg-open $(invoke docs)
+    """
+    from wasilet_dev.docs_site import build_site, site
+
+    finish(build_site(environ=os.environ, reporter=reporter()))
+    emit(str(site() / "index.html"))
+
+
+@task(
+    positional=["what"],
+    auto_shortflags=False,
+    help={
+        "what": "up (the command line) or pods (what the node does)",
+        "runs": "bench up: how often (default: 3); medians are printed",
+        "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300)",
+        "output": OUTPUT_HELP,
+    },
+)
+@command
+def bench(c: Context, what: str, runs: int = 3, pods: int = 300, output: str = "text") -> None:
+    """Measure this machine and print the figures beside the targets; judges nothing.
+
+    A cluster of its own is brought up and taken down again.
+
+    Examples:
+      invoke bench pods
+      invoke bench pods --pods 10000     half an hour; is memory flat?
+      invoke bench up --runs 5
+    """
+    from wasilet_dev.bench import figures
+
+    checked_output(output)
+    measured = figures(what, settings_of(c), runs=runs, pods=pods, reporter=reporter())
+    if output == "json":
+        emit_json([figure.to_json() for figure in measured])
+    else:
+        for figure in measured:
+            emit(figure.line())
+
+
+@task
+@command
+def lint(c: Context) -> None:
+    """Check style, types and import contracts of this project.
+
+    Example:
+      invoke lint
+    """
+    from wasilet_dev.test_runner import lint as check_project
+
+    check_project()
+
+
+@task(
+    help={
+        "m": "only tests with these markers, as `-m e2e` or `-m 'unit or component'`",
+        "k": "only tests whose name matches",
+        "provider": "the provider that e2e tests bring up (default: host)",
+    }
+)
+@command
+def test(c: Context, m: str = "", k: str = "", provider: str = "") -> None:
+    """Run the tests, having brought what they need.
+
+    Paths and other options of pytest follow --.
+
+    Examples:
+      ./run test                                     all of them
+      ./run test -m e2e -k hello tests/e2e           (run puts the -- in by itself)
+      invoke test -m unit -- tests/unit -x -q
+    """
+    from wasilet_dev.test_runner import pytest_command
+
+    words = (["-m", m] if m else []) + (["-k", k] if k else []) + remainder()
+    argv, env = pytest_command(settings_of(c, provider=provider), words, reporter=reporter())
+    exec_program(argv, env=env)

@@ -1,0 +1,61 @@
+"""``python -P -m wasilet_node``: the agent, and ``python -P -m wasilet_node shutdown``.
+
+Nothing heavy is imported before the command line is known to be right, so ``--help`` and a mistake answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from wasilet_node import __version__
+from wasilet_node.commandline import RunCommand, UsageError, parse, terminal_error
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """The exit code: 0 ended by a signal, 1 failed, 2 wrong usage."""
+    try:
+        command = parse(arguments, environ, version=f"wasilet {__version__}")
+    except UsageError as error:
+        terminal_error(f"{error}; see --help")
+        return EXIT_USAGE
+    configure_logging(command.log_level)
+    if isinstance(command, RunCommand):
+        from wasilet_node.agent import run_agent
+        from wasilet_node.instance import InstanceError
+
+        try:
+            return run_agent(command.settings, kubeconfig_copy=command.kubeconfig, version=__version__)
+        except InstanceError as error:
+            terminal_error(str(error))
+            return EXIT_USAGE
+        except OSError as error:
+            terminal_error(f"{command.settings.paths.data}: {error.strerror or error}")
+            return EXIT_FAILED
+    from wasilet_node.shutdown import shutdown
+
+    return shutdown(command.data, timeout_seconds=command.timeout_seconds)
+
+
+def configure_logging(level: str) -> None:
+    """One line a message on stderr, UTC time stamps with milliseconds."""
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # Chatty below warnings, and what they say is said better by those who call them.
+    for name in ("asyncio", "aiohttp", "urllib3", "kubernetes"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

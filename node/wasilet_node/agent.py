@@ -1,0 +1,427 @@
+"""The composition root: makes every part, wires them, and keeps them all running or none.
+
+Order of the start: the supervisor is spawned first, since it loads wasmtime while this process loads the API client;
+then the node joins (or finds its certificate), and from there everything runs at once. Nothing waits for the API server
+that does not need it: with a certificate in hand and the API server away, pods are found and kept all the same.
+
+No part is restarted on its own. A task that ends or fails takes the whole agent down, in good order and within seconds,
+with a non-zero exit code: a service manager starts it again, and containers do not notice, as the supervisor keeps
+them. Half an agent, one that renews its lease while nothing watches pods, would be worse than none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import threading
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wasilet_node import instance
+from wasilet_node.runtime.linux import start_time
+from wasilet_node.settings import NodeSettings
+
+if TYPE_CHECKING:
+    from wasilet_node.certificates import Certificates
+    from wasilet_node.certificates_store import NodeNames, Pair
+    from wasilet_node.kube.client import KubeClient
+    from wasilet_node.kube.events import KubeEventRecorder
+    from wasilet_node.pods.probes import ProbeReport
+    from wasilet_node.registration import Registration
+    from wasilet_node.runtime.client import RuntimeClient
+    from wasilet_node.server.app import KubeletServer
+
+logger = logging.getLogger(__name__)
+
+_EXIT_FAILED = 1
+_STOP_LIMIT_SECONDS = 5.0
+_FLUSH_SECONDS = 1.0
+_RUNTIME_CHECK_SECONDS = 5.0
+_RECORD_CHECK_SECONDS = 5.0
+_OPEN_FILES_WANTED = 65536
+
+
+def run_agent(settings: NodeSettings, *, kubeconfig_copy: Path | None, version: str) -> int:
+    """Run until SIGTERM or SIGINT (0) or until something fails (1). ``kubeconfig_copy``: see ``wasilet_node.commandline``.
+
+    Raises InstanceError, and OSError when the data folder cannot be had.
+    """
+    lock = instance.acquire(settings.paths.data)
+    try:
+        return asyncio.run(_until_stopped(settings, kubeconfig_copy, version))
+    finally:
+        os.close(lock)
+
+
+async def _until_stopped(settings: NodeSettings, kubeconfig_copy: Path | None, version: str) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    _raise_open_files()
+    logger.info("wasilet %s, node %s, data in %s", version, settings.node_name, settings.paths.data)
+    agent = asyncio.create_task(_Agent(settings, kubeconfig_copy, version).run(), name="agent")
+    stopped = asyncio.create_task(stop.wait(), name="stop")
+    await asyncio.wait({agent, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    code = 0 if stop.is_set() else _EXIT_FAILED
+    # Whatever hangs in the clean-up (a thread in a dead network file system) must not keep the process.
+    _exit_in(_STOP_LIMIT_SECONDS, code)
+    if stop.is_set():
+        logger.info("stopping; containers run on")
+    agent.cancel()
+    (outcome,) = await asyncio.gather(agent, return_exceptions=True)
+    if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+        _say(outcome)
+        return _EXIT_FAILED
+    instance.remove(settings.paths.data)
+    return code
+
+
+class _Agent:
+    """One run of the agent."""
+
+    def __init__(self, settings: NodeSettings, kubeconfig_copy: Path | None, version: str) -> None:
+        self._settings = settings
+        self._kubeconfig_copy = kubeconfig_copy
+        self._version = version
+        self._problem: str | None = None
+        self._server_changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled; raises what ended it otherwise."""
+        async with AsyncExitStack() as stack:
+            certificates, kube, runtime = await self._join_and_find_supervisor(stack)
+            await self._run_parts(stack, certificates, kube, runtime)
+
+    async def _join_and_find_supervisor(self, stack: AsyncExitStack) -> tuple[Certificates, KubeClient, RuntimeClient]:
+        from wasilet_node.runtime.client import ensure_supervisor
+
+        finding = asyncio.create_task(ensure_supervisor(self._settings.paths, self._settings.logs), name="supervisor")
+        try:
+            # In a thread, so that the supervisor is spawned meanwhile: loading the client takes most of the start.
+            await asyncio.to_thread(_load_client)
+            from wasilet_node.certificates import Certificates
+
+            certificates = Certificates(
+                node_name=self._settings.node_name,
+                pki=self._settings.paths.pki,
+                kubeconfig=self._settings.paths.data / "kubeconfig",
+                bootstrap_file=self._settings.bootstrap_file,
+                user_agent=f"wasilet/{self._version} (linux) node",
+            )
+            kube = await certificates.join()
+            stack.push_async_callback(kube.close)
+            self._copy_kubeconfig()
+            runtime = await finding
+        except BaseException:
+            finding.cancel()
+            (found,) = await asyncio.gather(finding, return_exceptions=True)
+            if not isinstance(found, BaseException):
+                await found.close()
+            raise
+        stack.push_async_callback(runtime.close)
+        return certificates, kube, runtime
+
+    async def _run_parts(
+        self, stack: AsyncExitStack, certificates: Certificates, kube: KubeClient, runtime: RuntimeClient
+    ) -> None:
+        from wasilet_node.images.compile import Compiler
+        from wasilet_node.images.credentials import from_secrets
+        from wasilet_node.images.manager import ImageManager
+        from wasilet_node.kube.events import KubeEventRecorder
+        from wasilet_node.kube.references import References
+        from wasilet_node.lease import LeaseKeeper
+        from wasilet_node.machine import interface_addresses, is_advertisable
+        from wasilet_node.pods.environment import EnvironmentBuilder
+        from wasilet_node.pods.http_policy import Outbound
+        from wasilet_node.pods.manager import PodManager
+        from wasilet_node.registration import Registration
+        from wasilet_node.server.app import KubeletServer
+        from wasilet_node.volumes.manager import VolumeManager
+
+        settings = self._settings
+        events = KubeEventRecorder(kube, host=settings.node_name)
+        references = References(kube)
+        references.start()
+        stack.push_async_callback(references.close)
+        compiler = Compiler(settings.paths.compiled, settings.images)
+        stack.push_async_callback(compiler.close)
+        images = ImageManager(directory=settings.paths.images, settings=settings.images, compiler=compiler)
+        await images.start()
+        stack.push_async_callback(images.close)
+
+        server: KubeletServer
+        registration: Registration
+
+        def on_names(names: NodeNames) -> None:
+            certificates.set_names(names)
+            server.set_address(registration.address)
+            self._server_changed.set()
+
+        def on_serving(pair: Pair) -> None:
+            server.set_certificate(pair.certificate.encode(), pair.key.encode())
+
+        def on_client_ca(pem: str | None) -> None:
+            server.set_client_ca(pem.encode() if pem is not None else None)
+
+        def on_probe(report: ProbeReport) -> None:
+            namespace, name = report.pod["metadata"]["namespace"], report.pod["metadata"]["name"]
+            server.probes.record(
+                kind=report.kind.value,
+                result="successful" if report.successful else "failed",
+                container=report.container,
+                pod=name,
+                namespace=namespace,
+                pod_uid=report.pod["metadata"]["uid"],
+                duration_seconds=report.duration_seconds if report.successful else None,
+            )
+
+        registration = Registration(
+            kube=kube,
+            events=events,
+            settings=settings,
+            server=kube.cluster.server,
+            port=lambda: server.port or settings.port,
+            hostname=settings.hostname or settings.node_name,
+            agent_version=self._version,
+            runtime_version=_wasmtime_version(),
+            problem=lambda: self._problem,
+            images=images.list,
+            on_names=on_names,
+            on_unauthorized=certificates.rejected,
+        )
+        if not is_advertisable(registration.address):
+            logger.warning(
+                "the node's address is %s: 'kubectl logs' and 'exec' work where the API server runs on this machine, "
+                "its node proxy refuses such addresses",
+                registration.address,
+            )
+        volumes = VolumeManager(
+            settings.paths,
+            references,
+            allocatable=lambda: registration.info().allocatable,
+            addresses=lambda: registration.info().addresses,
+        )
+        stack.callback(volumes.close)
+        pods = PodManager(
+            kube=kube,
+            runtime=runtime,
+            images=images,
+            volumes=volumes,
+            events=events,
+            settings=settings,
+            environment=EnvironmentBuilder(references),
+            references=references,
+            parse_credentials=from_secrets,
+            node=registration.info,
+            observe_probe=on_probe,
+            outbound=Outbound(
+                local_origins=settings.local_origins,
+                own_addresses=lambda: (*registration.info().addresses, *interface_addresses()),
+                api_server=kube.cluster.server,
+                kubelet_port=lambda: server.port or settings.port,
+            ),
+        )
+        client_ca = certificates.client_ca()
+        server = KubeletServer(
+            settings=settings,
+            kube=kube,
+            pods=pods,
+            runtime=runtime,
+            log_root=settings.paths.logs,
+            client_ca_pem=client_ca.encode() if client_ca is not None else None,
+            address=registration.address,
+            healthy=lambda: self._problem,
+        )
+        on_serving(certificates.serving_pair(registration.names))
+        lease = LeaseKeeper(
+            kube=kube,
+            node_name=settings.node_name,
+            node_uid=registration.uid,
+            duration_seconds=settings.lease_duration_seconds,
+            renew_interval_seconds=settings.lease_renew_interval_seconds,
+            on_unauthorized=certificates.rejected,
+        )
+
+        async def keep_registered() -> None:
+            # The Node names the port, and 'kubectl logs' may come the moment it is there.
+            await server.wait_listening()
+            await registration.register()
+            self._write_record(registration, server)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(lease.run(), name="lease")
+                group.create_task(registration.run(), name="node")
+
+        await self._supervise(
+            events,
+            {
+                "pods": pods.run(),
+                "kubelet API": server.run(),
+                "registration": keep_registered(),
+                "certificates": certificates.run(on_serving=on_serving, on_client_ca=on_client_ca),
+                "image collection": images.run(),
+                "runtime check": self._check_runtime(runtime, registration),
+                "record": self._keep_record(registration, server),
+            },
+        )
+
+    async def _supervise(self, events: KubeEventRecorder, parts: dict[str, Coroutine[Any, Any, None]]) -> None:
+        """All or none: the first that ends, for whatever reason, ends the rest."""
+        writer = asyncio.create_task(events.run(), name="events")
+        tasks = {asyncio.create_task(part, name=name) for name, part in parts.items()}
+        try:
+            done, _ = await asyncio.wait({*tasks, writer}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if not writer.done():
+                await events.flush(timeout_seconds=_FLUSH_SECONDS)
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+        for task in done:
+            task.result()
+            raise RuntimeError(f"the part {task.get_name()!r} ended, which it never should")
+
+    async def _check_runtime(self, runtime: RuntimeClient, registration: Registration) -> None:
+        from wasilet_node.runtime.protocol import RuntimeUnavailableError
+
+        while True:
+            try:
+                await runtime.ping()
+                problem = None
+            except RuntimeUnavailableError as error:
+                problem = f"container runtime is down: {error}"
+            if problem != self._problem:
+                if problem is None:
+                    logger.info("the container runtime is back")
+                else:
+                    logger.error("%s", problem)
+                self._problem = problem
+                registration.wake()
+            await asyncio.sleep(_RUNTIME_CHECK_SECONDS)
+
+    async def _keep_record(self, registration: Registration, server: KubeletServer) -> None:
+        """Another address may mean another port, and the new socket is there a moment after the change."""
+        written = None
+        while True:
+            self._server_changed.clear()
+            place = (registration.address, server.port)
+            if place != written and self._write_record(registration, server):
+                written = place
+            try:
+                async with asyncio.timeout(_RECORD_CHECK_SECONDS):
+                    await self._server_changed.wait()
+            except TimeoutError:
+                pass
+
+    def _write_record(self, registration: Registration, server: KubeletServer) -> bool:
+        pid = os.getpid()
+        record = instance.AgentRecord(
+            pid=pid,
+            start_time=start_time(pid) or 0,
+            node_name=self._settings.node_name,
+            address=self._settings.bind_address or registration.address,
+            port=server.port or 0,
+        )
+        try:
+            instance.write(self._settings.paths.data, record)
+        except OSError as error:
+            # Others find the agent by it; a full disk is no reason to end the one that could make room on it.
+            logger.warning("agent.json cannot be written: %s", error.strerror or error)
+            return False
+        return True
+
+    def _copy_kubeconfig(self) -> None:
+        """Where Krustlet's users expect it; never over a file that is not a node's."""
+        target = self._kubeconfig_copy
+        if target is None:
+            return
+        from wasilet_common.files import write_private
+
+        from wasilet_node.kube.kubeconfig import is_node_kubeconfig
+
+        data = (self._settings.paths.data / "kubeconfig").read_bytes()
+        try:
+            try:
+                present: bytes | None = target.read_bytes()
+            except FileNotFoundError:
+                present = None
+            if present == data:
+                return
+            if present is not None and not is_node_kubeconfig(present):
+                logger.info("KUBECONFIG %s is not a node's: left alone", target)
+                return
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_private(target, data)
+        except OSError as error:
+            logger.warning("the node's kubeconfig was not copied to %s: %s", target, error)
+
+
+def _load_client() -> None:
+    import wasilet_node.certificates
+    import wasilet_node.kube.transport
+
+    wasilet_node.kube.transport.load()
+
+
+def _wasmtime_version() -> str:
+    try:
+        return installed_version("wasmtime")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _raise_open_files() -> None:
+    """1,000 pods need thousands of descriptors; 1,024 is the usual soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES_WANTED if hard == resource.RLIM_INFINITY else hard
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError) as error:
+        logger.warning("the limit of open files stays at %d: %s", soft, error)
+
+
+def _exit_in(seconds: float, code: int) -> None:
+    def leave() -> None:
+        logger.error("the clean-up did not end in %g s; leaving", seconds)
+        os._exit(code or _EXIT_FAILED)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+
+
+def _say(error: BaseException) -> None:
+    """What a person can act on is one line; anything else is a defect, and comes with its traceback."""
+    for leaf in _leaves(error):
+        if _is_expected(leaf):
+            logger.error("%s", leaf)
+        else:
+            logger.error("the agent failed", exc_info=leaf)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
+def _is_expected(error: BaseException) -> bool:
+    from wasilet_node.certificates import JoinError
+    from wasilet_node.images.store import StoreError
+    from wasilet_node.registration import NodeTakenError
+    from wasilet_node.runtime.protocol import RuntimeUnavailableError
+    from wasilet_node.server.tls import ServerError
+
+    return isinstance(error, JoinError | NodeTakenError | RuntimeUnavailableError | ServerError | StoreError)

@@ -1,0 +1,301 @@
+"""Images as the pod workers see them: kubelet's image manager, with its pull policies, words, events and back-off.
+
+Texts and order of events are those of Kubernetes 1.34's pkg/kubelet/images/image_manager.go and, for the closing
+``Error: ...``, of kuberuntime_container.go. An image that is present may be used by any pod under IfNotPresent and
+Never, as on a 1.34 kubelet, whose KubeletEnsureSecretPulledImages (KEP-2535) is alpha and off; who wants each pod's
+credentials checked uses ``imagePullPolicy: Always``, which asks the registry every time but moves no bytes twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+from wasilet_common.oci.reference import InvalidReferenceError, Reference, parse
+
+from wasilet_node.images import credentials as pull_credentials
+from wasilet_node.images.backoff import Backoff
+from wasilet_node.images.compile import CompileError
+from wasilet_node.images.gc import Collected, GarbageCollector, Usage
+from wasilet_node.images.model import Credential, EventSink, Image, ImageError, PullPolicy
+from wasilet_node.images.pull import Pulled, Puller, PullError
+from wasilet_node.images.registry import RegistryClient
+from wasilet_node.images.singleflight import Flights
+from wasilet_node.images.store import ImageRecord, Store, StoreError
+from wasilet_node.runtime.component_host import worlds
+from wasilet_node.runtime.protocol import GuestKind
+from wasilet_node.settings import ImageSettings
+
+logger = logging.getLogger(__name__)
+
+_GC_INTERVAL_SECONDS: Final = 300.0
+"""kubelet's ImageGCPeriod."""
+
+_STATUS_IMAGES: Final = 50
+"""kubelet's nodeStatusMaxImages."""
+
+
+class ModuleCompiler(Protocol):
+    """What is needed of ``wasilet_node.images.compile.Compiler``. Who made it closes it."""
+
+    async def compile(
+        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False
+    ) -> Path: ...
+
+    async def prune(self, keep_digests: Collection[str]) -> None: ...
+
+
+class ImageManager:
+    """Implements ``wasilet_node.images.model.Images``. Everything waits for ``start``, which the first call makes up for."""
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        settings: ImageSettings,
+        compiler: ModuleCompiler,
+        registry: RegistryClient | None = None,
+        disk_usage: Callable[[Path], Usage] = shutil.disk_usage,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``directory`` is NodePaths.images. ``clock`` gives seconds since the epoch. No I/O happens here."""
+        self._settings = settings
+        self._compiler = compiler
+        self._monotonic = monotonic
+        self._registry = registry or RegistryClient(settings=settings)
+        self._store = Store(directory=directory, clock=clock)
+        self._puller = Puller(store=self._store, registry=self._registry, settings=settings, monotonic=monotonic)
+        self._backoff = Backoff(clock=monotonic)
+        self._in_use: frozenset[str] = frozenset()
+        self._servers: dict[str, bool] = {}
+        self._pulls: Flights[Pulled] = Flights()
+        self._compiles: Flights[Path] = Flights()
+        self._collector = GarbageCollector(
+            store=self._store,
+            settings=settings,
+            in_use=lambda: self._in_use,
+            prune=self._prune,
+            disk_usage=disk_usage,
+            clock=clock,
+        )
+
+    async def start(self) -> None:
+        """Open the store. Raises StoreError when another agent has it. Idempotent."""
+        await self._store.open()
+
+    async def close(self) -> None:
+        """Cancel what is under way, close connections, give the store back."""
+        await self._pulls.close()
+        await self._compiles.close()
+        await self._registry.close()
+        self._store.close()
+
+    async def run(self) -> None:
+        """Collect garbage every five minutes, for ever. Cancel it to end it."""
+        while True:
+            await asyncio.sleep(_GC_INTERVAL_SECONDS)
+            try:
+                await self.collect_garbage()
+            except (OSError, StoreError):
+                logger.exception("image garbage collection failed")
+
+    async def collect_garbage(self) -> Collected:
+        """One round, by disk use. Raises StoreError, OSError."""
+        await self.start()
+        self._backoff.forget_expired()
+        collected = await self._collector.collect()
+        await self._store.save()
+        return collected
+
+    async def delete_unused(self) -> int:
+        """For eviction: delete every image that no running pod uses. Returns the bytes freed. Raises as above."""
+        await self.start()
+        return await self._collector.delete_unused()
+
+    async def ensure(
+        self,
+        reference: str,
+        *,
+        policy: PullPolicy,
+        credentials: Sequence[Credential],
+        event: EventSink,
+        pod_uid: str = "",
+    ) -> Image:
+        """See ``Images``. ``credentials`` may be all that the pod brings; those that fit the image are tried."""
+        try:
+            return await self._ensure(reference, policy, credentials, event, pod_uid)
+        except ImageError as error:
+            await _emit(event, "Warning", "Failed", f"Error: {error.reason}")
+            raise
+
+    async def _ensure(
+        self, name: str, policy: PullPolicy, credentials: Sequence[Credential], event: EventSink, pod_uid: str
+    ) -> Image:
+        quoted = _quote(name)
+        try:
+            reference = parse(name)
+        except InvalidReferenceError as error:
+            message = f"Failed to apply default image tag {quoted}: {error}"
+            await _emit(event, "Warning", "InspectFailed", message)
+            raise ImageError("InvalidImageName", message) from error
+
+        if policy is not PullPolicy.ALWAYS:
+            record = await self._present(reference, quoted, event)
+            if record is not None:
+                await _emit(event, "Normal", "Pulled", f"Container image {quoted} already present on machine")
+                return await self._image(name, reference, record)
+            if policy is PullPolicy.NEVER:
+                message = f"Container image {quoted} is not present with pull policy of Never"
+                await _emit(event, "Warning", "ErrImageNeverPull", message)
+                raise ImageError("ErrImageNeverPull", message)
+
+        key = (pod_uid, name)
+        former = self._backoff.waiting(key)
+        if former is not None:
+            message = f"Back-off pulling image {quoted}"
+            await _emit(event, "Normal", "BackOff", message)
+            raise ImageError("ImagePullBackOff", f"{message}: ErrImagePull: {former}")
+
+        await _emit(event, "Normal", "Pulling", f"Pulling image {quoted}")
+        began = self._monotonic()
+        try:
+            pulled = await self._pull(reference, pull_credentials.matching(reference, credentials))
+        except (PullError, StoreError) as error:
+            await _emit(event, "Warning", "Failed", f"Failed to pull image {quoted}: {error}")
+            self._backoff.failed(key, str(error))
+            raise ImageError("ErrImagePull", str(error)) from error
+        waited = self._monotonic() - began
+        await _emit(
+            event,
+            "Normal",
+            "Pulled",
+            f"Successfully pulled image {quoted} in {go_duration(pulled.seconds)} ({go_duration(waited)} including"
+            f" waiting). Image size: {pulled.record.size_bytes} bytes.",
+        )
+        self._backoff.forget_expired()
+        return await self._image(name, reference, pulled.record)
+
+    async def compiled(self, image: Image) -> Path:
+        """See ``Images``."""
+        self._store.touch(image.manifest_digest)
+        try:
+            return await self._compiles.join(
+                image.module_digest,
+                lambda: self._compiler.compile(
+                    image.module_path, _cache_key(image.module_digest), image.kind, server=image.server
+                ),
+            )
+        except CompileError as error:
+            raise ImageError("CreateContainerError", str(error)) from error
+        finally:
+            self._store.touch(image.manifest_digest)
+
+    async def list(self) -> Sequence[dict[str, object]]:
+        """See ``Images``."""
+        await self.start()
+        return self._store.status(_STATUS_IMAGES)
+
+    def set_in_use(self, module_digests: frozenset[str]) -> None:
+        """See ``Images``."""
+        for record in self._store.records():
+            if record.module_digest in module_digests or record.module_digest in self._in_use:
+                self._store.touch(record.digest)
+        self._in_use = module_digests
+
+    async def _prune(self, module_digests: Collection[str]) -> None:
+        await self._compiler.prune({_cache_key(digest) for digest in module_digests})
+
+    async def _present(self, reference: Reference, quoted: str, event: EventSink) -> ImageRecord | None:
+        try:
+            await self.start()
+            record = self._store.lookup(reference)
+            if record is None:
+                return None
+            self._store.touch(record.digest)
+            return record if await self._store.has(record.module_digest, record.module_size_bytes) else None
+        except (StoreError, OSError) as error:
+            message = f"Failed to inspect image {quoted}: {error}"
+            await _emit(event, "Warning", "InspectFailed", message)
+            raise ImageError("ImageInspectError", message) from error
+
+    async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
+        """Pods share a pull only when they bring the same credentials, or one would use what another may see."""
+
+        async def work() -> Pulled:
+            await self.start()
+            return await self._puller.pull(reference, credentials)
+
+        return await self._pulls.join((str(reference), _fingerprint(credentials)), work)
+
+    async def _image(self, name: str, reference: Reference, record: ImageRecord) -> Image:
+        path = self._store.blob_path(record.module_digest)
+        return Image(
+            reference=name,
+            image_id=reference.at(record.digest),
+            manifest_digest=record.digest,
+            module_digest=record.module_digest,
+            module_path=path,
+            kind=record.kind,
+            server=record.kind is GuestKind.COMPONENT and await self._is_server(record.module_digest, path),
+            size_bytes=record.size_bytes,
+            entrypoint=record.entrypoint,
+            cmd=record.cmd,
+            env=record.env,
+            working_dir=record.working_dir,
+            module_name=record.module_name,
+        )
+
+    async def _is_server(self, digest: str, path: Path) -> bool:
+        """Read from the component once per agent: which world it has is in no manifest of older images."""
+        if digest not in self._servers:
+            try:
+                world = await asyncio.to_thread(worlds.read, path)
+            except (worlds.WorldError, OSError):
+                world = worlds.World()  # whoever compiles it says what is wrong with it
+            self._servers[digest] = world.is_server
+        return self._servers[digest]
+
+
+def go_duration(seconds: float) -> str:
+    """A duration as Go prints it, cut to milliseconds: ``850ms``, ``1.2s``, ``1m2.5s``."""
+    milliseconds = max(0, int(seconds * 1000))
+    if milliseconds == 0:
+        return "0s"
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{milliseconds / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+    return f"{f'{hours}h' if hours else ''}{f'{minutes}m' if hours or minutes else ''}{text}"
+
+
+def _cache_key(module_digest: str) -> str:
+    """The compile cache knows sha256 by its prefix; a sha512 is its bare digits there."""
+    return module_digest.removeprefix("sha512:")
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text)
+
+
+def _fingerprint(credentials: Sequence[Credential]) -> bytes:
+    digest = hashlib.sha256()
+    for credential in credentials:
+        parts = (credential.registry, credential.username, credential.password, credential.identity_token)
+        digest.update(json.dumps(parts).encode())
+    return digest.digest()
+
+
+async def _emit(event: EventSink, type_: str, reason: str, message: str) -> None:
+    outcome = event(type_, reason, message)
+    if inspect.isawaitable(outcome):
+        await outcome

@@ -1,0 +1,183 @@
+"""List, then watch, for ever: a stream that only ends when its task is cancelled.
+
+A watch ends all the time: after the ``timeoutSeconds`` that is asked for, when the API server restarts, when a network
+is cut. Each end is a reconnect from the last resource version (bookmarks keep that young); a new list is made only when
+the server has forgotten the version (410). A read time-out just above the server's bookmark interval (one minute, plus
+a quarter of jitter) notices a connection that went dead without a word.
+
+Several watches must not come back in step after an outage, hence jitter everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
+
+from wasilet_node.kube.base import (
+    ApiStatusError,
+    ApiUnavailableError,
+    GoneError,
+    KubeError,
+    KubeObject,
+    WatchEvent,
+    as_object,
+)
+from wasilet_node.kube.errors import from_status
+
+if TYPE_CHECKING:
+    from wasilet_node.kube.client import KubeClient
+
+logger = logging.getLogger(__name__)
+
+_MINIMUM_WATCH_SECONDS = 240
+_MAXIMUM_WATCH_SECONDS = 300
+_READ_TIMEOUT_SECONDS = 90.0
+_LIST_TIMEOUT_SECONDS = 30.0
+_MAX_EVENT_BYTES = 16 * 1024 * 1024
+_FIRST_DELAY_SECONDS = 0.2
+_LONGEST_DELAY_SECONDS = 8.0
+_HEALTHY_AFTER_SECONDS = 5.0
+_SAY_AGAIN_SECONDS = 60.0
+_TOO_LARGE_RESOURCE_VERSION = 504
+_CHANGES = frozenset({"ADDED", "MODIFIED", "DELETED"})
+
+
+class _Delay:
+    """Back-off with full jitter on its upper half, and one log line a minute."""
+
+    def __init__(self, client: KubeClient, what: str) -> None:
+        self._client = client
+        self._what = what
+        self._next = _FIRST_DELAY_SECONDS
+        self._said_at: float | None = None
+        self._failed = False
+
+    async def wait(self, error: Exception) -> None:
+        self._failed = True
+        now = time.monotonic()
+        if self._said_at is None or now - self._said_at >= _SAY_AGAIN_SECONDS:
+            self._said_at = now
+            logger.warning("watching %s failed and will be tried again: %s", self._what, error)
+        seconds = self._next * random.uniform(0.5, 1.0)  # noqa: S311  # jitter, not a secret
+        if not isinstance(error, ApiUnavailableError):
+            await asyncio.sleep(seconds)
+        elif await self._client.wait_back(timeout_seconds=seconds):
+            self._next = _FIRST_DELAY_SECONDS
+            return
+        self._next = min(self._next * 2, _LONGEST_DELAY_SECONDS)
+
+    def succeeded(self) -> None:
+        if self._failed:
+            logger.info("watching %s again", self._what)
+        self._failed = False
+        self._said_at = None
+        self._next = _FIRST_DELAY_SECONDS
+
+
+async def watch(
+    client: KubeClient, path: str, *, field_selector: str | None = None, label_selector: str | None = None
+) -> AsyncIterator[WatchEvent]:
+    """See ``wasilet_node.kube.base.Kube.watch``. Never ends and never raises a KubeError."""
+    delay = _Delay(client, path + (f" ({field_selector})" if field_selector else ""))
+    selectors = {"fieldSelector": field_selector, "labelSelector": label_selector}
+    query = {name: value for name, value in selectors.items() if value}
+    version = ""
+    while True:
+        try:
+            if not version:
+                listed = await client.list(
+                    path,
+                    field_selector=field_selector,
+                    label_selector=label_selector,
+                    timeout_seconds=_LIST_TIMEOUT_SECONDS,
+                )
+                delay.succeeded()
+                for item in _items(listed):
+                    yield WatchEvent(type="SYNC", object=item)
+                yield WatchEvent(type="SYNCED", object={})
+                version = str(listed.get("metadata", {}).get("resourceVersion") or "0")
+            began = time.monotonic()
+            async with aclosing(_events(client, path, query, version)) as events:
+                async for event in events:
+                    if event.type == "ERROR":
+                        raise from_status(event.object)
+                    version = event.object.get("metadata", {}).get("resourceVersion") or version
+                    delay.succeeded()
+                    if event.type in _CHANGES:
+                        yield event
+            if time.monotonic() - began < _HEALTHY_AFTER_SECONDS:
+                # A proxy or an overloaded server that ends each watch at once must not be hammered.
+                await delay.wait(ApiUnavailableError("the watch ended as soon as it began"))
+        except GoneError:
+            logger.debug("the resource version of %s is too old; listing again", path)
+            version = ""
+        except KubeError as error:
+            if isinstance(error, ApiStatusError) and error.code == _TOO_LARGE_RESOURCE_VERSION:
+                # A restored or replaced etcd knows lower versions than we do.
+                version = ""
+            await delay.wait(error)
+
+
+def _items(listed: KubeObject) -> list[KubeObject]:
+    """The list's items, each with the kind and apiVersion that lists leave out."""
+    kind = str(listed.get("kind") or "").removesuffix("List")
+    api_version = listed.get("apiVersion")
+    items: list[KubeObject] = listed.get("items") or []
+    if kind and api_version:
+        for item in items:
+            item.setdefault("kind", kind)
+            item.setdefault("apiVersion", api_version)
+    return items
+
+
+async def _events(
+    client: KubeClient, path: str, query: dict[str, str], version: str
+) -> AsyncGenerator[WatchEvent, None]:
+    import aiohttp
+
+    seconds = random.randint(_MINIMUM_WATCH_SECONDS, _MAXIMUM_WATCH_SECONDS)  # noqa: S311  # jitter, not a secret
+    parameters = {
+        **query,
+        "watch": "true",
+        "allowWatchBookmarks": "true",
+        "resourceVersion": version,
+        "timeoutSeconds": str(seconds),
+    }
+    url = f"{path}?{urlencode(parameters)}"
+    async with client.stream(url, read_timeout_seconds=_READ_TIMEOUT_SECONDS) as response:
+        pending = bytearray()
+        try:
+            async for chunk in response.content.iter_any():
+                pending += chunk
+                if b"\n" in chunk:
+                    *lines, rest = bytes(pending).split(b"\n")
+                    pending = bytearray(rest)
+                    for line in lines:
+                        if line:
+                            yield _decode(line)
+                elif len(pending) > _MAX_EVENT_BYTES:
+                    raise ApiUnavailableError(f"an event of more than {_MAX_EVENT_BYTES} bytes")
+        except aiohttp.SocketTimeoutError:
+            logger.debug("no word on the watch of %s for %g s; connecting again", path, _READ_TIMEOUT_SECONDS)
+        except aiohttp.ClientPayloadError:
+            logger.debug("the watch of %s was cut; connecting again", path)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise ApiUnavailableError(f"the watch of {path} was cut: {error or type(error).__name__}") from error
+
+
+def _decode(line: bytes) -> WatchEvent:
+    try:
+        event = json.loads(line)
+        type_, found = event["type"], as_object(event["object"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ApiUnavailableError("the watch sent what is not an event") from error
+    if found is None:
+        raise ApiUnavailableError("the watch sent an event of what is not an object")
+    return WatchEvent(type=type_, object=found)

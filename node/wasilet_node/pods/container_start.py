@@ -1,0 +1,234 @@
+"""Starting one instance of a container: image, compiled module, environment, mounts, then the runtime.
+
+Whatever goes wrong becomes a ``LaunchError`` with kubelet's waiting reason, the message for the status, and what the
+event says. An id that was handed to the runtime is never given up half-way: a cancelled launch first waits for the
+runtime's answer, so that no instance runs unknown to its pod.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+
+from wasilet_node.images.model import Credential, ImageError, PullPolicy
+from wasilet_node.kube.base import KubeError
+from wasilet_node.pods import log_layout, resources, spec
+from wasilet_node.pods.backoff import RetryBackoff
+from wasilet_node.pods.dependencies import PodDependencies
+from wasilet_node.pods.environment import expand_command, process_environment
+from wasilet_node.pods.resources import ANNOTATION_RESOURCES
+from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX
+from wasilet_node.pods.server_settings import server_settings
+from wasilet_node.pods.spec import Container, Pod
+from wasilet_node.runtime.protocol import (
+    ContainerConfig,
+    ContainerStatus,
+    RuntimeUnavailableError,
+    ServerSettings,
+    StartError,
+)
+from wasilet_node.volumes.base import ContainerConfigError, VolumeError
+
+logger = logging.getLogger(__name__)
+
+_START_ATTEMPTS = 5
+ANNOTATION_MODULE = "wasilet.dev/module-digest"
+"""On every instance: which module its image was, so that garbage collection knows after a restart of the agent."""
+
+
+class LaunchError(Exception):
+    """A container did not start. ``reason`` and the message go into ``state.waiting``."""
+
+    def __init__(self, reason: str, message: str, *, counts: bool = False, at_once: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.counts = counts
+        """An instance was attempted: the next try waits as after a crash."""
+
+        self.at_once = at_once
+        """The runtime was not there, which passes: no back-off."""
+
+
+Late = Callable[[ContainerStatus], None]
+
+
+async def launch(
+    services: PodDependencies, pod: Pod, container: Container, *, attempt: int, sandbox: str, late: Late
+) -> ContainerStatus:
+    """Start an instance in the pod's sandbox of this id and return its status. Raises LaunchError; events are written
+    on the way.
+
+    ``late`` gets the status of an instance that came up although the launch was cancelled meanwhile.
+    """
+
+    def warn(message: str) -> None:
+        services.events.event(
+            pod, "Warning", "Failed", f"Error: {message}", field_path=spec.field_path(pod, container["name"])
+        )
+
+    try:
+        config = await _prepare(services, pod, container, attempt, sandbox)
+    except ImageError as error:
+        # Of what goes wrong with a pull the images tell themselves, in events of their own.
+        if error.reason == "CreateContainerError":
+            warn(error.message)
+        raise LaunchError(error.reason, error.message) from error
+    except (ContainerConfigError, VolumeError) as error:
+        warn(str(error))
+        raise LaunchError("CreateContainerConfigError", str(error)) from error
+    services.events.event(
+        pod,
+        "Normal",
+        "Created",
+        f"Created container: {container['name']}",
+        field_path=spec.field_path(pod, container["name"]),
+    )
+    try:
+        started = await _to_its_end(services, config, late)
+    except StartError as error:
+        warn(str(error))
+        raise LaunchError("RunContainerError", str(error), counts=True) from error
+    except RuntimeUnavailableError as error:
+        raise LaunchError("RunContainerError", f"the runtime does not answer: {error}", at_once=True) from error
+    services.events.event(
+        pod,
+        "Normal",
+        "Started",
+        f"Started container {container['name']}",
+        field_path=spec.field_path(pod, container["name"]),
+    )
+    return started
+
+
+async def _to_its_end(services: PodDependencies, config: ContainerConfig, late: Late) -> ContainerStatus:
+    """``runtime.start``, which a cancellation does not interrupt: whoever cancelled is told what has come up.
+
+    It is not stopped here: the one who cancels may be a pod's deletion, which stops all that it knows of, but also the
+    end of the agent, and then containers go on.
+    """
+    task = asyncio.ensure_future(_start(services, config))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=services.timing.stop_timeout)
+        if task.done() and not task.cancelled() and task.exception() is None:
+            late(task.result())
+        task.cancel()
+        raise
+
+
+async def _start(services: PodDependencies, config: ContainerConfig) -> ContainerStatus:
+    """Ask again with the same id while the runtime is being replaced: one id never starts twice."""
+    retry = RetryBackoff(initial=0.1, maximum=1.0)
+    for _ in range(_START_ATTEMPTS - 1):
+        try:
+            return await services.runtime.start(config)
+        except RuntimeUnavailableError as error:
+            logger.info("the runtime did not answer, asking again: %s", error)
+            await asyncio.sleep(retry.next())
+    return await services.runtime.start(config)
+
+
+async def _prepare(
+    services: PodDependencies, pod: Pod, container: Container, attempt: int, sandbox: str
+) -> ContainerConfig:
+    name = container["name"]
+
+    def event(type_: str, reason: str, message: str) -> None:
+        services.events.event(pod, type_, reason, message, field_path=spec.field_path(pod, name))
+
+    # Read before the image is pulled: a mistake in an annotation should not cost a download.
+    policy = await services.outbound.policy(pod)
+    server = server_settings(pod, container)
+    image = await services.images.ensure(
+        container.get("image", ""),
+        policy=_pull_policy(container),
+        credentials=await _credentials(services, pod),
+        event=event,
+        pod_uid=spec.uid(pod),
+    )
+    node = services.node()
+    environment = await services.environments.build(
+        pod, container, pod_ips=node.addresses, host_ips=node.addresses, allocatable=node.allocatable
+    )
+    mounts = await services.host_threads.run(
+        f'the volumes of container "{name}"',
+        lambda: services.volumes.mounts(pod, container, environment, attempt=attempt, working_dir=image.working_dir),
+    )
+    argv = expand_command(container, environment, image)
+    if not argv:
+        raise ContainerConfigError("no command specified")
+    artifact = await services.images.compiled(image)
+    return ContainerConfig(
+        id=secrets.token_hex(32),
+        pod_uid=spec.uid(pod),
+        pod_namespace=spec.namespace(pod),
+        pod_name=spec.name(pod),
+        container_name=name,
+        attempt=attempt,
+        artifact=str(artifact),
+        kind=image.kind,
+        argv=argv,
+        env=process_environment(environment, pod, container, image),
+        mounts=tuple(mounts),
+        log_path=str(log_layout.log_path(services.paths, pod, name, attempt)),
+        image=container.get("image", ""),
+        image_id=image.image_id,
+        memory_limit_bytes=resources.enforced_limit(pod, container, "memory"),
+        cpu_limit_millicores=resources.enforced_limit(pod, container, "cpu"),
+        cpu_request_millicores=resources.request(container, "cpu"),
+        http=policy,
+        server=_server(pod, server) if image.server else None,
+        stdin=bool(container.get("stdin")),
+        stdin_once=bool(container.get("stdinOnce")),
+        tty=bool(container.get("tty")),
+        annotations={
+            ANNOTATION_MODULE: image.module_digest,
+            ANNOTATION_RESOURCES: resources.encoded(container),
+            ANNOTATION_SANDBOX: sandbox,
+        },
+    )
+
+
+def _server(pod: Pod, settings: ServerSettings) -> ServerSettings:
+    if not pod["spec"].get("hostNetwork"):
+        raise ContainerConfigError(
+            "the component answers HTTP requests, but pods of this node have no network of their own to be reached "
+            "by: set hostNetwork to listen on the node's addresses"
+        )
+    return settings
+
+
+def _pull_policy(container: Container) -> PullPolicy:
+    try:
+        return PullPolicy(container.get("imagePullPolicy") or "IfNotPresent")
+    except ValueError:
+        return PullPolicy.IF_NOT_PRESENT
+
+
+async def _credentials(services: PodDependencies, pod: Pod) -> Sequence[Credential]:
+    """The pod's pull secrets, to which admission has added its service account's. A missing one is an event, no more:
+    the image may be public."""
+    found = []
+    missing = []
+    for reference in pod["spec"].get("imagePullSecrets") or ():
+        name = reference.get("name", "")
+        try:
+            # A pod that restarts its containers need not read them again each time.
+            found.append(
+                await services.references.secret(spec.namespace(pod), name, pod_uid=spec.uid(pod), max_age_seconds=30.0)
+            )
+        except KubeError:
+            missing.append(name)
+    if missing:
+        services.events.event(
+            pod,
+            "Warning",
+            "FailedToRetrieveImagePullSecret",
+            f"Unable to retrieve some image pull secrets ({', '.join(missing)}); "
+            "attempting to pull the image may not succeed.",
+        )
+    return services.parse_credentials(found) if found else ()

@@ -1,0 +1,229 @@
+"""A SPDY/3.1 connection of the serving side: the peer opens streams, both sides write, either may close.
+
+Flow control: the peers are Go programs whose SPDY library neither sends nor heeds WINDOW_UPDATE, so waiting for one
+would stop every transfer after 64 KiB. What is sent is held back by TCP alone; what is received and not yet read stops
+the reading of the socket. Windows are still announced, for a peer that counts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+from wasilet_node.server.streams import frames
+from wasilet_node.server.streams.frames import ControlFrame, DataFrame, FrameDecoder, FrameEncoder, SpdyError
+
+logger = logging.getLogger(__name__)
+
+MAX_STREAMS = 512
+"""Open at a time: a port-forward has two for each of its connections."""
+
+READ_AHEAD_BYTES = 256 * 1024
+WRITE_CHUNK_BYTES = 32 * 1024
+WINDOW_BYTES = 32 * 1024
+MAX_UNSENT_BYTES = 4 * 1024 * 1024
+"""Answers to pings and openings wait for no reader; a peer that sends those and reads nothing is hung up on."""
+
+
+class Stream:
+    """One stream that the peer opened."""
+
+    def __init__(self, connection: SpdyConnection, stream_id: int, headers: Mapping[str, str]) -> None:
+        self.id = stream_id
+        self.headers = headers
+        """Names in lower case."""
+
+        self._connection = connection
+        self._chunks: deque[bytes] = deque()
+        self._arrived = asyncio.Event()
+        self._remote_closed = False
+        self._local_closed = False
+        self._unannounced = 0
+        self._ignored = False
+
+    @property
+    def finished(self) -> bool:
+        """Both sides are done with it."""
+        return self._remote_closed and self._local_closed
+
+    async def read(self) -> bytes:
+        """The next piece; empty at the end."""
+        while not self._chunks:
+            if self._remote_closed:
+                return b""
+            self._arrived.clear()
+            await self._arrived.wait()
+        chunk = self._chunks.popleft()
+        self._unannounced += len(chunk)
+        self._connection.consumed(len(chunk))
+        if self._unannounced >= WINDOW_BYTES and not self._remote_closed:
+            self._connection.send(frames.window_update(self.id, self._unannounced))
+            self._unannounced = 0
+        return chunk
+
+    async def write(self, data: bytes) -> None:
+        """Send, and wait while the peer does not read. What is written after the end is dropped."""
+        for start in range(0, len(data), WRITE_CHUNK_BYTES):
+            if self._local_closed:
+                return
+            self._connection.send(frames.data_frame(self.id, data[start : start + WRITE_CHUNK_BYTES]))
+            await self._connection.drain()
+
+    def ignore(self) -> None:
+        """What comes in is dropped: nobody will read it."""
+        self._ignored = True
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        if not self._local_closed:
+            self._local_closed = True
+            self._connection.send(frames.data_frame(self.id, b"", fin=True))
+            self._connection.forget_if_finished(self)
+
+    def reset(self, status: int = frames.CANCEL) -> None:
+        """End it at once."""
+        if not self.finished:
+            self._local_closed = True
+            self._connection.send(frames.rst_stream(self.id, status))
+            self.remote_end(drop=True)
+
+    def remote_data(self, data: bytes) -> bool:
+        """A piece came in; False: nobody wants it any more."""
+        if self._remote_closed or self._ignored:
+            return False
+        self._chunks.append(data)
+        self._arrived.set()
+        return True
+
+    def remote_end(self, *, drop: bool = False, both: bool = False) -> None:
+        """The peer writes no more; ``both``: nor does it read. ``drop``: what it wrote is not wanted."""
+        self._remote_closed = True
+        self._local_closed = self._local_closed or both
+        if drop:
+            self._connection.consumed(sum(map(len, self._chunks)))
+            self._chunks.clear()
+        self._arrived.set()
+        self._connection.forget_if_finished(self)
+
+
+class SpdyConnection:
+    """The protocol's state over any transport: ``feed`` takes what comes in, ``send`` gives out.
+
+    ``accept`` decides on each new stream: a text refuses it. ``pause`` is told when to stop and to go on reading.
+    ``unsent`` says how many bytes the transport still holds.
+    """
+
+    def __init__(
+        self,
+        *,
+        send: Callable[[bytes], None],
+        drain: Callable[[], Awaitable[None]],
+        pause: Callable[[bool], None],
+        accept: Callable[[Stream], str | None],
+        unsent: Callable[[], int],
+    ) -> None:
+        self._unsent = unsent
+        self._send = send
+        self._drain = drain
+        self._pause = pause
+        self._accept = accept
+        self._decoder = FrameDecoder()
+        self._encoder = FrameEncoder()
+        self._streams: dict[int, Stream] = {}
+        self._last_id = 0
+        self._waiting_bytes = 0
+        self._paused = False
+        self.closed = asyncio.Event()
+        """The connection is gone, or the peer said so."""
+
+    def feed(self, data: bytes) -> None:
+        """Bytes of the peer. Raises SpdyError: the connection must be closed."""
+        for frame in self._decoder.feed(data):
+            if isinstance(frame, DataFrame):
+                self._on_data(frame)
+            else:
+                self._on_control(frame)
+
+    def lost(self) -> None:
+        """The transport is gone: readers see the end, writers go nowhere."""
+        self.closed.set()
+        for stream in list(self._streams.values()):
+            stream.remote_end(both=True)
+
+    def send(self, data: bytes) -> None:
+        """Hand a frame to the transport."""
+        if not self.closed.is_set():
+            self._send(data)
+
+    async def drain(self) -> None:
+        """Wait while the transport's buffer is full."""
+        if not self.closed.is_set():
+            await self._drain()
+
+    def consumed(self, count: int) -> None:
+        """A reader took so many bytes."""
+        self._waiting_bytes -= count
+        if self._paused and self._waiting_bytes < READ_AHEAD_BYTES // 2:
+            self._paused = False
+            self._pause(False)  # noqa: FBT003 - a callback with one meaning
+
+    def forget_if_finished(self, stream: Stream) -> None:
+        """Streams that both sides closed need no entry."""
+        if stream.finished:
+            self._streams.pop(stream.id, None)
+
+    def say_goodbye(self) -> None:
+        """GOAWAY: after this the transport may be closed."""
+        self.send(frames.goaway(self._last_id))
+
+    def _on_data(self, frame: DataFrame) -> None:
+        stream = self._streams.get(frame.stream_id)
+        if stream is None:
+            if frame.stream_id > self._last_id:
+                self.send(frames.rst_stream(frame.stream_id, frames.INVALID_STREAM))
+            return
+        if frame.data and stream.remote_data(frame.data):
+            self._waiting_bytes += len(frame.data)
+            if not self._paused and self._waiting_bytes > READ_AHEAD_BYTES:
+                self._paused = True
+                self._pause(True)  # noqa: FBT003 - a callback with one meaning
+        if frame.fin:
+            stream.remote_end()
+
+    def _on_control(self, frame: ControlFrame) -> None:
+        if self._unsent() > MAX_UNSENT_BYTES:
+            raise SpdyError("the peer does not read what it is sent")
+        if frame.type == frames.SYN_STREAM:
+            self._on_open(frame)
+        elif frame.type == frames.PING:
+            if frame.value % 2:  # the client's numbers are odd; an even one answers a ping of ours
+                self.send(frames.ping(frame.value))
+        elif frame.type == frames.RST_STREAM:
+            stream = self._streams.get(frame.stream_id)
+            if stream is not None:
+                stream.remote_end(both=True)
+        elif frame.type == frames.GOAWAY:
+            self.lost()
+
+    def _on_open(self, frame: ControlFrame) -> None:
+        if frame.stream_id % 2 == 0 or frame.stream_id <= self._last_id:
+            raise SpdyError(f"stream {frame.stream_id} may not be opened")
+        self._last_id = frame.stream_id
+        stream = Stream(self, frame.stream_id, frame.headers)
+        refusal = "too many streams" if len(self._streams) >= MAX_STREAMS else self._accept(stream)
+        if refusal is not None:
+            logger.debug("refused a stream: %s", refusal)
+            self.send(frames.rst_stream(frame.stream_id, frames.REFUSED_STREAM))
+            return
+        self._streams[stream.id] = stream
+        self.send(self._encoder.syn_reply(stream.id))
+        if frame.flags & frames.FLAG_FIN:
+            stream.remote_end()
+
+
+async def chunks(stream: Stream) -> AsyncIterator[bytes]:
+    """What comes in on a stream until its end."""
+    while chunk := await stream.read():
+        yield chunk

@@ -1,0 +1,64 @@
+"""The interface of volumes, as the pod workers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from wasilet_node.runtime.protocol import Mount
+
+Pod = dict[str, Any]
+Container = dict[str, Any]
+
+
+class VolumeError(Exception):
+    """A volume cannot be set up now: event ``FailedMount`` with this message, retried with back-off."""
+
+
+class VolumeRefusedError(Exception):
+    """A volume can never work on this node (its kind is unsupported): the pod is refused by name."""
+
+
+class ContainerConfigError(Exception):
+    """Waiting reason ``CreateContainerConfigError`` with this message, retried; kubelet's own texts where it has
+    one."""
+
+
+class Volumes(Protocol):
+    """One object a node, all pods."""
+
+    def check(self, pod: Pod) -> None:
+        """Admission: raises VolumeRefusedError naming the volume and its kind. No I/O."""
+
+    async def setup(self, pod: Pod) -> None:
+        """Make every volume that the pod's containers use; idempotent. Raises VolumeError."""
+
+    def mounts(
+        self,
+        pod: Pod,
+        container: Container,
+        environment: Mapping[str, str],
+        *,
+        attempt: int = 0,
+        working_dir: str = "",
+    ) -> Sequence[Mount]:
+        """The preopens of one container: volumeMounts (subPath, subPathExpr expanded from ``environment``,
+        readOnly), ``workingDir`` as ``.``, ``/etc/hosts``, the termination log folder, and the root file system.
+        Raises ContainerConfigError.
+
+        ``attempt`` is the instance's restart count: each instance gets its own termination file, so that an old
+        message is never taken for a new one. ``working_dir`` is the image's, used when the container names none.
+        Does file I/O, which a hanging hostPath can block for ever: call it through ``HostThreads``."""
+
+    def termination_message(self, pod: Pod, container: Container, *, attempt: int = 0) -> str:
+        """Up to the last 4096 bytes of the file at ``terminationMessagePath`` that instance ``attempt`` wrote, read
+        beneath its root, no links followed."""
+
+    async def refresh(self, pod: Pod) -> None:
+        """Bring configMap, secret, projected and downwardAPI volumes up to date by an atomic swap; rotate tokens."""
+
+    async def teardown(self, pod_uid: str) -> None:
+        """Remove all that ``setup`` made. Idempotent; never leaves the pod's folder, never follows links."""
+
+    async def orphans(self) -> Sequence[str]:
+        """Uids that have a folder on disk, for clean-up after a restart."""

@@ -1,0 +1,73 @@
+"""secret volumes: in memory where there is a tmpfs, and readable by the agent's user alone.
+
+``defaultMode`` keeps its owner bits only. A module cannot see permission bits, and nobody but its own user has business
+with the files, so 0644 (the default) becomes 0600.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+
+from wasilet_node.kube.base import KubeObject, NotFoundError
+from wasilet_node.volumes.atomic import FileProjection, Payload
+from wasilet_node.volumes.base import Pod, VolumeError
+from wasilet_node.volumes.kinds import Shared, Source, default_mode, is_optional, item_mode
+
+_OWNER_BITS = 0o700
+
+
+def project(source: Source, secret: KubeObject, mode: int) -> dict[str, FileProjection]:
+    """``data``, all or the ``items`` named. Raises VolumeError with kubelet's text."""
+    contents: dict[str, str] = secret.get("data") or {}
+    items = source.get("items") or []
+    if not items:
+        items = [{"key": key, "path": key} for key in contents]
+    payload: dict[str, FileProjection] = {}
+    for item in items:
+        if item["key"] in contents:
+            data = base64.b64decode(contents[item["key"]])
+            payload[item["path"]] = FileProjection(data, item_mode(item, mode) & _OWNER_BITS)
+        elif not is_optional(source):
+            raise VolumeError(f"references non-existent secret key: {item['key']}")
+    return payload
+
+
+class Secrets:
+    """A Secret's keys as files."""
+
+    in_memory = True
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+
+    def check(self, source: Source) -> str:  # noqa: ARG002 - the interface of kinds
+        """Every secret can be served."""
+        return ""
+
+    async def read(self, pod: Pod, source: Source, *, max_age_seconds: float, mode: int) -> dict[str, FileProjection]:
+        """The files of a volume's secret (``secretName``) or a projection's (``name``)."""
+        metadata = pod["metadata"]
+        try:
+            found = await self._shared.references.secret(
+                metadata["namespace"],
+                str(source.get("secretName") or source.get("name") or ""),
+                pod_uid=metadata["uid"],
+                max_age_seconds=max_age_seconds,
+            )
+        except NotFoundError:
+            if not is_optional(source):
+                raise
+            found = {}
+        return project(source, found, mode)
+
+    async def payload(
+        self,
+        pod: Pod,
+        source: Source,
+        *,
+        max_age_seconds: float,
+        published: Callable[[str], bytes | None],  # noqa: ARG002 - the interface of kinds
+    ) -> Payload:
+        """See ``Projecting``."""
+        return await self.read(pod, source, max_age_seconds=max_age_seconds, mode=default_mode(source))

@@ -1,0 +1,285 @@
+"""Which serving certificate requests are approved: one that is right, and none that differs from it in any way."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import ipaddress
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from wasilet.cluster.approver import Approver, is_open, judge, node_names, requesting_node
+from wasilet.errors import ApiError
+from wasilet.kube.client import KubeObject
+
+pytestmark = pytest.mark.unit
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+USER = "system:node:wasm-1"
+
+
+def request(
+    *,
+    common_name: str = USER,
+    organizations: tuple[str, ...] = ("system:nodes",),
+    sans: tuple[x509.GeneralName, ...] = (
+        x509.DNSName("host-a"),
+        x509.IPAddress(ipaddress.ip_address("192.0.2.7")),
+    ),
+    extensions: tuple[x509.ExtensionType, ...] = (),
+    extra_subject: tuple[x509.NameAttribute[str], ...] = (),
+) -> str:
+    names = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, o) for o in organizations]
+    names += [x509.NameAttribute(NameOID.COMMON_NAME, common_name), *extra_subject]
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(names))
+    if sans:
+        builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    pem = builder.sign(KEY, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return base64.b64encode(pem).decode()
+
+
+def csr(text: str | None = None, **spec: Any) -> KubeObject:
+    return {
+        "metadata": {"name": "csr-1", "resourceVersion": "1"},
+        "spec": {
+            "signerName": "kubernetes.io/kubelet-serving",
+            "username": USER,
+            "groups": ["system:nodes", "system:authenticated"],
+            "usages": ["digital signature", "server auth"],
+            "request": text if text is not None else request(),
+            **spec,
+        },
+        "status": {},
+    }
+
+
+NODE: KubeObject = {
+    "metadata": {"name": "wasm-1"},
+    "status": {
+        "addresses": [
+            {"type": "InternalIP", "address": "192.0.2.7"},
+            {"type": "InternalIP", "address": "2001:db8::7"},
+            {"type": "Hostname", "address": "host-a"},
+        ]
+    },
+}
+
+
+def tampered(text: str) -> str:
+    pem = base64.b64decode(text).decode()
+    der = bytearray(base64.b64decode("".join(pem.splitlines()[1:-1])))
+    der[-1] ^= 1
+    body = base64.b64encode(bytes(der)).decode()
+    damaged = f"-----BEGIN CERTIFICATE REQUEST-----\n{body}\n-----END CERTIFICATE REQUEST-----\n"
+    return base64.b64encode(damaged.encode()).decode()
+
+
+def test_what_is_right_is_approved() -> None:
+    verdict = judge(csr(), NODE)
+    assert verdict.approve, verdict.why
+    assert verdict.why == "wasm-1: host-a, 192.0.2.7"
+
+
+@pytest.mark.parametrize(
+    "usages", [["server auth", "digital signature"], ["digital signature", "key encipherment", "server auth"]]
+)
+def test_both_sets_of_usages_are_right(usages: list[str]) -> None:
+    assert judge(csr(usages=usages), NODE).approve
+
+
+@pytest.mark.parametrize(
+    "sans",
+    [
+        (x509.IPAddress(ipaddress.ip_address("192.0.2.7")),),
+        (x509.DNSName("wasm-1"),),
+        (x509.IPAddress(ipaddress.ip_address("2001:db8:0:0::7")),),
+    ],
+)
+def test_any_of_the_nodes_own_names_will_do(sans: tuple[x509.GeneralName, ...]) -> None:
+    assert judge(csr(request(sans=sans)), NODE).approve
+
+
+def test_the_extensions_that_kubelets_ask_for_are_no_reason_to_refuse() -> None:
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    leaf = x509.BasicConstraints(ca=False, path_length=None)
+    assert judge(csr(request(extensions=(usage, leaf))), NODE).approve
+
+
+REFUSED: dict[str, Callable[[], KubeObject]] = {
+    "another signer": lambda: csr(signerName="kubernetes.io/kube-apiserver-client-kubelet"),
+    "a requester that is no node": lambda: csr(username="alice"),
+    "a service account": lambda: csr(username="system:serviceaccount:default:default"),
+    "a node's name without the group": lambda: csr(groups=["system:authenticated"]),
+    "no groups": lambda: csr(groups=None),
+    "another node's subject": lambda: csr(request(common_name="system:node:wasm-2")),
+    "a subject without organization": lambda: csr(request(organizations=())),
+    "a subject of masters": lambda: csr(request(organizations=("system:masters",))),
+    "a subject of nodes and masters": lambda: csr(request(organizations=("system:nodes", "system:masters"))),
+    "a subject with the group twice": lambda: csr(request(organizations=("system:nodes", "system:nodes"))),
+    "a subject with more in it": lambda: csr(
+        request(extra_subject=(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, "x"),))
+    ),
+    "client usage": lambda: csr(usages=["digital signature", "client auth"]),
+    "server and client usage": lambda: csr(usages=["digital signature", "server auth", "client auth"]),
+    "signing usage": lambda: csr(usages=["digital signature", "server auth", "cert sign"]),
+    "no usages": lambda: csr(usages=[]),
+    "too few usages": lambda: csr(usages=["server auth"]),
+    "no names": lambda: csr(request(sans=())),
+    "another machine's address": lambda: csr(request(sans=(x509.IPAddress(ipaddress.ip_address("192.0.2.8")),))),
+    "loopback": lambda: csr(request(sans=(x509.IPAddress(ipaddress.ip_address("127.0.0.1")),))),
+    "one good name and one bad": lambda: csr(request(sans=(x509.DNSName("host-a"), x509.DNSName("kubernetes")))),
+    "a wildcard": lambda: csr(request(sans=(x509.DNSName("*"),))),
+    "an address as a DNS name": lambda: csr(request(sans=(x509.DNSName("192.0.2.7"),))),
+    "an email address": lambda: csr(request(sans=(x509.DNSName("host-a"), x509.RFC822Name("a@b")))),
+    "a URI": lambda: csr(request(sans=(x509.DNSName("host-a"), x509.UniformResourceIdentifier("spiffe://x/y")))),
+    "an authority": lambda: csr(request(extensions=(x509.BasicConstraints(ca=True, path_length=None),))),
+    "an unknown extension": lambda: csr(
+        request(extensions=(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00"),))
+    ),
+    "a signature that is not its key's": lambda: csr(tampered(request())),
+    "something that is no request": lambda: csr(base64.b64encode(b"hello").decode()),
+    "something that is not base64": lambda: csr("%%%"),
+    "nothing": lambda: csr(""),
+    "far too much": lambda: csr(base64.b64encode(b"x" * 100_000).decode()),
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED.keys())
+def test_anything_else_is_left_alone_with_a_reason(make: Callable[[], KubeObject]) -> None:
+    verdict = judge(make(), NODE)
+    assert not verdict.approve
+    assert verdict.why
+
+
+def test_a_node_that_is_not_there_yet_is_waited_for() -> None:
+    verdict = judge(csr(), None)
+    assert (verdict.approve, verdict.pending) == (False, True)
+    assert "there is no Node 'wasm-1'" in verdict.why
+
+
+def test_another_nodes_object_vouches_for_nothing() -> None:
+    other = copy.deepcopy(NODE)
+    other["metadata"]["name"] = "wasm-2"
+    assert not judge(csr(), other).approve
+
+
+def test_an_address_of_the_wrong_kind_is_not_the_nodes() -> None:
+    node = {
+        "metadata": {"name": "wasm-1"},
+        "status": {
+            "addresses": [{"type": "Hostname", "address": "192.0.2.7"}, {"type": "InternalIP", "address": "host-a"}]
+        },
+    }
+    assert node_names(node) == (frozenset({"wasm-1"}), frozenset())
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"conditions": [{"type": "Approved", "status": "True"}]},
+        {"conditions": [{"type": "Denied", "status": "True"}]},
+        {"conditions": [{"type": "Failed", "status": "True"}]},
+        {"certificate": "eA=="},
+    ],
+)
+def test_what_is_decided_is_not_open(status: KubeObject) -> None:
+    assert not is_open({**csr(), "status": status})
+    assert is_open(csr())
+
+
+def test_a_node_is_told_by_name_and_group() -> None:
+    assert requesting_node(csr()) == "wasm-1"
+    assert requesting_node(csr(groups=[])) == ""
+
+
+class FakeKube:
+    """An API server of one Node and a few requests."""
+
+    server = "https://fake"
+
+    def __init__(self) -> None:
+        self.node: KubeObject | None = NODE
+        self.items: list[KubeObject] = []
+        self.events: queue.SimpleQueue[KubeObject | None] = queue.SimpleQueue()
+        self.approved: list[KubeObject] = []
+        self.away = 0
+
+    def get(self, path: str, **_: Any) -> KubeObject:
+        if self.away:
+            self.away -= 1
+            raise ApiError("no answer")
+        return {"items": self.items, "metadata": {"resourceVersion": "1"}}
+
+    def find(self, path: str, **_: Any) -> KubeObject | None:
+        return self.node
+
+    def replace(self, path: str, body: KubeObject, **_: Any) -> KubeObject:
+        assert path.endswith("/csr-1/approval")
+        self.approved.append(body)
+        return body
+
+    def watch(self, path: str, **_: Any) -> Any:
+        import contextlib
+
+        @contextlib.contextmanager
+        def opened() -> Any:
+            yield iter(self.events.get, None)
+
+        return opened()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def running(kube: FakeKube, status_file: Path) -> tuple[threading.Thread, threading.Event]:
+    stop = threading.Event()
+    approver = Approver(kube, status_file)  # type: ignore[arg-type]
+    thread = threading.Thread(target=approver.run, args=(stop,), daemon=True)
+    thread.start()
+    return thread, stop
+
+
+def test_the_loop_approves_reports_and_outlives_an_absent_api_server(tmp_path: Path) -> None:
+    status_file = tmp_path / "status"
+    kube = FakeKube()
+    kube.away = 2
+    kube.node = None
+    kube.items = [csr()]
+    thread, stop = running(kube, status_file)
+    try:
+        wait_until(lambda: status_file.exists() and json.loads(status_file.read_text())["left_alone"] != [])
+        assert json.loads(status_file.read_text())["left_alone"] == [
+            {"name": "csr-1", "why": "there is no Node 'wasm-1'"}
+        ]
+        kube.node = NODE
+        wait_until(lambda: bool(kube.approved))
+        (condition,) = kube.approved[0]["status"]["conditions"]
+        assert (condition["type"], condition["status"]) == ("Approved", "True")
+        wait_until(lambda: json.loads(status_file.read_text())["approved"] == 1)
+        kube.events.put({"type": "ADDED", "object": csr(request(organizations=("system:masters",)))})
+        wait_until(lambda: json.loads(status_file.read_text())["left_alone"] != [])
+        assert len(kube.approved) == 1
+        kube.events.put({"type": "DELETED", "object": csr()})
+        wait_until(lambda: json.loads(status_file.read_text())["left_alone"] == [])
+        assert status_file.stat().st_mode & 0o777 == 0o600
+    finally:
+        stop.set()
+        kube.events.put(None)
+        thread.join(5)
+    assert not thread.is_alive()

@@ -1,0 +1,183 @@
+"""Joining from elsewhere: doors that pass bytes, units that systemd takes, names and addresses that make no sense."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from wasilet.cluster import join, tcp_proxy
+from wasilet.cluster.token import Token, bootstrap_config
+from wasilet.errors import UsageError
+
+pytestmark = pytest.mark.unit
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def door(to_port: int) -> AsyncIterator[int]:
+    port, stop = free_port(), asyncio.Event()
+    task = asyncio.create_task(tcp_proxy.serve(("127.0.0.1", port), ("127.0.0.1", to_port), stop=stop))
+    try:
+        async with asyncio.timeout(5):
+            while True:
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", port)
+                    writer.close()
+                    await writer.wait_closed()
+                    break
+                await asyncio.sleep(0.01)
+        yield port
+    finally:
+        stop.set()
+        async with asyncio.timeout(5):
+            await task
+
+
+async def test_bytes_pass_both_ways_and_an_end_is_passed_on() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Answers only when all has come: an end that is not passed on would hang here.
+        writer.write((await reader.read(-1))[::-1])
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server, door(server.sockets[0].getsockname()[1]) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        sent = bytes(range(256)) * 4000
+        writer.write(sent)
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            assert await reader.read(-1) == sent[::-1]
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_server_that_is_away_closes_the_connection_and_the_door_stays() -> None:
+    async with door(free_port()) as port:
+        for _ in range(2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            async with asyncio.timeout(10):
+                assert await reader.read(-1) == b""
+            writer.close()
+            await writer.wait_closed()
+
+
+async def test_stopping_ends_connections_that_are_open() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(-1)
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    async with server:
+        async with door(server.sockets[0].getsockname()[1]) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        async with asyncio.timeout(5):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read(-1) == b""
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", ":1", "host:0", "host:65536", "host:x"])
+def test_an_address_of_a_door_is_a_host_and_a_port(text: str) -> None:
+    with pytest.raises(SystemExit):
+        tcp_proxy.main(["--listen", text, "--to", "127.0.0.1:1"])
+
+
+# --- units -----------------------------------------------------------------------------------------------------------
+
+
+def unit(**given: str) -> str:
+    values = {"node": "wasm-1", "data_dir": "/var/lib/wasilet", "bootstrap_file": "/etc/wasilet/b.conf", **given}
+    return join.systemd_unit(**values)
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    path = tmp_path / "wasilet-node.service"
+    arguments = ["--node-labels", 'a=100%,b=x"y', "--max-pods", "500", "--provider-id", "$HOME"]
+    text = join.systemd_unit(
+        node="wasm-1", data_dir="/var/lib/wasilet", bootstrap_file="/b.conf", user="root", arguments=arguments
+    )
+    join.write_unit(path, text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "wasilet-node.service" not in done.stderr, done.stderr
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_restart_of_the_agent_leaves_containers_alone() -> None:
+    text = unit(user="wasm")
+    assert "KillMode=process" in text
+    assert "Delegate=yes" in text
+    assert "User=wasm" in text
+    assert f'ExecStart="{sys.executable}" -P -m wasilet_node --node-name "wasm-1"' in text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"node": 'x" "--evil'},
+        {"node": "UPPER"},
+        {"data_dir": "relative"},
+        {"data_dir": '/a"b'},
+        {"data_dir": "/a%h"},
+        {"data_dir": "/a$b"},
+        {"bootstrap_file": "/a\nExecStartPre=/bin/evil"},
+        {"user": "root\nExecStartPre=/bin/evil"},
+    ],
+)
+def test_nothing_that_is_given_can_end_a_line_or_a_word_of_the_unit(given: dict[str, str]) -> None:
+    with pytest.raises(UsageError):
+        unit(**given)
+
+
+def test_arguments_cannot_either() -> None:
+    with pytest.raises(UsageError):
+        join.systemd_unit(node="n", data_dir="/d", bootstrap_file="/b", arguments=["x\nExecStartPre=/bin/evil"])
+
+
+# --- bootstrap files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        ("https://127.0.0.1:6443", True),
+        ("https://localhost:6443", True),
+        ("https://[::1]:6443", True),
+        ("https://192.0.2.1:6443", False),
+        ("https://api.example:6443", False),
+    ],
+)
+def test_what_other_machines_cannot_reach_is_known(server: str, *, expected: bool) -> None:
+    assert join.is_loopback(server) is expected
+
+
+def test_the_name_on_the_servers_certificate_goes_along_with_a_doors_address() -> None:
+    config = bootstrap_config(
+        server="https://192.0.2.1:7000", ca=b"CA", client_ca=b"CLIENT", token=Token("abcdef", "0" * 16),
+        tls_server_name="127.0.0.1",
+    )  # fmt: skip
+    assert config["clusters"][0]["cluster"]["tls-server-name"] == "127.0.0.1"
+    plain = bootstrap_config(server="https://x", ca=None, client_ca=None, token=Token("abcdef", "0" * 16))
+    assert "tls-server-name" not in plain["clusters"][0]["cluster"]

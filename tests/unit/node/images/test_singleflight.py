@@ -1,0 +1,164 @@
+"""Shared work: who is cancelled when, and kubelet's back-off."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from wasilet_node.images.backoff import Backoff
+from wasilet_node.images.singleflight import Flights, uninterrupted
+
+pytestmark = pytest.mark.unit
+
+
+class Work:
+    def __init__(self) -> None:
+        self.started = 0
+        self.cancelled = 0
+        self.go = asyncio.Event()
+
+    async def __call__(self) -> int:
+        self.started += 1
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return self.started
+
+
+async def turn() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_callers_of_one_key_share_one_task_and_others_do_not() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    callers = [asyncio.create_task(flights.join(key, work)) for key in ("a", "a", "a", "b")]
+    await turn()
+    assert (work.started, len(flights)) == (2, 2)
+    work.go.set()
+    await asyncio.gather(*callers)
+    assert len(flights) == 0
+
+
+async def test_a_cancelled_caller_leaves_the_others_their_work() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    first, second = (asyncio.create_task(flights.join("a", work)) for _ in range(2))
+    await turn()
+    first.cancel()
+    await turn()
+    assert first.cancelled()
+    work.go.set()
+    assert await second == 1
+    assert work.cancelled == 0
+
+
+async def test_the_last_cancelled_caller_cancels_the_work_and_the_next_one_starts_anew() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    callers = [asyncio.create_task(flights.join("a", work)) for _ in range(2)]
+    await turn()
+    for caller in callers:
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    late = asyncio.create_task(flights.join("a", work))
+    await turn()
+    assert (work.cancelled, work.started) == (1, 2)
+    work.go.set()
+    assert await late == 2
+
+
+async def test_an_error_reaches_every_caller() -> None:
+    async def fail() -> int:
+        await asyncio.sleep(0)
+        raise ValueError("no")
+
+    flights: Flights[int] = Flights()
+    outcomes = await asyncio.gather(*(flights.join("a", fail) for _ in range(3)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ValueError] * 3
+    assert len(flights) == 0
+
+
+async def test_closing_ends_what_is_under_way() -> None:
+    flights: Flights[int] = Flights()
+    work = Work()
+    caller = asyncio.create_task(flights.join("a", work))
+    await turn()
+    await flights.close()
+    await asyncio.gather(caller, return_exceptions=True)
+    assert caller.cancelled()
+    assert work.cancelled == 1
+
+
+async def test_a_cancelled_caller_of_a_thread_goes_only_when_the_thread_has_ended() -> None:
+    release, ended = threading.Event(), threading.Event()
+
+    def block() -> None:
+        release.wait(5)
+        time.sleep(0.02)
+        ended.set()
+
+    caller = asyncio.create_task(uninterrupted(block))
+    await asyncio.sleep(0.01)
+    caller.cancel()
+    await turn()
+    assert not caller.done()
+    release.set()
+    await asyncio.gather(caller, return_exceptions=True)
+    assert caller.cancelled()
+    assert ended.is_set()
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_delays_double_from_10_to_300_seconds() -> None:
+    clock = Clock()
+    backoff = Backoff(clock=clock)
+    key = ("uid", "image")
+    delays = []
+    for number in range(7):
+        assert backoff.waiting(key) is None
+        backoff.failed(key, f"error {number}")
+        began = clock.now
+        while backoff.waiting(key) == f"error {number}":
+            clock.now += 1
+        delays.append(clock.now - began)
+    assert delays == [10, 20, 40, 80, 160, 300, 300]
+
+
+def test_an_entry_left_alone_for_ten_minutes_starts_from_the_beginning() -> None:
+    clock = Clock()
+    backoff = Backoff(clock=clock)
+    for _ in range(5):
+        backoff.failed(("uid", "image"), "error")
+    clock.now += 601
+    backoff.failed(("uid", "image"), "error")
+    clock.now += 10
+    assert backoff.waiting(("uid", "image")) is None
+
+
+def test_another_pod_does_not_wait() -> None:
+    backoff = Backoff(clock=Clock())
+    backoff.failed(("uid", "image"), "error")
+    assert backoff.waiting(("other", "image")) is None
+    assert backoff.waiting(("uid", "other")) is None
+
+
+def test_expired_entries_are_forgotten_and_others_are_not() -> None:
+    clock = Clock()
+    backoff = Backoff(clock=clock)
+    backoff.failed(("old", "image"), "error")
+    clock.now += 601
+    backoff.failed(("new", "image"), "error")
+    backoff.forget_expired()
+    assert list(backoff._entries) == [("new", "image")]

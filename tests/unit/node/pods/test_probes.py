@@ -1,0 +1,336 @@
+"""Probes and lifecycle hooks: thresholds, real sockets, and what is never reached."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+from wasilet_node.pods import handlers, hooks
+from wasilet_node.pods.probes import PodProbes, ProbeReport
+from wasilet_node.pods.results import ProbeKind, ProbeResults, Result
+from wasilet_node.runtime.protocol import ContainerStatus, ExecResult, UnknownContainerError
+
+from tests.unit.node.pods.fakes import FakeEvents, FakeRuntime, eventually, make_instance, make_pod
+
+pytestmark = pytest.mark.unit
+
+CONTAINER = {"name": "c", "image": "x", "ports": [{"name": "web", "containerPort": 8080}]}
+
+
+@asynccontextmanager
+async def http_server(handler: Any) -> AsyncIterator[int]:
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+async def fine(_request: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def get(action: dict[str, Any], timeout: float = 2.0) -> handlers.Outcome:
+    return await handlers.http_get({"host": "127.0.0.1", **action}, CONTAINER, timeout_seconds=timeout)
+
+
+@pytest.mark.parametrize(
+    ("status", "ok", "output"),
+    [(200, True, "fine"), (399, True, ""), (404, False, "HTTP probe failed with statuscode: 404"), (500, False, "")],
+)
+async def test_http_statuses(status: int, ok: bool, output: str) -> None:  # noqa: FBT001
+    headers = {"Location": "http://elsewhere.invalid/"} if 300 <= status < 400 else {}
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=status, text="fine", headers=headers)
+
+    async with http_server(answer) as port:
+        outcome = await get({"port": port, "path": "/x"})
+    assert outcome.ok is ok
+    assert output in outcome.output
+    if not ok:
+        assert "fine" not in outcome.output, "a failure does not show the body"
+
+
+async def test_headers_are_sent_and_defaults_can_be_overridden() -> None:
+    seen: dict[str, str] = {}
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.update(request.headers)
+        return web.Response()
+
+    async with http_server(answer) as port:
+        await get(
+            {
+                "port": str(port),
+                "httpHeaders": [{"name": "Host", "value": "app.test"}, {"name": "User-Agent", "value": "mine"}],
+            }
+        )
+    assert (seen["Host"], seen["User-Agent"], seen["Accept"]) == ("app.test", "mine", "*/*")
+    assert "Accept-Encoding" not in seen
+
+
+async def test_a_redirect_within_the_host_is_followed_and_another_host_is_never_asked() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == "/local":
+            return web.Response(status=302, headers={"Location": "/end"})
+        if request.path == "/away":
+            return web.Response(status=302, headers={"Location": "http://169.254.169.254/secret"})
+        return web.Response(status=302, headers={"Location": "/loop"}) if request.path == "/loop" else web.Response()
+
+    async with http_server(answer) as port:
+        assert await get({"port": port, "path": "/local"}) == handlers.Outcome(ok=True)
+        away = await get({"port": port, "path": "/away"})
+        assert (away.ok, away.warning) == (True, True)
+        assert "stopped after 10 redirects" in (await get({"port": port, "path": "/loop"})).output
+
+
+async def test_a_slow_server_fails_in_time() -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    async with http_server(answer) as port:
+        outcome = await get({"port": port}, timeout=0.2)
+        assert not outcome.ok
+        assert "deadline exceeded" in outcome.output
+
+
+async def test_a_closed_port_is_a_failure_not_an_error() -> None:
+    async with http_server(fine) as port:
+        pass
+    assert not (await get({"port": port})).ok
+    assert not (await handlers.tcp_connect({"host": "127.0.0.1", "port": port}, CONTAINER, timeout_seconds=1)).ok
+
+
+async def test_tcp_opens_a_connection() -> None:
+    async with http_server(fine) as port:
+        outcome = await handlers.tcp_connect({"host": "127.0.0.1", "port": port}, CONTAINER, timeout_seconds=1)
+    assert outcome.ok
+
+
+async def test_without_a_host_nothing_of_the_machine_is_reached() -> None:
+    asked = False
+
+    async def answer(_request: web.Request) -> web.Response:
+        nonlocal asked
+        asked = True
+        return web.Response()
+
+    async with http_server(answer) as port:
+        for outcome in (
+            await handlers.http_get({"port": port}, CONTAINER, timeout_seconds=1),
+            await handlers.tcp_connect({"port": port}, CONTAINER, timeout_seconds=1),
+        ):
+            assert not outcome.ok
+            assert "a wasm module cannot listen" in outcome.output
+    assert not asked
+
+
+async def test_a_port_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(handlers.HandlerError, match="no port named 'nope'"):
+        await get({"port": "nope"})
+
+
+async def test_a_trap_of_an_exec_probe_is_a_failure_and_no_instance_is_an_error() -> None:
+    runtime = FakeRuntime()
+    runtime.exec_result = lambda _argv: ExecResult(exit_code=134, output=b"", error="wasm trap: unreachable")
+    outcome = await handlers.run_command(runtime, "x", ["a"], timeout_seconds=1)
+    assert outcome == handlers.Outcome(ok=False, output="wasm trap: unreachable")
+    runtime.exec_result = lambda _argv: ExecResult(exit_code=126, output=b"", error="no fork")
+    with pytest.raises(handlers.HandlerError, match="no fork"):
+        await handlers.run_command(runtime, "x", ["a"], timeout_seconds=1)
+
+    def gone(_argv: object) -> ExecResult:
+        raise UnknownContainerError("x is not running")
+
+    runtime.exec_result = gone
+    with pytest.raises(handlers.HandlerError, match="not running"):
+        await handlers.run_command(runtime, "x", ["a"], timeout_seconds=1)
+
+
+async def test_an_exec_probe_that_takes_too_long_is_a_failure() -> None:
+    runtime = FakeRuntime()
+    runtime.exec_result = lambda _argv: ExecResult(exit_code=137, output=b"", timed_out=True, error="timed out")
+    outcome = await handlers.run_command(runtime, "x", ["a", "b"], timeout_seconds=1)
+    assert (outcome.ok, outcome.output) == (False, 'command timed out: ["a" "b"] timed out after 1s')
+
+
+# ---- the machinery
+
+
+class Rig:
+    """The probes of one pod with one running container, whose exec gives the next of ``answers``."""
+
+    def __init__(self, container: dict[str, Any], answers: list[int]) -> None:
+        self.pod = make_pod(containers=[{"name": "c", "image": "x", **container}])
+        self.runtime = FakeRuntime()
+        self.answers = answers
+        self.runtime.exec_result = lambda _argv: ExecResult(
+            exit_code=self.answers.pop(0) if len(self.answers) > 1 else self.answers[0], output=b"out"
+        )
+        self.events = FakeEvents()
+        self.results = ProbeResults()
+        self.changes = 0
+        self.reports: list[ProbeReport] = []
+        self.probes = PodProbes(
+            self.pod,
+            runtime=self.runtime,
+            events=self.events,
+            results=self.results,
+            changed=self.changed,
+            observe=self.reports.append,
+        )
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    def begin(self, instance: ContainerStatus | None = None) -> None:
+        self.probes.sync(self.pod, {"c": instance or make_instance(started_at_ns=time.time_ns())})
+
+    def result(self, kind: ProbeKind) -> Result | None:
+        return self.results.get("c-0", kind)
+
+
+def probe(**fields: Any) -> dict[str, Any]:
+    return {"exec": {"command": ["check", "$(WHO)"]}, "periodSeconds": 1, **fields}
+
+
+@pytest.fixture
+def short_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Periods of a second are too long for a test: 20 ms instead."""
+    from wasilet_node.pods import probes
+
+    original = probes._Probe.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._period = 0.02
+
+    monkeypatch.setattr(probes._Probe, "__init__", init)
+
+
+async def test_literals_of_the_environment_are_expanded_in_a_probe() -> None:
+    rig = Rig({"readinessProbe": probe(), "env": [{"name": "WHO", "value": "me"}]}, [0])
+    rig.begin()
+    await eventually(lambda: rig.runtime.execs)
+    assert rig.runtime.execs[0][1] == ("check", "me")
+    rig.probes.close()
+
+
+@pytest.mark.usefixtures("short_period")
+async def test_readiness_turns_only_at_its_thresholds() -> None:
+    rig = Rig({"readinessProbe": probe(successThreshold=2, failureThreshold=3)}, [0, 0, 1, 1, 0, 1, 1, 1])
+    rig.begin()
+    assert rig.result(ProbeKind.READINESS) is Result.FAILURE
+    await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.SUCCESS)
+    assert len(rig.answers) == 6
+    await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.FAILURE)
+    assert rig.changes == 2
+    assert rig.events.said[0] == "Unhealthy: Readiness probe failed: out"
+    assert [report.successful for report in rig.reports[:5]] == [True, True, False, False, True]
+    assert {(report.kind, report.container) for report in rig.reports} == {(ProbeKind.READINESS, "c")}
+    rig.probes.close()
+
+
+@pytest.mark.usefixtures("short_period")
+async def test_liveness_stops_probing_once_it_has_failed() -> None:
+    rig = Rig({"livenessProbe": probe(failureThreshold=2)}, [1])
+    rig.begin()
+    assert rig.result(ProbeKind.LIVENESS) is Result.SUCCESS
+    await eventually(lambda: rig.result(ProbeKind.LIVENESS) is Result.FAILURE)
+    count = len(rig.runtime.execs)
+    await asyncio.sleep(0.08)
+    assert len(rig.runtime.execs) == count == 2
+    rig.probes.close()
+
+
+@pytest.mark.usefixtures("short_period")
+async def test_the_others_wait_for_startup() -> None:
+    rig = Rig({"startupProbe": probe(failureThreshold=30), "readinessProbe": probe()}, [1, 1, 0])
+    rig.begin()
+    await eventually(lambda: len(rig.runtime.execs) >= 2)
+    assert rig.result(ProbeKind.READINESS) is Result.FAILURE
+    assert not any("Readiness" in line for line in rig.events.said)
+    await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.SUCCESS)
+    assert rig.result(ProbeKind.STARTUP) is Result.SUCCESS
+    rig.probes.close()
+
+
+@pytest.mark.usefixtures("short_period")
+async def test_an_ending_pod_is_not_restarted_by_liveness() -> None:
+    rig = Rig({"livenessProbe": probe(failureThreshold=1)}, [1])
+    rig.begin()
+    await eventually(lambda: rig.result(ProbeKind.LIVENESS) is Result.FAILURE)
+    rig.probes.end_with_pod()
+    assert rig.result(ProbeKind.LIVENESS) is Result.SUCCESS
+    rig.probes.close()
+
+
+@pytest.mark.usefixtures("short_period")
+async def test_an_instance_that_is_gone_leaves_nothing() -> None:
+    rig = Rig({"readinessProbe": probe()}, [0])
+    rig.begin()
+    await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.SUCCESS)
+    rig.probes.sync(rig.pod, {})
+    assert rig.results.by_instance == {}
+    assert rig.probes._probes == {}
+    count = len(rig.runtime.execs)
+    await asyncio.sleep(0.06)
+    assert len(rig.runtime.execs) == count
+
+
+async def test_a_probe_taken_over_begins_with_what_the_status_says() -> None:
+    rig = Rig({"readinessProbe": probe()}, [0])
+    rig.pod["status"]["containerStatuses"] = [{"name": "c", "containerID": "wasmtime://c-0", "ready": True}]
+    rig.begin(make_instance())
+    assert rig.result(ProbeKind.READINESS) is Result.SUCCESS
+    rig.probes.close()
+
+
+@pytest.mark.usefixtures("short_period")
+async def test_an_initial_delay_counts_from_the_start_of_the_container() -> None:
+    rig = Rig({"readinessProbe": probe(initialDelaySeconds=60)}, [0])
+    rig.begin()
+    await asyncio.sleep(0.06)
+    assert rig.runtime.execs == []
+    rig.probes.close()
+
+
+@pytest.mark.usefixtures("short_period")
+async def test_a_grpc_probe_fails_and_says_why() -> None:
+    rig = Rig({"readinessProbe": {"grpc": {"port": 1}}}, [0])
+    rig.begin()
+    await eventually(lambda: rig.events.said)
+    assert rig.events.said[0].startswith("Unhealthy: Readiness probe failed: a wasm module cannot listen")
+    rig.probes.close()
+
+
+# ---- hooks
+
+
+async def test_a_sleep_hook_longer_than_the_grace_ends_with_it() -> None:
+    pod = make_pod()
+    with pytest.raises(hooks.HookError, match="terminated before sleep hook finished"):
+        await hooks.run_hook(FakeRuntime(), pod, CONTAINER, "x", {"sleep": {"seconds": 60}}, timeout_seconds=0.05)
+
+
+async def test_an_http_hook_only_has_to_be_delivered() -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=500)
+
+    async with http_server(answer) as port:
+        hook = {"httpGet": {"host": "127.0.0.1", "port": port}}
+        await hooks.run_hook(FakeRuntime(), make_pod(), CONTAINER, "x", hook, timeout_seconds=2)
+    with pytest.raises(hooks.HookError, match="a wasm module cannot listen"):
+        await hooks.run_hook(FakeRuntime(), make_pod(), CONTAINER, "x", {"httpGet": {"port": 1}}, timeout_seconds=2)
