@@ -20,7 +20,7 @@ SETTLE_SECONDS = 10.0
 """A process that was told to end may take a moment to do so."""
 
 _OURS = re.compile(
-    r"wasilet|kube-|kubelet|etcd|registry serve|-m (node|harness|pytest|invoke)\b|dockerd|containerd|runc|\bkind\b"
+    r"wasilet|kube-|kubelet|etcd|registry serve|-m (wasilet\w*|pytest|invoke)\b|dockerd|containerd|runc|\bkind\b"
     r"|chromium|cargo|rustc|go build|e2e\.test"
 )
 """What the tests start, by command line: a machine has others that come and go."""

@@ -94,7 +94,7 @@ def figures(what: str, settings: Settings, *, runs: int, pods: int, reporter: Re
 def bench_up(settings: Settings, *, runs: int, say: Say) -> list[Figure]:
     """Medians of cold ``up``, second ``up``, ``demo hello-world`` and ``down``. Raises CommandError with the output of
     a command that failed."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / "tasks.py").is_file():
         raise HarnessError("the benchmark of the command line is part of a checkout, not of the installed package")
     taken: dict[str, list[float]] = defaultdict(list)

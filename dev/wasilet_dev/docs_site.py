@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from wasilet import process
 from wasilet.steps import Finding, Play, Progress, Recap, Step
+
 from wasilet_dev.docs_tasks import checkout, page, updated
 from wasilet_dev.docs_tasks import write as write_tasks
 

@@ -23,7 +23,7 @@ END = "<!-- made by python -P -m wasilet_dev.docs_tasks: end -->"
 
 def checkout() -> Path:
     """The folder of the sources. Raises UsageError in an installed package, which has no pages."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / "docs" / "conf.py").is_file():
         raise UsageError("the documentation is part of a checkout, not of the installed package")
     return root
@@ -78,8 +78,10 @@ def _section(task: Any) -> Iterator[str]:
     yield ""
     text, _, examples = (inspect.getdoc(task.body) or "").partition("\n\nExample")
     yield text
-    # Asked once: Invoke hands the help texts out, and has none left the second time.
+    # Invoke hands the help texts out, and has none left the second time.
+    texts = dict(task.help)
     arguments = task.get_arguments()
+    task.help = texts
     given = [argument for argument in arguments if argument.name in task.positional]
     options = [argument for argument in arguments if argument.name not in task.positional]
     if given or options:

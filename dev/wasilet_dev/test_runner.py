@@ -34,7 +34,7 @@ def pytest_command(settings: Settings, words: Sequence[str], *, reporter: Report
     from wasilet.providers import by_name
 
     by_name(settings.provider)
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / "tests").is_dir():
         raise UsageError("the tests are part of a checkout, not of the installed package")
     if needs_binaries(words):
@@ -109,7 +109,7 @@ def _binaries_step(settings: Settings) -> Step:
 def lint() -> None:
     """Ruff, mypy and import-linter over the checkout, each to its end so that one run shows everything. Raises
     HarnessError naming those that found something."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     bin_folder = Path(sys.executable).parent
     commands = (
         ("ruff check", ("ruff", "check", ".")),

@@ -1,1 +1,5 @@
-"""Wasilet's harness: stands a local Kubernetes cluster up around the node agent, and drives it."""
+"""Wasilet's harness: creates a local Kubernetes cluster around the node agent, and drives it."""
+
+from wasilet_common import VERSION
+
+__version__ = VERSION

@@ -352,8 +352,8 @@ def node(
 ) -> None:
     """Print how a node of this machine is run for good.
 
-    As a command line, or as a systemd unit. What follows -- are further options of the node; `python -P -m wasilet_node --help`
-    names them.
+    As a command line, or as a systemd unit. What follows -- are further options of the node; `python -P -m wasilet_node
+    --help` names them.
 
     Examples:
       invoke node --node wasm-1 --systemd --file /etc/systemd/system/wasilet-node.service
@@ -702,89 +702,3 @@ def doctor(c: Context, output: str = "text") -> None:
         for line in check_lines(checks):
             emit(line)
     finish_with(0 if is_fit(checks) else 2)
-
-
-@task
-@command
-def docs(c: Context) -> None:
-    """Build this project's documentation as a site, strictly.
-
-    Prints the first page's path. The tools are locked in requirements-docs.lock and get an environment of their own.
-
-    Example:
-      xdg-open $(invoke docs)
-    """
-    from wasilet_dev.docs_site import build_site, site
-
-    finish(build_site(environ=os.environ, reporter=reporter()))
-    emit(str(site() / "index.html"))
-
-
-@task(
-    positional=["what"],
-    auto_shortflags=False,
-    help={
-        "what": "up (the command line) or pods (what the node does)",
-        "runs": "bench up: how often (default: 3); medians are printed",
-        "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300)",
-        "output": OUTPUT_HELP,
-    },
-)
-@command
-def bench(c: Context, what: str, runs: int = 3, pods: int = 300, output: str = "text") -> None:
-    """Measure this machine and print the figures beside the targets; judges nothing.
-
-    A cluster of its own is brought up and taken down again.
-
-    Examples:
-      invoke bench pods
-      invoke bench pods --pods 10000     half an hour; is memory flat?
-      invoke bench up --runs 5
-    """
-    from wasilet_dev.bench import figures
-
-    checked_output(output)
-    measured = figures(what, settings_of(c), runs=runs, pods=pods, reporter=reporter())
-    if output == "json":
-        emit_json([figure.to_json() for figure in measured])
-    else:
-        for figure in measured:
-            emit(figure.line())
-
-
-@task
-@command
-def lint(c: Context) -> None:
-    """Check style, types and import contracts of this project.
-
-    Example:
-      invoke lint
-    """
-    from wasilet_dev.test_runner import lint as check_project
-
-    check_project()
-
-
-@task(
-    help={
-        "m": "only tests with these markers, as `-m e2e` or `-m 'unit or component'`",
-        "k": "only tests whose name matches",
-        "provider": "the provider that e2e tests bring up (default: host)",
-    }
-)
-@command
-def test(c: Context, m: str = "", k: str = "", provider: str = "") -> None:
-    """Run the tests, having brought what they need.
-
-    Paths and other options of pytest follow --.
-
-    Examples:
-      ./run test                                     all of them
-      ./run test -m e2e -k hello tests/e2e           (run puts the -- in by itself)
-      invoke test -m unit -- tests/unit -x -q
-    """
-    from wasilet_dev.test_runner import pytest_command
-
-    words = (["-m", m] if m else []) + (["-k", k] if k else []) + remainder()
-    argv, env = pytest_command(settings_of(c, provider=provider), words, reporter=reporter())
-    exec_program(argv, env=env)

@@ -1,3 +1,5 @@
 """Wasilet's node agent: a kubelet for WebAssembly, in Python on wasmtime."""
 
-__version__ = "0.1.0"
+from wasilet_common import VERSION
+
+__version__ = VERSION

@@ -57,5 +57,10 @@ def configure_logging(level: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command ``wasilet-node``."""
     sys.exit(main(sys.argv[1:], os.environ))
+
+
+if __name__ == "__main__":
+    command()

@@ -49,7 +49,8 @@ _OPEN_FILES_WANTED = 65536
 
 
 def run_agent(settings: NodeSettings, *, kubeconfig_copy: Path | None, version: str) -> int:
-    """Run until SIGTERM or SIGINT (0) or until something fails (1). ``kubeconfig_copy``: see ``wasilet_node.commandline``.
+    """Run until SIGTERM or SIGINT (0) or until something fails (1). ``kubeconfig_copy``: see
+    ``wasilet_node.commandline``.
 
     Raises InstanceError, and OSError when the data folder cannot be had.
     """

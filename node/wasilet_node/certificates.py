@@ -1,9 +1,9 @@
 """The node's two certificates: the first join, the renewals, and the way back after an expiry.
 
 ``pki/client.pem`` says who the node is; ``pki/serving.pem`` is what its HTTPS server shows. Both are asked for by a
-CertificateSigningRequest (``wasilet_node.certificates_csr``), renewed when 70 to 90 % of their life is over (kubelet's figures;
-the jitter keeps nodes that joined together from renewing together), and handed on without closing a connection: new
-requests go by a new ``KubeClient`` generation, new TLS sessions by a new context.
+CertificateSigningRequest (``wasilet_node.certificates_csr``), renewed when 70 to 90 % of their life is over (kubelet's
+figures; the jitter keeps nodes that joined together from renewing together), and handed on without closing a
+connection: new requests go by a new ``KubeClient`` generation, new TLS sessions by a new context.
 
 Who may renew what: a client certificate renews itself while it is valid. When it is expired (a laptop that slept), or
 the API server no longer knows it (the cluster was made anew), the bootstrap file is the only way back, and it is read

@@ -1,8 +1,8 @@
 """The Node object: made, brought up to date, reported, and made again when somebody deleted it.
 
 Written with the rights of a node alone: labels that NodeRestriction refuses are refused on the command line already
-(``wasilet_node.__main__``), taints are given at creation only (a node may not change its own), and the object is watched by its
-name, the only way a node may.
+(``wasilet_node.__main__``), taints are given at creation only (a node may not change its own), and the object is
+watched by its name, the only way a node may.
 
 The status is computed every 10 s and sent when it differs from what was sent, when the server's copy disagrees (the
 node lifecycle controller writes Unknown while the lease is late), and every five minutes in any case. Time stamps of

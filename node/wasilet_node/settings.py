@@ -105,7 +105,7 @@ class NodeSettings:
     lease_duration_seconds: int = 40
     lease_renew_interval_seconds: float = 10.0
     local_origins: tuple[str, ...] = ()
-    """Origins on the node itself, or otherwise refused (``wasilet_node.addresses``), that pods' modules may call when their
-    annotation lists them, as ``http://127.0.0.1:8090``."""
+    """Origins on the node itself, or otherwise refused (``wasilet_node.addresses``), that pods' modules may call when
+    their annotation lists them, as ``http://127.0.0.1:8090``."""
 
     provider_id: str | None = None

@@ -1,4 +1,4 @@
-"""Writes ``docs/node-conformance.md`` from the case files: ``python -P -m tests.e2e.conformance``.
+"""Writes ``docs/node-conformance.md`` from the case files: ``python -m tests.e2e.conformance``.
 
 What the page says is supported is exactly what a test shows; what a module cannot have is listed by hand, in
 ``cannot.yaml``, with its reason. A test compares the page with what this makes.
@@ -18,7 +18,7 @@ CANNOT = Path(__file__).with_name("cannot.yaml")
 _HEAD = """\
 # What the node supports
 
-This page is made from the end-to-end cases (`tests/e2e/cases/`) by `python -P -m tests.e2e.conformance`. Each line is a
+This page is made from the end-to-end cases (`tests/e2e/cases/`) by `python -m tests.e2e.conformance`. Each line is a
 test that runs on a real cluster. The right-hand column names the test of Kubernetes that says the same, where there is
 one: what a wasm module can satisfy of it holds with the same fields, reasons, messages and events. Lines marked with
 **C** run a second time with the same program as a component of WASI 0.2.

@@ -4,8 +4,8 @@ The order is by what costs the user least: a toolchain that has a WASI target al
 user's own default toolchain; Debian's packages by apt. Nothing that the user chose is changed: no default toolchain, no
 PATH, no cargo configuration. A build gets the chosen folder first on *its* PATH, and that is all.
 
-How a cargo that is older than the registry's sparse index (Debian 12's) gets its dependencies: ``wasilet.build.cargo_vendor``.
-"""
+How a cargo that is older than the registry's sparse index (Debian 12's) gets its dependencies:
+``wasilet.build.cargo_vendor``."""
 
 from __future__ import annotations
 

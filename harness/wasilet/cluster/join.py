@@ -1,9 +1,8 @@
 """Nodes on other machines: a self-contained bootstrap file, the doors they need, and a systemd unit.
 
-A cluster that listens on loopback gets a door on an address that other machines reach (``wasilet.cluster.tcp_proxy``); one
-that is reachable anyway needs none. Doors are long-lived processes like any other: listed by ``status``, mended by
-``up``, ended by ``down``.
-"""
+A cluster that listens on loopback gets a door on an address that other machines reach (``wasilet.cluster.tcp_proxy``);
+one that is reachable anyway needs none. Doors are long-lived processes like any other: listed by ``status``, mended by
+``up``, ended by ``down``."""
 
 from __future__ import annotations
 

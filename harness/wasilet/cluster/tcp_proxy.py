@@ -2,8 +2,8 @@
 
 The API server of a local cluster (``host``, kind, k3d) listens on loopback only, and should. A node on another machine
 gets this door instead: TLS goes through it end to end, so it needs no key and knows no secret, and who comes through
-must still show the API server a credential. ``python -P -m wasilet.cluster.tcp_proxy --listen 192.0.2.1:6443 --to HOST:PORT``
-"""
+must still show the API server a credential. ``python -P -m wasilet.cluster.tcp_proxy --listen 192.0.2.1:6443 --to
+HOST:PORT``"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A cat facts API on loopback, for the tutorial's app where the internet is absent: ``python -P -m wasilet.demo.catfacts``.
+"""A cat facts API on loopback, for the tutorial's app where the internet is absent: ``python -P -m
+wasilet.demo.catfacts``.
 
 It answers ``GET /fact`` as the public one does, ``{"fact": ..., "length": ...}``, with one fact after another.
 """

@@ -1,10 +1,9 @@
 """A module in the node's own sandbox on this machine, without a cluster: ``invoke run``, and the check before a push.
 
 :func:`run` is the task's: the guest has this process's own stdin, stdout and stderr, and its exit code is the task's.
-:func:`check` runs ``python -P -m wasilet.demo.local_run`` as a program of its own, whose process group can be ended as soon as the
-expected lines are there, since most services never end by themselves. What to run goes through stdin, because an
-environment may hold secrets, which are not to be seen on a command line.
-"""
+:func:`check` runs ``python -P -m wasilet.demo.local_run`` as a program of its own, whose process group can be ended as
+soon as the expected lines are there, since most services never end by themselves. What to run goes through stdin,
+because an environment may hold secrets, which are not to be seen on a command line."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 from wasilet.demo.samples import App
 from wasilet.errors import UsageError
 from wasilet.kube.client import KubeObject
-from wasilet.manifest_file import parse_objects
+from wasilet.kube.manifest_file import parse_objects
 
 WASM_ARCHITECTURE = "wasm32-wasi"
 ARCHITECTURE_LABEL = "kubernetes.io/arch"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wasilet.errors import UsageError
-from wasilet.kube_yaml import YamlError, load
+from wasilet.kube.kube_yaml import YamlError, load
+from wasilet.package_data import data_path
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _T = TypeVar("_T")
@@ -145,9 +146,7 @@ class App:
 
 def samples_root() -> Path:
     """The samples: beside this package in a checkout, inside it when installed from a wheel."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parent / "samples"
-    return checkout if checkout.is_dir() else package / "data" / "samples"
+    return data_path("samples")
 
 
 def sample_names() -> list[str]:

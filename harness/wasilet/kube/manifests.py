@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import load_yaml
+from wasilet.package_data import data_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,11 +29,10 @@ _COLLECTIONS = {
 
 def manifests_folder() -> Path:
     """Where the templates are. Raises HarnessError when the installation lacks them."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "data" / "manifests", here.parent / "manifests"):
-        if folder.is_dir():
-            return folder
-    raise HarnessError("the manifests of this installation are missing", hint="install wasilet again")
+    try:
+        return data_path("manifests")
+    except FileNotFoundError as error:
+        raise HarnessError("the manifests of this installation are missing", hint="install Wasilet again") from error
 
 
 def render_objects(template: str, **values: Any) -> list[KubeObject]:

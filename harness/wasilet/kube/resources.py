@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from wasilet.errors import ApiError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
-from wasilet.manifest_file import manifest_errors
+from wasilet.kube.manifest_file import manifest_errors
 from wasilet.process import check_cancelled
 
 FIELD_MANAGER = "wasilet"

@@ -22,9 +22,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.oci import mediatypes
+
 from wasilet.build.application import wasi_version
 from wasilet.errors import HarnessError, UsageError
-from wasilet_common.oci import mediatypes
 
 _MAX_MODULE_BYTES = 512 * 1024 * 1024
 """The node refuses larger ones."""

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from wasilet.errors import HarnessError, UsageError
-from wasilet.oci.artifact import Artifact, Blob
 from wasilet_common.oci import mediatypes
 from wasilet_common.oci.reference import InvalidReferenceError, Reference, is_digest, is_loopback, parse
+
+from wasilet.errors import HarnessError, UsageError
+from wasilet.oci.artifact import Artifact, Blob
 
 if TYPE_CHECKING:
     import requests

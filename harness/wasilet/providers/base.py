@@ -1,9 +1,8 @@
 """What a provider is: the part of a cluster that is not Wasilet's own.
 
 A provider brings an API server with a controller-manager and a scheduler behind it, or finds one. Everything else
-(registry, approver, bootstrap token, nodes, kubeconfig) is the same for all and lives in ``wasilet.cluster.up``. To add one:
-write the class, name it in ``wasilet.providers.by_name``.
-"""
+(registry, approver, bootstrap token, nodes, kubeconfig) is the same for all and lives in ``wasilet.cluster.up``. To add
+one: write the class, name it in ``wasilet.providers.by_name``."""
 
 from __future__ import annotations
 

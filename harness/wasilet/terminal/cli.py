@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from invoke.context import Context
 from invoke.exceptions import Exit
+
 from wasilet.cluster.state import State, os_error_reason
 from wasilet.errors import CommandError, ComponentError, HarnessError, StateError, UsageError
 from wasilet.settings import Settings, environment_flag, from_invoke_variables, load
@@ -45,7 +46,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
         if "--help" in (*args, *kwargs.values()) or "-h" in (*args, *kwargs.values()):
             # Invoke takes `invoke demo --help` for the value of demo's positional argument.
             name = body.__name__.rstrip("_").replace("_", "-")
-            exec_program([sys.executable, "-P", "-m", "invoke", "--help", name], env=dict(os.environ))
+            exec_program([sys.executable, "-P", "-m", "wasilet", "--help", name], env=dict(os.environ))
         previous = signal.signal(signal.SIGTERM, _terminate)
         try:
             return body(*args, **kwargs)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.live import Live
     from rich.text import Text
+
     from wasilet.steps import Outcome, Recap
 
 PLAIN_FIRST_SECONDS = 3.0

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from invoke.config import AmbiguousMergeError, Config
@@ -17,7 +18,9 @@ from invoke.env import Environment
 from invoke.exceptions import AmbiguousEnvVar, Exit, ParseError, UncastableEnvVar, UnknownFileType
 from invoke.program import Program
 from invoke.util import yaml  # type: ignore[attr-defined]
+
 from wasilet.errors import HarnessError, UsageError
+from wasilet.package_data import checkout_root
 from wasilet.process_start import prepare_process
 from wasilet.settings import flag
 from wasilet.terminal.cli import EXIT_FAILED, EXIT_INTERRUPTED, lost_output, stop_writing
@@ -75,6 +78,11 @@ def take_over() -> None:
         main.program.__class__ = TaskProgram
 
 
+def in_checkout() -> bool:
+    """Whether this runs in the folder of the sources, whose ``tasks.py`` and ``invoke.yaml`` then count: ``./run``."""
+    return checkout_root() == Path.cwd()
+
+
 class _InvokeVariables(Environment):
     """Invoke's own ``INVOKE_*`` variables. Those of Wasilet's section are read by ``wasilet.settings``."""
 
@@ -105,7 +113,9 @@ def load_shell_env(config: Config) -> None:
 
 
 def _typed() -> str:
-    return "invoke" if INVOKES_OWN in sys.modules else "./run"
+    if INVOKES_OWN in sys.modules:
+        return "invoke"
+    return "./run" if in_checkout() else "wasilet"
 
 
 @contextlib.contextmanager

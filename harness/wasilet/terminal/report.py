@@ -175,6 +175,7 @@ def _event(event: KubeObject) -> dict[str, Any]:
 def page(title: str, chapters: Sequence[Chapter], *, cluster: str = "") -> str:
     """The HTML of it all. Raises HarnessError when the installation lacks its template."""
     import jinja2
+
     from wasilet.kube.manifests import manifests_folder
 
     environment = jinja2.Environment(

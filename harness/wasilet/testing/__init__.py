@@ -1,1 +1,1 @@
-"""What is behind the pytest plugin's fixtures; imported when a test first asks for one."""
+"""What happens in a cluster, watched and judged: behind the pytest plugin and ``demo``."""

@@ -49,7 +49,7 @@ def read_objects(source: Any, variables: Mapping[str, Any], folders: Sequence[Pa
     import copy
 
     from wasilet.demo.render import render_file
-    from wasilet.manifest_file import parse_objects
+    from wasilet.kube.manifest_file import parse_objects
 
     if isinstance(source, Mapping):
         return [copy.deepcopy(dict(source))]

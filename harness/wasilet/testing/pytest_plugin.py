@@ -316,7 +316,8 @@ def namespace(cluster: WasmCluster, request: pytest.FixtureRequest) -> Iterator[
 
 @pytest.fixture
 def wasilet_scene(cluster: WasmCluster, namespace: str, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    """What the fixtures below share: the test's namespace, and what is seen in it (wasilet.testing.test_namespace.Scene)."""
+    """What the fixtures below share: the test's namespace, and what is seen in it
+    (wasilet.testing.test_namespace.Scene)."""
     from wasilet.testing.test_namespace import DEFAULT_WITHIN_SECONDS, Scene
 
     config, node = request.config, request.node

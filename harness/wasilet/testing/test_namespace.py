@@ -113,8 +113,8 @@ class Scene:
     def apply(self, objects: Sequence[KubeObject]) -> list[Any]:
         """See the fixture ``apply``. Raises UsageError and ApiError; what exists already is an error too."""
         from wasilet.demo.render import place
+        from wasilet.kube.manifest_file import manifest_errors
         from wasilet.kube.resources import Resources
-        from wasilet.manifest_file import manifest_errors
 
         resources = Resources(self.cluster.kube, self.namespace)
         made: list[Any] = []

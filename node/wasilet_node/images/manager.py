@@ -54,7 +54,8 @@ class ModuleCompiler(Protocol):
 
 
 class ImageManager:
-    """Implements ``wasilet_node.images.model.Images``. Everything waits for ``start``, which the first call makes up for."""
+    """Implements ``wasilet_node.images.model.Images``. Everything waits for ``start``, which the first call makes up
+    for."""
 
     def __init__(
         self,

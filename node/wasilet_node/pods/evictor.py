@@ -1,7 +1,7 @@
 """Looks every ten seconds whether a pod has to go: the node runs short of something, or a pod wrote more than it may.
 
-Who goes is decided in ``wasilet_node.pods.eviction`` and ``wasilet_node.pods.ephemeral_storage``; unused images go before any pod does.
-"""
+Who goes is decided in ``wasilet_node.pods.eviction`` and ``wasilet_node.pods.ephemeral_storage``; unused images go
+before any pod does."""
 
 from __future__ import annotations
 

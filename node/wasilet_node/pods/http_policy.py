@@ -2,8 +2,8 @@
 
 Without the annotation there is no outbound HTTP at all. What cannot be read fails the container with the parser's
 message, rather than running it with another policy than its author wrote; so does an origin that leads to the node
-itself, to the cluster's API server or to another place that ``wasilet_node.addresses`` refuses, unless the node's operator
-allows it. Names are judged again by the sandbox, at each resolution.
+itself, to the cluster's API server or to another place that ``wasilet_node.addresses`` refuses, unless the node's
+operator allows it. Names are judged again by the sandbox, at each resolution.
 """
 
 from __future__ import annotations

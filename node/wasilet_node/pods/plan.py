@@ -2,8 +2,8 @@
 
 It follows ``computePodActions`` and ``computeInitContainerActions`` of kubelet's kuberuntime. A pod counts as
 initialized as soon as one of its regular containers has had an instance in the present sandbox
-(``wasilet_node.pods.sandboxes``); then init containers do not run again. In a new sandbox everything begins with the first of
-them, whatever has run before.
+(``wasilet_node.pods.sandboxes``); then init containers do not run again. In a new sandbox everything begins with
+the first of them, whatever has run before.
 
 The executor is elsewhere (``wasilet_node.pods.worker``); nothing here does I/O, so every case is a row in a table
 (``tests/unit/cases/pods/plan.yaml``).

@@ -9,7 +9,8 @@ Version 1 has one tree a controller; memory and cpu are taken independently. Ver
 children only by a group without processes of its own (cgroup v2, "no internal process constraint"), so the supervisor
 first moves itself and its neighbours of the same service into a leaf, and only in a group that was delegated to it,
 that is: one that it may write, below the root, with nobody else's processes in it, and neither a login session's nor a
-systemd service's, which could not be restarted then; under systemd it has a scope of its own (``wasilet_node.runtime.systemd_scope``).
+systemd service's, which could not be restarted then; under systemd it has a scope of its own
+(``wasilet_node.runtime.systemd_scope``).
 
 Shares follow kubelet (``MilliCPUToShares``: 1024 a core, at least 2) and for version 2 the runtimes' conversion to
 weights. A container without memory limit, cpu limit and cpu request gets no group, and yields by its nice value: moving

@@ -1,9 +1,8 @@
 """Run a module in the foreground, in the same sandbox as a pod's container but without supervisor or cluster.
 
-``run_local`` compiles through the same cache and then starts ``python -P -m wasilet_node.runtime.foreground`` with the descriptors
-it was given: a process of its own, because the caller may have threads and a fork would copy their locks. What to run
-goes through a pipe and never on the command line, since environments hold secrets.
-"""
+``run_local`` compiles through the same cache and then starts ``python -P -m wasilet_node.runtime.foreground`` with the
+descriptors it was given: a process of its own, because the caller may have threads and a fork would copy their locks.
+What to run goes through a pipe and never on the command line, since environments hold secrets."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What the agent and the supervisor say to each other, and what the rest of the agent knows of the runtime.
 
-The wire is length-prefixed JSON over a Unix socket (see ``wasilet_node.runtime.client``). Its version is part of the first
-message, so that an agent that was upgraded can still talk to the supervisor that keeps its older containers.
-"""
+The wire is length-prefixed JSON over a Unix socket (see ``wasilet_node.runtime.client``). Its version is part of the
+first message, so that an agent that was upgraded can still talk to the supervisor that keeps its older containers."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ class Mount:
     read_only: bool = False
     root: str = ""
     """Not empty: a folder above ``host`` whose inside guests may change while a container starts (a subPath). The
-    sandbox must then open ``host`` by ``wasilet_node.runtime.safe_path.open_directory(root, host)``, which follows no link, and
-    preopen ``/proc/self/fd/<fd>``; a path that was checked by name could have been swapped since."""
+    sandbox must then open ``host`` by ``wasilet_node.runtime.safe_path.open_directory(root, host)``, which follows no
+    link, and preopen ``/proc/self/fd/<fd>``; a path that was checked by name could have been swapped since."""
 
 
 @dataclass(frozen=True, kw_only=True)

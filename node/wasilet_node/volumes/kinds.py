@@ -1,8 +1,8 @@
 """What the kinds of volumes have in common: the two shapes that a kind can have.
 
-A *projecting* kind (configMap, secret, projected, downwardAPI) gives a payload that ``wasilet_node.volumes.atomic`` publishes
-into a folder of the pod, again at every refresh. A *placing* kind (emptyDir, hostPath, claims) gives the place of a
-folder or file that guests share with others, once.
+A *projecting* kind (configMap, secret, projected, downwardAPI) gives a payload that ``wasilet_node.volumes.atomic``
+publishes into a folder of the pod, again at every refresh. A *placing* kind (emptyDir, hostPath, claims) gives the
+place of a folder or file that guests share with others, once.
 
 ``fsGroup``, ``runAsUser`` and their relatives have no meaning for either: a module runs as the agent's user and sees no
 owners and no permission bits, so nothing is chowned.
@@ -47,7 +47,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """The collaborators of every kind."""
+    """What every kind of volume works with."""
 
     references: References
     areas: Areas

@@ -31,7 +31,7 @@ def test_the_command_line_wins_over_the_environment_over_the_file() -> None:
 
 
 def test_the_shipped_file_says_what_the_defaults_are() -> None:
-    text = (Path(__file__).parents[2] / "invoke.yaml").read_text()
+    text = (Path(__file__).parents[3] / "invoke.yaml").read_text()
     assert load(yaml.safe_load(text)["wasilet"], environ={}) == load(environ={})
 
 

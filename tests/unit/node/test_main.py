@@ -20,7 +20,7 @@ from wasilet_node.shutdown import shutdown
 
 pytestmark = pytest.mark.unit
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOME = {"HOME": "/home/user"}
 
 
@@ -216,7 +216,8 @@ def test_help_teaches_and_loads_nothing_heavy() -> None:
     assert done.returncode == 0
     assert "--bootstrap-file bootstrap.conf" in done.stdout
     assert "KRUSTLET_NODE_IP" in done.stdout
-    code = "import sys, wasilet_node.__main__; sys.exit(any(m in sys.modules for m in ('aiohttp', 'kubernetes', 'wasmtime')))"
+    heavy = "('aiohttp', 'kubernetes', 'wasmtime')"
+    code = f"import sys, wasilet_node.__main__; sys.exit(any(m in sys.modules for m in {heavy}))"
     check = subprocess.run(
         [sys.executable, "-P", "-c", code], env={"PYTHONPATH": str(ROOT)}, check=False, timeout=30
     )  # fmt: skip

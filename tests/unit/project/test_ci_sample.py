@@ -14,7 +14,7 @@ from wasilet.settings import cache_root
 
 pytestmark = pytest.mark.unit
 
-FILE = Path(__file__).parents[2] / "docs" / "github-actions.yaml"
+FILE = Path(__file__).parents[3] / "docs" / "github-actions.yaml"
 ACTIONS = {"actions/checkout", "actions/setup-python", "actions/cache", "actions/upload-artifact"}
 
 

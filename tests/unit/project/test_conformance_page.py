@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 
 
 def test_the_page_of_what_is_supported_is_what_the_cases_say() -> None:
-    assert PAGE.read_text() == page(), "run python -P -m tests.e2e.conformance"
+    assert PAGE.read_text() == page(), "run python -m tests.e2e.conformance"
 
 
 def test_every_case_can_be_read_and_demands_something() -> None:

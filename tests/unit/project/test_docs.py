@@ -130,7 +130,7 @@ def test_every_setting_of_the_environment_is_in_the_reference_of_the_harness() -
 def messages() -> set[tuple[str, ...]]:
     """The fixed parts, in lower case, of every text of the sources that is long enough to be known again."""
     found = set()
-    for package in ("harness", "node"):
+    for package in ("common", "harness", "node"):
         for file in sorted((CHECKOUT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
                 parts = _fixed_parts(node)

@@ -11,7 +11,7 @@ from wasilet.terminal.cli import settings_of
 
 pytestmark = pytest.mark.unit
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

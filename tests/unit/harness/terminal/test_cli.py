@@ -23,7 +23,7 @@ from wasilet_dev.test_runner import needs_binaries, pytest_command
 
 pytestmark = pytest.mark.unit
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 def invoke(*words: str, state: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -159,7 +159,8 @@ def test_a_no_in_the_environment_is_a_no(tmp_path: Path) -> None:
     """Invoke takes every text but 0 for true."""
     (tmp_path / "config.yaml").write_text("wasilet:\n  install: 'no'\n")
     code = (
-        "import invoke, sys; from wasilet.terminal.cli import settings_of; from wasilet.terminal.program import load_shell_env;"
+        "import invoke, sys; from wasilet.terminal.cli import settings_of;"
+        "from wasilet.terminal.program import load_shell_env;"
         "from invoke.config import Config; from invoke.context import Context;"
         "c = Config(project_location='.', runtime_path=sys.argv[1]); c.load_project(); c.load_runtime();"
         "load_shell_env(c); s = settings_of(Context(c)); print(s.download, s.install, s.nodes)"

@@ -46,7 +46,7 @@ def test_the_entry_point_imports_nothing_but_pytest() -> None:
         "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["harness", "wasilet.testing.pytest_plugin"]
+    assert done.stdout.split() == ["wasilet", "wasilet.testing", "wasilet.testing.pytest_plugin", "wasilet_common"]
 
 
 def test_markers_are_registered(project: pytest.Pytester) -> None:

@@ -551,7 +551,7 @@ class Fakes:
     def paths(self) -> NodePaths:
         return NodePaths(data=self.data)
 
-    def collaborators(self) -> PodDependencies:
+    def dependencies(self) -> PodDependencies:
         return PodDependencies(
             kube=self.kube,
             runtime=self.runtime,

@@ -15,7 +15,7 @@ from tests.unit.node.pods.fakes import Fakes, eventually
 
 @contextlib.asynccontextmanager
 async def running(fakes: Fakes) -> AsyncIterator[PodManager]:
-    services = fakes.collaborators()
+    services = fakes.dependencies()
     manager = PodManager(
         kube=services.kube,
         runtime=services.runtime,

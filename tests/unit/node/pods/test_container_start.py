@@ -50,7 +50,7 @@ async def test_volumes_that_hang_make_the_container_wait_and_nothing_else(
     tmp_path: Path, let_go: threading.Event
 ) -> None:
     fakes = Fakes(data=tmp_path, volumes=HangingVolumes(let_go))
-    services = dataclasses.replace(fakes.collaborators(), host_threads=HostThreads(timeout_seconds=0.2))
+    services = dataclasses.replace(fakes.dependencies(), host_threads=HostThreads(timeout_seconds=0.2))
     pod = make_pod()
 
     async def start() -> LaunchError:

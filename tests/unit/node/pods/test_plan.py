@@ -20,7 +20,7 @@ from tests.unit.node.pods.fakes import make_instance
 pytestmark = pytest.mark.unit
 
 FORMER = " former"
-CASES = Path(__file__).parent / "cases" / "pods"
+CASES = Path(__file__).parent / "cases"
 
 
 def load(name: str) -> list[Any]:

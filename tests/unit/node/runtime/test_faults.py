@@ -219,7 +219,7 @@ async def test_closing_a_client_ends_its_attempt(tmp_path: Path, monkeypatch: py
 
 
 async def test_one_that_hangs_while_it_starts_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "path" / "node" / "runtime"
+    package = tmp_path / "path" / "wasilet_node" / "runtime"
     package.mkdir(parents=True)
     for folder in (package.parent, package):
         (folder / "__init__.py").touch()

@@ -125,7 +125,7 @@ from pathlib import Path
 from wasilet_node.runtime import engine, sandbox
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.process import SandboxProcess
-from tests.unit.test_runtime_wire import CONFIG
+from tests.unit.node.runtime.test_wire import CONFIG
 
 def instead_of_a_guest(*_args, **_fields):
     return len(Path(sys.argv[1]).read_text())

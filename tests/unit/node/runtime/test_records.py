@@ -110,7 +110,7 @@ from wasilet_node.runtime import engine, sandbox
 
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.process import SandboxProcess
-from tests.unit.test_runtime_wire import CONFIG
+from tests.unit.node.runtime.test_wire import CONFIG
 
 loop, ends = Loop(), os.pipe()
 process = SandboxProcess(loop, CONFIG, on_output=print, on_started=lambda: print("it ran"),

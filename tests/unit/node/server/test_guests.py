@@ -96,9 +96,7 @@ async def test_a_log_is_followed_until_the_guest_ends(node: Node) -> None:
     async with aiohttp.ClientSession() as session, session.get(url, ssl=node.tls) as response:
         assert await asyncio.wait_for(response.content.readline(), 5) == b"asleep\n"
         await node.runtime.client.stop(container_id)
-        wasilet_node.pods.known["default", "web"]["status"]["containerStatuses"][0]["state"] = {
-            "terminated": {"exitCode": 137}
-        }
+        node.pods.known["default", "web"]["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 137}}
         assert await asyncio.wait_for(response.content.read(), 2) == b""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from wasilet.errors import ApiError, UsageError
-from wasilet.manifest_file import manifest_errors, parse_objects
+from wasilet.kube.manifest_file import manifest_errors, parse_objects
 
 pytestmark = pytest.mark.unit
 

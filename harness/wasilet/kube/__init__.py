@@ -1,0 +1,1 @@
+"""The API server from outside: a client, kubeconfig files, and objects of any kind."""

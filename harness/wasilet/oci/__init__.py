@@ -1,0 +1,1 @@
+"""From a wasm module to a registry and back."""
