@@ -7,7 +7,8 @@ use crate::report::{Outcome, Report};
 use crate::spec::Spec;
 use crate::worlds;
 use wasmtime::Store;
-use wasmtime::component::{Component, InstancePre};
+use wasmtime::component::types::ComponentItem;
+use wasmtime::component::{Component, InstancePre, Type};
 use wasmtime_wasi::{I32Exit, p2, p3};
 
 /// Threads for name lookups, the only work of a guest that may not hold the process up.
@@ -23,7 +24,9 @@ pub fn run(spec: &Spec, report: &Report) -> Result<Outcome, Outcome> {
     let engine = engine::make(spec, false).map_err(Outcome::start_error)?;
     let component = artifact::load(&engine, &spec.artifact)?;
     let linked = worlds::link(&component).map_err(|error| Outcome::start_error(worlds::why_not_linked(&error)))?;
-    let pre = command(linked).ok_or_else(|| Outcome::start_error(why_no_command(&component)))?;
+    let pre = command(linked)
+        .filter(|_| has_wasis_type(&component))
+        .ok_or_else(|| Outcome::start_error(why_no_command(&component)))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MAX_BLOCKING_THREADS)
@@ -38,6 +41,27 @@ pub fn run(spec: &Spec, report: &Report) -> Result<Outcome, Outcome> {
     // A thread that still looks a name up must not hold the end up.
     runtime.shutdown_background();
     Ok(outcome(ended))
+}
+
+/// `func() -> result`, which wasmtime checks only when it makes an instance.
+fn has_wasis_type(component: &Component) -> bool {
+    let kind = component.component_type();
+    let engine = component.engine();
+    let run = kind.exports(engine).find_map(|(name, export)| match export.ty {
+        ComponentItem::ComponentInstance(interface) if name.starts_with("wasi:cli/run@0.2.") => {
+            interface.get_export(engine, "run").map(|run| run.ty)
+        }
+        _ => None,
+    });
+    match run {
+        Some(ComponentItem::ComponentFunc(run)) => {
+            let results: Vec<Type> = run.results().collect();
+            run.params().len() == 0 && matches!(results[..], [Type::Result(_)])
+        }
+        Some(_) => false,
+        // That of 0.3 is wasmtime's to check.
+        None => true,
+    }
 }
 
 fn command(linked: InstancePre<Guest>) -> Option<Pre> {

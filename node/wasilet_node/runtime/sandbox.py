@@ -294,7 +294,7 @@ def run_guest(
                 config,
                 report=report,
                 stdin=guest_stdin,
-                memory_bytes=memory_backstop_bytes,
+                memory_bytes=entry.instance_memory(config, memory_backstop_bytes),
                 listener=listener,
                 counters=counters,
             )

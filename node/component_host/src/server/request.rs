@@ -96,7 +96,10 @@ impl Service {
                 (refusal.response(), None)
             }
         };
-        if self.lingering.load(Ordering::Relaxed) && version < Version::HTTP_2 {
+        // After 413 hyper ends the connection, since the rest of the body is still coming: the client should know.
+        let unread = response.status() == StatusCode::PAYLOAD_TOO_LARGE;
+        let ends = unread || self.lingering.load(Ordering::Relaxed);
+        if ends && version < Version::HTTP_2 {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(header::CONNECTION, close);
         }

@@ -27,6 +27,9 @@ SERVER_OPEN_FILES = 8192
 
 BACKLOG = 1024
 EPOCH_MILLISECONDS = 10
+UNLIMITED_INSTANCE_BYTES = 1024**3
+"""Of a server without a memory limit."""
+
 MAX_CONCURRENT_OUTGOING = 256
 _CERTIFICATE_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -53,6 +56,16 @@ class ComponentHost:
                 self.library = locate.load()
             except HostUnavailableError as error:
                 self.why_not = str(error)
+
+
+def instance_memory(config: ContainerConfig, backstop_bytes: int | None) -> int | None:
+    """How far one linear memory may grow. A server's is capped below the container's limit: one request that allocates
+    without end fails alone, where it would otherwise end all others with the container."""
+    if config.server is None:
+        return backstop_bytes
+    if config.memory_limit_bytes is None:
+        return UNLIMITED_INSTANCE_BYTES
+    return config.memory_limit_bytes * 3 // 4
 
 
 def listen(settings: ServerSettings) -> socket.socket:

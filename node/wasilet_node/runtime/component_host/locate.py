@@ -1,7 +1,7 @@
 """Where the component host is: a library given by hand, one inside the wheel, or one that was built into the cache.
 
 Nothing is built or fetched here, since a node must not compile Rust in the middle of a pod's start. ``build`` does it,
-by ``wasilet-node component-host`` or by whatever of the harness first needs it.
+by ``python -P -m wasilet_node component-host`` or by whatever of the harness first needs it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMAND = "python -P -m wasilet_node component-host"
 _PACKAGED = Path(__file__).resolve().parent / FILE_NAME
 """Where a wheel has it."""
 
-_SOURCES = Path(__file__).resolve().parents[2] / "component_host"
+_SOURCES = Path(__file__).resolve().parents[3] / "component_host"
 """The crate, in a source checkout."""
 
 _SOURCE_PATTERNS = ("Cargo.toml", "Cargo.lock", "src/**/*.rs")
