@@ -54,6 +54,11 @@ KUBERNETES_VERSION = "v1.34.4"
 NODES_PATH = "/api/v1/nodes"
 
 _ATTACH_ANNOTATION = "volumes.kubernetes.io/controller-managed-attach-detach"
+DECLARED_FEATURES = ("ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits")
+"""What the scheduler and the API server may count on, in kubelet's names and in order (KEP-5328, from 1.36 on; older
+servers drop the field). The first: exec, attach and port-forward come as WebSockets, the API server translates
+nothing."""
+
 _MAX_IMAGES = 50
 _FIRST_RETRY_SECONDS = 0.2
 _LONGEST_RETRY_SECONDS = 7.0
@@ -134,7 +139,7 @@ class Registration:
     @property
     def names(self) -> NodeNames:
         """What the serving certificate must be valid for."""
-        return _names(self._address, self._hostname)
+        return _names(self._address, self._settings.node_name)
 
     def uid(self) -> str | None:
         """The Node's uid, None while there is none."""
@@ -354,6 +359,7 @@ class Registration:
                 "systemUUID": machine.system_uuid,
             },
             "images": images,
+            "declaredFeatures": list(DECLARED_FEATURES),
         }
 
     def _is_news(self, status: KubeObject, verdicts: list[Verdict]) -> bool:
@@ -418,15 +424,17 @@ class Registration:
         )
 
 
-def _names(address: str, hostname: str) -> NodeNames:
+def _names(address: str, node_name: str) -> NodeNames:
+    """What the serving certificate names. No host name: approvers grant a Node's own name only, since a node may write
+    any host name into its status."""
     import ipaddress
 
-    ips = {str(ipaddress.ip_address(address))}
+    ips = frozenset({str(ipaddress.ip_address(address))})
     try:
-        ips.add(str(ipaddress.ip_address(hostname)))
+        ipaddress.ip_address(node_name)
     except ValueError:
-        return NodeNames(dns=frozenset({hostname}), ips=frozenset(ips))
-    return NodeNames(ips=frozenset(ips))
+        return NodeNames(dns=frozenset({node_name}), ips=ips)
+    return NodeNames(ips=ips)
 
 
 def _capacity(machine: Facts, max_pods: int) -> dict[str, str]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wasmtime
+from wasilet.cluster.local_registry import login_file
 from wasilet.demo.new_app import new_app
 from wasilet.kube.client import api_path
 
@@ -140,6 +142,58 @@ def test_a_job(apply, wasm_app, assert_logs):
     passed(project.pytest())
 
 
+LONG = """
+(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 64) "EARLY\\nline of forty bytes to make the log long\\nLATE\\n")
+  (func $say (param $at i32) (param $bytes i32)
+    (i32.store (i32.const 0) (local.get $at)) (i32.store (i32.const 4) (local.get $bytes))
+    (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))
+  (func (export "_start") (local $left i32)
+    (call $say (i32.const 64) (i32.const 6))
+    (local.set $left (i32.const 120000))
+    (loop $more
+      (call $say (i32.const 70) (i32.const 41))
+      (br_if $more (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
+    (call $say (i32.const 111) (i32.const 5))))
+"""
+
+
+def test_a_log_of_120_000_lines_is_judged_whole_by_every_assertion_in_any_order(project: Project) -> None:
+    (project.folder / "long.wasm").write_bytes(wasmtime.wat2wasm(LONG))
+    project.write("""
+import pytest
+
+LINES = 120_002
+
+@pytest.mark.wasilet_within(90)
+def test_it(run_pod, wasm_app, assert_logs):
+    p = run_pod(wasm_app("./long.wasm"))
+    assert p.wait_finished() == 0
+    with pytest.raises(AssertionError, match="holds 'LATE'"):
+        assert_logs(p, contains="EARLY", absent="LATE")
+    for _ in range(2):
+        assert len(assert_logs(p, contains="LATE")) == LINES
+        assert assert_logs(p, contains="EARLY")[0] == "EARLY"
+        assert_logs(p, matches=["^LATE$", "^EARLY$"])
+        assert_logs(p, in_order=["EARLY", "forty bytes", "LATE"], absent="NEVER")
+        assert_logs(p, absent="NEVER")
+        for wanted in ({"absent": "EARLY"}, {"absent": "LATE"}, {"in_order": ["LATE", "EARLY"]}, {"contains": "NEVER"}):
+            with pytest.raises(AssertionError, match="120002 lines in"):
+                assert_logs(p, **wanted)
+
+def test_a_container_that_is_started_again_before_it_is_asked_for(run_pod, wasm_app, assert_logs):
+    p = run_pod(wasm_app("./long.wasm"), restart_policy="Always")
+    p.wait_for(lambda pod: any(c.get("restartCount") for c in pod.get("status", {}).get("containerStatuses", [])))
+    lines = assert_logs(p, in_order=["EARLY", "LATE", "EARLY", "LATE"], absent="NEVER", within_seconds=60)
+    assert len(lines) >= 2 * LINES
+    p.delete()
+    assert_logs(p, in_order=["EARLY", "LATE", "EARLY", "LATE"])
+""")
+    passed(project.pytest())
+
+
 def test_a_failure_shows_the_log_the_status_and_the_events_and_names_the_artifacts(project: Project) -> None:
     project.write(FAILING)
     done = project.pytest(GITHUB_ACTIONS="true", GITHUB_WORKSPACE=str(project.folder))
@@ -219,6 +273,7 @@ def test_a_kubeconfig_alone_is_enough(project: Project, cluster: TestCluster) ->
     passed(project.pytest(
         "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), "--wasilet-registry", address,
         WASILET_STATE_HOME=str(project.folder / "nothing"),
+        DOCKER_CONFIG=str(login_file(cluster.cluster.state).parent),
     ))  # fmt: skip
     done = project.pytest(
         "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), WASILET_STATE_HOME=str(project.folder / "nothing")
@@ -243,6 +298,38 @@ def test_a_cluster_of_its_own_is_shared_by_workers_and_gone_afterwards(project: 
         assert not kubeconfig.exists(), "the user's kubeconfig is left alone"
 
 
+def _installed(site: Path) -> set[str]:
+    """The top-level packages that the wheel brings."""
+    (record,) = site.glob("wasilet-*.dist-info/RECORD")
+    tops = {line.partition("/")[0] for line in record.read_text().splitlines()}
+    return {top for top in tops if top.isidentifier()}
+
+
+def _commands_work(programs: Path, folder: Path, environ: dict[str, str]) -> None:
+    """Both commands, from a folder that holds names which must not count."""
+    (folder / "node").mkdir()
+    (folder / "node" / "__init__.py").write_text("raise SystemExit('a folder of the user was imported')\n")
+    (folder / "yaml.py").write_text("raise SystemExit('a file of the user was imported')\n")
+    (folder / "tasks.py").write_text("raise SystemExit('tasks of the user were loaded')\n")
+
+    def printed(*words: str) -> str:
+        done = subprocess.run(
+            [programs / words[0], *words[1:]], cwd=folder, env=environ, capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert {"up", "demo", "doctor", "status"} <= {
+        line.split()[0] for line in printed("wasilet", "--list").splitlines() if line.strip()
+    }
+    assert "hello-world" in printed("wasilet", "samples")
+    assert "complete -F" in printed("wasilet", "completion", "bash", "--program", "wasilet")
+    assert "--bootstrap-file" in printed("wasilet-node", "--help")
+    for name in ("node", "yaml.py", "tasks.py"):
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
 def test_the_wheel_alone_is_enough(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Installed into an empty environment, with nothing of the checkout on the path but the dependencies."""
     root = Path(__file__).resolve().parents[2]
@@ -264,8 +351,10 @@ def test_the_wheel_alone_is_enough(project: Project, tmp_path_factory: pytest.Te
             (site / entry.name).symlink_to(entry)
     for leftover in site.glob("*wasilet*.pth"):
         leftover.unlink()
-    project.write(HELLO + "\ndef test_where():\n    import harness\n    assert 'venv' in harness.__file__\n")
+    assert _installed(site) == {"wasilet", "wasilet_common", "wasilet_node"}
     environ = {k: v for k, v in project.environ.items() if k != "PYTHONPATH"}
+    _commands_work(venv / "bin", project.folder, environ)
+    project.write(HELLO + "\ndef test_where():\n    import wasilet\n    assert 'venv' in wasilet.__file__\n")
     done = subprocess.run(
         [python, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--wasilet-report", "r.html"],
         cwd=project.folder, env=environ, capture_output=True, text=True, timeout=RUN_LIMIT_SECONDS, check=False,

@@ -52,9 +52,9 @@ class Joining:
 
 def doors(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     """Those that were asked for, by component name."""
-    known = cluster.state.read().get("doors") or {}
+    known = cluster.state.cluster.doors
     made = {API_SERVER_DOOR: _apiserver_door, REGISTRY_DOOR: _registry_door}
-    return {name: lambda name=name: made[name](cluster, str(known[name])) for name in made if name in known}  # type: ignore[misc]
+    return {name: lambda name=name: made[name](cluster, known[name]) for name in made if name in known}  # type: ignore[misc]
 
 
 def door_steps(cluster: Cluster, *, after: tuple[str, ...]) -> list[Step]:
@@ -112,6 +112,7 @@ def bootstrap(
     and HarnessError when a door does not open.
     """
     _check_node_name(node)
+    make_known(cluster, node, local=False, say=say, what="invoke bootstrap")
     access = cluster.provider.access(cluster)
     server, server_name = access.server, ""
     if is_loopback(access.server) or registry:
@@ -135,6 +136,19 @@ def bootstrap(
     if pull_from:
         command += ["--insecure-registries", pull_from]
     return Joining(file=file, server=server, token_id=token.id, command=tuple(command), registry=pull_from)
+
+
+def make_known(
+    cluster: Cluster, node: str, *, local: bool, say: Callable[[str], None] = lambda _: None, what: str
+) -> None:
+    """Tell the approver of a node that will join. ``local``: it runs on this machine, beside the cluster's own nodes.
+    Raises UsageError, StateError."""
+    from wasilet.cluster.known_nodes import remember_node
+
+    _check_node_name(node)
+    timeout_seconds = cluster.settings.timeouts.lock_seconds
+    with cluster.state.locked(timeout_seconds=timeout_seconds, say=say, what=what):
+        remember_node(cluster, node, local=local)
 
 
 def joining_lines(joining: Joining) -> list[str]:
@@ -163,10 +177,10 @@ def _open(cluster: Cluster, names: Sequence[str], address: str, say: Callable[[s
     if found is not None:
         cluster.binaries["registry"] = found.path
     with state.locked(timeout_seconds=settings.timeouts.lock_seconds, say=say, what="invoke bootstrap"):
-        known = state.read().get("doors") or {}
+        known = state.cluster.doors
         state.allocate_ports({_PORTS[name]: 0 for name in names}, addresses=("127.0.0.1", address))
-        state.update(doors=known | dict.fromkeys(names, address))
-        steps = [step for step in door_steps(cluster, after=()) if step.name.replace(" ", "-") in names]
+        state.update(doors=dict(known) | dict.fromkeys(names, address))
+        steps = [step for step in door_steps(cluster, after=()) if step.key in names]
         Play("doors", steps).run().raise_for_failure()
 
 

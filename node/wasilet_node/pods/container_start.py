@@ -12,7 +12,9 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 
-from wasilet_node.images.model import Credential, ImageError, PullPolicy
+from wasilet_common.oci.credentials import Credential
+
+from wasilet_node.images.model import ImageError, PullPolicy
 from wasilet_node.kube.base import KubeError
 from wasilet_node.pods import log_layout, resources, spec
 from wasilet_node.pods.backoff import RetryBackoff

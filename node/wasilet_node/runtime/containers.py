@@ -23,6 +23,7 @@ from wasilet_node.runtime.process import ForkRefusedError, Outcome, SandboxProce
 from wasilet_node.runtime.protocol import ContainerConfig, ContainerState, ContainerStatus, ContainerUsage
 from wasilet_node.runtime.records import Records, initial_status, valid_id
 from wasilet_node.runtime.stdin import GuestInput
+from wasilet_node.runtime.zygote import Zygote
 from wasilet_node.settings import LogSettings
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Containers:
     def __init__(
         self,
         loop: Loop,
-        tools: sandbox.GuestTools,
+        zygote: Zygote,
         records: Records,
         cgroups: CgroupManager,
         *,
@@ -106,7 +107,7 @@ class Containers:
         on_change: Callable[[ContainerStatus], None],
     ) -> None:
         self._loop = loop
-        self._tools = tools
+        self._zygote = zygote
         self._records = records
         self._cgroups = cgroups
         self._logs = logs
@@ -234,7 +235,7 @@ class Containers:
         process = SandboxProcess(self._loop, config, on_output=on_output, on_started=on_started, on_exit=on_exit)
         kernel = container.group is not None and container.group.memory is not None
         process.spawn(
-            self._tools,
+            self._zygote,
             guest_stdin=stdin,
             group=container.group,
             backstop_bytes=memory_backstop(config.memory_limit_bytes, kernel=kernel),

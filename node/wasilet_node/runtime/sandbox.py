@@ -1,4 +1,4 @@
-"""What runs in the child that the supervisor forks for each container: confine, load, run, report, ``os._exit``.
+"""What runs in the process that the zygote forks for each container: confine, load, run, report, ``os._exit``.
 
 A process and not a thread, since a module asleep in ``poll_oneoff`` can be interrupted by nothing but a signal. The
 order matters: descriptors first (an inherited epoll or agent socket would break the parent), then the promise to die
@@ -116,6 +116,12 @@ class ChildPlan:
     counters: int = -1
     """Where a server counts; -1: nowhere."""
 
+    def descriptors(self) -> dict[str, int]:
+        """Those that it names, by field; ``cgroup_files`` are numbered."""
+        named = {name: getattr(self, name) for name in ("stdin", "stdout", "stderr", "report", "record", "counters")}
+        groups = {f"cgroup{index}": descriptor for index, descriptor in enumerate(self.cgroup_files)}
+        return {name: descriptor for name, descriptor in (named | groups).items() if descriptor >= 0}
+
 
 def make_tools(linkers: Linkers) -> GuestTools:
     """Add our own host functions to the linkers; before the first fork."""
@@ -125,7 +131,9 @@ def make_tools(linkers: Linkers) -> GuestTools:
     # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
     module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
-    return GuestTools(linkers=linkers, http=http, components=ComponentHost(), network_files=resolving.readable_paths())
+    components = ComponentHost()
+    components.open()  # here, so that all sandboxes share it
+    return GuestTools(linkers=linkers, http=http, components=components, network_files=resolving.readable_paths())
 
 
 def check_config(config: ContainerConfig) -> None:
@@ -217,6 +225,8 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         os.write(file, b"0")
         os.close(file)
     _limit(plan.config)
+    if plan.config.kind is GuestKind.COMPONENT:
+        tools.components.open()  # it may have been built since
     listener = _listen(plan.config)
     _confine(plan.config, tools)
     return run_guest(

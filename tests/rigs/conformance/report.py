@@ -17,7 +17,8 @@ from tests.rigs.conformance.suite import HERE, VERSION
 _INTRODUCTION = """\
 Made by `./run test -m slow tests/e2e/test_conformance.py`: the end-to-end tests of Kubernetes {version}, as they are,
 those labelled Conformance or NodeConformance, on a cluster whose only nodes are two wasm nodes. The images they ask for
-(agnhost, busybox, pause, nginx...) are one [wasm module](../tests/rigs/conformance/standin) that stands in for them.
+(agnhost, busybox, pause, nginx...) are one [wasm module](../tests/rigs/conformance/standin/src/main.rs) that stands in
+for them.
 What a module cannot do is left out by name, each with its reason, in
 [selection.yaml](../tests/rigs/conformance/selection.yaml); a stand-in never claims what it did not do.
 """

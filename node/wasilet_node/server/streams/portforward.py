@@ -17,13 +17,14 @@ from wasilet_node.server.streams import frames
 from wasilet_node.server.streams.remotecommand import find_pod
 from wasilet_node.server.streams.spdy import SpdyConnection, Stream
 from wasilet_node.server.streams.upgrade import (
-    MAX_MESSAGE_BYTES,
+    TURNS,
     Upgraded,
     negotiate,
     take_over,
     tunnel,
     wants_spdy,
     wants_websocket,
+    websocket,
 )
 
 PROTOCOL = "portforward.k8s.io"
@@ -58,22 +59,18 @@ class PortForwardView:
         offered = [each.strip() for each in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         tunnelled = TUNNEL_PROTOCOL in offered
         ports = [] if tunnelled else _ports(request)
-        socket = web.WebSocketResponse(
-            protocols=(TUNNEL_PROTOCOL, *CHANNEL_PROTOCOLS), max_msg_size=MAX_MESSAGE_BYTES, compress=False
-        )
-        await socket.prepare(request)
-        if tunnelled:
-            answers = _Answers(pod)
-            async with tunnel(socket, accept=answers.accept) as connection:
-                await answers.serve(connection)
-            return socket
-        for index, port in enumerate(ports):
-            data, error = bytes([2 * index]), bytes([2 * index + 1])
-            for channel in (data, error):
-                await socket.send_bytes(channel + struct.pack("<H", port))
-            await socket.send_bytes(error + refusal(pod, port).encode())
-        await socket.close()
-        return socket
+        async with websocket(request, (TUNNEL_PROTOCOL, *CHANNEL_PROTOCOLS)) as socket:
+            if tunnelled:
+                answers = _Answers(pod)
+                async with tunnel(socket, request.app[TURNS], accept=answers.accept) as connection:
+                    await answers.serve(connection)
+                return Upgraded()
+            for index, port in enumerate(ports):
+                data, error = bytes([2 * index]), bytes([2 * index + 1])
+                for channel in (data, error):
+                    await socket.send(channel + struct.pack("<H", port))
+                await socket.send(error + refusal(pod, port).encode())
+        return Upgraded()
 
 
 class _Answers:

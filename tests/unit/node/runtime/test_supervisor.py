@@ -583,8 +583,8 @@ supervisor = Supervisor(NodePaths(data=data), LogSettings(), use_cgroups=False)
 child = os.fork()
 if child == 0:
     if os.fork() == 0:
-        pointer = locate.current(data)
-        sock = locate.connect(Path(pointer.socket), timeout_seconds=20)
+        pointer = supervisor_registry.current(data)
+        sock = supervisor_registry.connect(Path(pointer.socket), timeout_seconds=20)
         sock.sendall(wire.encode({"op": "hello", "seq": 1, "versions": [2], "secret": pointer.secret}))
         try:
             answer = sock.recv(100)
