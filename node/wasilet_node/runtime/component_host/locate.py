@@ -38,7 +38,9 @@ def sources() -> Path | None:
 
 
 def cache_directory(env: Mapping[str, str] = os.environ) -> Path:
-    """Where built libraries are kept, one folder per key."""
+    """Where built libraries are kept, one folder per key; with ``WASILET_CACHE``, where the harness keeps all else."""
+    if env.get("WASILET_CACHE"):
+        return Path(env["WASILET_CACHE"]) / "component-host"
     base = env.get("XDG_CACHE_HOME") or str(Path(env.get("HOME") or "~").expanduser() / ".cache")
     return Path(base) / "wasilet" / "component-host"
 
