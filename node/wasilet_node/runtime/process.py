@@ -79,6 +79,7 @@ class SandboxProcess:
         group: Group | None,
         backstop_bytes: int | None,
         record: int = -1,
+        network: int = -1,
     ) -> None:
         """Fork. Raises ForkRefusedError; nothing is left behind then."""
         opened: list[int] = []
@@ -116,6 +117,7 @@ class SandboxProcess:
                 cgroup_files=tuple(groups),
                 memory_backstop_bytes=backstop_bytes,
                 record=record,
+                network=network,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
             self.pid = os.fork()
