@@ -75,7 +75,7 @@ _EVENT_OF_STATUS = {
 
 
 class NodeNetworkState(Protocol):
-    """What the Node has to tell of its pods' network (``wasilet_node.network.service.PodNetwork``), and is asked by it."""
+    """``wasilet_node.network.service.PodNetwork``, as far as the Node tells of it."""
 
     absent: str | None
     on_change: Callable[[], None]

@@ -21,9 +21,9 @@ from wasilet_node.runtime import linux
 from wasilet_node.runtime.protocol import GuestKind, StartError
 from wasilet_node.settings import NetworkSettings, NodePaths
 
+from tests.unit.node.network.test_netlink import in_namespace
 from tests.unit.node.runtime.component_guests import ACCESS_DENIED, socket_guest
 from tests.unit.node.runtime.guests import connected, eventually, running_supervisor
-from tests.unit.node.network.test_netlink import in_namespace
 
 pytestmark = [
     pytest.mark.unit,
