@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.cluster.down import down
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.status import status
-from wasilet.cluster.up import control_plane_steps, open_cluster, up
+from wasilet.cluster.up import control_plane_steps, up
 from wasilet.kube.client import Kube, api_path
 from wasilet.providers.base import Access, Cluster
 from wasilet.settings import Settings, cache_root, load

@@ -138,7 +138,8 @@ def bench_pods(settings: Settings, *, pods: int, reporter: Reporter, say: Say) -
     """Latencies, a burst, the agent's memory over ``pods`` pods run one after another, and log throughput.
 
     Raises HarnessError when the cluster does not come up, WaitTimeoutError when pods do not come where they should."""
-    from wasilet.cluster.up import open_cluster, up
+    from wasilet.cluster.opening import open_cluster
+    from wasilet.cluster.up import up
 
     with _environment(replace(settings, max_pods=BURST_PODS + 50)) as bench:
         try:
@@ -425,7 +426,13 @@ def _push_guests(cluster: Cluster) -> tuple[str, str, str]:
         for name, text in (("sleeper", _SLEEPER), ("ender", _ENDER), ("writer", _WRITER)):
             file = Path(folder) / f"{name}.wasm"
             file.write_bytes(wasmtime.wat2wasm(text))
-            pinned.append(push(make_artifact(file), reference_named(f"{registry}/bench/{name}:v1")).pinned)
+            pinned.append(
+                push(
+                    make_artifact(file),
+                    reference_named(f"{registry}/bench/{name}:v1"),
+                    environ=cluster.settings.environ,
+                ).pinned
+            )
     return pinned[0], pinned[1], pinned[2]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 try:
-    from wasilet.process_start import prepare_process
+    from wasilet_common.process_start import prepare_process
 
     prepare_process()
 

@@ -71,15 +71,24 @@ class Step:
     """One line of a play."""
 
     name: str
+    """For people; may be worded differently tomorrow."""
+
     look: Callable[[], Finding]
     change: Callable[[Progress], str]
     """Makes it so and returns a detail for the report. Raises HarnessError."""
 
+    key: str = ""
+    """What other steps call it; empty: its name."""
+
     after: tuple[str, ...] | None = None
-    """Names of earlier steps; None: the one before this in the list; (): starts at once."""
+    """Keys of earlier steps; None: the one before this in the list; (): starts at once."""
 
     log: Path | None = None
     """Whose last lines are shown when the step fails."""
+
+    def __post_init__(self) -> None:
+        """A step that nobody refers to needs no key of its own."""
+        object.__setattr__(self, "key", self.key or self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +96,7 @@ class Outcome:
     """How one step went."""
 
     name: str
+    key: str = ""
     status: Status
     detail: str = ""
     seconds: float = 0.0
@@ -172,7 +182,7 @@ class Recap:
             )
 
 
-_Event = tuple[str, str, "str | Outcome"]
+_Event = tuple[str, Step, "str | Outcome"]
 
 
 @dataclass
@@ -185,13 +195,15 @@ class Play:
     _cancel: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises ValueError when a step's name is used twice or ``after`` names no earlier step."""
+        """Raises ValueError when a step's key or name is used twice or ``after`` names no earlier step."""
         seen: set[str] = set()
+        names: set[str] = set()
         for step in self.steps:
             unknown = set(step.after or ()) - seen
-            if unknown or step.name in seen:
+            if unknown or step.key in seen or step.name in names:
                 raise ValueError(f"step {step.name!r}: name used twice, or after unknown steps {sorted(unknown)}")
-            seen.add(step.name)
+            seen.add(step.key)
+            names.add(step.name)
 
     def run(self, *, reporter: Reporter | None = None, check: bool = False) -> Recap:
         """Run every step; never raises for a failed one. KeyboardInterrupt (and SystemExit from a signal handler) is
@@ -220,8 +232,8 @@ class Play:
         waiting: dict[str, tuple[Step, frozenset[str]]] = {}
         previous: tuple[str, ...] = ()
         for step in self.steps:
-            waiting[step.name] = (step, frozenset(previous if step.after is None else step.after))
-            previous = (step.name,)
+            waiting[step.key] = (step, frozenset(previous if step.after is None else step.after))
+            previous = (step.key,)
         return waiting
 
     def _start_ready(
@@ -234,30 +246,29 @@ class Play:
         *,
         check: bool,
     ) -> None:
-        for name, (step, needs) in list(waiting.items()):
-            broken = [n for n in needs if n in outcomes and outcomes[n].error is not None]
+        for key, (step, needs) in list(waiting.items()):
+            broken = [outcomes[n].name for n in needs if n in outcomes and outcomes[n].error is not None]
             if broken or self._cancel.is_set():
-                del waiting[name]
+                del waiting[key]
                 reason = f"because {broken[0]} failed" if broken else "because another step failed"
-                outcomes[name] = Outcome(
-                    name=name, status=Status.SKIPPED, detail=reason, error=CancelledError(f"{name} was not tried")
-                )
-                reporter.step_finished(outcomes[name])
+                error = CancelledError(f"{step.name} was not tried")
+                outcomes[key] = Outcome(name=step.name, key=key, status=Status.SKIPPED, detail=reason, error=error)
+                reporter.step_finished(outcomes[key])
             elif all(n in outcomes for n in needs):
-                del waiting[name]
-                reporter.step_started(name)
+                del waiting[key]
+                reporter.step_started(step.name)
                 context = contextvars.copy_context()
                 thread = threading.Thread(
-                    target=context.run, args=(self._run_step, step, events, check), name=f"step {name}", daemon=True
+                    target=context.run, args=(self._run_step, step, events, check), name=f"step {key}", daemon=True
                 )
-                running[name] = thread
+                running[key] = thread
                 thread.start()
 
     def _run_step(self, step: Step, events: queue.SimpleQueue[_Event], check: bool) -> None:  # noqa: FBT001
         started = time.monotonic()
         with cancelled_by(self._cancel):
-            outcome = _attempt(step, lambda message: events.put(("progress", step.name, message)), check=check)
-        events.put(("finished", step.name, _timed(outcome, time.monotonic() - started)))
+            outcome = _attempt(step, lambda message: events.put(("progress", step, message)), check=check)
+        events.put(("finished", step, _timed(outcome, time.monotonic() - started)))
 
     def _handle(
         self,
@@ -266,12 +277,12 @@ class Play:
         outcomes: dict[str, Outcome],
         reporter: Reporter,
     ) -> None:
-        _, name, payload = event
+        _, step, payload = event
         if isinstance(payload, str):
-            reporter.step_progress(name, payload)
+            reporter.step_progress(step.name, payload)
             return
-        outcomes[name] = payload
-        running.pop(name, None)
+        outcomes[step.key] = payload
+        running.pop(step.key, None)
         reporter.step_finished(payload)
         if payload.status is Status.FAILED:
             self._cancel.set()
@@ -292,7 +303,7 @@ class Play:
                 break
 
     def _recap(self, outcomes: dict[str, Outcome], started: float, *, check: bool) -> Recap:
-        ordered = tuple(outcomes[step.name] for step in self.steps if step.name in outcomes)
+        ordered = tuple(outcomes[step.key] for step in self.steps if step.key in outcomes)
         return Recap(title=self.title, outcomes=ordered, seconds=time.monotonic() - started, check=check)
 
 
@@ -301,10 +312,10 @@ def _attempt(step: Step, progress: Progress, *, check: bool) -> Outcome:
     try:
         finding = step.look()
         if finding.status is not Status.CHANGED:
-            return Outcome(name=step.name, status=finding.status, detail=finding.detail)
+            return Outcome(name=step.name, key=step.key, status=finding.status, detail=finding.detail)
         diff = finding.diff
         detail = f"would: {finding.detail}" if check else (step.change(progress) or finding.detail)
-        return Outcome(name=step.name, status=Status.CHANGED, detail=detail, diff=diff)
+        return Outcome(name=step.name, key=step.key, status=Status.CHANGED, detail=detail, diff=diff)
     except HarnessError as error:
         return _failed(step, error, diff)
     except OSError as error:
@@ -328,9 +339,12 @@ def _failed(step: Step, error: HarnessError, diff: tuple[str, ...]) -> Outcome:
     if log is not None and not tail and not isinstance(error, CancelledError):
         tail = tail_of(log)
     if isinstance(error, CancelledError):
-        return Outcome(name=step.name, status=Status.SKIPPED, detail=error.message, diff=diff, error=error)
+        return Outcome(
+            name=step.name, key=step.key, status=Status.SKIPPED, detail=error.message, diff=diff, error=error
+        )
     return Outcome(
         name=step.name,
+        key=step.key,
         status=Status.FAILED,
         detail=error.message,
         diff=diff,

@@ -228,7 +228,7 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
       invoke approve --all
     """
     from wasilet.cluster.approval import approve_once, pending
-    from wasilet.cluster.up import open_cluster
+    from wasilet.cluster.opening import open_cluster
 
     checked_output(output)
     with open_cluster(settings_of(c, name=name)) as cluster:
@@ -320,7 +320,7 @@ def bootstrap(
     from pathlib import Path
 
     from wasilet.cluster import join
-    from wasilet.cluster.up import open_cluster
+    from wasilet.cluster.opening import open_cluster
 
     checked_output(output)
     with open_cluster(settings_of(c, name=name, token_ttl_seconds=ttl)) as cluster:

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from wasilet_common.process_start import prepare_process, silence_stdout
+
 from wasilet_node import __version__
 from wasilet_node.commandline import RunCommand, UsageError, parse, terminal_error
 
@@ -59,7 +61,21 @@ def configure_logging(level: str) -> None:
 
 def command() -> None:
     """The command ``wasilet-node``."""
-    sys.exit(main(sys.argv[1:], os.environ))
+    prepare_process()
+    try:
+        try:
+            code = main(sys.argv[1:], os.environ)
+        finally:
+            # What a full device does not take of --help is known now, not when Python ends.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence_stdout()
+        code = 0
+    except OSError as error:
+        silence_stdout()
+        terminal_error(f"cannot write to stdout: {error.strerror or error}")
+        code = EXIT_USAGE
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -135,8 +135,9 @@ class _Agent:
     async def _run_parts(
         self, stack: AsyncExitStack, certificates: Certificates, kube: KubeClient, runtime: RuntimeClient
     ) -> None:
+        from wasilet_common.oci.credentials import from_secrets
+
         from wasilet_node.images.compile import Compiler
-        from wasilet_node.images.credentials import from_secrets
         from wasilet_node.images.manager import ImageManager
         from wasilet_node.kube.events import KubeEventRecorder
         from wasilet_node.kube.references import References
@@ -224,7 +225,7 @@ class _Agent:
             volumes=volumes,
             events=events,
             settings=settings,
-            environment=EnvironmentBuilder(references),
+            environment=EnvironmentBuilder(references, volumes),
             references=references,
             parse_credentials=from_secrets,
             node=registration.info,

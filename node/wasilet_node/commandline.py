@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from wasilet_node.settings import ImageSettings, NetworkSettings, NodePaths, NodeSettings
@@ -106,6 +106,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse's own, which takes a full disk for success."""
+        if message:
+            (file or sys.stderr).write(message)
 
 
 def parse(
@@ -241,6 +246,11 @@ def _parser(version: str) -> argparse.ArgumentParser:
         help="registries spoken to in plain HTTP, repeatable; loopback always may be "
         "[WASILET_NODE_INSECURE_REGISTRIES, KRUSTLET_INSECURE_REGISTRIES]",
     )  # fmt: skip
+    images.add_argument(
+        "--registry-config", metavar="FILE",
+        help="a docker config.json with logins that serve every pod, after the pod's own pull secrets "
+        "(default: none) [WASILET_NODE_REGISTRY_CONFIG]",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", metavar="shutdown", title="commands", parser_class=_Parser)
     shutdown = commands.add_parser(
         "shutdown",
@@ -327,7 +337,8 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
                     ("WASILET_NODE_INSECURE_REGISTRIES", "KRUSTLET_INSECURE_REGISTRIES"),
                     _registry,
                 )
-            )
+            ),
+            registry_config=options.get("registry_config", ("WASILET_NODE_REGISTRY_CONFIG",), _absolute),
         ),
         local_origins=tuple(
             options.get_all("allow_local_origins", ("WASILET_NODE_ALLOW_LOCAL_ORIGINS",), _http_origin)

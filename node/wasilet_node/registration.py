@@ -55,6 +55,11 @@ KUBERNETES_VERSION = "v1.34.4"
 NODES_PATH = "/api/v1/nodes"
 
 _ATTACH_ANNOTATION = "volumes.kubernetes.io/controller-managed-attach-detach"
+DECLARED_FEATURES = ("ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits")
+"""What the scheduler and the API server may count on, in kubelet's names and in order (KEP-5328, from 1.36 on; older
+servers drop the field). The first: exec, attach and port-forward come as WebSockets, the API server translates
+nothing."""
+
 _MAX_IMAGES = 50
 _NETWORK_SECONDS = 5.0
 _FIRST_RETRY_SECONDS = 0.2
@@ -388,6 +393,7 @@ class Registration:
                 "systemUUID": machine.system_uuid,
             },
             "images": images,
+            "declaredFeatures": list(DECLARED_FEATURES),
         }
 
     def _is_news(self, status: KubeObject, verdicts: list[Verdict]) -> bool:

@@ -68,6 +68,9 @@ class ImageSettings:
     insecure_registries: tuple[str, ...] = ()
     """``host[:port]`` of registries spoken to in plain HTTP. Loopback always may be."""
 
+    registry_config: Path | None = None
+    """A docker ``config.json`` with the node's own logins, which serve every pod after the pod's pull secrets."""
+
     max_parallel_pulls: int = 4
     connect_timeout_seconds: float = 5.0
     read_timeout_seconds: float = 30.0
@@ -143,7 +146,7 @@ class NodeSettings:
     lease_duration_seconds: int = 40
     lease_renew_interval_seconds: float = 10.0
     local_origins: tuple[str, ...] = ()
-    """Origins on the node itself, or otherwise refused (``wasilet_node.addresses``), that pods' modules may call when
+    """Origins on the node itself, or otherwise refused (``wasilet_common.addresses``), that pods' modules may call when
     their annotation lists them, as ``http://127.0.0.1:8090``."""
 
     provider_id: str | None = None

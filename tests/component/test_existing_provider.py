@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 from wasilet.cluster.down import down
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import State
-from wasilet.cluster.up import missing_for_pods, open_cluster, up
+from wasilet.cluster.up import missing_for_pods, up
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import read_credentials

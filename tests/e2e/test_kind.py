@@ -21,8 +21,10 @@ import pytest
 import yaml
 from wasilet.cluster.approver import CSRS
 from wasilet.cluster.down import down
+from wasilet.cluster.local_registry import login_file
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import port_is_free
-from wasilet.cluster.up import open_cluster, up
+from wasilet.cluster.up import up
 from wasilet.controlplane.acquire import acquire
 from wasilet.errors import ApiError
 from wasilet.kube.client import Kube, KubeObject, api_path
@@ -112,7 +114,7 @@ def test_linux_and_wasm_run_side_by_side_and_wasm_reads_what_a_job_made(
     own: TestCluster, namespace: str, kind_rig: KindRig
 ) -> None:
     registry = str(own.status()["registry"])
-    linux = kind_rig.push_linux(registry)
+    linux = kind_rig.push_linux(registry, login_file(own.cluster.state).parent)
     recap, wasm = push_app("config-reader", own.settings, reporter=SilentReporter())
     assert recap.succeeded
     assert wasm is not None

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wasmtime
+from wasilet.cluster.local_registry import login_file
 from wasilet.demo.new_app import new_app
 from wasilet.kube.client import api_path
 
@@ -140,6 +142,58 @@ def test_a_job(apply, wasm_app, assert_logs):
     passed(project.pytest())
 
 
+LONG = """
+(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 64) "EARLY\\nline of forty bytes to make the log long\\nLATE\\n")
+  (func $say (param $at i32) (param $bytes i32)
+    (i32.store (i32.const 0) (local.get $at)) (i32.store (i32.const 4) (local.get $bytes))
+    (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))
+  (func (export "_start") (local $left i32)
+    (call $say (i32.const 64) (i32.const 6))
+    (local.set $left (i32.const 120000))
+    (loop $more
+      (call $say (i32.const 70) (i32.const 41))
+      (br_if $more (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
+    (call $say (i32.const 111) (i32.const 5))))
+"""
+
+
+def test_a_log_of_120_000_lines_is_judged_whole_by_every_assertion_in_any_order(project: Project) -> None:
+    (project.folder / "long.wasm").write_bytes(wasmtime.wat2wasm(LONG))
+    project.write("""
+import pytest
+
+LINES = 120_002
+
+@pytest.mark.wasilet_within(90)
+def test_it(run_pod, wasm_app, assert_logs):
+    p = run_pod(wasm_app("./long.wasm"))
+    assert p.wait_finished() == 0
+    with pytest.raises(AssertionError, match="holds 'LATE'"):
+        assert_logs(p, contains="EARLY", absent="LATE")
+    for _ in range(2):
+        assert len(assert_logs(p, contains="LATE")) == LINES
+        assert assert_logs(p, contains="EARLY")[0] == "EARLY"
+        assert_logs(p, matches=["^LATE$", "^EARLY$"])
+        assert_logs(p, in_order=["EARLY", "forty bytes", "LATE"], absent="NEVER")
+        assert_logs(p, absent="NEVER")
+        for wanted in ({"absent": "EARLY"}, {"absent": "LATE"}, {"in_order": ["LATE", "EARLY"]}, {"contains": "NEVER"}):
+            with pytest.raises(AssertionError, match="120002 lines in"):
+                assert_logs(p, **wanted)
+
+def test_a_container_that_is_started_again_before_it_is_asked_for(run_pod, wasm_app, assert_logs):
+    p = run_pod(wasm_app("./long.wasm"), restart_policy="Always")
+    p.wait_for(lambda pod: any(c.get("restartCount") for c in pod.get("status", {}).get("containerStatuses", [])))
+    lines = assert_logs(p, in_order=["EARLY", "LATE", "EARLY", "LATE"], absent="NEVER", within_seconds=60)
+    assert len(lines) >= 2 * LINES
+    p.delete()
+    assert_logs(p, in_order=["EARLY", "LATE", "EARLY", "LATE"])
+""")
+    passed(project.pytest())
+
+
 def test_a_failure_shows_the_log_the_status_and_the_events_and_names_the_artifacts(project: Project) -> None:
     project.write(FAILING)
     done = project.pytest(GITHUB_ACTIONS="true", GITHUB_WORKSPACE=str(project.folder))
@@ -219,6 +273,7 @@ def test_a_kubeconfig_alone_is_enough(project: Project, cluster: TestCluster) ->
     passed(project.pytest(
         "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), "--wasilet-registry", address,
         WASILET_STATE_HOME=str(project.folder / "nothing"),
+        DOCKER_CONFIG=str(login_file(cluster.cluster.state).parent),
     ))  # fmt: skip
     done = project.pytest(
         "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), WASILET_STATE_HOME=str(project.folder / "nothing")

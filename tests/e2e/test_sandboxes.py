@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from wasilet.cluster.down import down
-from wasilet.cluster.up import open_cluster, up
+from wasilet.cluster.opening import open_cluster
+from wasilet.cluster.up import up
 from wasilet.kube.client import api_path
 from wasilet.terminal.console import PlainReporter
 
@@ -27,7 +28,10 @@ POD = api_path("pods", "cache", namespace="default")
 @pytest.fixture(scope="module")
 def own() -> Iterator[tuple[TestCluster, str]]:
     with whole_cluster("sandbox") as cluster:
-        yield cluster, Guests(str(cluster.status()["registry"])).add_bytes("toolbox", build_toolbox())
+        yield (
+            cluster,
+            Guests(str(cluster.status()["registry"]), cluster.settings.environ).add_bytes("toolbox", build_toolbox()),
+        )
 
 
 def container(name: str, image: str, *args: str) -> dict[str, Any]:

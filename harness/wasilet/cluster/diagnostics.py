@@ -17,7 +17,7 @@ MAX_EVENTS = 15
 def examine(settings: Settings, *, namespace: str = "") -> Iterator[str]:
     """As :func:`diagnose`, of the cluster that settings name. Raises UsageError when there is none."""
     from wasilet.cluster.down import unknown_cluster
-    from wasilet.cluster.up import open_cluster
+    from wasilet.cluster.opening import open_cluster
 
     with open_cluster(settings) as cluster:
         if not cluster.state.exists():

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import ComponentRecord, State, clusters
-from wasilet.cluster.up import node_component, open_cluster
+from wasilet.cluster.up import node_component
 from wasilet.controlplane.components import environment_for_tools
 from wasilet.errors import CommandError, HarnessError, StateError, UsageError
 from wasilet.process import ProcessRecord, is_alive, run, stop
@@ -69,7 +70,7 @@ def steps(cluster: Cluster, *, purge: bool) -> list[Step]:
     return [
         *nodes,
         components,
-        _leftovers_step(cluster, after=(*(node.name for node in nodes), components.name)),
+        _leftovers_step(cluster, after=(*(node.key for node in nodes), components.key)),
         _provider_step(cluster, purge=purge),
         _kubeconfig_step(cluster),
         *([_purge_step(cluster)] if purge else []),
@@ -189,25 +190,27 @@ def _kubeconfig_step(cluster: Cluster) -> Step:
     state = cluster.state
 
     def look() -> Finding:
-        recorded = state.read().get("kubeconfig")
-        if not recorded or not Path(recorded["path"]).exists():
+        recorded = state.cluster.kubeconfig
+        if recorded is None or not recorded.path.exists():
             return Finding.ok("no entry")
-        data = files.read_config(Path(recorded["path"]))
+        data = files.read_config(recorded.path)
         names = [e.get("name") for section in files.SECTIONS for e in data.get(section) or [] if isinstance(e, dict)]
-        if recorded["context"] not in names:
+        if recorded.context not in names:
             return Finding.ok("no entry")
-        return Finding.differs(f"remove context {recorded['context']}", [f"- context {recorded['context']}"])
+        return Finding.differs(f"remove context {recorded.context}", [f"- context {recorded.context}"])
 
     def change(_: Progress) -> str:
-        recorded = state.read()["kubeconfig"]
-        path = Path(recorded["path"])
+        recorded = state.cluster.kubeconfig
+        if recorded is None:
+            return "no entry"
         removed = files.remove(
-            path,
-            recorded["context"],
-            server=recorded.get("server", ""),
-            previous=recorded.get("previous", ""),
-            delete_if_empty=bool(recorded.get("created")),
+            recorded.path,
+            recorded.context,
+            server=recorded.server,
+            previous=recorded.previous,
+            delete_if_empty=recorded.created,
         )
+        path = recorded.path
         return f"{path} as it was" if removed else f"the entry in {path} is another cluster's by now"
 
     return Step(name="kubeconfig", look=look, change=change)

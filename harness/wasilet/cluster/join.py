@@ -52,9 +52,9 @@ class Joining:
 
 def doors(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     """Those that were asked for, by component name."""
-    known = cluster.state.read().get("doors") or {}
+    known = cluster.state.cluster.doors
     made = {API_SERVER_DOOR: _apiserver_door, REGISTRY_DOOR: _registry_door}
-    return {name: lambda name=name: made[name](cluster, str(known[name])) for name in made if name in known}  # type: ignore[misc]
+    return {name: lambda name=name: made[name](cluster, known[name]) for name in made if name in known}  # type: ignore[misc]
 
 
 def door_steps(cluster: Cluster, *, after: tuple[str, ...]) -> list[Step]:
@@ -163,10 +163,10 @@ def _open(cluster: Cluster, names: Sequence[str], address: str, say: Callable[[s
     if found is not None:
         cluster.binaries["registry"] = found.path
     with state.locked(timeout_seconds=settings.timeouts.lock_seconds, say=say, what="invoke bootstrap"):
-        known = state.read().get("doors") or {}
+        known = state.cluster.doors
         state.allocate_ports({_PORTS[name]: 0 for name in names}, addresses=("127.0.0.1", address))
-        state.update(doors=known | dict.fromkeys(names, address))
-        steps = [step for step in door_steps(cluster, after=()) if step.name.replace(" ", "-") in names]
+        state.update(doors=dict(known) | dict.fromkeys(names, address))
+        steps = [step for step in door_steps(cluster, after=()) if step.key in names]
         Play("doors", steps).run().raise_for_failure()
 
 

@@ -16,6 +16,7 @@ that died before it could write the record.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wasilet.cluster.record import VERSION, ClusterRecord
 from wasilet.errors import PortTakenError, StateError
 from wasilet.process import ProcessRecord, check_cancelled, is_alive, with_environment
 from wasilet.settings import DEFAULT_NAME, Settings
@@ -73,6 +75,7 @@ class State:
         self.name = name
         self.path = root / name
         self._updating = threading.Lock()
+        self._parsed: tuple[tuple[int, int, int] | None, dict[str, Any], ClusterRecord] | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> State:
@@ -147,9 +150,26 @@ class State:
 
     # --- facts -----------------------------------------------------------------------------------------------------
 
+    @property
+    def cluster(self) -> ClusterRecord:
+        """What ``cluster.json`` says; all empty when there is none. Raises StateError when it is damaged."""
+        return self._current()[1]
+
     def read(self) -> dict[str, Any]:
-        """``cluster.json``; empty when there is none. Raises StateError when it is damaged."""
-        return read_json(self.path / "cluster.json")
+        """``cluster.json`` as it is, but for its version. Raises StateError when it is damaged."""
+        return copy.deepcopy(self._current()[0])
+
+    def _current(self) -> tuple[dict[str, Any], ClusterRecord]:
+        """Parsed once as long as the file is the same: each write makes another one, of this run or of another."""
+        path = self.path / "cluster.json"
+        identity = _identity(path)
+        known = self._parsed
+        if known is None or identity is None or known[0] != identity:
+            data = read_json(path)
+            record = ClusterRecord.from_json(data, path)
+            data.pop("version", None)
+            known = self._parsed = (identity, data, record)
+        return known[1], known[2]
 
     def update(self, **values: Any) -> dict[str, Any]:
         """Merge ``values`` into ``cluster.json`` and return the whole."""
@@ -157,13 +177,12 @@ class State:
         with self._updating:
             data = self.read() | values
             self.create()
-            write_json(self.path / "cluster.json", data)
+            write_json(self.path / "cluster.json", {"version": VERSION, **data})
             return data
 
     def run_id(self) -> str:
         """The random name that every process of this cluster carries in its environment; made when missing."""
-        data = self.read()
-        return str(data["run_id"]) if "run_id" in data else str(self.update(run_id=secrets.token_hex(16))["run_id"])
+        return self.cluster.run_id or str(self.update(run_id=secrets.token_hex(16))["run_id"])
 
     # --- processes -------------------------------------------------------------------------------------------------
 
@@ -213,8 +232,8 @@ class State:
 
     def stray_processes(self) -> list[ProcessRecord]:
         """Processes that carry this cluster's run id, whether recorded or not."""
-        run_id = self.read().get("run_id")
-        return with_environment(RUN_ID_VARIABLE, str(run_id)) if run_id else []
+        run_id = self.cluster.run_id
+        return with_environment(RUN_ID_VARIABLE, run_id) if run_id else []
 
     # --- the lock --------------------------------------------------------------------------------------------------
 
@@ -276,7 +295,7 @@ class State:
         one that is asked for only ``addresses`` matter, which it will be used on. Raises PortTakenError when it cannot
         be had."""
         with self._all_ports_locked():
-            ports: dict[str, int] = dict(self.read().get("ports", {}))
+            ports = dict(self.cluster.ports)
             others = self._ports_of_others()
             for name, port in wanted.items():
                 if port and ports.get(name) != port:
@@ -311,7 +330,8 @@ class State:
         for file in self.root.glob("*/cluster.json"):
             if file.parent.name != self.name:
                 with contextlib.suppress(StateError):
-                    others |= {int(port): file.parent.name for port in read_json(file).get("ports", {}).values()}
+                    other = ClusterRecord.from_json(read_json(file), file)
+                    others |= dict.fromkeys(other.ports.values(), file.parent.name)
         return others
 
     @contextlib.contextmanager
@@ -444,6 +464,14 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)  # noqa: PTH108
             raise
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _holder(path: Path) -> str:

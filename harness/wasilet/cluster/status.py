@@ -1,8 +1,8 @@
 """``status``: what runs, and whether it is well. The JSON is a contract: other programs build on it (docs/harness.md).
 
-``name, provider, kubeconfig, context, server, registry, components[], nodes[], ready``; each component ``name, pid,
-ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null when the
-process does not run. Fields are only ever added.
+``name, provider, kubeconfig, context, server, registry, registry_login, components[], nodes[], ready``; each component
+``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null
+when the process does not run. Fields are only ever added.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.cluster.down import unknown_cluster
-from wasilet.cluster.local_registry import registry_address
+from wasilet.cluster.local_registry import login_file, registry_address
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import State, read_json
-from wasilet.cluster.up import node_component, node_is_ready, open_cluster, own_components, steps
+from wasilet.cluster.up import node_component, node_is_ready, own_components, steps
 from wasilet.controlplane.components import Component
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import KubeObject, api_path
@@ -37,15 +38,16 @@ def status(settings: Settings) -> dict[str, Any]:
         _find_binaries(cluster)
         components = _components(cluster)
         nodes = _nodes(cluster)
-    data = state.read()
-    ports = data.get("ports", {})
+    record = state.cluster
+    added = record.kubeconfig
     return {
         "name": settings.name,
         "provider": cluster.provider.name,
-        "kubeconfig": data.get("kubeconfig", {}).get("path"),
-        "context": data.get("kubeconfig", {}).get("context"),
-        "server": data.get("kubeconfig", {}).get("server"),
-        "registry": registry_address(ports["registry"]) if "registry" in ports else None,
+        "kubeconfig": str(added.path) if added else None,
+        "context": added.context if added else None,
+        "server": added.server if added else None,
+        "registry": registry_address(record.ports["registry"]) if "registry" in record.ports else None,
+        "registry_login": str(login_file(state)) if login_file(state).is_file() else None,
         "state_dir": str(state.path),
         "components": components,
         "nodes": nodes,
@@ -56,7 +58,7 @@ def status(settings: Settings) -> dict[str, Any]:
 def _find_binaries(cluster: Cluster) -> None:
     """A component is compared with what it would be started with; that needs the paths, but brings nothing."""
     for step in steps(cluster):
-        if step.name == BINARIES_STEP:
+        if step.key == BINARIES_STEP:
             step.look()
 
 
@@ -134,6 +136,8 @@ def status_lines(data: dict[str, Any]) -> Iterator[str]:
     yield f"  kubeconfig  {data['kubeconfig'] or '-'} (context {data['context'] or '-'})"
     yield f"  API server  {data['server'] or '-'}"
     yield f"  registry    {data['registry'] or '-'}"
+    if data["registry_login"]:
+        yield f"  its login   DOCKER_CONFIG={Path(data['registry_login']).parent}  for docker, crane, wkg and others"
     for entry in data["components"]:
         yield _line(entry["name"], entry)
     for entry in data["nodes"]:
@@ -149,10 +153,10 @@ def _line(name: str, entry: dict[str, Any]) -> str:
 def kubeconfig_path(settings: Settings) -> Path:
     """The kubeconfig that has the cluster's context. Raises UsageError."""
     state = State.of(settings)
-    recorded = state.read().get("kubeconfig", {}).get("path")
-    if not state.exists() or not recorded:
+    recorded = state.cluster.kubeconfig
+    if not state.exists() or recorded is None:
         raise unknown_cluster(settings)
-    return Path(recorded)
+    return recorded.path
 
 
 def kubectl_command(settings: Settings, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:

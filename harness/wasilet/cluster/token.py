@@ -127,7 +127,7 @@ def _decoded(value: str) -> str:
 
 def run_action(settings: Settings, action: str, *, token_id: str = "", file: str = "") -> list[dict[str, Any]]:
     """``invoke token``: what to print, an object a line. A new token is told once, here, unless it goes to a file."""
-    from wasilet.cluster.up import open_cluster
+    from wasilet.cluster.opening import open_cluster
     from wasilet.terminal.cli import invocation_path
 
     if action not in ACTIONS:

@@ -7,18 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wasilet.cluster import pod_network
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.local_registry import COMPONENT as REGISTRY
-from wasilet.cluster.local_registry import registry_address, registry_component
+from wasilet.cluster.local_registry import login_file, registry_address, registry_component
+from wasilet.cluster.opening import open_cluster
+from wasilet.cluster.record import KubeconfigRecord
 from wasilet.cluster.state import EVERYWHERE, State
 from wasilet.controlplane.components import Component, accepts, component_step, ensure_running
 from wasilet.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.process import check_cancelled, is_alive, tail_of
-from wasilet.providers import by_name
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
 from wasilet.settings import Settings
 from wasilet.steps import Finding, Play, Progress, Recap, Step
@@ -27,19 +28,11 @@ if TYPE_CHECKING:
     from wasilet.terminal.console import Reporter
 
 APPROVER = "approver"
-RBAC_STEP = "RBAC"
-TOKEN_STEP = "bootstrap token"  # noqa: S105  (a step's name)
+RBAC_STEP = "rbac"
+TOKEN_STEP = "bootstrap-token"  # noqa: S105  (a step's key)
 NEEDED_BYTES = 250_000_000
 """Of disk for a new control plane: etcd alone reserves two files of 64 MB for its log."""
 NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovider.kubernetes.io/uninitialized"})
-
-
-def open_cluster(settings: Settings) -> Cluster:
-    """The cluster that settings name, by the provider it was made with. Raises UsageError when the settings ask for
-    another one."""
-    state = State.of(settings)
-    recorded = state.read().get("provider")
-    return Cluster(settings=settings, state=state, provider=by_name(str(recorded or settings.provider)))
 
 
 def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
@@ -72,7 +65,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
 
 def check_provider(settings: Settings) -> None:
     """Raises UsageError when there is a cluster of that name by another provider than the one asked for."""
-    recorded = State.of(settings).read().get("provider")
+    recorded = State.of(settings).cluster.provider
     if recorded and recorded != settings.provider:
         raise UsageError(
             f"cluster {settings.name!r} is of provider {recorded!r}, not {settings.provider!r}",
@@ -135,7 +128,7 @@ def steps(cluster: Cluster) -> list[Step]:
         *door_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
         *_pod_network_steps(cluster),
         *nodes,
-        _ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.name for n in nodes))),
+        _ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.key for n in nodes))),
     ]  # fmt: skip
 
 
@@ -175,12 +168,11 @@ def _preparation_step(cluster: Cluster) -> Step:
         return asked | {f"kubelet_{number}": 0 for number in range(2, cluster.node_count() + 1)}
 
     def look() -> Finding:
-        data = state.read()
-        ports = data.get("ports", {})
+        record = state.cluster
+        ports = record.ports
         missing = [name for name, port in wanted().items() if not ports.get(name) or (port and ports[name] != port)]
-        origins = list(settings.local_origins)
-        other = bool(origins) and data.get("local_origins", []) != origins
-        if not data.get("run_id") or data.get("nodes") != cluster.node_count() or missing or other:
+        other = bool(settings.local_origins) and record.local_origins != settings.local_origins
+        if not record.run_id or record.nodes != cluster.node_count() or missing or other:
             return Finding.differs(
                 f"use {state.path}", [f"+ {state.path}", *(f"+ port for {name}" for name in missing)]
             )
@@ -202,7 +194,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         state.run_id()
         return f"{state.path}, ports {', '.join(f'{name} {port}' for name, port in ports.items())}"
 
-    return Step(name=PREPARATION_STEP, look=look, change=change, after=())
+    return Step(name="folder and ports", key=PREPARATION_STEP, look=look, change=change, after=())
 
 
 def _binaries_step(cluster: Cluster) -> Step:
@@ -235,7 +227,7 @@ def _binaries_step(cluster: Cluster) -> Step:
         cluster.binaries.update({name: binary.path for name, binary in found.items()})
         return ", ".join(f"{name} ({binary.source})" for name, binary in found.items())
 
-    return Step(name=BINARIES_STEP, look=look, change=change, after=())
+    return Step(name="binaries", key=BINARIES_STEP, look=look, change=change, after=())
 
 
 def _rbac_step(cluster: Cluster) -> Step:
@@ -259,11 +251,10 @@ def _rbac_step(cluster: Cluster) -> Step:
     def change(_: Progress) -> str:
         made = create_missing(cluster.admin(), wanted())
         # What was there before is the cluster's own, and stays when Wasilet goes.
-        known = cluster.state.read().get("created_objects") or []
-        cluster.state.update(created_objects=sorted({*known, *made}))
+        cluster.state.update(created_objects=sorted({*cluster.state.cluster.created_objects, *made}))
         return f"created {len(made)}"
 
-    return Step(name=RBAC_STEP, look=look, change=change, after=(API_SERVER_STEP,))
+    return Step(name="RBAC", key=RBAC_STEP, look=look, change=change, after=(API_SERVER_STEP,))
 
 
 def _token_step(cluster: Cluster) -> Step:
@@ -293,7 +284,7 @@ def _token_step(cluster: Cluster) -> Step:
         write_bootstrap_file(state.bootstrap_file, config)
         return f"{token.id}, good for {settings.token_ttl_seconds / 60:.0f} min"
 
-    return Step(name=TOKEN_STEP, look=look, change=change, after=(API_SERVER_STEP,))
+    return Step(name="bootstrap token", key=TOKEN_STEP, look=look, change=change, after=(API_SERVER_STEP,))
 
 
 def node_has_certificate(data: Path) -> bool:
@@ -343,6 +334,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         "--bootstrap-file", str(state.bootstrap_file),
         "--port", str(port),
         "--node-ip", access.node_address,
+        "--registry-config", str(login_file(state)),
     ]  # fmt: skip
     for taint in cluster.taints():
         argv += ["--taint", taint]
@@ -372,7 +364,7 @@ def local_origins(cluster: Cluster) -> tuple[str, ...]:
 
     port = cluster.ports().get("cat_facts")
     own = (cat_facts_origin(port),) if port else ()
-    return tuple(dict.fromkeys((*own, *cluster.state.read().get("local_origins", []))))
+    return tuple(dict.fromkeys((*own, *cluster.state.cluster.local_origins)))
 
 
 def kube_proxy_path(cluster: Cluster) -> Path:
@@ -431,8 +423,8 @@ def _kubeconfig_place(cluster: Cluster) -> Path:
 
     if cluster.settings.kubeconfig is not None:
         return cluster.settings.kubeconfig
-    recorded = cluster.state.read().get("kubeconfig", {}).get("path")
-    return Path(recorded) if recorded else user_kubeconfig(cluster.settings.environ)
+    recorded = cluster.state.cluster.kubeconfig
+    return recorded.path if recorded else user_kubeconfig(cluster.settings.environ)
 
 
 def _kubeconfig_entries(cluster: Cluster) -> KubeObject:
@@ -445,8 +437,8 @@ def _kubeconfig_is_right(cluster: Cluster) -> bool:
     from wasilet.kube.kubeconfig import holds
 
     path = _kubeconfig_place(cluster)
-    recorded = cluster.state.read().get("kubeconfig", {}).get("path")
-    known = cluster.state.admin_kubeconfig.is_file() and recorded == str(path)
+    recorded = cluster.state.cluster.kubeconfig
+    known = cluster.state.admin_kubeconfig.is_file() and recorded is not None and recorded.path == path
     return known and holds(path, _kubeconfig_entries(cluster))
 
 
@@ -463,27 +455,24 @@ def _kubeconfig_step(cluster: Cluster) -> Step:
 
     def change(_: Progress) -> str:
         path = _kubeconfig_place(cluster)
-        recorded: dict[str, Any] = state.read().get("kubeconfig", {})
-        if recorded.get("path") not in {None, str(path)}:
+        recorded = state.cluster.kubeconfig
+        if recorded is not None and recorded.path != path:
             files.remove(
-                Path(recorded["path"]),
-                settings.context_name,
-                previous=recorded.get("previous", ""),
-                delete_if_empty=bool(recorded.get("created")),
+                recorded.path, settings.context_name, previous=recorded.previous, delete_if_empty=recorded.created
             )
-            recorded = {}
-        current = str(files.read_config(path).get("current-context") or "")
-        previous = recorded.get("previous", "") if current == settings.context_name else current
+            recorded = None
+        previous = str(files.read_config(path).get("current-context") or "")
+        if previous == settings.context_name:
+            previous = recorded.previous if recorded else ""
         # Written down first: a run that dies between the two must not forget what was current before.
-        state.update(
-            kubeconfig={
-                "path": str(path),
-                "previous": previous,
-                "created": bool(recorded.get("created")) or not path.exists(),
-                "context": settings.context_name,
-                "server": cluster.admin_credentials().server,
-            }
+        written = KubeconfigRecord(
+            path=path,
+            context=settings.context_name,
+            server=cluster.admin_credentials().server,
+            previous=previous,
+            created=(recorded is not None and recorded.created) or not path.exists(),
         )
+        state.update(kubeconfig=written.to_json())
         files.add(path, _kubeconfig_entries(cluster))
         return f"{path}, context {settings.context_name}"
 
@@ -551,7 +540,7 @@ def _ready_words(cluster: Cluster) -> str:
     names = ", ".join(cluster.node_names())
     words = [
         names,
-        f"registry {registry_address(cluster.ports()['registry'])}",
+        f"registry {registry_address(cluster.ports()['registry'])}, with a login",
         *cluster.provider.access(cluster).notes,
     ]
     return "; ".join(words)

@@ -76,8 +76,10 @@ def component_step(
     settings: Settings,
     after: tuple[str, ...] | None = None,
     wait: bool = True,
+    key: str = "",
 ) -> Step:
-    """The step that has a component running (and, with ``wait``, ready). ``component`` is called when it is its turn,
+    """The step that has a component running (and, with ``wait``, ready); its key is the component's name, unless
+    another is given. ``component`` is called when it is its turn,
     because ports and paths are known only then."""
 
     def look() -> Finding:
@@ -111,7 +113,7 @@ def component_step(
             wait_ready(made, record, timeout_seconds=limit, settings=settings, say=progress)
         return f"pid {record.process.pid}"
 
-    return Step(name=title, look=look, change=change, after=after, log=state.log(name))
+    return Step(name=title, key=key or name, look=look, change=change, after=after, log=state.log(name))
 
 
 def ensure_running(component: Component, *, state: State, settings: Settings) -> ComponentRecord:

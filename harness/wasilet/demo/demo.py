@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class DemoResult:
 
     recap: Recap
     image: str
-    logs: dict[str, tuple[str, ...]]
+    logs: dict[str, Sequence[str]]
     """By ``pod/x``."""
 
     next: tuple[str, ...]
@@ -120,7 +120,7 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
 
 def remove(name: str, settings: Settings, *, options: DemoOptions) -> list[str]:
     """Delete what the demo of an app applied; the names of what is gone. Raises UsageError when no cluster runs."""
-    from wasilet.cluster.up import open_cluster
+    from wasilet.cluster.opening import open_cluster
     from wasilet.demo.render import render
     from wasilet.kube.resources import Resources
 
@@ -139,7 +139,8 @@ def _named_secret(app: App) -> KubeObject:
 
 def is_running(settings: Settings) -> bool:
     """Whether the cluster is there and pods can start in it."""
-    from wasilet.cluster.up import missing_for_pods, open_cluster
+    from wasilet.cluster.opening import open_cluster
+    from wasilet.cluster.up import missing_for_pods
 
     with open_cluster(settings) as cluster:
         try:
@@ -150,7 +151,8 @@ def is_running(settings: Settings) -> bool:
 
 def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
     """The cluster, stood up when it is not there or not ready. Raises HarnessError when that fails."""
-    from wasilet.cluster.up import open_cluster, up
+    from wasilet.cluster.opening import open_cluster
+    from wasilet.cluster.up import up
 
     if not is_running(settings):
         up(settings, reporter=reporter).raise_for_failure()
@@ -264,7 +266,7 @@ def _push_step(run: Run) -> Step:
         run.artifact = make_artifact(_built(run).module, layout=layout_named(run.options.layout))
         reference = reference_named(f"{run.registry}/{run.app.name}:{TAG}")
         run.variables["image"] = f"{reference.name}:{TAG}@{run.artifact.digest}"
-        if not run.options.private and holds(run.artifact, reference):
+        if not run.options.private and holds(run.artifact, reference, environ=run.push_environ):
             return Finding.ok(f"{reference.name}:{TAG} is there")
         return Finding.differs(f"push to {reference.name}:{TAG}")
 

@@ -11,19 +11,21 @@ import json
 import os
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wasilet import process
 from wasilet.cluster.state import NO_ROOM, storage_errors
-from wasilet.demo.expect import missing_line
+from wasilet.demo.expect import judge_of, lacking
 from wasilet.demo.samples import LocalSpec
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import cache_root
 
 Say = Callable[[str], None]
 
+SHOWN_LINES = 15
 START_ERROR_EXIT_CODE = 126
 """Of ``wasilet_node.runtime.foreground``: the module cannot be started at all."""
 
@@ -97,7 +99,7 @@ def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str
     Raises HarnessError with what the program wrote when a line is missing, it ends with another code, or it takes
     longer than ``local.timeout_seconds``.
     """
-    lines: list[str] = []
+    said = _Output(local)
     with tempfile.TemporaryDirectory(prefix="wasilet-run-") as folder:
         spec = RunSpec(
             module=str(module),
@@ -108,9 +110,9 @@ def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str
         )
 
         def on_line(line: str) -> None:
-            lines.append(line)
+            said.take(line)
             say(line)
-            if local.exit_code is None and not missing_line(local.log, lines):
+            if local.exit_code is None and not said.missing:
                 raise _SeenError
 
         try:
@@ -124,27 +126,47 @@ def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str
                 on_line=on_line,
             )
         except _SeenError:
-            return f"{len(lines)} lines: {lines[-1]}"
+            return f"{said.count} lines: {said.shown[-1]}"
         except process.CommandError as error:
-            if error.returncode is None and not missing_line(local.log, lines) and local.exit_code is None:
+            if error.returncode is None and not said.missing and local.exit_code is None:
                 return "runs"
-            raise HarnessError(_words(f"it did not end within {local.timeout_seconds:g} s", lines)) from error
-    missing = missing_line(local.log, lines)
-    if missing:
-        raise HarnessError(_words(f"it ended with exit code {done.returncode} and without {missing}", lines))
+            raise HarnessError(_words(f"it did not end within {local.timeout_seconds:g} s", said)) from error
+    if said.missing:
+        raise HarnessError(_words(f"it ended with exit code {done.returncode} and without {said.missing}", said))
     if local.exit_code is None:
-        raise HarnessError(_words(f"it ended with exit code {done.returncode}, and should run on", lines))
+        raise HarnessError(_words(f"it ended with exit code {done.returncode}, and should run on", said))
     if done.returncode != local.exit_code:
-        raise HarnessError(_words(f"its exit code is {done.returncode}, not {local.exit_code}", lines))
-    return f"exit code {done.returncode}, {len(lines)} lines"
+        raise HarnessError(_words(f"its exit code is {done.returncode}, not {local.exit_code}", said))
+    return f"exit code {done.returncode}, {said.count} lines"
+
+
+class _Output:
+    """What the program wrote, judged line by line; its end is kept to be shown."""
+
+    def __init__(self, local: LocalSpec) -> None:
+        self._judge = judge_of(local.log)
+        self.count = 0
+        self.shown: deque[str] = deque(maxlen=SHOWN_LINES)
+
+    def take(self, line: str) -> None:
+        """The next line."""
+        self.count += 1
+        self.shown.append(line)
+        if self._judge is not None:
+            self._judge.feed([line])
+
+    @property
+    def missing(self) -> str:
+        """The first of the wanted lines that has not come, or what came and must not; empty when all is well."""
+        return lacking(self._judge)
 
 
 class _SeenError(Exception):
     """Raised in the reader to end a program that has shown what it should."""
 
 
-def _words(what: str, lines: Sequence[str]) -> str:
-    shown = "\n".join(f"  | {line}" for line in lines[-15:]) or "  | (it wrote nothing)"
+def _words(what: str, said: _Output) -> str:
+    shown = "\n".join(f"  | {line}" for line in said.shown) or "  | (it wrote nothing)"
     return f"the module does not do locally what it should: {what}\n{shown}"
 
 

@@ -14,8 +14,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wasilet_common.kube_yaml import YamlError, load
+
 from wasilet.errors import UsageError
-from wasilet.kube.kube_yaml import YamlError, load
 from wasilet.package_data import data_path
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -38,12 +39,6 @@ class Line:
 
     absent: str = ""
     """No line holds this text."""
-
-    def found_in(self, line: str) -> bool:
-        """Whether ``line`` is what this looks for (for ``absent``: whether it is what must not be)."""
-        if self.matches:
-            return re.search(self.matches, line) is not None
-        return (self.contains or self.absent) in line
 
     def __str__(self) -> str:
         """For messages."""

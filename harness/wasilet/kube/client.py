@@ -30,6 +30,7 @@ KEEP_SECONDS = 30.0
 """A connection that was idle for longer is not used again: API servers close theirs after 90 s or more."""
 
 MAX_ERROR_BYTES = 64 * 1024
+CHUNK_BYTES = 64 * 1024
 
 
 class Hangup:
@@ -236,7 +237,15 @@ class Kube:
         self, path: str, hangup: Hangup | None = None, /, *, idle_seconds: float = 330.0, **query: str
     ) -> Iterator[Iterator[str]]:
         """A body that comes line by line, as a log that is followed, on a connection of its own. Raises ApiError, also
-        when nothing came for ``idle_seconds`` or ``hangup`` ended it."""
+        when nothing came for ``idle_seconds``, ``hangup`` ended it, or it broke off."""
+        with self.chunks(path, hangup, idle_seconds=idle_seconds, **query) as chunks:
+            yield _lines(chunks)
+
+    @contextlib.contextmanager
+    def chunks(
+        self, path: str, hangup: Hangup | None = None, /, *, idle_seconds: float = 330.0, **query: str
+    ) -> Iterator[Iterator[bytes]]:
+        """As :meth:`stream`, in pieces as large as they come."""
         connection = self._open(idle_seconds)
         open_socket = None
         try:
@@ -254,19 +263,20 @@ class Kube:
                 except ValueError:
                     answer = {"message": body.decode(errors="replace").strip()}
                 raise _refused(response.status, answer, f"GET {path}")
-            yield self._lines(response)
+            yield self._pieces(response)
         finally:
             if hangup is not None:
                 hangup.discard(open_socket)
             connection.close()
 
-    def _lines(self, response: http.client.HTTPResponse) -> Iterator[str]:
+    def _pieces(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         while True:
             with self._unreachable():
-                line = response.readline()
-            if not line:
+                # Not readline: http.client takes a chunked body that broke off for one that ended.
+                piece = response.read1(CHUNK_BYTES)
+            if not piece:
                 return
-            yield line.decode(errors="replace").rstrip("\n")
+            yield piece
 
     def close(self) -> None:
         """Close the kept connection; the next request opens another."""
@@ -357,6 +367,20 @@ class _NamedConnection(http.client.HTTPSConnection):
         """As the parent's, with the other name."""
         http.client.HTTPConnection.connect(self)
         self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._server_name)
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Complete lines as they come, and at the end what has no newline."""
+    rest = bytearray()
+    for chunk in chunks:
+        rest += chunk
+        if b"\n" in chunk:
+            *complete, last = rest.split(b"\n")
+            for line in complete:
+                yield line.decode(errors="replace")
+            rest = bytearray(last)
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def api_path(

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.kube_yaml import Document, FieldPath, YamlError, field_name, load_all
+
 from wasilet.errors import ApiError, UsageError
 from wasilet.kube.client import KubeObject
-from wasilet.kube.kube_yaml import Document, FieldPath, YamlError, field_name, load_all
 
 _CONTAINER_LISTS = frozenset({"containers", "initContainers", "ephemeralContainers"})
 _CONTAINER_TEXTS = frozenset({"name", "image", "workingDir", "imagePullPolicy", "command", "args"})

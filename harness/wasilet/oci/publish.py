@@ -109,7 +109,7 @@ def cluster_registry(settings: Settings) -> str:
     from wasilet.cluster.local_registry import registry_address
     from wasilet.cluster.state import State
 
-    port = State.of(settings).read().get("ports", {}).get("registry")
+    port = State.of(settings).cluster.ports.get("registry")
     if not port:
         raise UsageError(
             f"cluster {settings.name!r} is not up, so there is no registry to push to",

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from wasilet.controlplane.components import Component
     from wasilet.steps import Step
 
-API_SERVER_STEP = "API server"
-"""The step after which the administrator's kubeconfig works; every provider has one of this name."""
+API_SERVER_STEP = "api-server"
+"""The key of the step after which the administrator's kubeconfig works; every provider has one."""
 
 BINARIES_STEP = "binaries"
-PREPARATION_STEP = "folder and ports"
+PREPARATION_STEP = "preparation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Cluster:
 
     def ports(self) -> Mapping[str, int]:
         """The remembered ports."""
-        return {str(name): int(port) for name, port in self.state.read().get("ports", {}).items()}
+        return self.state.cluster.ports
 
     def admin(self) -> Kube:
         """A client with the administrator's rights, by ``state.admin_kubeconfig``. Raises UsageError."""
@@ -115,7 +115,7 @@ class Cluster:
 
     def node_count(self) -> int:
         """How many nodes the cluster has or is to have; a cluster never loses one by `up`."""
-        return max(self.settings.nodes, int(self.state.read().get("nodes", 0)), 1)
+        return max(self.settings.nodes, self.state.cluster.nodes, 1)
 
     def node_names(self) -> tuple[str, ...]:
         """The names of the nodes that Wasilet runs."""
@@ -173,7 +173,7 @@ class Provider(Protocol):
 
     def create_steps(self, cluster: Cluster) -> Sequence[Step]:
         """The steps that stand the cluster up or adopt a running one, after BINARIES_STEP and PREPARATION_STEP.
-        One is named API_SERVER_STEP, and writes ``state.admin_kubeconfig`` before or while it runs."""
+        One has the key API_SERVER_STEP, and writes ``state.admin_kubeconfig`` before or while it runs."""
 
     def must_settle(self) -> tuple[str, ...]:
         """Names of steps that need not be over when nodes join, but must be when ``up`` ends."""

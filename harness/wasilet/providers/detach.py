@@ -61,7 +61,7 @@ def withdraw(cluster: Cluster) -> int:
     notice = kube.find(HOSTING)
     if notice is not None and is_ours(notice):
         count += kube.delete(HOSTING)
-    for entry in cluster.state.read().get("created_objects") or []:
-        kind, _, name = str(entry).partition("/")
+    for entry in cluster.state.cluster.created_objects:
+        kind, _, name = entry.partition("/")
         count += kube.delete(object_path({"kind": kind, "metadata": {"name": name}}))
     return count

@@ -113,7 +113,7 @@ def chosen(settings: Settings) -> tuple[Path, str]:
 
 
 def _known(settings: Settings) -> Mapping[str, object]:
-    return dict(State.of(settings).read().get("external") or {})
+    return dict(State.of(settings).cluster.external)
 
 
 def _files(settings: Settings, known: Mapping[str, object]) -> list[Path]:

@@ -33,8 +33,7 @@ from wasilet.settings import KRUSTLET_TAINTS, Settings
 from wasilet.steps import Finding, Progress, Step
 
 REGISTRY_FOR_NODES = "registry-for-nodes"
-REGISTRY_FOR_NODES_STEP = "registry for the cluster's nodes"
-HOSTING_STEP = "registry's notice"
+REGISTRY_FOR_NODES_STEP = "registry-for-nodes"
 REFUSAL_SECONDS = 10.0
 """An API server that has just been started knows no roles yet, and refuses its administrator for a second or two."""
 
@@ -119,7 +118,7 @@ class ExternalProvider:
     def create_steps(self, cluster: Cluster) -> Sequence[Step]:
         """The tool, the cluster, and where its own nodes find the registry."""
         tools = tuple(self.tool_steps(cluster))
-        steps = [*tools, self._cluster_step(cluster, after=tuple(step.name for step in tools))]
+        steps = [*tools, self._cluster_step(cluster, after=tuple(step.key for step in tools))]
         if registry := tuple(self.registry_steps(cluster)):
             steps += [self._second_door_step(cluster), *registry, self._hosting_step(cluster)]
         return steps
@@ -128,7 +127,8 @@ class ExternalProvider:
         step = component_step(
             lambda: registry_for_nodes(cluster),
             REGISTRY_FOR_NODES,
-            title=REGISTRY_FOR_NODES_STEP,
+            title="registry for the cluster's nodes",
+            key=REGISTRY_FOR_NODES_STEP,
             state=cluster.state,
             settings=cluster.settings,
             after=(API_SERVER_STEP,),
@@ -231,7 +231,13 @@ class ExternalProvider:
             self._take_up(cluster, there, say)
             return f"{facts(cluster)['server']}, {'made here' if there.created else 'adopted'}"
 
-        return Step(name=API_SERVER_STEP, look=look, change=change, after=(BINARIES_STEP, PREPARATION_STEP, *after))
+        return Step(
+            name="API server",
+            key=API_SERVER_STEP,
+            look=look,
+            change=change,
+            after=(BINARIES_STEP, PREPARATION_STEP, *after),
+        )
 
     def _create(self, cluster: Cluster, say: Progress) -> Found:
         self._end_orphans(cluster)
@@ -338,7 +344,9 @@ class ExternalProvider:
                 kube.patch(HOSTING, {"data": wanted()["data"]})
             return "kube-public/local-registry-hosting"
 
-        return Step(name=HOSTING_STEP, look=look, change=change, after=(API_SERVER_STEP, REGISTRY_FOR_NODES_STEP))
+        return Step(
+            name="registry's notice", look=look, change=change, after=(API_SERVER_STEP, REGISTRY_FOR_NODES_STEP)
+        )
 
     # --- leaving an adopted cluster ----------------------------------------------------------------------------------
 
@@ -400,7 +408,7 @@ def hosts_toml(cluster: Cluster) -> tuple[str, str]:
 
 def facts(cluster: Cluster) -> dict[str, Any]:
     """What is remembered of the cluster; empty before it was found."""
-    return dict(cluster.state.read().get("external") or {})
+    return dict(cluster.state.cluster.external)
 
 
 def update_facts(cluster: Cluster, **values: Any) -> None:

@@ -21,7 +21,7 @@ from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_S
 from wasilet.settings import Settings
 from wasilet.steps import Finding, Progress, Step
 
-PKI_STEP = "certificates"
+PKI_STEP = "pki"
 _CLIENTS = {
     "admin": "admin",
     "controller-manager": "controller-manager",
@@ -61,20 +61,20 @@ class HostProvider:
         made = self.components(cluster)
         settings, state = cluster.settings, cluster.state
 
-        def step(name: str, title: str, after: tuple[str, ...]) -> Step:
-            return component_step(made[name], name, title=title, state=state, settings=settings, after=after)
+        def step(name: str, title: str, after: tuple[str, ...], key: str = "") -> Step:
+            return component_step(made[name], name, title=title, key=key, state=state, settings=settings, after=after)
 
         return (
             self._pki_step(cluster),
             step("etcd", "etcd", both),
-            step("kube-apiserver", API_SERVER_STEP, both),
+            step("kube-apiserver", "API server", both, API_SERVER_STEP),
             step("kube-controller-manager", "controller-manager", (API_SERVER_STEP,)),
             step("kube-scheduler", "scheduler", (API_SERVER_STEP,)),
         )
 
     def must_settle(self) -> tuple[str, ...]:
         """The two that a node's joining does not wait for by name."""
-        return ("controller-manager", "scheduler", "etcd")
+        return ("kube-controller-manager", "kube-scheduler", "etcd")
 
     def components(self, cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
         """By the names of their executables."""
@@ -143,11 +143,11 @@ class HostProvider:
             return plan.service_ip if plan is not None else SERVICE_IP
 
         def stale() -> list[Path]:
-            current = state.read().get("client_configs", {})
+            current = state.cluster.client_configs
             return [
                 path
                 for path, (server, name) in wanted_configs().items()
-                if not path.is_file() or current.get(path.name) != [server, _digest(pki.certificate(name))]
+                if not path.is_file() or current.get(path.name) != (server, _digest(pki.certificate(name)))
             ]
 
         def look() -> Finding:
@@ -177,7 +177,7 @@ class HostProvider:
             state.update(client_configs=written)
             return f"made {len(names)}" if names else "wrote kubeconfigs"
 
-        return Step(name=PKI_STEP, look=look, change=change, after=(PREPARATION_STEP,))
+        return Step(name="certificates", key=PKI_STEP, look=look, change=change, after=(PREPARATION_STEP,))
 
 
 def node_address(settings: Settings) -> str:

@@ -33,7 +33,6 @@ OLDEST = (5, 0)
 CREATE_SECONDS = 600
 EGRESS = "--egress-selector-mode=disabled"
 SERVER_ARGUMENTS = (EGRESS, "--kube-apiserver-arg=enable-bootstrap-token-auth=true")
-WIRE_STEP = "registry of k3d's nodes"
 _CONFIG_FILES = ("/etc/rancher/k3s/config.yaml",)
 
 
@@ -147,7 +146,7 @@ class K3dProvider(ContainedProvider):
             return Finding.ok("told at creation")
 
         after = (API_SERVER_STEP, REGISTRY_FOR_NODES_STEP)
-        return (Step(name=WIRE_STEP, look=look, change=lambda _: "", after=after),)
+        return (Step(name="registry of k3d's nodes", look=look, change=lambda _: "", after=after),)
 
     def _k3d(
         self, cluster: Cluster, *arguments: str, timeout_seconds: float = 30.0, on_line: Progress | None = None
@@ -156,7 +155,7 @@ class K3dProvider(ContainedProvider):
         path, _ = user_k3d(settings)
         # k3d touches the file that KUBECONFIG names when it deletes; the user's must stay as it is.
         own = {
-            RUN_ID_VARIABLE: str(cluster.state.read().get("run_id", "")),
+            RUN_ID_VARIABLE: cluster.state.cluster.run_id,
             "KUBECONFIG": str(cluster.state.etc / "k3d.conf"),
         }
         env = {**settings.environ, **own}

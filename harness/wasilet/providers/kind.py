@@ -32,8 +32,6 @@ CREATE_SECONDS = 600.0
 CERTS_D = "/etc/containerd/certs.d"
 CLUSTER_LABEL = "io.x-k8s.kind.cluster"
 ROLE_LABEL = "io.x-k8s.kind.role"
-TOOL_STEP = "kind's command line"
-WIRE_STEP = "registry of kind's nodes"
 
 
 class KindProvider(ContainedProvider):
@@ -140,7 +138,7 @@ class KindProvider(ContainedProvider):
             )["kind"]
             return f"kind {found.version} ({found.source})"
 
-        return (Step(name=TOOL_STEP, look=look, change=change, after=()),)
+        return (Step(name="kind's command line", look=look, change=change, after=()),)
 
     def _kind(self, cluster: Cluster, *arguments: str, timeout_seconds: float, on_line: Progress | None = None) -> str:
         settings = cluster.settings
@@ -152,7 +150,7 @@ class KindProvider(ContainedProvider):
                 raise HarnessError("kind is not there", hint="`invoke up` brings it")
             path = found.path
         # The run id finds a kind that outlived the run that started it.
-        env = {**settings.environ, RUN_ID_VARIABLE: str(cluster.state.read().get("run_id", ""))}
+        env = {**settings.environ, RUN_ID_VARIABLE: cluster.state.cluster.run_id}
         return run([path, *arguments], timeout_seconds=timeout_seconds, env=env, on_line=on_line).stdout
 
     # --- the registry ------------------------------------------------------------------------------------------------
@@ -186,7 +184,14 @@ class KindProvider(ContainedProvider):
                 return f"containerd is not set up for {CERTS_D}: Linux images of {folder} cannot be pulled"
             return f"{folder}, in {len(nodes)} nodes"
 
-        return (Step(name=WIRE_STEP, look=look, change=change, after=(API_SERVER_STEP, REGISTRY_FOR_NODES_STEP)),)
+        return (
+            Step(
+                name="registry of kind's nodes",
+                look=look,
+                change=change,
+                after=(API_SERVER_STEP, REGISTRY_FOR_NODES_STEP),
+            ),
+        )
 
     def unwire(self, cluster: Cluster) -> None:
         """Remove the ``hosts.toml`` again."""

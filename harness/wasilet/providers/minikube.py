@@ -41,7 +41,6 @@ OLDEST = (1, 26)
 DRIVERS = frozenset({"docker", "kvm2"})
 CREATE_SECONDS = 900
 CERTS_D = "/etc/containerd/certs.d"
-WIRE_STEP = "registry of minikube's nodes"
 EXTRA_CONFIG = ("apiserver.enable-bootstrap-token-auth=true",)
 
 
@@ -214,7 +213,7 @@ class MinikubeProvider(ExternalProvider):
     ) -> str:
         settings = cluster.settings
         path, _ = user_minikube(settings)
-        env = {**settings.environ, RUN_ID_VARIABLE: str(cluster.state.read().get("run_id", ""))}
+        env = {**settings.environ, RUN_ID_VARIABLE: cluster.state.cluster.run_id}
         if self._ours(cluster):
             env["KUBECONFIG"] = str(self._own_file(cluster))
         chosen = (f"--profile={settings.name}",) if profile else ()
@@ -251,7 +250,14 @@ class MinikubeProvider(ExternalProvider):
             self._minikube(cluster, "ssh", "--", script)
             return folder
 
-        return (Step(name=WIRE_STEP, look=look, change=change, after=(API_SERVER_STEP, REGISTRY_FOR_NODES_STEP)),)
+        return (
+            Step(
+                name="registry of minikube's nodes",
+                look=look,
+                change=change,
+                after=(API_SERVER_STEP, REGISTRY_FOR_NODES_STEP),
+            ),
+        )
 
     def unwire(self, cluster: Cluster) -> None:
         """Remove the ``hosts.toml`` again."""

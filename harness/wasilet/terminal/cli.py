@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from invoke.context import Context
 from invoke.exceptions import Exit
+from wasilet_common.process_start import silence_stdout
 
 from wasilet.cluster.state import State, os_error_reason
 from wasilet.errors import CommandError, ComponentError, HarnessError, StateError, UsageError
@@ -58,7 +59,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
             raise Exit("ended by SIGTERM", code=EXIT_TERMINATED) from None
         except BrokenPipeError:
             # Whoever read our output has gone (`| head`): nothing is wrong, and nothing more can be said.
-            stop_writing()
+            silence_stdout()
             raise Exit(code=0) from None
         except OSError as error:
             from wasilet.cluster.state import os_error_words
@@ -74,13 +75,6 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
             signal.signal(signal.SIGTERM, previous)
 
     return guarded
-
-
-def stop_writing() -> None:
-    """Let what is still written to stdout, by Python at its end as well, go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def _terminate(_signum: int, _frame: FrameType | None) -> None:
@@ -111,8 +105,8 @@ def settings_of(context: Context, /, **given: Any) -> Settings:
     if not given.get("provider") and not settings.environ.get("WASILET_PROVIDER"):
         # Nobody has to say again what a cluster was made with.
         with contextlib.suppress(StateError):
-            if recorded := State.of(settings).read().get("provider"):
-                settings = replace(settings, provider=str(recorded))
+            if recorded := State.of(settings).cluster.provider:
+                settings = replace(settings, provider=recorded)
     return settings
 
 
@@ -180,7 +174,7 @@ def emit(line: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        stop_writing()
+        silence_stdout()
         raise lost_output(error) from error
 
 

@@ -18,12 +18,12 @@ from invoke.env import Environment
 from invoke.exceptions import AmbiguousEnvVar, Exit, ParseError, UncastableEnvVar, UnknownFileType
 from invoke.program import Program
 from invoke.util import yaml  # type: ignore[attr-defined]
+from wasilet_common.process_start import prepare_process, silence_stdout
 
 from wasilet.errors import HarnessError, UsageError
 from wasilet.package_data import checkout_root
-from wasilet.process_start import prepare_process
 from wasilet.settings import flag
-from wasilet.terminal.cli import EXIT_FAILED, EXIT_INTERRUPTED, lost_output, stop_writing
+from wasilet.terminal.cli import EXIT_FAILED, EXIT_INTERRUPTED, lost_output
 
 INVOKES_OWN = "invoke.main"
 """The module whose program runs when ``invoke`` is typed."""
@@ -197,9 +197,9 @@ def _interruptible() -> Iterator[None]:
         raise Exit("interrupted", code=EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # Whoever read the help or the list has gone (`--list | head`): nothing is wrong.
-        stop_writing()
+        silence_stdout()
         raise Exit(code=0) from None
     except OSError as error:
-        stop_writing()
+        silence_stdout()
         words = f"cannot read {error.filename}: {error.strerror}" if error.filename else str(lost_output(error))
         raise Exit(f"error: {words}", code=EXIT_FAILED) from error

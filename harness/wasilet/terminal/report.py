@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from wasilet.errors import ApiError
 from wasilet.kube.client import KubeObject, api_path
-from wasilet.testing.observe import Observer, PodView, event_order, event_time
+from wasilet.testing.observe import Observer, PodView, event_time
+from wasilet.testing.pod_status import event_order
 
 if TYPE_CHECKING:
     from wasilet.settings import Settings
@@ -140,9 +141,9 @@ def _story(view: PodView) -> PodStory:
         logs=[
             {
                 "container": log.container,
-                "dropped": log.first + max(0, len(log.lines) - MAX_SHOWN_LINES),
+                "dropped": max(0, log.count - MAX_SHOWN_LINES),
                 "error": log.error,
-                "lines": [[line.at, line.text] for line in log.lines[-MAX_SHOWN_LINES:]],
+                "lines": [[line.at, line.text] for line in log.tail(MAX_SHOWN_LINES)],
             }
             for log in view.logs.values()
         ],
@@ -305,8 +306,8 @@ def write_report(settings: Settings, *, app: str, namespace: str, file: Path, re
 
     Raises UsageError when there is no such cluster or app, StateError when the file cannot be written."""
     from wasilet.cluster.down import unknown_cluster
+    from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.state import State, storage_errors
-    from wasilet.cluster.up import open_cluster
     from wasilet.demo.demo import DemoOptions, demo, running_cluster
 
     if not app and not State.of(settings).exists():
@@ -347,4 +348,4 @@ def write_report(settings: Settings, *, app: str, namespace: str, file: Path, re
 def _quiet(observer: Observer) -> bool | None:
     """Whether every log that there is has been read so far: each has a line, or is over."""
     logs = [log for view in observer.pods.values() for log in view.logs.values()]
-    return True if all(log.lines or log.ended for log in logs) else None
+    return True if all(log.count or log.ended for log in logs) else None

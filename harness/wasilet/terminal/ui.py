@@ -25,7 +25,8 @@ from wasilet.errors import HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.settings import Settings
 from wasilet.testing.log_match import printable
-from wasilet.testing.observe import Observer, PodView, event_order, event_time
+from wasilet.testing.observe import Observer, PodView, event_time
+from wasilet.testing.pod_status import event_order
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -51,8 +52,8 @@ def show(settings: Settings, *, namespace: str = "") -> None:
     """Until ``q``. Raises UsageError when this is no terminal or there is no such cluster, ApiError when its API server
     does not answer."""
     from wasilet.cluster.down import unknown_cluster
+    from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.state import State
-    from wasilet.cluster.up import open_cluster
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         raise UsageError(
@@ -212,8 +213,8 @@ class View:
             return self._panel(self._text([""]), "log")
         with self._observer.changed:
             logs = list(chosen.logs.values())
-            stamped = [(line.at, line.text) for log in logs for line in log.lines[-max(1, rows) :]]
-            errors = [log.error for log in logs if log.error]
+            errors = [log.lost or log.error for log in logs if log.lost or log.error]
+        stamped = [(line.at, line.text) for log in logs for line in log.tail(max(1, rows))]
         stamped.sort(key=lambda line: line[0])
         lines = [printable(text) for _, text in stamped][-max(1, rows) :]
         return self._panel(self._text(lines or errors or ["(empty)"]), f"log of {printable(chosen.name)}")

@@ -82,7 +82,7 @@ def _wasm_nodes(scene: Scene) -> Iterator[KubeObject]:
 
 
 def _events(scene: Scene) -> Iterator[str]:
-    from wasilet.testing.observe import event_order
+    from wasilet.testing.pod_status import event_order
 
     for event in sorted(_items(scene, "events"), key=event_order):
         about = event.get("involvedObject") or {}

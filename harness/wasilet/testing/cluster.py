@@ -80,7 +80,7 @@ class Wish:
     def settings(self) -> Settings:
         """Raises UsageError. A cluster that exists keeps its provider unless another one is asked for by name."""
         settings = load(environ=self.environ, name=self.name, provider=self.provider)
-        recorded = State.of(settings).read().get("provider")
+        recorded = State.of(settings).cluster.provider
         if recorded and not self.provider and not self.environ.get("WASILET_PROVIDER"):
             return replace(settings, provider=str(recorded))
         return settings
@@ -178,7 +178,7 @@ def join(wish: Wish, user: ProcessRecord, *, say: Callable[[str], None] = lambda
         dead = [process for process in known if not is_alive(process)]
         living = [process for process in known if process not in dead]
         origin = _origin(settings)
-        if known and data.get("run_id") == State.of(settings).read().get("run_id"):
+        if known and data.get("run_id") == State.of(settings).cluster.run_id:
             origin_before = str(data.get("origin") or origin)
         else:
             origin_before = origin
@@ -192,7 +192,7 @@ def join(wish: Wish, user: ProcessRecord, *, say: Callable[[str], None] = lambda
             settings = replace(settings, kubeconfig=State.of(settings).path / "kubeconfig")
             now["run_id"] = State.of(settings).run_id()
         else:
-            now["run_id"] = State.of(settings).read().get("run_id")
+            now["run_id"] = State.of(settings).cluster.run_id
         users.write(now)
         if origin != RUNNING or not _fit(settings):
             _bring_up(settings, say)
@@ -231,7 +231,7 @@ def leave(wish: Wish, user: ProcessRecord) -> str:
 
 def _origin(settings: Settings) -> str:
     state = State.of(settings)
-    if not state.read().get("provider"):
+    if not state.cluster.provider:
         return ABSENT
     return RUNNING if any(is_alive(record.process) for record in state.records()) else STOPPED
 
@@ -239,7 +239,8 @@ def _origin(settings: Settings) -> str:
 def _fit(settings: Settings) -> bool:
     """Whether pods can run and images can be pushed; a few milliseconds."""
     from wasilet.cluster.local_registry import COMPONENT as REGISTRY
-    from wasilet.cluster.up import missing_for_pods, open_cluster
+    from wasilet.cluster.opening import open_cluster
+    from wasilet.cluster.up import missing_for_pods
 
     with open_cluster(settings) as cluster:
         if cluster.state.alive(REGISTRY) is None:
@@ -299,7 +300,8 @@ def _take_down(settings: Settings, *, purge: bool) -> str:
 
 def _opened(settings: Settings, wish: Wish) -> WasmCluster:
     from wasilet.cluster.local_registry import registry_address
-    from wasilet.cluster.up import node_component, open_cluster
+    from wasilet.cluster.opening import open_cluster
+    from wasilet.cluster.up import node_component
 
     with open_cluster(settings) as cluster:
         port = cluster.ports().get("registry")

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 Text = str | re.Pattern[str]
 """A piece of a line, or a regular expression that is found in it."""
 
+KEPT_FORBIDDEN = 10
+"""Of the lines that hold what must be absent so many are remembered, and all are counted."""
+
 MIN_LIKENESS = 0.5
 MAX_COMPARED_LINES = 300
 MAX_COMPARED_CHARACTERS = 500
@@ -48,10 +51,26 @@ class Wanted:
     line: int | None = None
     """The number (from 1) of the line that has it, once there is one."""
 
+    words: str = ""
+    """For messages, where the usual ones do not fit."""
+
     def __str__(self) -> str:
         """For messages."""
+        if self.words:
+            return self.words
         what = self.text if isinstance(self.text, str) else self.text.pattern
         return f"{self.how} {what!r}"
+
+
+@dataclass(frozen=True)
+class JudgeState:
+    """What a judge knows at some line of the log."""
+
+    seen: int
+    next: int
+    lines: tuple[int | None, ...]
+    forbidden: tuple[tuple[int, Text], ...]
+    forbidden_count: int
 
 
 @dataclass
@@ -63,8 +82,9 @@ class Judge:
     absent: Sequence[Text] = ()
     wanted: list[Wanted] = field(default_factory=list)
     forbidden: list[tuple[int, Text]] = field(default_factory=list)
-    """Line number and text of what must not be there, and is."""
+    """Line number and text of what must not be there, and is: the first :data:`KEPT_FORBIDDEN`."""
 
+    forbidden_count: int = 0
     seen: int = 0
     _next: int = 0
     _ordered: list[Wanted] = field(default_factory=list)
@@ -80,15 +100,32 @@ class Judge:
 
     def feed(self, lines: Iterable[str]) -> None:
         """The next lines of the log."""
+        anywhere = [want for want in self.missing if want.how != "in order"]
         for line in lines:
             self.seen += 1
-            for want in self.wanted:
-                if want.line is None and want.how != "in order" and found(want.text, line):
+            for want in anywhere:
+                if want.line is None and found(want.text, line):
                     want.line = self.seen
             if self._next < len(self._ordered) and found(self._ordered[self._next].text, line):
                 self._ordered[self._next].line = self.seen
                 self._next += 1
-            self.forbidden += [(self.seen, text) for text in self.absent if found(text, line)]
+            for text in self.absent:
+                if found(text, line):
+                    self.forbidden_count += 1
+                    if len(self.forbidden) < KEPT_FORBIDDEN:
+                        self.forbidden.append((self.seen, text))
+
+    def state(self) -> JudgeState:
+        """To return to with :meth:`restore`."""
+        lines = tuple(want.line for want in self.wanted)
+        return JudgeState(self.seen, self._next, lines, tuple(self.forbidden), self.forbidden_count)
+
+    def restore(self, state: JudgeState) -> None:
+        """As if nothing had been fed since."""
+        self.seen, self._next, self.forbidden_count = state.seen, state.next, state.forbidden_count
+        self.forbidden = list(state.forbidden)
+        for want, line in zip(self.wanted, state.lines, strict=True):
+            want.line = line
 
     @property
     def missing(self) -> list[Wanted]:
@@ -115,7 +152,9 @@ def explain(judge: Judge, lines: Sequence[str]) -> list[str]:
             continue
         said.append(f"  MISSING  {want}")
         said += [f"           {line}" for line in _nearest(want, lines, judge)]
-    said += [f"  PRESENT  absent {_words(text)}  (line {number})" for number, text in judge.forbidden[:10]]
+    said += [f"  PRESENT  absent {_words(text)}  (line {number})" for number, text in judge.forbidden]
+    if judge.forbidden_count > len(judge.forbidden):
+        said.append(f"           and {judge.forbidden_count - len(judge.forbidden)} more")
     hit = {_words(text) for _, text in judge.forbidden}
     said += [f"  absent   {_words(text)}" for text in judge.absent if _words(text) not in hit]
     return said
@@ -155,8 +194,9 @@ def _marked(expected: str, got: str) -> list[str]:
 
 def numbered(lines: Sequence[str], judge: Judge, *, shown: int) -> list[str]:
     """The end of the log with line numbers; a ``>`` before each line that an assertion speaks of."""
-    marked = {want.line for want in judge.wanted if want.line} | {number for number, _ in judge.forbidden}
     first = max(0, len(lines) - shown)
+    marked = {want.line for want in judge.wanted if want.line}
+    marked |= {n for n, line in enumerate(lines[first:], first + 1) if any(found(text, line) for text in judge.absent)}
     width = len(str(len(lines)))
     said = [f"  ... {first} lines before ..."] if first else []
     for number, line in enumerate(lines[first:], first + 1):

@@ -13,44 +13,20 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
-
-MAX_LINES = 50_000
-"""Kept of each log; the oldest go first."""
+from wasilet.testing.log_follow import InstanceLog, LogFollower
+from wasilet.testing.log_spool import LogSpool, LogTail
+from wasilet.testing.pod_status import TERMINAL_PHASES, container_statuses, instances_of, phase_of
 
 WATCH_SECONDS = 240
 RETRY_SECONDS = 0.5
 GONE = 410
 _R = TypeVar("_R")
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """One line of a container's log."""
-
-    at: float
-    """When it was written, by the node's clock; 0.0 when the node did not say."""
-
-    text: str
-
-
-@dataclass
-class InstanceLog:
-    """The log of one instance of a container: a container that is started again has another."""
-
-    container: str
-    instance: str
-    lines: list[LogLine] = field(default_factory=list)
-    first: int = 0
-    """The number of the first line that is kept; more than 0 when older ones were dropped."""
-
-    ended: bool = False
-    error: str = ""
 
 
 @dataclass
@@ -67,45 +43,63 @@ class PodView:
     logs: dict[str, InstanceLog] = field(default_factory=dict)
     followed: bool = False
     deleted: bool = False
+    from_birth: bool = False
+    """Whether it has been seen since it was created."""
 
     @property
     def phase(self) -> str:
         """``status.phase``."""
-        return str((self.object.get("status") or {}).get("phase") or "")
+        return phase_of(self.object)
 
     def first_line_at(self) -> float | None:
         """When its first line was written; None when nobody knows: of a container that was started again, the logs of
         the instances before the last two are gone."""
-        starts = {str(e.get("name")): int(e.get("restartCount") or 0) + 1 for e in self.containers()}
-        read: dict[str, list[InstanceLog]] = {}
+        if self.unread_instances():
+            return None
+        return min((log.first_at for log in self.logs.values() if log.first_at), default=None)
+
+    def unread_instances(self, container: str = "") -> int:
+        """How many instances there were (of one container, or of all that are followed) whose logs were not read, and
+        are gone by now."""
+        read: dict[str, int] = {}
         for log in self.logs.values():
-            read.setdefault(log.container, []).append(log)
-        times = []
-        for container, logs in read.items():
-            written = [log.lines[0].at for log in logs if log.lines and log.lines[0].at]
-            if len(logs) < starts.get(container, 1) or any(log.first for log in logs):
-                return None
-            times += written
-        return min(times, default=None)
+            read[log.container] = read.get(log.container, 0) + 1
+        missing = 0
+        for entry in self.containers():
+            name = str(entry.get("name"))
+            if name in read and container in {"", name}:
+                missing += max(0, int(entry.get("restartCount") or 0) + 1 - read[name])
+        return missing
 
     def containers(self) -> list[KubeObject]:
         """The statuses of all containers, those that ran first being first."""
-        status = self.object.get("status") or {}
-        found = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-        return [entry for entry in found if isinstance(entry, dict)]
+        return container_statuses(self.object)
 
 
 class Observer:
     """Watches one namespace (or all: ``""``) until it is closed. Attributes are read under :attr:`changed`."""
 
     def __init__(
-        self, kube: Kube, namespace: str = "", *, events: bool = False, follow: bool = False, version: str = ""
+        self,
+        kube: Kube,
+        namespace: str = "",
+        *,
+        pods: Mapping[str, str] | None = None,
+        events: bool = False,
+        follow: bool = False,
+        whole_logs: bool = False,
+        version: str = "",
     ) -> None:
-        """``events``: watch them too. ``follow``: read every log. ``version``: a resourceVersion from before anything
-        was in the namespace, which saves the first list."""
-        self._kube = kube
+        """``pods``: selectors, as the API server takes them. ``events``: watch them too. ``follow``: read every log.
+        ``whole_logs``: keep all lines of logs, and lose no instance of a container that is started again; else the end
+        of each log is enough. ``version``: a resourceVersion from before anything was in the namespace, which saves the
+        first list."""
+        self.kube = kube
         self.namespace = namespace
         self.changed = threading.Condition()
+        self.revision = 0
+        """Counts up with all that changes."""
+
         self.pods: dict[str, PodView] = {}
         """By uid; deleted ones stay, and are marked."""
 
@@ -116,13 +110,18 @@ class Observer:
         self.listed = bool(version)
         """Whether what there was at the beginning is known."""
 
+        self.owners: dict[tuple[str, str], KubeObject] = {}
+        """By plural and name: see :meth:`watch_owner`."""
+
         self._follow = follow
+        self._whole_logs = whole_logs
         self._began = time.time()
         self._hangup = Hangup()
         self._threads: list[threading.Thread] = []
-        self._start(self._watch, "pods", self._pod, version)
+        self._owners_watched: set[tuple[str, str]] = set()
+        self._watch("pods", self._pod, query=pods, version=version, listed=self._pods_listed)
         if events:
-            self._start(self._watch, "events", self._event, version)
+            self._watch("events", self._event, version=version)
 
     def __enter__(self) -> Self:
         """So that :meth:`close` is not forgotten."""
@@ -134,8 +133,8 @@ class Observer:
     def close(self, *, timeout_seconds: float = 5.0) -> None:
         """End the watches and the followed logs; what was seen stays."""
         self._hangup.end()
+        self._tell()
         with self.changed:
-            self.changed.notify_all()
             threads = list(self._threads)
         deadline = time.monotonic() + timeout_seconds
         for thread in threads:
@@ -194,22 +193,70 @@ class Observer:
                 view.followed = True
                 self._follow_instances(view)
 
+    def watch_owner(self, plural: str, group: str, name: str) -> None:
+        """Keep the object that owns pods in :attr:`owners`, as long as it is there."""
+        key = (plural, name)
+        with self.changed:
+            if key in self._owners_watched:
+                return
+            self._owners_watched.add(key)
+
+        def learn(kind: str, obj: KubeObject) -> None:
+            if kind == "DELETED":
+                self.owners.pop(key, None)
+            else:
+                self.owners[key] = obj
+
+        def listed(items: list[KubeObject]) -> None:
+            if not items:
+                self.owners.pop(key, None)
+
+        self._watch(plural, learn, group=group, query={"fieldSelector": f"metadata.name={name}"}, listed=listed)
+
     # --- the watches -----------------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        with self.changed:
+            self.revision += 1
+            self.changed.notify_all()
 
     def _start(self, target: Callable[..., None], *arguments: Any) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True, name=f"observe {self.namespace}")
         self._threads.append(thread)
         thread.start()
 
-    def _watch(self, plural: str, learn: Callable[[str, KubeObject], None], version: str) -> None:
-        path = api_path(plural, namespace=self.namespace)
+    def _watch(
+        self,
+        plural: str,
+        learn: Callable[[str, KubeObject], None],
+        *,
+        group: str = "",
+        query: Mapping[str, str] | None = None,
+        version: str = "",
+        listed: Callable[[list[KubeObject]], None] = lambda _: None,
+    ) -> None:
+        path = api_path(plural, group=group, namespace=self.namespace)
+        self._start(self._keep_watching, path, dict(query or {}), learn, listed, version)
+
+    def _keep_watching(
+        self,
+        path: str,
+        query: dict[str, str],
+        learn: Callable[[str, KubeObject], None],
+        listed: Callable[[list[KubeObject]], None],
+        version: str,
+    ) -> None:
         while not self.closed:
             try:
                 if not version:
-                    version = self._list(path, plural, learn)
-                query = {"resourceVersion": version}
-                with self._kube.watch(
-                    path, self._hangup, timeout_seconds=WATCH_SECONDS, idle_seconds=WATCH_SECONDS + 10.0, **query
+                    version = self._list(path, query, learn, listed)
+                with self.kube.watch(
+                    path,
+                    self._hangup,
+                    timeout_seconds=WATCH_SECONDS,
+                    idle_seconds=WATCH_SECONDS + 10.0,
+                    **query,
+                    resourceVersion=version,
                 ) as events:
                     for event in events:
                         version = self._learn(event, learn)
@@ -221,24 +268,32 @@ class Observer:
                     self._say_error(error.message)
                     time.sleep(RETRY_SECONDS)
 
-    def _list(self, path: str, plural: str, learn: Callable[[str, KubeObject], None]) -> str:
-        answer = self._kube.get(path)
+    def _list(
+        self,
+        path: str,
+        query: dict[str, str],
+        learn: Callable[[str, KubeObject], None],
+        listed: Callable[[list[KubeObject]], None],
+    ) -> str:
+        answer = self.kube.get(path, **query)  # type: ignore[arg-type]
         items = answer.get("items") or []
         with self.changed:
             for item in items:
                 learn("ADDED", item)
-            if plural == "pods":
-                there = {item["metadata"]["uid"] for item in items}
-                for view in self.pods.values():
-                    if view.uid not in there and not view.deleted:
-                        self._gone(view)
-                self.listed = True
+            listed(items)
             self.error = ""
-            self.changed.notify_all()
+        self._tell()
         return str((answer.get("metadata") or {}).get("resourceVersion") or "")
 
+    def _pods_listed(self, items: list[KubeObject]) -> None:
+        there = {item["metadata"]["uid"] for item in items}
+        for view in self.pods.values():
+            if view.uid not in there and not view.deleted:
+                self._gone(view)
+        self.listed = True
+
     def _learn(self, event: KubeObject, learn: Callable[[str, KubeObject], None]) -> str:
-        """The version to go on from; empty when the watch must begin anew."""
+        """The version to go on from; empty when the watch must begin again."""
         kind, obj = str(event.get("type")), event.get("object") or {}
         if kind == "ERROR":
             return ""
@@ -246,13 +301,12 @@ class Observer:
             if kind != "BOOKMARK":
                 learn(kind, obj)
             self.error = ""
-            self.changed.notify_all()
+        self._tell()
         return str((obj.get("metadata") or {}).get("resourceVersion") or "")
 
     def _say_error(self, message: str) -> None:
-        with self.changed:
-            self.error = message
-            self.changed.notify_all()
+        self.error = message
+        self._tell()
 
     def _event(self, kind: str, obj: KubeObject) -> None:
         if kind != "DELETED":
@@ -270,7 +324,8 @@ class Observer:
         self._mark_progress(view)
         if kind == "DELETED":
             self._gone(view)
-        elif view.followed or self._follow:
+        elif view.followed or self._follow or (self._whole_logs and _is_restarted(view)):
+            # The log of an instance is gone once the one after it has ended.
             view.followed = True
             self._follow_instances(view)
 
@@ -284,6 +339,7 @@ class Observer:
         created = seconds_of(view.object["metadata"].get("creationTimestamp")) or now
         # A time stamp of the API server is cut to the second: an older one is all there is, a recent one is our own.
         old = created < self._began - 1.0
+        view.from_birth = view.from_birth or not old
         view.marks.setdefault("created", created if old else now)
         conditions = {str(c.get("type")): c for c in status.get("conditions") or [] if c.get("status") == "True"}
         states = [entry.get(key) or {} for entry in view.containers() for key in ("lastState", "state")]
@@ -293,7 +349,7 @@ class Observer:
             "scheduled": (bool(spec.get("nodeName")), [_since(conditions, "PodScheduled")]),
             "started": (any(starts), starts),
             "ready": ("Ready" in conditions, [_since(conditions, "Ready")]),
-            "finished": (view.phase in {"Succeeded", "Failed"}, ends),
+            "finished": (view.phase in TERMINAL_PHASES, ends),
         }
         for what, (has, stamps) in happened.items():
             if has and what not in view.marks:
@@ -305,61 +361,28 @@ class Observer:
 
     def _follow_instances(self, view: PodView) -> None:
         for status in view.containers():
-            for instance, previous in _instances(status):
+            for instance, _ in instances_of(status):
                 if instance not in view.logs and not self.closed:
-                    log = InstanceLog(container=str(status["name"]), instance=instance)
+                    kept = LogSpool() if self._whole_logs else LogTail()
+                    log = InstanceLog(container=str(status["name"]), instance=instance, kept=kept)
                     view.logs[instance] = log
-                    self._start(self._read_log, view, log, previous)
+                    follower = LogFollower(
+                        self.kube,
+                        self._hangup,
+                        self.changed,
+                        self._tell,
+                        log=log,
+                        pod=lambda: None if view.deleted else view.object,
+                    )
+                    self._start(follower.run)
 
-    def _read_log(self, view: PodView, log: InstanceLog, previous: bool) -> None:  # noqa: FBT001
-        path = api_path("pods", view.name, namespace=view.namespace, sub="log")
-        query = {"container": log.container, "follow": "true", "timestamps": "true"}
-        if previous:
-            query["previous"] = "true"
-        try:
-            with self._kube.stream(path, self._hangup, idle_seconds=3600.0, **query) as lines:
-                self._keep(log, lines)
-        except ApiError as error:
-            log.error = "" if self.closed else error.message
-        finally:
-            with self.changed:
-                log.ended = True
-                self.changed.notify_all()
 
-    def _keep(self, log: InstanceLog, lines: Iterator[str]) -> None:
-        for text in lines:
-            line = _stamped(text)
-            with self.changed:
-                log.lines.append(line)
-                if len(log.lines) > MAX_LINES:
-                    surplus = MAX_LINES // 10
-                    del log.lines[:surplus]
-                    log.first += surplus
-                self.changed.notify_all()
+def _is_restarted(view: PodView) -> bool:
+    return view.from_birth and any(int(entry.get("restartCount") or 0) for entry in view.containers())
 
 
 def _since(conditions: dict[str, KubeObject], kind: str) -> Any:
     return (conditions.get(kind) or {}).get("lastTransitionTime")
-
-
-def _instances(status: KubeObject) -> Iterator[tuple[str, bool]]:
-    """Identity of each instance of a container whose log there is, and whether it is the previous one."""
-    last = (status.get("lastState") or {}).get("terminated")
-    if last is not None and last.get("containerID"):
-        yield str(last["containerID"]), True
-    state = status.get("state") or {}
-    now = state.get("running") if state.get("running") is not None else state.get("terminated")
-    if now is not None:
-        # The running state carries no container id of its own: the status does.
-        instance = str(now.get("containerID") or status.get("containerID") or "")
-        if instance:
-            yield instance, False
-
-
-def _stamped(text: str) -> LogLine:
-    stamp, separator, rest = text.partition(" ")
-    at = seconds_of(stamp)
-    return LogLine(at, rest) if at and separator else LogLine(0.0, text)
 
 
 def seconds_of(stamp: Any) -> float:
@@ -388,10 +411,3 @@ def event_time(event: KubeObject) -> float:
         if at := seconds_of(stamp):
             return at
     return seconds_of(event["metadata"].get("creationTimestamp"))
-
-
-def event_order(event: KubeObject) -> int:
-    """To sort events by: the order in which they were written. Their times are of whole seconds in most cases, of
-    microseconds in others, and so put the scheduler's after the kubelet's."""
-    version = str(event["metadata"].get("resourceVersion") or "")
-    return int(version) if version.isdecimal() else 0

@@ -8,22 +8,29 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from wasilet.demo.expect import describe
 from wasilet.errors import ApiError, UsageError, WaitTimeoutError
 from wasilet.kube.client import KubeObject, api_path
 from wasilet.testing.cluster import RUN_LABEL, WasmCluster
+from wasilet.testing.expectation import Expectation, Subject, Wait
 from wasilet.testing.log_match import Judge, Text, explain, numbered, printable, texts
-from wasilet.testing.objects import pod_object
-from wasilet.testing.observe import LogLine, Observer, PodView
+from wasilet.testing.merged_log import LogLines
+from wasilet.testing.observe import Observer, PodView
+from wasilet.testing.pod_status import TERMINAL_PHASES, describe, ends_of, events_of
 
 SERVICE_ACCOUNT_SECONDS = 30.0
 DEFAULT_WITHIN_SECONDS = 30.0
 SHOWN_LOG_LINES = 40
-SHOWN_EVENTS = 15
-_FINAL_WAITING = frozenset({"InvalidImageName", "ErrImageNeverPull", "ImagePullBackOff"})
-"""Waiting reasons that nothing but a change of the manifest, or of the registry, will end."""
+DELETE_READ_SECONDS = 2.0
+"""So long a deletion waits until the logs that are being read have begun to come."""
 
-_TERMINAL = frozenset({"Succeeded", "Failed"})
+_OWNERS = {
+    "job": ("Job", "jobs", "batch"),
+    "deployment": ("ReplicaSet", "deployments", "apps"),
+    "replicaset": ("ReplicaSet", "replicasets", "apps"),
+    "daemonset": ("DaemonSet", "daemonsets", "apps"),
+    "statefulset": ("StatefulSet", "statefulsets", "apps"),
+}
+"""As a test names them: the kind in their pods' ownerReferences, and where they are themselves."""
 
 
 def create_namespace(cluster: WasmCluster, test: str, run: str) -> KubeObject:
@@ -82,7 +89,7 @@ class Scene:
     def observer(self) -> Observer:
         """Begun by the first who asks."""
         if self._observer is None:
-            self._observer = Observer(self.cluster.kube, self.namespace, version=self._version)
+            self._observer = Observer(self.cluster.kube, self.namespace, whole_logs=True, version=self._version)
         return self._observer
 
     def close(self) -> None:
@@ -92,11 +99,10 @@ class Scene:
 
     # --- making ----------------------------------------------------------------------------------------------------
 
-    def run_pod(self, image: str, *, name: str = "", **fields: Any) -> Pod:
-        """See the fixture ``run_pod``."""
+    def run_pod(self, body: KubeObject) -> Pod:
+        """Create a pod where wasm runs. Raises ApiError."""
         from wasilet.demo.render import place
 
-        body = pod_object(image, name=name or self._free_name(image), **fields)
         if self.cluster.has_other_nodes:
             place([body])
         return self.create_pod(body)
@@ -150,7 +156,8 @@ class Scene:
                     if error.code not in {404, 409}:
                         raise
 
-    def _free_name(self, image: str) -> str:
+    def free_name(self, image: str) -> str:
+        """For a pod of that image: the image's own name, with a number where it is taken."""
         base = re.split(r"[:@]", image.rsplit("/", 1)[-1])[0]
         base = re.sub(r"[^a-z0-9]+", "-", base.lower()).strip("-")[:50] or "pod"
         name, number = base, 1
@@ -182,33 +189,28 @@ class Scene:
         absent: Text | Iterable[Text] | None = None,
         container: str = "",
         within_seconds: float | None = None,
-    ) -> list[str]:
+    ) -> LogLines:
         """See the fixture ``assert_logs``."""
         __tracebackhide__ = True
-        limit = self.within_seconds if within_seconds is None else within_seconds
         judge = Judge(
             contains=(*texts(contains), *texts(matches, pattern=True)),
             in_order=texts(in_order),
             absent=texts(absent),
         )
-        name, belongs = _selection(self.namespace, pod)
-        waiting = _LogWait(self.observer, belongs, judge, container)
-        began = time.monotonic()
-        verdict = self.observer.wait(waiting.look, within_seconds=limit)
-        waited = time.monotonic() - began
-        if verdict is None and not (judge.only_absent and waiting.views()):
-            missing = ", ".join(map(str, judge.missing)) or "a pod"
-            verdict = f"{missing} did not come within {limit:g} s"
+        subject = _subject(self.namespace, pod)
+        waiting = Wait(self.observer, subject, Expectation(judge=judge, container=container))
+        verdict = waiting.run(within_seconds=self.within_seconds if within_seconds is None else within_seconds)
         if verdict:
-            raise AssertionError(self._failure(name, verdict, waited, judge, waiting))
+            raise AssertionError(self._failure(verdict, judge, waiting))
         return waiting.lines
 
-    def _failure(self, name: str, verdict: str, waited: float, judge: Judge, waiting: _LogWait) -> str:
-        said = [f"the log of {name} in namespace {self.namespace}: {verdict}", "", "asserted:"]
-        said += explain(judge, waiting.lines)
-        count = len(waiting.lines)
-        said += ["", f"log ({count} {'line' if count == 1 else 'lines'} in {waited:.1f} s):"]
-        said += numbered(waiting.lines, judge, shown=SHOWN_LOG_LINES) or ["  (empty)"]
+    def _failure(self, verdict: str, judge: Judge, waiting: Wait) -> str:
+        lines = waiting.lines
+        said = [f"the log of {waiting.subject.name} in namespace {self.namespace}: {verdict}", "", "asserted:"]
+        said += explain(judge, lines)
+        count = len(lines)
+        said += ["", f"log ({count} {'line' if count == 1 else 'lines'} in {waiting.seconds:.1f} s):"]
+        said += numbered(lines, judge, shown=SHOWN_LOG_LINES) or ["  (empty)"]
         said += [f"  cannot be read: {error}" for error in waiting.errors()]
         if self.observer.error:
             said.append(f"  {self.observer.error}")
@@ -228,22 +230,7 @@ class Scene:
 
     def events_of(self, view: PodView) -> list[str]:
         """``Type Reason: message``, oldest first; never raises."""
-        try:
-            answer = self.cluster.kube.get(
-                api_path("events", namespace=self.namespace),
-                timeout_seconds=5.0,
-                fieldSelector=f"involvedObject.uid={view.uid}",
-            )
-        except ApiError as error:
-            return [f"cannot be read: {error}"]
-        from wasilet.testing.observe import event_order
-
-        events = sorted(answer.get("items") or [], key=event_order)
-        return [
-            f"{event.get('type')} {event.get('reason')}: {event.get('message')}"
-            + (f" (x{event['count']})" if (event.get("count") or 1) > 1 else "")
-            for event in events[-SHOWN_EVENTS:]
-        ]
+        return events_of(self.cluster.kube, self.namespace, view.uid)
 
 
 class Pod:
@@ -285,12 +272,8 @@ class Pod:
     @property
     def exit_code(self) -> int | None:
         """Of the container's last end (the first container's); None while it has not ended."""
-        for entry in self._view.containers()[-1:]:
-            for key in ("state", "lastState"):
-                end = (entry.get(key) or {}).get("terminated")
-                if end:
-                    return int(end["exitCode"])
-        return None
+        ends = [end for entry in self._view.containers()[-1:] for end in ends_of(entry)]
+        return int(ends[0]["exitCode"]) if ends else None
 
     def wait_for(
         self, what: Callable[[KubeObject], object], *, words: str = "it", within_seconds: float | None = None
@@ -311,7 +294,7 @@ class Pod:
         """Wait for ``Running``, ``Succeeded`` or ``Failed``. Raises AssertionError, at once when it ended otherwise."""
         __tracebackhide__ = True
         found = self.wait_for(
-            lambda _: self.phase == phase or self.phase in _TERMINAL,
+            lambda _: self.phase == phase or self.phase in TERMINAL_PHASES,
             words=f"phase {phase}",
             within_seconds=within_seconds,
         )
@@ -323,7 +306,7 @@ class Pod:
     def wait_finished(self, *, within_seconds: float | None = None) -> int:
         """Wait until the pod is over; the exit code. Raises AssertionError."""
         __tracebackhide__ = True
-        self.wait_for(lambda _: self.phase in _TERMINAL, words="its end", within_seconds=within_seconds)
+        self.wait_for(lambda _: self.phase in TERMINAL_PHASES, words="its end", within_seconds=within_seconds)
         code = self.exit_code
         if code is None:
             raise AssertionError(f"pod/{self.name} is {self.phase}, and no container of it ever ran")
@@ -359,8 +342,15 @@ class Pod:
         return self._scene.events_of(self._view)
 
     def delete(self, *, grace_seconds: int = 1, within_seconds: float | None = None) -> None:
-        """Delete it, and wait until it is gone. Raises AssertionError and ApiError."""
+        """Delete it, and wait until it is gone. Raises AssertionError and ApiError.
+
+        Its log can be asserted afterwards: it is being read when the pod goes."""
         __tracebackhide__ = True
+        observer, logs = self._scene.observer, self._view.logs
+        observer.follow(self._view)
+        observer.wait(
+            lambda: all(log.opened or log.ended for log in logs.values()) or None, within_seconds=DELETE_READ_SECONDS
+        )
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -376,87 +366,26 @@ class Pod:
         self.wait_for(lambda _: self._view.deleted, words="its deletion", within_seconds=within_seconds)
 
 
-class _LogWait:
-    """Feeds a judge with the lines of the chosen pods' containers, each once, as they come."""
-
-    def __init__(self, observer: Observer, belongs: Callable[[PodView], bool], judge: Judge, container: str) -> None:
-        self._observer = observer
-        self._belongs = belongs
-        self._judge = judge
-        self._container = container
-        self._positions: dict[str, int] = {}
-        self.lines: list[str] = []
-
-    def views(self) -> list[PodView]:
-        """The pods that it is about."""
-        return [view for view in self._observer.pods.values() if self._belongs(view)]
-
-    def errors(self) -> list[str]:
-        """Why a log could not be read."""
-        return [log.error for view in self.views() for log in view.logs.values() if log.error]
-
-    def look(self) -> str | None:
-        """None: wait on; empty: all is as asserted; else why waiting longer is of no use. Called under the lock."""
-        views = self.views()
-        for view in views:
-            self._observer.follow(view)
-        for view in views:
-            for log in view.logs.values():
-                if not self._container or log.container == self._container:
-                    position = self._positions.get(log.instance, 0)
-                    self._feed(log.lines[max(0, position - log.first) :])
-                    self._positions[log.instance] = log.first + len(log.lines)
-        if self._judge.forbidden:
-            return "it holds what must be absent"
-        if not self._judge.missing and not self._judge.only_absent:
-            return ""
-        return self._hopeless(views)
-
-    def _feed(self, lines: Sequence[LogLine]) -> None:
-        new = [line.text for line in lines]
-        self._judge.feed(new)
-        self.lines += new
-
-    def _hopeless(self, views: Sequence[PodView]) -> str | None:
-        for view in views:
-            for entry in view.containers():
-                waiting = (entry.get("state") or {}).get("waiting") or {}
-                if waiting.get("reason") in _FINAL_WAITING:
-                    return f"{entry.get('name')} waits: {waiting['reason']}: {waiting.get('message') or 'no message'}"
-        missing = ", ".join(map(str, self._judge.missing))
-        if views and all(_over(view) for view in views):
-            if self._judge.only_absent:
-                return ""
-            return f"the pod is over ({', '.join(sorted({view.phase or 'gone' for view in views}))}) without {missing}"
-        return None
-
-
-def _over(view: PodView) -> bool:
-    """Whether no further line can come."""
-    return (view.deleted or view.phase in _TERMINAL) and all(log.ended for log in view.logs.values())
-
-
-def _selection(namespace: str, given: Pod | str) -> tuple[str, Callable[[PodView], bool]]:
-    """A name for messages, and which pods are meant: a pod, its name, or ``job/x`` and ``deployment/x``."""
+def _subject(namespace: str, given: Pod | str) -> Subject:
+    """Which pods are meant: a pod, its name, or ``job/x`` and ``deployment/x``. Raises UsageError."""
     if isinstance(given, Pod):
-        return f"pod/{given.name}", lambda view: view.uid == given.uid
+        return Subject(name=f"pod/{given.name}", belongs=lambda view: view.uid == given.uid)
     kind, _, name = given.rpartition("/")
     if kind in {"", "pod"}:
-        return f"pod/{name}", lambda view: view.name == name and view.namespace == namespace
-    owners = {"job": "Job", "deployment": "ReplicaSet", "replicaset": "ReplicaSet", "daemonset": "DaemonSet",
-              "statefulset": "StatefulSet"}  # fmt: skip
-    if kind not in owners:
+        return Subject(name=f"pod/{name}", belongs=lambda view: view.name == name and view.namespace == namespace)
+    if kind not in _OWNERS:
         raise UsageError(
-            f"{given!r} names no pod", hint=f"pod/NAME, or one of {', '.join(f'{k}/NAME' for k in owners)}"
+            f"{given!r} names no pod", hint=f"pod/NAME, or one of {', '.join(f'{k}/NAME' for k in _OWNERS)}"
         )
+    owner_kind, plural, group = _OWNERS[kind]
 
     def belongs(view: PodView) -> bool:
         for owner in view.object["metadata"].get("ownerReferences") or []:
-            fits = owner.get("name") == name
-            if kind == "deployment":
-                fits = str(owner.get("name")).rpartition("-")[0] == name
-            if owner.get("kind") == owners[kind] and fits:
+            owner_name = str(owner.get("name"))
+            # A Deployment's pods belong to its ReplicaSets, whose names have a hash after its own.
+            fits = (owner_name.rpartition("-")[0] if kind == "deployment" else owner_name) == name
+            if owner.get("kind") == owner_kind and fits:
                 return True
         return False
 
-    return given, belongs
+    return Subject(name=given, belongs=belongs, owner=(plural, group, name))

@@ -20,7 +20,7 @@ def save(scene: Scene, test: str, folder: Path, *, failed: bool) -> None:
         views = list(observer.pods.values())
         for view in views:
             observer.follow(view)
-    observer.wait(lambda: all(v.logs and all(log.lines or log.ended for log in v.logs.values()) for v in views) or None,
+    observer.wait(lambda: all(v.logs and all(log.count or log.ended for log in v.logs.values()) for v in views) or None,
                   within_seconds=0.5)  # fmt: skip
     try:
         events = scene.cluster.kube.get(api_path("events", namespace=scene.namespace)).get("items") or []

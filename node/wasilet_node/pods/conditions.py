@@ -17,7 +17,17 @@ Condition = dict[str, Any]
 TRANSIENT = frozenset({"PodResizePending", "PodResizeInProgress"})
 """Those of a kubelet's that are there only while they are true."""
 
-OWNED = TRANSIENT | {"PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"}
+RESTARTING_ALL = "AllContainersRestarting"
+"""Only of pods with a rule that restarts all containers (KEP-5532)."""
+
+OWNED = TRANSIENT | {
+    "PodReadyToStartContainers",
+    "Initialized",
+    "Ready",
+    "ContainersReady",
+    "PodScheduled",
+    RESTARTING_ALL,
+}
 
 
 def _condition(type_: str, *, status: bool, reason: str = "", message: str = "") -> Condition:
@@ -120,6 +130,28 @@ def owned_conditions(
         for condition in conditions:
             condition["observedGeneration"] = generation
     return conditions
+
+
+def all_containers_restarting(pod: Pod, phase: str, *, restarting: bool) -> list[Condition]:
+    """AllContainersRestarting, for pods that may: from the end that restarts them all until the others are stopped."""
+    if not spec.may_restart_all(pod):
+        return []
+    if phase in spec.TERMINAL_PHASES:
+        condition = _condition(
+            RESTARTING_ALL, status=False, reason="PodCompleted" if phase == "Succeeded" else "PodFailed"
+        )
+    elif restarting:
+        condition = _condition(
+            RESTARTING_ALL,
+            status=True,
+            reason="RestartAllContainersStarted",
+            message="container exited with restart policy rule",
+        )
+    else:
+        condition = _condition(RESTARTING_ALL, status=False)
+    if pod["metadata"].get("generation"):
+        condition["observedGeneration"] = pod["metadata"]["generation"]
+    return [condition]
 
 
 def with_transition_times(

@@ -12,7 +12,9 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 
-from wasilet_node.images.model import Credential, ImageError, PullPolicy
+from wasilet_common.oci.credentials import Credential
+
+from wasilet_node.images.model import ImageError, PullPolicy
 from wasilet_node.kube.base import KubeError
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.errors import NetworkError

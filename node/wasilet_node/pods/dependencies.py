@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wasilet_node.images.model import Credential, Images
+from wasilet_common.oci.credentials import Credential
+
+from wasilet_node.images.model import Images
 from wasilet_node.kube.base import EventRecorder, Kube, KubeObject
 from wasilet_node.network.attachment import MachineNetwork, Networks
 from wasilet_node.pods.http_policy import Outbound

@@ -23,6 +23,7 @@ from wasilet_node.runtime.process import ForkRefusedError, Outcome, SandboxProce
 from wasilet_node.runtime.protocol import ContainerConfig, ContainerState, ContainerStatus, ContainerUsage
 from wasilet_node.runtime.records import Records, initial_status, valid_id
 from wasilet_node.runtime.stdin import GuestInput
+from wasilet_node.runtime.zygote import Zygote
 from wasilet_node.settings import LogSettings
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Containers:
     def __init__(
         self,
         loop: Loop,
-        tools: sandbox.GuestTools,
+        zygote: Zygote,
         records: Records,
         cgroups: CgroupManager,
         *,
@@ -104,7 +105,7 @@ class Containers:
         namespaces: PodNamespaces | None = None,
     ) -> None:
         self._loop = loop
-        self._tools = tools
+        self._zygote = zygote
         self._records = records
         self._cgroups = cgroups
         self._logs = logs
@@ -226,7 +227,7 @@ class Containers:
         process = SandboxProcess(self._loop, config, on_output=on_output, on_started=on_started, on_exit=on_exit)
         kernel = container.group is not None and container.group.memory is not None
         process.spawn(
-            self._tools,
+            self._zygote,
             network=self._network_of(config),
             guest_stdin=stdin,
             group=container.group,

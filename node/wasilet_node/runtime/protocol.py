@@ -54,7 +54,7 @@ class HttpPolicy:
 
     max_concurrent_requests: int | None = None
     local_origins: tuple[str, ...] = ()
-    """Origins that the node's operator lets pods call although ``wasilet_node.addresses`` refuses them."""
+    """Origins that the node's operator lets pods call although ``wasilet_common.addresses`` refuses them."""
 
     own_addresses: tuple[str, ...] = ()
     """The node's, which no origin may lead to."""

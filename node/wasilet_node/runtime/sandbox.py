@@ -1,4 +1,4 @@
-"""What runs in the child that the supervisor forks for each container: confine, load, run, report, ``os._exit``.
+"""What runs in the process that the zygote forks for each container: confine, load, run, report, ``os._exit``.
 
 A process and not a thread, since a module asleep in ``poll_oneoff`` can be interrupted by nothing but a signal. The
 order matters: descriptors first (an inherited epoll or agent socket would break the parent), then the promise to die
@@ -113,6 +113,12 @@ class ChildPlan:
 
     network: int = -1
     """The pod's network namespace; -1: the guest stays in the machine's."""
+
+    def descriptors(self) -> dict[str, int]:
+        """Those that it names, by field; ``cgroup_files`` are numbered."""
+        named = {name: getattr(self, name) for name in ("stdin", "stdout", "stderr", "report", "record", "network")}
+        groups = {f"cgroup{index}": descriptor for index, descriptor in enumerate(self.cgroup_files)}
+        return {name: descriptor for name, descriptor in (named | groups).items() if descriptor >= 0}
 
 
 def make_tools(linkers: Linkers) -> GuestTools:

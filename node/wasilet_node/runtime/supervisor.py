@@ -1,8 +1,8 @@
 """The supervisor: ``python -P -m wasilet_node.runtime.supervisor --data-dir DIR [--ready-fd N]``.
 
-A small process of one thread that forks a sandbox for each container, reaps it, writes its log, and outlives the agent.
-It loads everything before its first fork and never builds a ``Module``, which would start threads. It daemonises
-itself, so that the agent that started it has no child to reap.
+A small process of one thread that takes a sandbox of its zygote for each container, reaps it, writes its log, and
+outlives the agent. It loads everything before it forks the zygote and never builds a ``Module``, which would start
+threads. It daemonises itself, so that the agent that started it has no child to reap.
 
 It ends on ``shutdown`` (containers are killed and their exits recorded first), on SIGTERM likewise, when it was
 retired and nothing is left of its containers, and when its data folder is gone, since then nobody can reach it.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import gc
 import hmac
 import json
 import logging
@@ -37,6 +36,7 @@ from wasilet_node.runtime.records import Owner, Records
 from wasilet_node.runtime.sessions import AttachSession, Connection, ExecSession
 from wasilet_node.runtime.stale_cleanup import remove_traces_of_the_dead
 from wasilet_node.runtime.supervisor_log import OwnLog
+from wasilet_node.runtime.zygote import Zygote
 from wasilet_node.settings import LogSettings, NodePaths
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ OOM_SCORE = -999
 """kubelet's own: with it end all containers. Each of these makes itself the first to go."""
 
 ACCEPT_RETRY_SECONDS = 0.5
-_CAPABILITIES = frozenset({linux.CAP_DAC_OVERRIDE, linux.CAP_KILL, linux.CAP_SYS_ADMIN})
+_CAPABILITIES = frozenset(
+    {linux.CAP_DAC_OVERRIDE, linux.CAP_KILL, linux.CAP_SETGID, linux.CAP_SETUID, linux.CAP_SETPCAP, linux.CAP_SYS_ADMIN}
+)
 """What it keeps in a user namespace of its own: sandboxes are put into namespaces, and drop the right to do so."""
 
 
@@ -63,6 +65,8 @@ class Supervisor:
         start_time = linux.start_time(pid)
         if start_time is None:
             raise OSError("/proc does not show this process; is it mounted?")
+        # Before anything is known of any container.
+        self._zygote = Zygote(sandbox.make_tools(engine.make_linkers()))
         owner = Owner(pid=pid, start_time=start_time)
         self._paths = paths
         self._connections: set[Connection] = set()
@@ -80,7 +84,7 @@ class Supervisor:
         self._namespaces = PodNamespaces(self._loop)
         self._containers = Containers(
             self._loop,
-            sandbox.make_tools(engine.make_linkers()),
+            self._zygote,
             Records(paths.containers, owner),
             self._cgroups,
             logs=logs,
@@ -129,9 +133,7 @@ class Supervisor:
                 self._shutdown(lambda: None)
 
         self._loop.watch(reader, woken, urgent=True)
-        # What is loaded now stays shared with every child: the collector must not write into it.
-        gc.collect()
-        gc.freeze()
+        self._zygote.attach(self._loop)
         try:
             self._loop.run()
         finally:
@@ -140,6 +142,7 @@ class Supervisor:
                 connection.close()
             self._listener.close()
             self._namespaces.close()
+            self._zygote.close()
             self._cgroups.close()
 
     def handle(self, connection: Connection, message: wire.Message) -> None:

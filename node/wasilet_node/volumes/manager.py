@@ -26,6 +26,7 @@ from wasilet_node.kube import fields
 from wasilet_node.kube.base import KubeError
 from wasilet_node.kube.references import References
 from wasilet_node.runtime.protocol import Mount
+from wasilet_node.runtime.safe_path import open_root, opened, read_whole, resolve
 from wasilet_node.settings import NodePaths
 from wasilet_node.volumes import atomic, hosts
 from wasilet_node.volumes.base import Container, ContainerConfigError, Pod, VolumeError, VolumeRefusedError
@@ -80,8 +81,14 @@ def _containers(pod: Pod) -> list[Container]:
 
 
 def _used(pod: Pod) -> set[str]:
-    """Names of the volumes that a container mounts; kubelet sets up no others."""
-    return {str(mount["name"]) for container in _containers(pod) for mount in container.get("volumeMounts") or []}
+    """Names of the volumes that a container mounts or takes variables from; no others are set up."""
+    mounted = {str(mount["name"]) for container in _containers(pod) for mount in container.get("volumeMounts") or []}
+    references = (
+        (entry.get("valueFrom") or {}).get("fileKeyRef") or {}
+        for container in _containers(pod)
+        for entry in container.get("env") or []
+    )
+    return mounted | {str(reference["volumeName"]) for reference in references if reference.get("volumeName")}
 
 
 def _is_ready(place: Place | None) -> bool:
@@ -116,12 +123,13 @@ class VolumeManager:
         self._cluster_domain = cluster_domain
         self._threads = ThreadPoolExecutor(_THREADS, "volumes")
         self._slow_threads = ThreadPoolExecutor(_SLOW_THREADS, "volume trees")
+        self._host_threads = host_threads or HostThreads()
         shared = Shared(
             references=references,
             areas=self._areas,
             tokens=self._tokens,
             allocatable=allocatable,
-            host_threads=host_threads or HostThreads(),
+            host_threads=self._host_threads,
         )
         self._projecting: dict[str, Projecting] = {
             "configMap": ConfigMaps(shared),
@@ -238,6 +246,24 @@ class VolumeManager:
                     problems.append(f'MountVolume.SetUp failed for volume "{volume.name}" : {error}')
             if problems:
                 raise VolumeError("; ".join(problems))
+
+    async def read_file(self, pod: Pod, volume: str, path: str, *, limit_bytes: int) -> bytes | None:
+        """See ``Volumes.read_file``."""
+        place = self._places.get(checked_uid(pod["metadata"]["uid"]), {}).get(volume)
+        if place is None or place.is_file or place.unusable:
+            raise ContainerConfigError(f'cannot find the volume "{volume}" referenced by FileKeyRef')
+
+        def read() -> bytes | None:
+            with opened(open_root(place.path)) as root:
+                names, missing = resolve(root, path)
+                return None if missing is not None else read_whole(root, names, limit_bytes)
+
+        try:
+            return await self._host_threads.run(f'volume "{volume}"', read)
+        except FileNotFoundError:
+            return None
+        except (OSError, VolumeError) as error:
+            raise ContainerConfigError(f'cannot read "{path}" of volume "{volume}": {error}') from error
 
     # ---- instances
 

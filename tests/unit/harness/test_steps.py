@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wasilet.errors import ComponentError, HarnessError, PortTakenError
@@ -209,3 +210,23 @@ def test_a_notice_is_said_at_once_and_as_it_is(reporter: type[PlainReporter | Ri
     stream = io.StringIO()
     reporter(stream).notice("waiting for [pid 1]")
     assert stream.getvalue() == "waiting for [pid 1]\n"
+
+
+def test_a_step_is_known_by_its_key_whatever_its_title_says() -> None:
+    order: list[str] = []
+
+    def step(name: str, **options: Any) -> Step:
+        def look() -> Finding:
+            order.append(name)
+            return Finding.ok()
+
+        return Step(name=name, look=look, change=lambda _: "", **options)
+
+    play = Play("x", [step("API server, second wording", key="api-server", after=()), step("b", after=("api-server",))])
+    recap = play.run()
+    assert order == ["API server, second wording", "b"]
+    assert [(o.key, o.name) for o in recap.outcomes] == [("api-server", "API server, second wording"), ("b", "b")]
+    with pytest.raises(ValueError, match="name used twice"):
+        Play("x", [step("a", key="same"), step("b", key="same")])
+    with pytest.raises(ValueError, match="after unknown steps"):
+        Play("x", [step("a title", key="key"), step("b", after=("a title",))])

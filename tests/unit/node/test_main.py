@@ -328,3 +328,21 @@ def test_shutdown_does_not_race_an_agent_that_is_started_again(tmp_path: Path) -
         assert shutdown(tmp_path, timeout_seconds=1.0) == 1
     finally:
         os.close(lock)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["shutdown", "--help"]])
+def test_a_full_device_is_one_line_and_exit_code_2(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "wasilet_node", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "node: cannot write to stdout: No space left on device\n")
+
+
+def test_modules_in_the_users_pythonpath_are_not_the_nodes(tmp_path: Path) -> None:
+    for name in ("yaml", "aiohttp", "wasmtime"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a foreign module')")
+    environ = {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = module("shutdown", "--data-dir", str(tmp_path / "data"), environ=environ)
+    assert "a foreign module" not in done.stderr + done.stdout

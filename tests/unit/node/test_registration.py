@@ -137,6 +137,8 @@ async def test_a_new_node_says_what_it_is(rig: Rig) -> None:
     assert status["daemonEndpoints"] == {"kubeletEndpoint": {"Port": 10250}}
     assert status["capacity"]["pods"] == "110"
     assert len(status["images"]) == 50
+    assert status["declaredFeatures"] == sorted(status["declaredFeatures"])
+    assert "RestartAllContainersOnContainerExits" in status["declaredFeatures"]
     assert {each["type"]: each["status"] for each in status["conditions"]} == {
         "MemoryPressure": "False", "DiskPressure": "False", "PIDPressure": "False", "Ready": "True",
     }  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from wasilet.cluster import state as states
+from wasilet.cluster.record import ClusterRecord, KubeconfigRecord
 from wasilet.cluster.state import (
     RUN_ID_VARIABLE,
     ComponentRecord,
@@ -56,6 +57,54 @@ def test_updates_are_merged_and_the_run_id_stays(state: State) -> None:
     assert len(run_id) == 32
     assert state.run_id() == run_id
     assert state.read() == {"a": 1, "b": 2, "run_id": run_id}
+
+
+def test_the_record_is_typed_and_follows_every_write_of_anybody(state: State) -> None:
+    assert state.cluster == ClusterRecord()
+    state.update(provider="kind", nodes=2, ports={"registry": 5000}, created_objects=["ClusterRole/x"])
+    state.update(kubeconfig=KubeconfigRecord(path=Path("/kc"), context="wasilet", previous="prod").to_json())
+    assert state.cluster == ClusterRecord(
+        provider="kind",
+        nodes=2,
+        ports={"registry": 5000},
+        created_objects=("ClusterRole/x",),
+        kubeconfig=KubeconfigRecord(path=Path("/kc"), context="wasilet", previous="prod"),
+    )
+    State(state.root, state.name).update(nodes=3)
+    assert state.cluster.nodes == 3
+    assert read_json(state.path / "cluster.json")["version"] == 1
+    state.remove()
+    assert state.cluster == ClusterRecord()
+
+
+def test_the_file_is_parsed_once_as_long_as_nobody_writes_it(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.update(nodes=2)
+    assert state.cluster.nodes == 2
+    monkeypatch.setattr("wasilet.cluster.state.read_json", lambda _: pytest.fail("read again"))
+    assert (state.cluster.nodes, state.read()) == (2, {"nodes": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"version": 2}', "written by a newer Wasilet"),
+        ('{"version": "x"}', "written by a newer Wasilet"),
+        ('{"nodes": "two"}', "damaged: nodes"),
+        ('{"kubeconfig": {"path": 7}}', "damaged: kubeconfig"),
+        ('{"kubeconfig": []}', None),
+        ('{"client_configs": {"a": "b"}}', "damaged: client_configs"),
+        ('{"ports": []}', "damaged: ports"),
+        ('{"what a later version added": 1}', None),
+    ],
+)
+def test_a_record_that_is_not_as_it_should_be_is_named(state: State, text: str, expected: str | None) -> None:
+    state.create()
+    (state.path / "cluster.json").write_text(text)
+    if expected is None:
+        assert state.cluster == ClusterRecord()
+    else:
+        with pytest.raises(StateError, match=expected):
+            _ = state.cluster
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(state: State, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,9 @@ class FakeKube:
     def get(self, path: str, **_: Any) -> dict[str, Any]:
         if path.endswith("/events"):
             return {"items": [{"type": "Warning", "reason": "Failed", "message": "no such image"}]}
-        if path.endswith(("/pods", "/configmaps")):
-            return {"items": [obj for name, obj in self.objects.items() if name.startswith(f"{path}/")]}
+        if path.endswith(("/pods", "/jobs", "/configmaps")):
+            items = [obj for name, obj in self.objects.items() if name.startswith(f"{path}/")]
+            return {"items": items, "metadata": {"resourceVersion": "0"}}
         found = self.find(path)
         if found is None:
             raise ApiError("not found", code=404)
@@ -168,11 +169,13 @@ class FakeKube:
         self.objects[path] = made
 
     @contextmanager
-    def watch(self, path: str, *, timeout_seconds: int, **_: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    def watch(
+        self, path: str, _hangup: Any = None, /, *, timeout_seconds: int, **query: Any
+    ) -> Iterator[Iterator[dict[str, Any]]]:
         deadline = time.monotonic() + min(timeout_seconds, 0.5)
 
         def events() -> Iterator[dict[str, Any]]:
-            seen = 0
+            seen = int(query["resourceVersion"])
             while time.monotonic() < deadline:
                 with self.changed:
                     if seen == len(self.events):
@@ -186,14 +189,16 @@ class FakeKube:
         yield events()
 
     @contextmanager
-    def stream(self, path: str, **query: str) -> Iterator[Iterator[str]]:
+    def chunks(self, path: str, _hangup: Any = None, /, **query: str) -> Iterator[Iterator[bytes]]:
         self.log_queries.append({"path": path, **query})
         key = path.split("/")[-2] + (" previous" if query.get("previous") else "")
-        yield iter(self.logs.get(key, []))
+        yield iter([f"{line}\n".encode() for line in self.logs.get(key, [])])
 
     def show(self, obj: dict[str, Any]) -> None:
         with self.changed:
-            self.events.append({"type": "MODIFIED", "object": copy.deepcopy(obj)})
+            shown = copy.deepcopy(obj)
+            shown["metadata"]["resourceVersion"] = str(len(self.events) + 1)
+            self.events.append({"type": "MODIFIED", "object": shown})
             self.changed.notify_all()
 
 
@@ -201,7 +206,7 @@ def pod(phase: str, **state: Any) -> dict[str, Any]:
     status = {"name": "main", "restartCount": 0, "containerID": "wasmtime://1", "state": state}
     return {
         "kind": "Pod",
-        "metadata": {"name": "x"},
+        "metadata": {"name": "x", "namespace": "default", "uid": "1"},
         "spec": {"nodeName": "n"},
         "status": {"phase": phase, "containerStatuses": [status]},
     }

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 from wasilet.cluster.down import down
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import State
-from wasilet.cluster.up import open_cluster, up
+from wasilet.cluster.up import up
 from wasilet.errors import UsageError
 from wasilet.process import stop
 from wasilet.providers.base import Cluster

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from invoke.exceptions import Exit
 from wasilet.errors import UsageError
-from wasilet.process_start import tighten_umask
 from wasilet.settings import load
 from wasilet.terminal.cli import command, invocation_path
+from wasilet_common.process_start import tighten_umask
 from wasilet_dev import docs_tasks
 from wasilet_dev.test_runner import needs_binaries, pytest_command
 

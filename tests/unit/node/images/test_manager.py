@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 from wasilet_common.oci import mediatypes as media
+from wasilet_common.oci.credentials import Credential
+from wasilet_common.oci.registry import RegistryClient
 from wasilet_node.images.compile import CompileError
 from wasilet_node.images.manager import ImageManager, go_duration
-from wasilet_node.images.model import Credential, Image, ImageError, Images, PullPolicy
-from wasilet_node.images.registry import RegistryClient
+from wasilet_node.images.model import Image, ImageError, Images, PullPolicy
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
 

@@ -166,7 +166,7 @@ def test_a_sandbox_is_that_of_the_newest_instance_and_lost_with_any_of_its_own()
     old = in_sandbox("c", "one", state="exited", inherited=True)
     new = in_sandbox("c", "two", attempt=1)
     sandbox = PodSandbox([old, new])
-    assert (sandbox.id, sandbox.holds(old), sandbox.is_lost([old, new])) == ("two", False, False)
+    assert (sandbox.label, sandbox.holds(old), sandbox.is_lost([old, new])) == ("two.0", False, False)
     lost = in_sandbox("i", "two", state="exited", inherited=True)
     assert sandbox.is_lost([old, new, lost])
     sandbox.replace()
@@ -178,7 +178,7 @@ def test_instances_of_a_node_that_knew_no_sandboxes_have_one_all_the_same() -> N
     sandbox = PodSandbox([known])
     assert sandbox.holds(known)
     assert not sandbox.is_lost([known])
-    assert PodSandbox([]).id != PodSandbox([]).id
+    assert PodSandbox([]).label != PodSandbox([]).label
 
 
 @pytest.mark.parametrize(

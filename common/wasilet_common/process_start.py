@@ -12,6 +12,7 @@ import sys
 from typing import Any, TextIO
 
 OTHERS_MAY_WRITE = 0o002
+_PACKAGES = ("wasilet", "wasilet_common", "wasilet_node")
 
 
 def prepare_process() -> None:
@@ -43,9 +44,10 @@ def _own_places() -> set[str]:
     import site
     import sysconfig
 
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES]
+    packages = {os.path.dirname(os.path.dirname(os.path.abspath(file))) for file in files if file}  # noqa: PTH100, PTH120
     paths = sysconfig.get_paths()
-    return {package, *site.getsitepackages(), paths["stdlib"], paths["platstdlib"], paths["purelib"]}
+    return packages | {*site.getsitepackages(), paths["stdlib"], paths["platstdlib"], paths["purelib"]}
 
 
 def tighten_umask() -> None:
@@ -56,6 +58,13 @@ def tighten_umask() -> None:
         os.umask(mask)
     else:
         os.umask(mask | 0o022)
+
+
+def silence_stdout() -> None:
+    """Let what is still written to stdout, by Python at its end as well, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 class UnfailingStream:

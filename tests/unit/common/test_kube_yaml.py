@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from wasilet.kube.kube_yaml import Document, YamlError, field_name, load, load_all
+from wasilet_common.kube_yaml import Document, YamlError, field_name, load, load_all
 
 pytestmark = pytest.mark.unit
 
@@ -48,7 +48,7 @@ def test_a_plain_parser_would_not_do() -> None:
 
 
 def test_without_libyaml_the_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from wasilet.kube import kube_yaml
+    from wasilet_common import kube_yaml
 
     monkeypatch.delattr(yaml, "CSafeLoader")
     monkeypatch.setattr(kube_yaml, "_loader", kube_yaml._loader.__wrapped__)

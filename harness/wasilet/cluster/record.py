@@ -1,0 +1,125 @@
+"""``cluster.json``: what is remembered of a cluster between two commands, typed, with a version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wasilet.errors import StateError
+
+VERSION = 1
+"""Raised when a field changes its meaning; new fields alone do not ask for it."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KubeconfigRecord:
+    """The context that was added to a kubeconfig, and what there was before."""
+
+    path: Path
+    context: str
+    server: str = ""
+    previous: str = ""
+    """Which context was current; empty: none."""
+
+    created: bool = False
+    """Whether there was no such file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "path": str(self.path),
+            "context": self.context,
+            "server": self.server,
+            "previous": self.previous,
+            "created": self.created,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRecord:
+    """The whole of it. Each field has the name that it has in the file, and is empty as long as nothing was written."""
+
+    name: str = ""
+    provider: str = ""
+    nodes: int = 0
+    run_id: str = ""
+    """In the environment of every process of the cluster."""
+
+    ports: Mapping[str, int] = field(default_factory=dict)
+    kubeconfig: KubeconfigRecord | None = None
+    created_objects: tuple[str, ...] = ()
+    """``Kind/name`` of what was not there before."""
+
+    doors: Mapping[str, str] = field(default_factory=dict)
+    """Proxies for nodes of other machines: component to the address that it listens on."""
+
+    local_origins: tuple[str, ...] = ()
+    registry_secret: str = field(default="", repr=False)
+    client_configs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """File to server and digest of the certificate that it was written with."""
+
+    external: Mapping[str, Any] = field(default_factory=dict)
+    """What a provider other than host found out; see ``wasilet.providers.existing_base``."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], path: Path) -> ClusterRecord:
+        """Raises StateError when the file is of a newer version, or a field has another type than it should."""
+        version = data.get("version", VERSION)
+        if not isinstance(version, int) or version > VERSION:
+            raise StateError(f"{path} was written by a newer Wasilet (version {version})", hint="use that one")
+        reader = _Reader(data, path)
+        return cls(
+            name=reader.get("name", str, ""),
+            provider=reader.get("provider", str, ""),
+            nodes=reader.get("nodes", int, 0),
+            run_id=reader.get("run_id", str, ""),
+            ports={str(name): int(port) for name, port in reader.get("ports", dict, {}).items()},
+            kubeconfig=reader.made("kubeconfig", _kubeconfig),
+            created_objects=tuple(map(str, reader.get("created_objects", list, []))),
+            doors={str(name): str(address) for name, address in reader.get("doors", dict, {}).items()},
+            local_origins=tuple(map(str, reader.get("local_origins", list, []))),
+            registry_secret=reader.get("registry_secret", str, ""),
+            client_configs=reader.made("client_configs", _client_configs) or {},
+            external=reader.get("external", dict, {}),
+        )
+
+
+class _Reader:
+    def __init__(self, data: Mapping[str, Any], path: Path) -> None:
+        self._data = data
+        self._path = path
+
+    def get(self, key: str, kind: type[_T], default: _T) -> _T:
+        value = self._data.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kind):
+            raise self._damaged(key)
+        return value
+
+    def made(self, key: str, make: Callable[[Any], _T]) -> _T | None:
+        try:
+            return make(self._data[key]) if self._data.get(key) else None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(key) from error
+
+    def _damaged(self, key: str) -> StateError:
+        return StateError(f"{self._path} is damaged: {key}", hint="`invoke down --purge` removes the cluster")
+
+
+def _kubeconfig(data: Mapping[str, Any]) -> KubeconfigRecord:
+    return KubeconfigRecord(
+        path=Path(data["path"]),
+        context=str(data["context"]),
+        server=str(data.get("server") or ""),
+        previous=str(data.get("previous") or ""),
+        created=bool(data.get("created")),
+    )
+
+
+def _client_configs(data: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    return {str(file): (str(server), str(digest)) for file, (server, digest) in data.items()}

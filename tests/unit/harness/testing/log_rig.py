@@ -1,0 +1,233 @@
+"""An API server in memory for those who read logs: pods with their watch, and logs that grow, end and break off."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from wasilet.errors import ApiError
+from wasilet.kube.client import Hangup
+from wasilet.testing.test_namespace import Scene
+
+START_NS = 1_800_000_000 * 1_000_000_000
+NAMESPACE = "ns"
+
+
+def stamped(text: str, ns: int) -> bytes:
+    """A line as a node sends it."""
+    seconds, fraction = divmod(ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{fraction:09}Z {text}\n".encode()
+
+
+def _without_end(_: int) -> None:
+    """No connection breaks off."""
+
+
+class Log:
+    """What one container instance wrote so far."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.over = False
+        self.reads = 0
+        self.gate: Callable[[int], int | None] = _without_end
+        """Given the number of the reading (from 0), how many bytes come before it breaks off; None: all."""
+
+        self.clean_break = False
+        """Whether a connection that breaks off looks like one that ended."""
+
+        self.held = threading.Event()
+        self.held.set()
+        """Not set: what follows the first kilobyte does not come yet."""
+
+
+class LogApi:
+    """As much of :class:`wasilet.kube.client.Kube` as an observer asks for."""
+
+    server = "memory"
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.pods: dict[str, dict[str, Any]] = {}
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.history: list[tuple[str, str, dict[str, Any]]] = []
+        self.logs: dict[str, Log] = {}
+        self.clock = START_NS
+        self.tail_asked = threading.Event()
+        self.refuse: ApiError | None = None
+        """What a log request is answered with."""
+
+    # --- what tests do ---------------------------------------------------------------------------------------------
+
+    def write(self, instance: str, *texts: str, at_ns: int | None = None) -> None:
+        lines = []
+        for text in texts:
+            self.clock += 1_000_000
+            lines.append(stamped(text, self.clock if at_ns is None else at_ns))
+        data = b"".join(lines)
+        with self.changed:
+            self.logs.setdefault(instance, Log()).data += data
+            self.changed.notify_all()
+
+    def end(self, instance: str) -> None:
+        with self.changed:
+            self.logs.setdefault(instance, Log()).over = True
+            self.changed.notify_all()
+
+    def pod(
+        self, name: str, phase: str, *containers: dict[str, Any], job: str = "", created: str = ""
+    ) -> dict[str, Any]:
+        """Show a pod as it is now."""
+        metadata: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "uid": f"uid-{name}"}
+        metadata["creationTimestamp"] = created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if job:
+            metadata["ownerReferences"] = [{"kind": "Job", "name": job}]
+            metadata["labels"] = {"batch.kubernetes.io/job-name": job}
+        obj = {
+            "metadata": metadata,
+            "spec": {"nodeName": "n"},
+            "status": {"phase": phase, "containerStatuses": list(containers)},
+        }
+        self._show("pods", self.pods, obj)
+        return obj
+
+    def job(self, name: str, **conditions: str) -> None:
+        """Show a Job; its conditions by type, each with a message."""
+        met = [{"type": kind, "status": "True", "message": message} for kind, message in conditions.items()]
+        self._show("jobs", self.jobs, {"metadata": {"name": name, "uid": name}, "status": {"conditions": met}})
+
+    def remove_pod(self, name: str) -> None:
+        with self.changed:
+            self.history.append(("DELETED", "pods", self.pods.pop(name)))
+            self.changed.notify_all()
+
+    def _show(self, plural: str, there: dict[str, dict[str, Any]], obj: dict[str, Any]) -> None:
+        with self.changed:
+            shown = copy.deepcopy(obj)
+            shown["metadata"]["resourceVersion"] = str(len(self.history) + 1)
+            self.history.append(("MODIFIED" if obj["metadata"]["name"] in there else "ADDED", plural, shown))
+            there[obj["metadata"]["name"]] = shown
+            self.changed.notify_all()
+
+    # --- what the harness asks -------------------------------------------------------------------------------------
+
+    def get(self, path: str, **query: Any) -> dict[str, Any]:
+        plural = path.rpartition("/")[2]
+        if plural == "events":
+            return {"items": []}
+        with self.changed:
+            there = {"pods": self.pods, "jobs": self.jobs}.get(plural, {})
+            items = [obj for obj in there.values() if _chosen(obj, query)]
+            return {"items": items, "metadata": {"resourceVersion": str(len(self.history) or "0")}}
+
+    def request(self, method: str, path: str, **_: Any) -> dict[str, Any]:
+        assert method == "DELETE"
+        self.remove_pod(path.rpartition("/")[2])
+        return {}
+
+    @contextmanager
+    def watch(self, path: str, hangup: Hangup, /, **query: Any) -> Iterator[Iterator[dict[str, Any]]]:
+        plural = path.rpartition("/")[2]
+
+        def events() -> Iterator[dict[str, Any]]:
+            place = int(query["resourceVersion"])
+            while not hangup.done:
+                with self.changed:
+                    if place >= len(self.history):
+                        self.changed.wait(0.02)
+                        continue
+                    kind, what, obj = self.history[place]
+                    place += 1
+                obj = {**obj, "metadata": {**obj["metadata"], "resourceVersion": str(place)}}
+                if what == plural and _chosen(obj, query):
+                    yield {"type": kind, "object": obj}
+
+        yield events()
+
+    @contextmanager
+    def chunks(
+        self, path: str, hangup: Hangup | None = None, /, *, idle_seconds: float, **query: str
+    ) -> Iterator[Iterator[bytes]]:
+        with self.changed:
+            obj = self.pods.get(path.split("/")[-2])
+            if self.refuse is not None:
+                raise self.refuse
+            if obj is None:
+                raise ApiError("not found", code=404)
+            status = next(s for s in obj["status"]["containerStatuses"] if s["name"] == query["container"])
+            if query.get("previous"):
+                instance, running = status["lastState"]["terminated"]["containerID"], False
+            else:
+                instance, running = status["containerID"], "running" in status["state"]
+            log = self.logs.setdefault(instance, Log())
+            read, log.reads = log.reads, log.reads + ("tailLines" not in query)
+            limit = log.gate(read)
+        if "tailLines" in query:
+            self.tail_asked.set()
+            yield iter([log.data.rstrip(b"\n").rpartition(b"\n")[2] + b"\n"])
+            return
+
+        def pieces() -> Iterator[bytes]:
+            place = 0
+            while hangup is None or not hangup.done:
+                if place >= 1024 and not log.held.is_set():
+                    log.held.wait(0.02)
+                    continue
+                with self.changed:
+                    if place == len(log.data):
+                        if log.over or not running:
+                            return
+                        self.changed.wait(0.02)
+                        continue
+                    piece = log.data[place : place + (1024 if not log.held.is_set() else 65536)]
+                if limit is not None and place + len(piece) > limit:
+                    yield piece[: limit - place]
+                    if log.clean_break:
+                        return
+                    raise ApiError("the API server gave no answer: it broke off")
+                place += len(piece)
+                yield piece
+
+        yield pieces()
+
+
+def _chosen(obj: dict[str, Any], query: dict[str, Any]) -> bool:
+    key, _, value = str(query.get("fieldSelector", "")).partition("=")
+    if key and (key, value) != ("metadata.name", obj["metadata"]["name"]):
+        return False
+    label, _, wanted = str(query.get("labelSelector", "")).partition("=")
+    return not label or obj["metadata"].get("labels", {}).get(label) == wanted
+
+
+def running(instance: str, *, name: str = "main", restarts: int = 0, last: str = "") -> dict[str, Any]:
+    """The status of a container that runs; ``last``: the instance before."""
+    status: dict[str, Any] = {"name": name, "containerID": instance, "restartCount": restarts, "state": {"running": {}}}
+    if last:
+        status["lastState"] = {"terminated": {"containerID": last, "exitCode": 1, "reason": "Error"}}
+    return status
+
+
+def terminated(
+    instance: str, *, name: str = "main", restarts: int = 0, code: int = 0, last: str = ""
+) -> dict[str, Any]:
+    """The status of a container that is over."""
+    status = running(instance, name=name, restarts=restarts, last=last)
+    status["state"] = {"terminated": {"containerID": instance, "exitCode": code, "reason": "Completed"}}
+    return status
+
+
+@contextmanager
+def scene_on(api: LogApi, *, within_seconds: float = 20.0) -> Iterator[Scene]:
+    """A test's namespace as the plugin sees it."""
+    cluster: Any = SimpleNamespace(kube=api, has_other_nodes=False)
+    scene = Scene(cluster, NAMESPACE, within_seconds=within_seconds)
+    scene.observer.wait(lambda: True if scene.observer.listed else None, within_seconds=5)
+    try:
+        yield scene
+    finally:
+        scene.close()
