@@ -136,6 +136,10 @@ class Settings:
     yes: bool = False
     """Whether an existing cluster may be changed."""
 
+    approve_any: bool = False
+    """Whether the approver serves every node of a cluster that is not Wasilet's own, too; else only those that it
+    runs or that `bootstrap` and `token create --node` named."""
+
     mirror: str = ""
     """A base URL that replaces the official download hosts of the control-plane binaries."""
 
@@ -201,7 +205,7 @@ _ENVIRONMENT = {
 INVOKE_PREFIX = "INVOKE_WASILET_"
 
 _NUMBERS = frozenset({"nodes", "max_pods", "token_ttl_seconds"})
-_FLAGS = frozenset({"yes", "download", "install", "pod_network"})
+_FLAGS = frozenset({"yes", "download", "install", "approve_any", "pod_network"})
 _PATHS = frozenset({"kubeconfig", "config"})
 _TRUE, _FALSE = frozenset({"1", "yes", "true", "on", "y"}), frozenset({"0", "no", "false", "off", "n"})
 

@@ -228,12 +228,13 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
       invoke approve --all
     """
     from wasilet.cluster.approval import approve_once, pending
+    from wasilet.cluster.approver_facts import policy_file
     from wasilet.cluster.opening import open_cluster
 
     checked_output(output)
     with open_cluster(settings_of(c, name=name)) as cluster:
-        kube = cluster.admin()
-        requests = approve_once(kube, request) if request or all else pending(kube)
+        kube, policy = cluster.admin(), policy_file(cluster.state)
+        requests = approve_once(kube, request, policy) if request or all else pending(kube, policy)
     if output == "json":
         emit_json([vars(entry) for entry in requests])
         return
@@ -251,6 +252,7 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
         "id": "which one to delete",
         "ttl": "how long a new token lives, in seconds",
         "file": "write a bootstrap.conf with the new token there, in place of printing the token",
+        "node": "the node of this machine that will join with it, so that the approver knows it",
         "name": NAME_HELP,
         "output": OUTPUT_HELP,
     },
@@ -262,13 +264,16 @@ def token(
     id: str = "",  # noqa: A002
     ttl: int = 3600,
     file: str = "",
+    node: str = "",
     name: str = "",
     output: str = "text",
 ) -> None:
     """Create, list or delete tokens for nodes to join with.
 
+    A node of this machine shares its address with the cluster's own nodes; the approver lets it if --node names it.
+
     Examples:
-      invoke token create --file bootstrap.conf   for `python -P -m wasilet_node --bootstrap-file bootstrap.conf ...`
+      invoke token create --node wasm-2 --file bootstrap.conf   for `python -P -m wasilet_node --node-name wasm-2 ...`
       invoke token list
       invoke token delete --id abc123
     """
@@ -276,7 +281,7 @@ def token(
 
     settings = settings_of(c, name=name, token_ttl_seconds=ttl)
     checked_output(output)
-    answer = run_action(settings, action, token_id=id, file=file)
+    answer = run_action(settings, action, token_id=id, file=file, node=node)
     if output == "json":
         emit_json(answer)
         return

@@ -158,7 +158,7 @@ class Registration:
     @property
     def names(self) -> NodeNames:
         """What the serving certificate must be valid for."""
-        return _names(self._address, self._hostname)
+        return _names(self._address, self._settings.node_name)
 
     def uid(self) -> str | None:
         """The Node's uid, None while there is none."""
@@ -460,15 +460,17 @@ class Registration:
         )
 
 
-def _names(address: str, hostname: str) -> NodeNames:
+def _names(address: str, node_name: str) -> NodeNames:
+    """What the serving certificate names. No host name: approvers grant a Node's own name only, since a node may write
+    any host name into its status."""
     import ipaddress
 
-    ips = {str(ipaddress.ip_address(address))}
+    ips = frozenset({str(ipaddress.ip_address(address))})
     try:
-        ips.add(str(ipaddress.ip_address(hostname)))
+        ipaddress.ip_address(node_name)
     except ValueError:
-        return NodeNames(dns=frozenset({hostname}), ips=frozenset(ips))
-    return NodeNames(ips=frozenset(ips))
+        return NodeNames(dns=frozenset({node_name}), ips=ips)
+    return NodeNames(ips=ips)
 
 
 def _capacity(machine: Facts, max_pods: int) -> dict[str, str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 APPROVER = "approver"
 RBAC_STEP = "rbac"
 TOKEN_STEP = "bootstrap-token"  # noqa: S105  (a step's key)
+POLICY_STEP = "approver-policy"
 NEEDED_BYTES = 250_000_000
 """Of disk for a new control plane: etcd alone reserves two files of 64 MB for its log."""
 NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovider.kubernetes.io/uninitialized"})
@@ -121,8 +122,9 @@ def steps(cluster: Cluster) -> list[Step]:
             after=(BINARIES_STEP, PREPARATION_STEP),
         ),
         _kubeconfig_step(cluster),
+        _policy_step(cluster),
         component_step(
-            made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP,)
+            made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP, POLICY_STEP)
         ),
         _token_step(cluster),
         *door_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
@@ -257,6 +259,28 @@ def _rbac_step(cluster: Cluster) -> Step:
     return Step(name="RBAC", key=RBAC_STEP, look=look, change=change, after=(API_SERVER_STEP,))
 
 
+def _policy_step(cluster: Cluster) -> Step:
+    from wasilet.cluster.approver_facts import policy_file, same_policy, service_ranges, write_policy
+    from wasilet.cluster.known_nodes import policy_of
+
+    path = policy_file(cluster.state)
+
+    def look() -> Finding:
+        if not _api_answers(cluster):
+            return Finding.differs("write it")
+        if path.is_file() and same_policy(path, policy_of(cluster)):
+            return Finding.ok(str(path))
+        return Finding.differs("write it", [f"+ {path.name}"])
+
+    def change(_: Progress) -> str:
+        # As long as the cluster lives its ranges may be added to, never taken from: the approver asks again itself.
+        cluster.state.update(service_ranges=service_ranges(cluster.admin()))
+        write_policy(path, policy_of(cluster))
+        return str(path)
+
+    return Step(name="approver's policy", key=POLICY_STEP, look=look, change=change, after=(API_SERVER_STEP,))
+
+
 def _token_step(cluster: Cluster) -> Step:
     from wasilet.cluster.token import bootstrap_config, create_token, usable_token, write_bootstrap_file
 
@@ -301,6 +325,7 @@ def node_has_certificate(data: Path) -> bool:
 
 
 def _approver_component(cluster: Cluster) -> Component:
+    from wasilet.cluster.approver_facts import policy_file
     from wasilet.cluster.state import read_json
 
     state = cluster.state
@@ -316,7 +341,7 @@ def _approver_component(cluster: Cluster) -> Component:
         name=APPROVER,
         argv=(
             sys.executable, "-P", "-m", "wasilet.cluster.approver",
-            "--kubeconfig", str(kubeconfig), "--status-file", str(status_file),
+            "--kubeconfig", str(kubeconfig), "--policy", str(policy_file(state)), "--status-file", str(status_file),
         ),
         inputs=(kubeconfig,),
         ready=ready,

@@ -33,7 +33,8 @@ from wasilet_node.server.pods import PodSource, PodViews
 from wasilet_node.server.stats import SummaryView, UsageReader
 from wasilet_node.server.streams.portforward import PortForwardView
 from wasilet_node.server.streams.remotecommand import RemoteCommandViews, StreamRuntime
-from wasilet_node.server.streams.upgrade import ACCEPTED_HEADER
+from wasilet_node.server.streams.turns import Turns
+from wasilet_node.server.streams.upgrade import ACCEPTED_HEADER, TURNS
 from wasilet_node.server.tls import Acceptor, ServerError, bind, listen, server_context
 from wasilet_node.settings import NodeSettings
 
@@ -253,6 +254,7 @@ class KubeletServer:
 
     def _routes(self, pods: PodViews, logs: LogViews, health: HealthViews, stats: SummaryView) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=64 * 1024)
+        app[TURNS] = Turns()
         for path, handler in (
             ("/healthz", health.healthz),
             ("/healthz/{check}", health.check),

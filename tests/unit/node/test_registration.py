@@ -142,7 +142,7 @@ async def test_a_new_node_says_what_it_is(rig: Rig) -> None:
     assert {each["type"]: each["status"] for each in status["conditions"]} == {
         "MemoryPressure": "False", "DiskPressure": "False", "PIDPressure": "False", "Ready": "True",
     }  # fmt: skip
-    assert rig.names == [NodeNames(dns=frozenset({"host1"}), ips=frozenset({"192.0.2.7"}))]
+    assert rig.names == [NodeNames(dns=frozenset({"n1"}), ips=frozenset({"192.0.2.7"}))]
     assert registration.uid() == rig.node["metadata"]["uid"]
 
 

@@ -11,7 +11,7 @@ import asyncio
 import os
 import struct
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from wasilet_node.network.attachment import Networks
 from wasilet_node.server.pods import Pod, PodSource, full_name
@@ -19,14 +19,16 @@ from wasilet_node.server.streams import frames
 from wasilet_node.server.streams.remotecommand import find_pod
 from wasilet_node.server.streams.spdy import SpdyConnection, Stream, chunks
 from wasilet_node.server.streams.upgrade import (
-    MAX_MESSAGE_BYTES,
+    TURNS,
     Upgraded,
     negotiate,
     take_over,
     tunnel,
     wants_spdy,
     wants_websocket,
+    websocket,
 )
+from wasilet_node.server.streams.websocket import WebSocketConnection
 
 PROTOCOL = "portforward.k8s.io"
 TUNNEL_PROTOCOL = "SPDY/3.1+portforward.k8s.io"
@@ -63,21 +65,18 @@ class PortForwardView:
         offered = [each.strip() for each in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         tunnelled = TUNNEL_PROTOCOL in offered
         ports = [] if tunnelled else _ports(request)
-        socket = web.WebSocketResponse(
-            protocols=(TUNNEL_PROTOCOL, *CHANNEL_PROTOCOLS), max_msg_size=MAX_MESSAGE_BYTES, compress=False
-        )
-        await socket.prepare(request)
-        if tunnelled:
-            answers = _Answers(pod, self._networks)
-            async with tunnel(socket, accept=answers.accept) as connection:
-                await answers.serve(connection)
-            return socket
-        for index, port in enumerate(ports):
-            data, error = bytes([2 * index]), bytes([2 * index + 1])
-            for channel in (data, error):
-                await socket.send_bytes(channel + struct.pack("<H", port))
-        await _Channels(socket, self._networks, pod, ports).serve()
-        return socket
+        async with websocket(request, (TUNNEL_PROTOCOL, *CHANNEL_PROTOCOLS)) as socket:
+            if tunnelled:
+                answers = _Answers(pod, self._networks)
+                async with tunnel(socket, request.app[TURNS], accept=answers.accept) as connection:
+                    await answers.serve(connection)
+                return Upgraded()
+            for index, port in enumerate(ports):
+                data, error = bytes([2 * index]), bytes([2 * index + 1])
+                for channel in (data, error):
+                    await socket.send(channel + struct.pack("<H", port))
+            await _Channels(socket, self._networks, pod, ports).serve()
+        return Upgraded()
 
 
 class _Answers:
@@ -189,7 +188,7 @@ async def _to_pod(data: Stream, writer: asyncio.StreamWriter) -> None:
 class _Channels:
     """The plain WebSocket protocol: two numbered channels for each port, one connection each."""
 
-    def __init__(self, socket: web.WebSocketResponse, networks: Networks, pod: Pod, ports: list[int]) -> None:
+    def __init__(self, socket: WebSocketConnection, networks: Networks, pod: Pod, ports: list[int]) -> None:
         self._socket = socket
         self._networks = networks
         self._pod = pod
@@ -208,26 +207,25 @@ class _Channels:
             for task in (receiving, *forwards):
                 task.cancel()
             await asyncio.gather(receiving, *forwards, return_exceptions=True)
-            await self._socket.close()
 
     async def _forward(self, index: int, port: int) -> None:
         try:
             reader, writer = await connect(self._networks, self._pod, port)
         except ForwardError as problem:
-            await self._socket.send_bytes(bytes([2 * index + 1]) + str(problem).encode())
+            await self._socket.send(bytes([2 * index + 1]) + str(problem).encode())
             return
         self._writers[index] = writer
         try:
             while chunk := await reader.read(READ_BYTES):
-                await self._socket.send_bytes(bytes([2 * index]) + chunk)
+                await self._socket.send(bytes([2 * index]) + chunk)
         except OSError as error:
-            await self._socket.send_bytes(bytes([2 * index + 1]) + f"error forwarding port {port}: {error}".encode())
+            await self._socket.send(bytes([2 * index + 1]) + f"error forwarding port {port}: {error}".encode())
         finally:
             writer.close()
 
     async def _receive(self) -> None:
-        async for message in self._socket:
-            if message.type is not WSMsgType.BINARY or not message.data:
+        async for message in self._socket.messages():
+            if not message.data:
                 continue
             index, is_error = divmod(message.data[0], 2)
             writer = self._writers.get(index)

@@ -405,7 +405,7 @@ class SwitchedNetworks(MachineNetwork):
 class Rig:
     """A server, its surroundings, and a way to call it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, max_connections: int = LIMIT) -> None:
         self.authority = Authority()
         self.kube = FakeKube()
         self.pods = FakePods()
@@ -420,7 +420,7 @@ class Rig:
             runtime=self.runtime,
             log_root=folder,
             client_ca_pem=self.authority.pem,
-            max_connections=LIMIT,
+            max_connections=max_connections,
             networks=self.networks,
         )
         for subresource in ("proxy", "pods", "healthz", "configz", "stats", "metrics", "log"):
@@ -447,9 +447,9 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Rig]:
+async def running(folder: Path, *, max_connections: int = LIMIT) -> AsyncIterator[Rig]:
     """A rig whose server listens."""
-    rig = Rig(folder)
+    rig = Rig(folder, max_connections=max_connections)
     rig.server.set_certificate(rig.serving.certificate, rig.serving.key)
     task = asyncio.create_task(rig.server.run())
     try:
