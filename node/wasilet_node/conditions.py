@@ -103,6 +103,17 @@ class Conditions:
         return seen is not None and now - seen < _HOLD_SECONDS
 
 
+def network_verdict(absent: str | None) -> Verdict:
+    """Of a node that was told to have a pod network; ``absent``: why it has none. Never True: that is a taint, and
+    pods do run here, in the machine's network."""
+    if absent is None:
+        return Verdict(
+            type="NetworkUnavailable", status="False", reason="PodNetworkReady", message="pods have a network"
+        )
+    message = f"pods share the machine's network: {absent}"
+    return Verdict(type="NetworkUnavailable", status="False", reason="NoPodNetwork", message=message)
+
+
 def with_times(verdicts: list[Verdict], current: list[dict[str, Any]], now: str) -> list[dict[str, Any]]:
     """Conditions as Node.status has them; ``current``: those on the server, whose transition times are kept."""
     known = {condition.get("type"): condition for condition in current}
