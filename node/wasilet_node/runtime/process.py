@@ -81,6 +81,7 @@ class SandboxProcess:
         backstop_bytes: int | None,
         record: int = -1,
         counters: int = -1,
+        network: int = -1,
     ) -> None:
         """Take a sandbox of the zygote's. Raises ForkRefusedError; nothing is left behind then."""
         spare: Spare | None = None
@@ -117,6 +118,7 @@ class SandboxProcess:
                 memory_backstop_bytes=backstop_bytes,
                 record=record,
                 counters=counters,
+                network=network,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
             spare = zygote.take()

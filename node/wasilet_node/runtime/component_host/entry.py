@@ -140,7 +140,7 @@ def spec(
 
 def _has_sockets(config: ContainerConfig) -> bool:
     """Sockets are for those with a network of their own; on the node's they would reach what only the node may."""
-    return bool(getattr(config, "network", ""))
+    return bool(config.network)
 
 
 def _mount(mount: Mount, opened: list[int]) -> dict[str, Any]:
