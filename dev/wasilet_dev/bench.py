@@ -426,7 +426,13 @@ def _push_guests(cluster: Cluster) -> tuple[str, str, str]:
         for name, text in (("sleeper", _SLEEPER), ("ender", _ENDER), ("writer", _WRITER)):
             file = Path(folder) / f"{name}.wasm"
             file.write_bytes(wasmtime.wat2wasm(text))
-            pinned.append(push(make_artifact(file), reference_named(f"{registry}/bench/{name}:v1")).pinned)
+            pinned.append(
+                push(
+                    make_artifact(file),
+                    reference_named(f"{registry}/bench/{name}:v1"),
+                    environ=cluster.settings.environ,
+                ).pinned
+            )
     return pinned[0], pinned[1], pinned[2]
 
 

@@ -5,6 +5,7 @@ Nothing here reads the environment or the command line; ``wasilet_node.__main__`
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,11 @@ class NodePaths:
         return self.data / "containers"
 
     @property
+    def network(self) -> Path:
+        """Records of the pods' networks, and the files that they resolve names by."""
+        return self.data / "network"
+
+    @property
     def logs(self) -> Path:
         """The root of ``pods/<ns>_<name>_<uid>/<container>/<n>.log``."""
         return self.data / "logs"
@@ -62,6 +68,9 @@ class ImageSettings:
     insecure_registries: tuple[str, ...] = ()
     """``host[:port]`` of registries spoken to in plain HTTP. Loopback always may be."""
 
+    registry_config: Path | None = None
+    """A docker ``config.json`` with the node's own logins, which serve every pod after the pod's pull secrets."""
+
     max_parallel_pulls: int = 4
     connect_timeout_seconds: float = 5.0
     read_timeout_seconds: float = 30.0
@@ -74,6 +83,35 @@ class ImageSettings:
     compile_timeout_seconds: float = 120.0
     compile_memory_bytes: int = 2 * 1024 * 1024 * 1024
     max_parallel_compiles: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """A pod network of the node's own. Without it pods share the machine's network."""
+
+    cluster_cidr: ipaddress.IPv4Network
+    """Of all pods of the cluster: between those nothing is translated."""
+
+    service_cidr: ipaddress.IPv4Network
+    """Of all Services: the machine gets a route there, if it has none yet."""
+
+    uplink: ipaddress.IPv4Interface
+    """The node's end of the link to the machine, as ``10.244.255.2/30``; the machine's end is the address below."""
+
+    cluster_dns: tuple[str, ...] = ()
+    """Name servers of pods with dnsPolicy ClusterFirst; none: they use the machine's."""
+
+    cluster_domain: str = "cluster.local"
+    kube_proxy: Path | None = None
+    """The executable that makes Services work; None: there are none."""
+
+    kube_proxy_kubeconfig: Path | None = None
+    """Its credential, with an address of the API server that is reached from the node's network."""
+
+    @property
+    def machine_address(self) -> ipaddress.IPv4Address:
+        """The machine's end of the link."""
+        return self.uplink.ip - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +138,15 @@ class NodeSettings:
     max_pods: int = 110
     logs: LogSettings = LogSettings()
     images: ImageSettings = ImageSettings()
+    network: NetworkSettings | None = None
+    """None: pods share the machine's network."""
+
     status_interval_seconds: float = 10.0
     status_report_interval_seconds: float = 300.0
     lease_duration_seconds: int = 40
     lease_renew_interval_seconds: float = 10.0
     local_origins: tuple[str, ...] = ()
-    """Origins on the node itself, or otherwise refused (``wasilet_node.addresses``), that pods' modules may call when
+    """Origins on the node itself, or otherwise refused (``wasilet_common.addresses``), that pods' modules may call when
     their annotation lists them, as ``http://127.0.0.1:8090``."""
 
     provider_id: str | None = None

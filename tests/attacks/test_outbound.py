@@ -15,7 +15,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from wasilet_node.addresses import guard
+from wasilet_common.addresses import guard
 from wasilet_node.pods.http_policy import ALLOWED_DOMAINS, Outbound, OutboundRules, http_policy
 from wasilet_node.runtime.hostcalls.http import HttpCallError, HttpClient, HttpErrno, parse_url
 from wasilet_node.runtime.protocol import HttpPolicy
@@ -160,7 +160,7 @@ def test_an_address_that_the_node_got_since_is_known_by_the_connection_itself(
     redirecting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ends of a connection of the machine to itself have one address, whatever the list of addresses says."""
-    monkeypatch.setattr("wasilet_node.addresses.Guard.refusal", lambda *_: "")
+    monkeypatch.setattr("wasilet_common.addresses.Guard.refusal", lambda *_: "")
     with pytest.raises(HttpCallError, match="the node itself") as refused:
         HttpClient(policy(redirecting)).send(parse_url(redirecting), "GET", [], b"")
     assert refused.value.errno is HttpErrno.DESTINATION_NOT_ALLOWED

@@ -280,7 +280,7 @@ def main(arguments: list[str]) -> int:
     parts = standing_cluster(options.cluster) if options.cluster else whole_cluster("load", max_pods=MAX_PODS)
     with parts as cluster, tempfile.TemporaryDirectory(prefix="runs") as runs:
         status = cluster.status()
-        image = Guests(status["registry"]).add_bytes("toolbox", build_toolbox())
+        image = Guests(status["registry"], cluster.settings.environ).add_bytes("toolbox", build_toolbox())
         node = status["nodes"][0]["name"]
         bench = Bench(cluster=cluster, image=image, node=node, runs=Path(runs), bound=options.bound)
         run(bench, options.scenario or list(SCENARIOS), options.count)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import http.client
 import io
 import json
 import os
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ import pytest
 import yaml
 from wasilet.cluster.approver import CSRS
 from wasilet.cluster.down import down
+from wasilet.cluster.local_registry import login_file
 from wasilet.cluster.state import State, port_is_free
 from wasilet.cluster.status import status
 from wasilet.cluster.up import up
@@ -31,6 +34,9 @@ from wasilet.controlplane.pki import Pki
 from wasilet.errors import ApiError, PortTakenError, StateError, UsageError
 from wasilet.kube.client import Kube, api_path
 from wasilet.kube.credentials import Credentials, read_credentials
+from wasilet.oci.artifact import make_artifact
+from wasilet.oci.logins import basic_header, logins_for
+from wasilet.oci.push import RegistryError, holds, push, reference_named
 from wasilet.settings import Settings
 from wasilet.steps import Recap, Status
 from wasilet.terminal.console import PlainReporter
@@ -175,7 +181,7 @@ def test_the_approver_may_do_nothing_else(own: TestCluster) -> None:
     forbidden = [
         ("GET", api_path("secrets"), None),
         ("GET", api_path("pods"), None),
-        ("GET", api_path("nodes"), None),
+        ("GET", api_path("services", namespace="default"), None),
         ("DELETE", api_path("nodes", own.cluster.node_names()[0]), None),
         ("POST", api_path("namespaces"), {"metadata": {"name": "mine"}}),
     ]
@@ -218,7 +224,33 @@ def test_a_pod_may_not_reach_the_registry_by_another_name_than_the_one_told(own:
     assert host == "localhost"
     with socket.create_connection(("127.0.0.1", int(port)), timeout=5) as connection:
         connection.sendall(b"GET /v2/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        assert b" 200 " in connection.recv(200)
+        assert b" 401 " in connection.recv(200)
+
+
+def test_the_registry_wants_a_login_that_only_its_owner_can_read_and_deletes_nothing(own: TestCluster) -> None:
+    registry = str(status(own.settings)["registry"])
+    module = own.cluster.state.path / "hello.wasm"
+    module.write_bytes(b"\0asm\x01\x00\x00\x00")
+    artifact = make_artifact(module, environ={})
+    reference = reference_named(f"{registry}/guarded/hello:v1")
+    with pytest.raises(RegistryError, match="wants a login for guarded/hello, and there is none"):
+        push(artifact, reference, environ={"HOME": str(own.cluster.state.path), "WASILET_STATE_HOME": "/nonexistent"})
+    pushed = push(artifact, reference, environ=own.settings.environ)
+    assert holds(artifact, reference, environ=own.settings.environ)
+    assert not holds(artifact, reference, environ={"HOME": "/nonexistent", "WASILET_STATE_HOME": "/nonexistent"})
+    folder = login_file(own.cluster.state).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+    login = logins_for(reference, own.settings.environ)[0]
+    host, _, port = registry.partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=5)
+    path = f"/v2/guarded/hello/manifests/{pushed.digest}"
+    connection.request("DELETE", path, headers={"Authorization": basic_header(login)})
+    assert connection.getresponse().status == 405
+    connection.close()
+    assert login.password not in " ".join(
+        Path(f"/proc/{record.process.pid}/cmdline").read_text() for record in own.cluster.state.records()
+    )
 
 
 def test_clusters_live_side_by_side_and_one_goes_without_the_other(own: TestCluster) -> None:

@@ -18,10 +18,10 @@ import pytest
 from wasilet.oci.artifact import Layout, make_artifact
 from wasilet.oci.push import push, reference_named
 from wasilet_common.oci import mediatypes
+from wasilet_common.oci.credentials import Credential, from_secrets
 from wasilet_node.images.compile import Compiler
-from wasilet_node.images.credentials import from_secrets
 from wasilet_node.images.manager import ImageManager
-from wasilet_node.images.model import Credential, Image, ImageError, PullPolicy
+from wasilet_node.images.model import Image, ImageError, PullPolicy
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
 

@@ -131,8 +131,8 @@ def test_a_login_from_dockers_configuration_opens_a_guarded_registry(
     reference = reference_named(f"{guarded}/private/hello:v1")
     pushed = push(make_artifact(module), reference, environ=environ)
     assert pull(reference, environ=environ).digest == pushed.digest
-    with pytest.raises(RegistryError, match="refuses no login") as refused:
-        pull(reference, environ={})
+    with pytest.raises(RegistryError, match="wants a login for private/hello, and there is none") as refused:
+        pull(reference, environ={"HOME": str(tmp_path)})
     assert refused.value.hint == f"type: docker login {guarded}"
     assert PASSWORD not in str(refused.value)
 
@@ -144,7 +144,7 @@ def test_a_wrong_password_is_refused_by_name(
     (tmp_path / "config.json").write_text(
         json.dumps({"auths": {guarded: {"auth": base64.b64encode(b"cat:hiss").decode()}}})
     )
-    with pytest.raises(RegistryError, match="refuses the login that docker's configuration holds"):
+    with pytest.raises(RegistryError, match="does not accept the login for "):
         push(
             make_artifact(module),
             reference_named(f"{guarded}/private/x:v1"),
@@ -240,7 +240,7 @@ def liar() -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("blob", "message"),
-    [(OTHER, "damaged"), (MODULE[:-1], "damaged"), (MODULE + b"x" * 10, "sends more than")],
+    [(OTHER, "damaged"), (MODULE[:-1], "the registry announces"), (MODULE + b"x" * 10, "the registry announces")],
     ids=["other bytes", "too short", "too long"],
 )
 def test_a_blob_that_is_not_what_the_manifest_says_is_refused_and_nothing_is_written(
@@ -255,5 +255,5 @@ def test_a_blob_that_is_not_what_the_manifest_says_is_refused_and_nothing_is_wri
 
 def test_a_manifest_that_is_not_the_digest_asked_for_is_refused(liar: str) -> None:
     digest = "sha256:" + "1" * 64
-    with pytest.raises(RegistryError, match="another manifest"):
+    with pytest.raises(RegistryError, match="was asked for, but what came hashes to"):
         pull(reference_named(f"{liar}/x@{digest}"))

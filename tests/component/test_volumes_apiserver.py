@@ -113,7 +113,7 @@ async def test_what_does_not_exist_is_named_and_found_once_it_does(node: Node) -
     pod = await node.bind("late", {"name": "c", "configMap": {"name": "late"}}, env=[reference])
 
     async def build() -> dict[str, str]:
-        return await EnvironmentBuilder(node.references).build(
+        return await EnvironmentBuilder(node.references, node.volumes).build(
             pod, pod["spec"]["containers"][0], pod_ips=[], host_ips=[], allocatable={}
         )
 

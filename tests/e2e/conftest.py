@@ -33,7 +33,7 @@ class Roomy:
 @pytest.fixture(scope="session")
 def roomy() -> Iterator[Roomy]:
     with whole_cluster("roomy", max_pods=ROOMY_PODS) as cluster:
-        guests = Guests(str(cluster.status()["registry"]))
+        guests = Guests(str(cluster.status()["registry"]), cluster.settings.environ)
         image = guests.add_bytes("toolbox", build_toolbox())
         stage = Stage(cluster.cluster.admin_credentials())
         try:

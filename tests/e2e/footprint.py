@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from wasilet_node.runtime.zygote import SANDBOX_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +54,21 @@ def footprint(node: dict[str, Any]) -> Footprint:
         supervisor_descriptors=_entries(Path(f"/proc/{supervisor}/fd")),
         agent_threads=_entries(Path(f"/proc/{agent}/task")),
         supervisor_threads=_entries(Path(f"/proc/{supervisor}/task")),
-        sandboxes=len(Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()),
+        sandboxes=_sandboxes(supervisor),
         containers=_entries(data / "containers"),
         volumes=_entries(data / "pods"),
         logs=_entries(data / "logs" / "pods"),
         groups=sum(1 for group in groups if group.is_dir() for child in group.iterdir() if child.is_dir()),
     )
+
+
+def _sandboxes(supervisor: int) -> int:
+    """Those that have a container: not the zygote, and not those that wait."""
+    found = 0
+    for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            found += Path(f"/proc/{pid}/comm").read_text().strip() == SANDBOX_NAME
+    return found
 
 
 def _resident_mib(pid: int) -> float:

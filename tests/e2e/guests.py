@@ -25,9 +25,11 @@ from wasilet.build.application import build
 from wasilet.demo.demo_services import private_registry
 from wasilet.demo.samples import find_app
 from wasilet.oci.artifact import Artifact, Blob, Layout, make_artifact
+from wasilet.oci.logins import basic_header, logins_for
 from wasilet.oci.push import push, reference_named
 from wasilet.providers.base import Cluster
 from wasilet_common.oci import mediatypes
+from wasilet_common.oci.credentials import Credential
 
 from tests.e2e import componentize
 from tests.unit.node.runtime.component_guests import component_guest
@@ -40,6 +42,9 @@ class Guests:
     """What was pushed: name to reference, and to digest."""
 
     registry: str
+    environ: Mapping[str, str]
+    """That of the cluster's settings, by which its registry's login is found."""
+
     references: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     dockerconfig: str = ""
@@ -48,7 +53,7 @@ class Guests:
     def add(self, name: str, artifact: Artifact) -> str:
         """Push an artifact under ``guests/<name>:v1``."""
         reference = f"{self.registry}/guests/{name}:v1"
-        pushed = push(artifact, reference_named(reference))
+        pushed = push(artifact, reference_named(reference), environ=self.environ)
         self.references[name], self.digests[name] = reference, pushed.digest
         return reference
 
@@ -92,10 +97,13 @@ class Guests:
                 self._request("POST", f"/v2/guests/{repository}/blobs/uploads/?{query}", {"Content-Length": "0"})
         self._request("PUT", f"/v2/guests/{repository}/manifests/{tag}", {"Content-Type": media_type}, data)
 
+    def _login(self) -> Credential:
+        return logins_for(reference_named(f"{self.registry}/guests/x:v1"), self.environ)[0]
+
     def _request(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None) -> bytes:
         connection = http.client.HTTPConnection(self.registry, timeout=10)
         try:
-            connection.request(method, path, body, dict(headers))
+            connection.request(method, path, body, {**headers, "Authorization": basic_header(self._login())})
             response = connection.getresponse()
             answer = response.read()
             assert response.status < 300, f"{method} {path}: {response.status} {answer!r}"
@@ -110,7 +118,7 @@ def _blobs(manifest: Mapping[str, Any]) -> list[str]:
 
 def push_guests(cluster: Cluster, registry: str) -> Guests:
     """All of them, one into a second registry with a login."""
-    guests = Guests(registry)
+    guests = Guests(registry, cluster.settings.environ)
     toolbox = build_toolbox()
     guests.add_bytes("toolbox", toolbox)
     if not componentize.why_not():

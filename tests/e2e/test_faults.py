@@ -72,7 +72,7 @@ class Victim:
 def victim() -> Iterator[Victim]:
     with whole_cluster("faults", max_pods=400, timeouts=PATIENCE) as cluster:
         status = cluster.status()
-        guests = Guests(status["registry"])
+        guests = Guests(status["registry"], cluster.settings.environ)
         image = guests.add_bytes("toolbox", build_toolbox())
         yield Victim(cluster=cluster, guests=guests, image=image, node=status["nodes"][0]["name"])
 

@@ -129,7 +129,7 @@ def scene(roomy: Roomy) -> Iterator[Scene]:
 
 def test_damaged_modules_harm_their_own_pods_alone(scene: Scene) -> None:
     rng = random.Random(SEED)
-    guests = Guests(str(scene.roomy.cluster.status()["registry"]))
+    guests = Guests(str(scene.roomy.cluster.status()["registry"]), scene.roomy.cluster.settings.environ)
 
     def pods() -> Iterator[tuple[str, KubeObject, None]]:
         for number, module in enumerate(modules(rng, build_toolbox(), COUNT)):

@@ -149,7 +149,7 @@ class Asking:
 
 @pytest.fixture(scope="module")
 def guest(cluster: TestCluster) -> str:
-    guests = Guests(str(cluster.status()["registry"]))
+    guests = Guests(str(cluster.status()["registry"]), cluster.settings.environ)
     module = build(find_app("cat-facts"), say=lambda _: None, environ=os.environ).module.read_bytes()
     return guests.add_bytes("asking", module)
 

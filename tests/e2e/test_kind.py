@@ -21,6 +21,7 @@ import pytest
 import yaml
 from wasilet.cluster.approver import CSRS
 from wasilet.cluster.down import down
+from wasilet.cluster.local_registry import login_file
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import port_is_free
 from wasilet.cluster.up import up
@@ -113,7 +114,7 @@ def test_linux_and_wasm_run_side_by_side_and_wasm_reads_what_a_job_made(
     own: TestCluster, namespace: str, kind_rig: KindRig
 ) -> None:
     registry = str(own.status()["registry"])
-    linux = kind_rig.push_linux(registry)
+    linux = kind_rig.push_linux(registry, login_file(own.cluster.state).parent)
     recap, wasm = push_app("config-reader", own.settings, reporter=SilentReporter())
     assert recap.succeeded
     assert wasm is not None
@@ -253,7 +254,7 @@ def test_the_approver_has_a_credential_of_its_own_that_can_do_nothing_else(own: 
     approver = Kube.from_kubeconfig(own.cluster.state.etc / "approver.conf")
     try:
         assert approver.get(CSRS)["kind"] == "CertificateSigningRequestList"
-        for path in (api_path("secrets"), api_path("nodes"), api_path("pods")):
+        for path in (api_path("secrets"), api_path("services"), api_path("pods")):
             with pytest.raises(ApiError) as refused:
                 approver.get(path)
             assert refused.value.code == 403

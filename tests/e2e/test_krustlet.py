@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.cluster.local_registry import login_file
 from wasilet.kube.client import Kube, KubeObject, api_path
 
 from tests.clusters import TestCluster
@@ -64,6 +65,7 @@ def krustlet(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
         "KRUSTLET_DATA_DIR": str(data),
         "KRUSTLET_BOOTSTRAP_FILE": str(cluster.cluster.state.bootstrap_file),
         "KRUSTLET_INSECURE_REGISTRIES": str(cluster.status()["registry"]),
+        "WASILET_NODE_REGISTRY_CONFIG": str(login_file(cluster.cluster.state)),
         "KUBECONFIG": str(kubeconfig),
         "MAX_PODS": "17",
         "NODE_LABELS": "krustlet.example/own=yes,topology.kubernetes.io/zone=here",
@@ -78,7 +80,7 @@ def krustlet(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
             assert agent.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        image = Guests(cluster.status()["registry"]).add_bytes("toolbox", build_toolbox())
+        image = Guests(cluster.status()["registry"], cluster.settings.environ).add_bytes("toolbox", build_toolbox())
         yield Krustlet(kube=kube, stage=stage, image=image, node=node, kubeconfig=kubeconfig)
     finally:
         agent.terminate()

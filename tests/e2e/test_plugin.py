@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import wasmtime
+from wasilet.cluster.local_registry import login_file
 from wasilet.demo.new_app import new_app
 from wasilet.kube.client import api_path
 
@@ -272,6 +273,7 @@ def test_a_kubeconfig_alone_is_enough(project: Project, cluster: TestCluster) ->
     passed(project.pytest(
         "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), "--wasilet-registry", address,
         WASILET_STATE_HOME=str(project.folder / "nothing"),
+        DOCKER_CONFIG=str(login_file(cluster.cluster.state).parent),
     ))  # fmt: skip
     done = project.pytest(
         "--wasilet-kubeconfig", str(cluster.admin_kubeconfig), WASILET_STATE_HOME=str(project.folder / "nothing")

@@ -28,7 +28,10 @@ POD = api_path("pods", "cache", namespace="default")
 @pytest.fixture(scope="module")
 def own() -> Iterator[tuple[TestCluster, str]]:
     with whole_cluster("sandbox") as cluster:
-        yield cluster, Guests(str(cluster.status()["registry"])).add_bytes("toolbox", build_toolbox())
+        yield (
+            cluster,
+            Guests(str(cluster.status()["registry"]), cluster.settings.environ).add_bytes("toolbox", build_toolbox()),
+        )
 
 
 def container(name: str, image: str, *args: str) -> dict[str, Any]:

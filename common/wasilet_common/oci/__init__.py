@@ -1,1 +1,2 @@
-"""Images and artifacts, as the node reads them and the harness writes them: references and media types."""
+"""Images and artifacts, as the node reads them and the harness writes them: references, media types, layouts, logins,
+and the one client of registries."""

@@ -1,8 +1,8 @@
 """``status``: what runs, and whether it is well. The JSON is a contract: other programs build on it (docs/harness.md).
 
-``name, provider, kubeconfig, context, server, registry, components[], nodes[], ready``; each component ``name, pid,
-ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null when the
-process does not run. Fields are only ever added.
+``name, provider, kubeconfig, context, server, registry, registry_login, components[], nodes[], ready``; each component
+``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null
+when the process does not run. Fields are only ever added.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.cluster.down import unknown_cluster
-from wasilet.cluster.local_registry import registry_address
+from wasilet.cluster.local_registry import login_file, registry_address
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import State, read_json
 from wasilet.cluster.up import node_component, node_is_ready, own_components, steps
@@ -47,6 +47,7 @@ def status(settings: Settings) -> dict[str, Any]:
         "context": added.context if added else None,
         "server": added.server if added else None,
         "registry": registry_address(record.ports["registry"]) if "registry" in record.ports else None,
+        "registry_login": str(login_file(state)) if login_file(state).is_file() else None,
         "state_dir": str(state.path),
         "components": components,
         "nodes": nodes,
@@ -135,6 +136,8 @@ def status_lines(data: dict[str, Any]) -> Iterator[str]:
     yield f"  kubeconfig  {data['kubeconfig'] or '-'} (context {data['context'] or '-'})"
     yield f"  API server  {data['server'] or '-'}"
     yield f"  registry    {data['registry'] or '-'}"
+    if data["registry_login"]:
+        yield f"  its login   DOCKER_CONFIG={Path(data['registry_login']).parent}  for docker, crane, wkg and others"
     for entry in data["components"]:
         yield _line(entry["name"], entry)
     for entry in data["nodes"]:

@@ -266,7 +266,7 @@ def _push_step(run: Run) -> Step:
         run.artifact = make_artifact(_built(run).module, layout=layout_named(run.options.layout))
         reference = reference_named(f"{run.registry}/{run.app.name}:{TAG}")
         run.variables["image"] = f"{reference.name}:{TAG}@{run.artifact.digest}"
-        if not run.options.private and holds(run.artifact, reference):
+        if not run.options.private and holds(run.artifact, reference, environ=run.push_environ):
             return Finding.ok(f"{reference.name}:{TAG} is there")
         return Finding.differs(f"push to {reference.name}:{TAG}")
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import json
 import os
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from wasilet.cluster.state import read_json, write_file, write_json
+from wasilet.cluster.state import write_file
 from wasilet.controlplane.components import LOOPBACK, Component, Probe, ensure_running, wait_ready
 from wasilet.errors import UsageError
 from wasilet.kube.client import KubeObject
@@ -28,7 +27,6 @@ OFFLINE = "WASILET_OFFLINE"
 """Environment name: set it to anything, and demos use nothing outside this machine."""
 
 _REACH_TIMEOUT_SECONDS = 2.0
-_USER = "wasilet"
 
 Say = Callable[[str], None]
 
@@ -91,25 +89,20 @@ def private_registry(cluster: Cluster, app: str, *, say: Say) -> tuple[str, Mapp
 
     Raises HarnessError when there is no registry binary or it does not start.
     """
-    from wasilet.cluster.htpasswd import entry
+    from wasilet.cluster.local_registry import answers, write_login
     from wasilet.controlplane.acquire import acquire
 
     state, settings = cluster.state, cluster.settings
     port = state.allocate_ports({"private_registry": 0})["private_registry"]
     folder = state.etc / "private-registry"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    password = str(read_json(folder / "login.json").get("password") or "")
-    if not password or not (folder / "passwords").is_file():
-        password = secrets.token_urlsafe(24)
-        write_file(folder / "passwords", entry(_USER, password).encode() + b"\n")
-        # Last: a run that dies in between makes both anew.
-        write_json(folder / "login.json", {"password": password})
+    address = f"localhost:{port}"
+    passwords = write_login(folder, (address,))
     config = {
         "version": "0.1",
         "log": {"level": "warn", "accesslog": {"disabled": True}},
         "storage": {"filesystem": {"rootdirectory": str(state.path / "private-registry")}},
         "http": {"addr": f"{LOOPBACK}:{port}"},
-        "auth": {"htpasswd": {"realm": "wasilet", "path": str(folder / "passwords")}},
+        "auth": {"htpasswd": {"realm": "wasilet", "path": str(passwords)}},
     }
     text = json.dumps(config, indent=2, sort_keys=True).encode()
     file = folder / "config.yml"
@@ -127,15 +120,12 @@ def private_registry(cluster: Cluster, app: str, *, say: Say) -> tuple[str, Mapp
         name="private-registry",
         argv=(str(binary), "serve", str(file)),
         ports={"HTTP": port},
-        inputs=(file, folder / "passwords"),
+        inputs=(file, passwords),
         # Without a login it answers 401: that it answers at all is what is asked.
-        ready=lambda: _listens(port),
+        ready=lambda: answers(LOOPBACK, port),
     )
     _run(component, cluster, say)
-    address = f"localhost:{port}"
-    login = base64.b64encode(f"{_USER}:{password}".encode()).decode()
-    docker_config = json.dumps({"auths": {address: {"auth": login}}})
-    write_file(folder / "config.json", docker_config.encode())
+    docker_config = (folder / "config.json").read_text()
     secret: KubeObject = {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -144,19 +134,6 @@ def private_registry(cluster: Cluster, app: str, *, say: Say) -> tuple[str, Mapp
         "data": {".dockerconfigjson": base64.b64encode(docker_config.encode()).decode()},
     }
     return address, {**settings.environ, "DOCKER_CONFIG": str(folder)}, secret
-
-
-def _listens(port: int) -> bool:
-    import http.client
-
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
-    try:
-        connection.request("GET", "/v2/")
-        return connection.getresponse().status in {200, 401}
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def _run(component: Component, cluster: Cluster, say: Say) -> None:

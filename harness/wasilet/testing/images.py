@@ -78,7 +78,7 @@ class Images:
             name, module = found.name, build(found, say=lambda _: None, environ=environ).module
         artifact = make_artifact(module, layout=layout_named("cncf"), environ=environ)
         reference = reference_named(f"{registry}/{name}:{TAG}")
-        if not holds(artifact, reference):
+        if not holds(artifact, reference, environ=environ):
             push(artifact, reference, environ=environ)
         return f"{reference.name}:{TAG}@{artifact.digest}"
 

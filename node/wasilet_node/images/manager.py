@@ -19,16 +19,17 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from wasilet_common.oci import credentials as pull_credentials
+from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import InvalidReferenceError, Reference, parse
+from wasilet_common.oci.registry import RegistryClient
 from wasilet_common.time_format import go_duration
 
-from wasilet_node.images import credentials as pull_credentials
 from wasilet_node.images.backoff import Backoff
 from wasilet_node.images.compile import CompileError
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
-from wasilet_node.images.model import Credential, EventSink, Image, ImageError, PullPolicy
+from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
 from wasilet_node.images.pull import Pulled, Puller, PullError
-from wasilet_node.images.registry import RegistryClient
 from wasilet_node.images.singleflight import Flights
 from wasilet_node.images.store import ImageRecord, Store, StoreError
 from wasilet_node.runtime.protocol import GuestKind
@@ -166,7 +167,7 @@ class ImageManager:
         await _emit(event, "Normal", "Pulling", f"Pulling image {quoted}")
         began = self._monotonic()
         try:
-            pulled = await self._pull(reference, pull_credentials.matching(reference, credentials))
+            pulled = await self._pull(reference, credentials)
         except (PullError, StoreError) as error:
             await _emit(event, "Warning", "Failed", f"Failed to pull image {quoted}: {error}")
             self._backoff.failed(key, str(error))
@@ -225,12 +226,16 @@ class ImageManager:
 
     async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
         """Pods share a pull only when they bring the same credentials, or one would use what another may see."""
+        file = self._settings.registry_config
+        own = await asyncio.to_thread(pull_credentials.from_docker_config, file) if file is not None else ()
+        fitting = (*pull_credentials.matching(reference, credentials), *pull_credentials.matching(reference, own))
+        logins = (*credentials, *own)
 
         async def work() -> Pulled:
             await self.start()
-            return await self._puller.pull(reference, credentials)
+            return await self._puller.pull(reference, fitting, logins)
 
-        return await self._pulls.join((str(reference), _fingerprint(credentials)), work)
+        return await self._pulls.join((str(reference), _fingerprint(fitting), _fingerprint(logins)), work)
 
     def _image(self, name: str, reference: Reference, record: ImageRecord) -> Image:
         return Image(

@@ -8,6 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from wasilet_common.oci.credentials import Credential
+
 from wasilet_node.runtime.protocol import GuestKind
 
 
@@ -17,20 +19,6 @@ class PullPolicy(StrEnum):
     ALWAYS = "Always"
     IF_NOT_PRESENT = "IfNotPresent"
     NEVER = "Never"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Credential:
-    """One entry of a docker config, of the pod's or its service account's pull secrets."""
-
-    registry: str
-    username: str = ""
-    password: str = ""
-    identity_token: str = ""
-
-    def __repr__(self) -> str:
-        """Never shows a secret."""
-        return f"Credential(registry={self.registry!r}, username={self.username!r})"
 
 
 @dataclass(frozen=True, kw_only=True)

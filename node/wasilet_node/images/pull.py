@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from wasilet_common.oci import layouts, tarball
+from wasilet_common.oci.choice import choose
+from wasilet_common.oci.credentials import Credential
+from wasilet_common.oci.layouts import Descriptor, ImageManifest, LayoutError, Plan
 from wasilet_common.oci.mediatypes import WASM_TO_OCI_CONFIG
 from wasilet_common.oci.reference import Reference
-
-from wasilet_node.images import layouts, tarball
-from wasilet_node.images.layouts import Descriptor, ImageManifest, Index, LayoutError, Plan
-from wasilet_node.images.model import Credential
-from wasilet_node.images.registry import (
+from wasilet_common.oci.registry import (
     RegistryAuthError,
     RegistryClient,
     RegistryError,
@@ -33,14 +33,15 @@ from wasilet_node.images.registry import (
     RegistryProtocolError,
     TransferInterruptedError,
 )
-from wasilet_node.images.repository import MAX_MANIFEST_BYTES, Manifest, Repository
+from wasilet_common.oci.repository import MAX_MANIFEST_BYTES, Manifest, Repository
+
+from wasilet_node.images.kinds import detect_kind
 from wasilet_node.images.singleflight import uninterrupted
 from wasilet_node.images.store import ImageRecord, Store, open_private
 from wasilet_node.settings import ImageSettings
 
 logger = logging.getLogger(__name__)
 
-_MAX_INDEX_DEPTH: Final = 3
 _TRANSFER_ATTEMPTS: Final = 3
 _WRITE_BYTES: Final = 1024 * 1024
 
@@ -85,13 +86,16 @@ class Puller:
         self._slots = asyncio.Semaphore(max(settings.max_parallel_pulls, 1))
         self._blob_locks: dict[str, _Locked] = {}
 
-    async def pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
+    async def pull(
+        self, reference: Reference, credentials: Sequence[Credential], logins: Sequence[Credential] = ()
+    ) -> Pulled:
         """Resolve the reference at its registry, and have the image in the store. Raises PullError.
 
-        ``credentials`` are those that fit the reference, best first; each is tried. None: anonymously.
+        ``credentials`` are those that fit the reference, best first; each is tried. None: anonymously. ``logins``: all
+        there are, of which one may name the registry's token server.
         """
         try:
-            return await self._pull(reference, credentials)
+            return await self._pull(reference, credentials, logins)
         except (RegistryError, LayoutError, tarball.LayerError) as error:
             raise PullError(f'failed to pull and unpack image "{reference}": {error}') from error
         except OSError as error:
@@ -100,9 +104,11 @@ class Puller:
                 f'failed to pull and unpack image "{reference}": the image store cannot be written: {reason}'
             ) from error
 
-    async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
+    async def _pull(
+        self, reference: Reference, credentials: Sequence[Credential], logins: Sequence[Credential]
+    ) -> Pulled:
         began = self._monotonic()
-        repository, digest, manifest = await self._resolve(reference, credentials)
+        repository, digest, manifest = await self._resolve(reference, credentials, logins)
         known = self._store.record(digest)
         if known is not None:
             async with self._store.pinned(known.module_digest):
@@ -113,18 +119,19 @@ class Puller:
         async with self._slots:
             waited = self._monotonic() - queued
             top = manifest or await repository.manifest(digest)
-            size, image = await self._choose(repository, top)
-            plan = await self._plan(repository, image)
-            record = await self._fetch(repository, plan, reference, digest, size + image.size_bytes)
+            chosen = await choose(repository, top)
+            plan = await self._plan(repository, chosen.image)
+            size = chosen.size_bytes + chosen.image.size_bytes
+            record = await self._fetch(repository, plan, reference, digest, size)
         return Pulled(record=record, seconds=self._monotonic() - began - waited)
 
     async def _resolve(
-        self, reference: Reference, credentials: Sequence[Credential]
+        self, reference: Reference, credentials: Sequence[Credential], logins: Sequence[Credential]
     ) -> tuple[Repository, str, Manifest | None]:
         failures: list[RegistryError] = []
         attempts: Sequence[Credential | None] = credentials or (None,)
         for credential in attempts:
-            repository = Repository(client=self._registry, reference=reference, credential=credential)
+            repository = Repository(client=self._registry, reference=reference, credential=credential, logins=logins)
             try:
                 digest = await repository.resolve(reference.target)
                 if digest is not None:
@@ -139,25 +146,6 @@ class Puller:
         messages = list(dict.fromkeys(str(failure) for failure in failures))
         reason = messages[0] if len(messages) == 1 else f"[{', '.join(messages)}]"
         raise type(failures[-1])(f'failed to resolve reference "{reference}": {reason}') from failures[-1]
-
-    async def _choose(self, repository: Repository, top: Manifest) -> tuple[int, ImageManifest]:
-        """Follow indexes to the wasm image manifest; the bytes of all manifests on the way, too."""
-        size = len(top.body)
-        document = layouts.parse_manifest(top.body, top.media_type)
-        for _ in range(_MAX_INDEX_DEPTH):
-            if not isinstance(document, Index):
-                return size, document
-            entry = document.choose()
-            if entry.size > MAX_MANIFEST_BYTES:
-                raise LayoutError(f"the manifest {entry.digest} has {entry.size} bytes, more than {MAX_MANIFEST_BYTES}")
-            manifest = await repository.manifest(entry.digest)
-            if len(manifest.body) != entry.size:
-                raise LayoutError(f"the manifest {entry.digest} has not the size that its index says")
-            size += entry.size
-            document = layouts.parse_manifest(manifest.body, manifest.media_type or entry.media_type)
-        if isinstance(document, Index):
-            raise LayoutError(f"the image's indexes are nested more than {_MAX_INDEX_DEPTH} deep")
-        return size, document
 
     async def _plan(self, repository: Repository, image: ImageManifest) -> Plan:
         layouts.check_config_type(image)
@@ -189,7 +177,7 @@ class Puller:
                 digest=digest,
                 module_digest=module_digest,
                 module_size_bytes=length,
-                kind=layouts.detect_kind(preamble),
+                kind=detect_kind(preamble),
                 size_bytes=size,
                 entrypoint=plan.config.entrypoint,
                 cmd=plan.config.cmd,

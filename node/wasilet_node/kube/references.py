@@ -28,6 +28,7 @@ from typing import Any
 from urllib.parse import quote
 
 from wasilet_node.kube.base import ApiStatusError, ForbiddenError, Kube, KubeError, KubeObject, NotFoundError
+from wasilet_node.kube.trust_bundles import TrustBundles
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class References:
         self._services: dict[str, dict[str, KubeObject]] = {}
         self._services_synced = asyncio.Event()
         self._services_task: asyncio.Task[None] | None = None
+        self.trust_bundles = TrustBundles(kube, clock=clock)
 
     def start(self) -> None:
         """Begin the watch of services; needs a running event loop."""
@@ -124,7 +126,7 @@ class References:
         self._pods.clear()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, self.trust_bundles.close(), return_exceptions=True)
 
     # ---- Secrets and ConfigMaps
 

@@ -21,8 +21,9 @@ from wasilet_node.kube import fields
 from wasilet_node.kube.base import KubeError, KubeObject, NotFoundError
 from wasilet_node.kube.expansion import expand, mapping_for
 from wasilet_node.kube.references import References
+from wasilet_node.pods import envfiles
 from wasilet_node.pods.service_environment import service_environment
-from wasilet_node.volumes.base import Container, ContainerConfigError, Pod
+from wasilet_node.volumes.base import Container, ContainerConfigError, Pod, Volumes
 
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -30,8 +31,9 @@ _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class EnvironmentBuilder:
     """Builds environments; one object a node."""
 
-    def __init__(self, references: References) -> None:
+    def __init__(self, references: References, volumes: Volumes) -> None:
         self._references = references
+        self._volumes = volumes
 
     async def build(
         self,
@@ -79,6 +81,8 @@ class EnvironmentBuilder:
                     found = await sources.config_map_key(reference)
                 elif reference := origin.get("secretKeyRef"):
                     found = await sources.secret_key(reference)
+                elif reference := origin.get("fileKeyRef"):
+                    found = await self._file_key(pod, reference)
                 elif origin:
                     kind = next(iter(origin))
                     raise ContainerConfigError(f"env {name}: valueFrom.{kind} is not supported by this node")
@@ -94,6 +98,24 @@ class EnvironmentBuilder:
             if "\0" in value or "\0" in name:
                 raise ContainerConfigError(f"environment variable {name!r} contains a NUL byte")
         return variables
+
+    async def _file_key(self, pod: Pod, reference: Mapping[str, Any]) -> str | None:
+        """A variable of a file; None: it is not there, and need not be. An empty value counts as none, as in kubelet.
+
+        A missing file is like a missing key, as the API's description of ``optional`` says it.
+        """
+        volume, path, key = (str(reference.get(name) or "") for name in ("volumeName", "path", "key"))
+        data = await self._volumes.read_file(pod, volume, path, limit_bytes=envfiles.MAX_BYTES)
+        try:
+            value = envfiles.value_of((data or b"").decode(), key)
+        except ValueError as error:
+            reason = error if isinstance(error, envfiles.EnvFileError) else "it is not UTF-8"
+            raise ContainerConfigError(f'couldn\'t parse env file "{path}" of volume "{volume}": {reason}') from error
+        if value:
+            return value
+        if reference.get("optional"):
+            return None
+        raise ContainerConfigError(f'environment variable key "{key}" not found in file "{path}" of volume "{volume}"')
 
 
 class _Sources:

@@ -2,7 +2,7 @@
 
 Without the annotation there is no outbound HTTP at all. What cannot be read fails the container with the parser's
 message, rather than running it with another policy than its author wrote; so does an origin that leads to the node
-itself, to the cluster's API server or to another place that ``wasilet_node.addresses`` refuses, unless the node's
+itself, to the cluster's API server or to another place that ``wasilet_common.addresses`` refuses, unless the node's
 operator allows it. Names are judged again by the sandbox, at each resolution.
 """
 
@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from wasilet_node import addresses
+from wasilet_common import addresses
+
 from wasilet_node.pods.spec import Pod
 from wasilet_node.runtime.protocol import HttpPolicy
 from wasilet_node.volumes.base import ContainerConfigError

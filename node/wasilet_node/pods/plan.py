@@ -76,11 +76,16 @@ def make_plan(
     backoff: BackoffRemaining,
     *,
     former: Collection[str] = (),
+    reset: Collection[str] = (),
 ) -> Plan:
-    """What to do next for a pod that is neither deleted nor stopped. ``latest`` maps names to newest instances, and
-    ``former`` are the containers whose newest instance ran in a sandbox before the present one."""
+    """What to do next for a pod that is neither deleted nor stopped. ``latest`` maps names to newest instances.
+
+    ``former`` are the containers whose newest instance ran in a sandbox before the present one, ``reset`` those that
+    have to begin again in the present one, as if they had never run.
+    """
     plan = Plan()
-    present = {name: instance for name, instance in latest.items() if name not in former}
+    known = {name: instance for name, instance in latest.items() if name not in reset}
+    present = {name: instance for name, instance in known.items() if name not in former}
     # First, and while the pod is initialized too: a pod that hangs there is one that people want to look into.
     plan.start += [each["name"] for each in spec.ephemeral_containers(pod) if each["name"] not in latest]
     plan.initialized = _plan_init_containers(plan, pod, present, probes, backoff)
@@ -88,7 +93,7 @@ def make_plan(
         return plan
     kept = 0
     for container in spec.regular_containers(pod):
-        instance = latest.get(container["name"])
+        instance = known.get(container["name"])
         if instance is None:
             plan.start.append(container["name"])
         elif instance.state is ContainerState.EXITED:

@@ -1,12 +1,15 @@
-"""A pod's sandbox: what its containers have in common and lose together, and how a pod begins anew without it.
+"""A pod's sandbox: what its containers have in common and lose together, and how a pod begins again without it.
 
 Elsewhere a sandbox is a process that the kubelet can look for. Here it is the supervisors' keeping: a pod has its
 sandbox for as long as none of the supervisors that ran its containers has gone, by a ``shutdown``, a restart of the
 machine, or a crash. Each instance carries the sandbox's id, so that an agent that starts again knows it, and so that an
 instance that was started a moment after the loss is still known to belong to what is lost.
 
-kubelet's ``computePodActions`` begins a pod anew when its sandbox has changed: init containers first, sidecars in their
-order. A pod that would start nothing then is at its end instead.
+kubelet's ``computePodActions`` begins a pod again when its sandbox has changed: init containers first, sidecars in
+their order. A pod that would start nothing then is at its end instead.
+
+Within one sandbox a pod may begin again too, when a container ends with a code for which a rule of its says
+``RestartAllContainers`` (KEP-5532). Each such beginning is a round of the sandbox, and instances carry its number.
 """
 
 from __future__ import annotations
@@ -16,14 +19,19 @@ from collections.abc import Iterable, Mapping
 
 from wasilet_node.pods import spec
 from wasilet_node.pods.spec import Pod
-from wasilet_node.runtime.protocol import ContainerStatus
+from wasilet_node.runtime.protocol import ContainerState, ContainerStatus
 
 ANNOTATION_SANDBOX = "wasilet.dev/sandbox"
-"""On every instance: the id of the sandbox that it was started in."""
+"""On every instance: the sandbox that it was started in, and the round, as ``<id>.<round>``."""
 
 CHANGED_REASON = "SandboxChanged"
 CHANGED_MESSAGE = "Pod sandbox changed, it will be killed and re-created."
 """kubelet's event."""
+
+RESTARTING_REASON = "RestartingAllContainers"
+"""kubelet's reason of a container that was ended only because another one restarts the whole pod."""
+
+RESTARTING_MESSAGE = "The container is removed because RestartAllContainers in place"
 
 
 class PodSandbox:
@@ -31,12 +39,24 @@ class PodSandbox:
 
     def __init__(self, instances: Iterable[ContainerStatus]) -> None:
         """``instances``: what is known of the pod when its worker begins."""
-        newest = max(instances, key=lambda instance: instance.created_at_ns, default=None)
-        self.id = _new_id() if newest is None else _sandbox_of(newest)
+        known = list(instances)
+        # Not by time alone: after a restart a machine without a clock of its own may be behind what it knew before.
+        newest = max(known, key=lambda instance: (not instance.inherited, instance.created_at_ns), default=None)
+        self._id = secrets.token_hex(8) if newest is None else _sandbox_of(newest)[0]
+        self._round = max((_sandbox_of(each)[1] for each in known if self.holds(each)), default=0)
+
+    @property
+    def label(self) -> str:
+        """For the annotation of an instance that is started now."""
+        return f"{self._id}.{self._round}"
 
     def holds(self, instance: ContainerStatus) -> bool:
         """It was started in this sandbox, and not in one before."""
-        return _sandbox_of(instance) == self.id
+        return _sandbox_of(instance)[0] == self._id
+
+    def is_present(self, instance: ContainerStatus) -> bool:
+        """It was started in this sandbox and in the present round."""
+        return _sandbox_of(instance) == (self._id, self._round)
 
     def is_lost(self, instances: Iterable[ContainerStatus]) -> bool:
         """A supervisor that ran a container of it is gone."""
@@ -44,7 +64,11 @@ class PodSandbox:
 
     def replace(self) -> None:
         """What is started from now on is in a new one."""
-        self.id = _new_id()
+        self._id, self._round = secrets.token_hex(8), 0
+
+    def next_round(self) -> None:
+        """What is started from now on begins the pod again."""
+        self._round += 1
 
 
 def begins_anew(pod: Pod, latest: Mapping[str, ContainerStatus]) -> bool:
@@ -65,9 +89,21 @@ def begins_anew(pod: Pod, latest: Mapping[str, ContainerStatus]) -> bool:
     )
 
 
-def _sandbox_of(instance: ContainerStatus) -> str:
-    return instance.annotations.get(ANNOTATION_SANDBOX, "")
+def restarts_all(pod: Pod, latest: Mapping[str, ContainerStatus], sandbox: PodSandbox) -> str:
+    """The container whose end restarts the whole pod; empty: there is none."""
+    for container in (*spec.init_containers(pod), *spec.regular_containers(pod)):
+        instance = latest.get(container["name"])
+        if (
+            instance is not None
+            and instance.state is ContainerState.EXITED
+            and instance.exit_code is not None
+            and sandbox.is_present(instance)
+            and spec.exit_action(container, instance.exit_code) == spec.RESTART_ALL
+        ):
+            return str(container["name"])
+    return ""
 
 
-def _new_id() -> str:
-    return secrets.token_hex(8)
+def _sandbox_of(instance: ContainerStatus) -> tuple[str, int]:
+    sandbox, _, number = instance.annotations.get(ANNOTATION_SANDBOX, "").partition(".")
+    return sandbox, int(number) if number.isdecimal() else 0

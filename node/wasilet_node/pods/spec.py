@@ -14,6 +14,8 @@ Pod = dict[str, Any]
 Container = dict[str, Any]
 
 TERMINAL_PHASES = frozenset({"Succeeded", "Failed"})
+RESTART_ALL = "RestartAllContainers"
+"""A container rule's action (KEP-5532)."""
 
 
 class Role(StrEnum):
@@ -127,16 +129,31 @@ def should_restart(container: Container, pod: Pod, exit_code: int) -> bool:
     Not for sidecars, which always do, nor for ephemeral containers, which never do.
     """
     own = container.get("restartPolicy")
-    if own is not None:
-        for rule in container.get("restartPolicyRules") or ():
-            codes = rule.get("exitCodes") or {}
-            listed = exit_code in (codes.get("values") or ())
-            if rule.get("action") == "Restart" and listed == (codes.get("operator") != "NotIn"):
-                return True
+    if own is not None and exit_action(container, exit_code) in {"Restart", RESTART_ALL}:
+        return True
     policy = own or pod["spec"].get("restartPolicy") or "Always"
     if policy == "Never":
         return False
     return policy != "OnFailure" or exit_code != 0
+
+
+def exit_action(container: Container, exit_code: int) -> str:
+    """The action of the first of the container's ``restartPolicyRules`` that an exit code matches; empty: none does."""
+    for rule in container.get("restartPolicyRules") or ():
+        codes = rule.get("exitCodes") or {}
+        listed = exit_code in (codes.get("values") or ())
+        if (codes.get("operator") == "In" and listed) or (codes.get("operator") == "NotIn" and not listed):
+            return str(rule.get("action") or "")
+    return ""
+
+
+def may_restart_all(pod: Pod) -> bool:
+    """A container has a rule by which its end restarts all of the pod's containers."""
+    return any(
+        rule.get("action") == RESTART_ALL
+        for container in (*init_containers(pod), *regular_containers(pod))
+        for rule in container.get("restartPolicyRules") or ()
+    )
 
 
 def grace_seconds(pod: Pod) -> float:

@@ -18,6 +18,7 @@ from wasilet_node.pods import conditions, messages, spec
 from wasilet_node.pods.nodeinfo import NodeInfo
 from wasilet_node.pods.resources import ANNOTATION_RESOURCES, encoded, qos_class
 from wasilet_node.pods.results import ProbeResults
+from wasilet_node.pods.sandboxes import RESTARTING_MESSAGE, RESTARTING_REASON
 from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus
 
@@ -68,6 +69,12 @@ class Facts:
     former: Collection[str] = ()
     """Containers whose newest instance ran in a sandbox before the present one: each has its turn again."""
 
+    reset: Collection[str] = ()
+    """Containers that have to begin again because one that ended restarts them all."""
+
+    restarting_all: bool = False
+    """A container has ended in such a way, and not all others have been stopped yet."""
+
     terminal: bool = False
     """Nothing of the pod runs, and nothing will be started again."""
 
@@ -75,6 +82,8 @@ class Facts:
     """As ``terminal``, and the pod must now get a final phase even if its containers never ran."""
 
     verdict: Verdict | None = None
+    pod_addresses: Sequence[str] | None = None
+    """The pod's own; empty: it has none yet. None: it shares the node's."""
 
 
 def compute(facts: Facts) -> PodStatus:
@@ -121,8 +130,14 @@ def compute(facts: Facts) -> PodStatus:
         }
         foreign += conditions.with_transition_times([added], old_conditions, facts.now)
     owned = conditions.owned_conditions(
-        pod, by_name, phase, sandbox_ready=facts.sandbox_ready and not facts.terminated, foreign=foreign
+        pod,
+        by_name,
+        phase,
+        sandbox_ready=facts.sandbox_ready and not facts.terminated,
+        foreign=foreign,
+        old=old_conditions,
     )
+    owned += conditions.all_containers_restarting(pod, phase, restarting=facts.restarting_all)
     owned += _resize_pending(facts)
     status["conditions"] = foreign + conditions.with_transition_times(owned, old_conditions, facts.now)
     return status
@@ -195,10 +210,11 @@ def _set_addresses(status: PodStatus, facts: Facts) -> None:
         status["hostIPs"] = [{"ip": address} for address in addresses]
     elif "hostIP" in old:
         status["hostIP"], status["hostIPs"] = old["hostIP"], old.get("hostIPs", [])
+    own = addresses if facts.pod_addresses is None else facts.pod_addresses
     over = facts.terminal or facts.terminated
-    if addresses and facts.sandbox_ready and not over:
-        status["podIP"] = addresses[0]
-        status["podIPs"] = [{"ip": address} for address in addresses]
+    if own and facts.sandbox_ready and not over:
+        status["podIP"] = own[0]
+        status["podIPs"] = [{"ip": address} for address in own]
     elif "podIP" in old:
         status["podIP"], status["podIPs"] = old["podIP"], old.get("podIPs", [])
 
@@ -220,6 +236,8 @@ def _container_status(facts: Facts, container: Container, role: Role) -> dict[st
         status["containerID"] = ID_PREFIX + latest.id
     status["state"] = _state(facts, latest)
     waiting = facts.waiting.get(name)
+    if waiting is None and name in facts.reset:
+        waiting = Waiting(reason=RESTARTING_REASON, message=RESTARTING_MESSAGE)
     if waiting is not None and _may_run_again(facts, container, latest, role):
         if "terminated" in status["state"]:
             status["lastState"] = status["state"]
@@ -235,7 +253,8 @@ def _may_run_again(facts: Facts, container: Container, latest: ContainerStatus |
         return True
     if latest.state is not ContainerState.EXITED or spec.is_deleted(facts.pod) or facts.terminated:
         return False
-    if role is Role.SIDECAR or (role is Role.INIT and container["name"] in facts.former):
+    name = container["name"]
+    if role is Role.SIDECAR or name in facts.reset or (role is Role.INIT and name in facts.former):
         return True
     code = 137 if latest.exit_code is None else latest.exit_code
     if role is Role.EPHEMERAL or (role is Role.INIT and code == 0):
@@ -380,6 +399,11 @@ def _ended(status: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
+def _is_reset(status: Mapping[str, Any]) -> bool:
+    """It ended only because all containers restart."""
+    return (status["state"].get("waiting") or {}).get("reason") == RESTARTING_REASON
+
+
 def _count(pod: Pod, statuses: Mapping[str, Mapping[str, Any]]) -> _Counts:
     counts = _Counts()
     for container in spec.init_containers(pod):
@@ -393,7 +417,7 @@ def _count(pod: Pod, statuses: Mapping[str, Mapping[str, Any]]) -> _Counts:
             elif ended is None:
                 counts.pending_sidecars += 1
                 counts.waiting += 1
-        elif running or ended is None:
+        elif running or ended is None or _is_reset(status):
             counts.pending_init += 1
         elif ended["exitCode"] != 0 and not spec.should_restart(container, pod, ended["exitCode"]):
             counts.init_failed_for_good += 1
@@ -408,7 +432,7 @@ def _count(pod: Pod, statuses: Mapping[str, Mapping[str, Any]]) -> _Counts:
             counts.waiting += 1
         else:
             counts.stopped += 1
-            counts.stopped_for_good += not spec.should_restart(container, pod, ended["exitCode"])
+            counts.stopped_for_good += not (_is_reset(status) or spec.should_restart(container, pod, ended["exitCode"]))
             counts.succeeded += "terminated" in status["state"] and ended["exitCode"] == 0
     return counts
 

@@ -12,6 +12,7 @@ Stages go one way::
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
@@ -21,6 +22,7 @@ from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
 
 from wasilet_node.kube import fields
 from wasilet_node.kube.base import KubeError, NotFoundError
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import log_layout, recovery, resources, sandboxes, spec, termination
 from wasilet_node.pods import status as status_of
 from wasilet_node.pods.backoff import NotBefore, RetryBackoff
@@ -29,6 +31,7 @@ from wasilet_node.pods.instances import Instances
 from wasilet_node.pods.plan import Plan, has_ever_started, make_plan
 from wasilet_node.pods.probes import PodProbes
 from wasilet_node.pods.refresher import Refresher
+from wasilet_node.pods.renewal import Renewal
 from wasilet_node.pods.results import ProbeResults
 from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.pods.start_attempts import Starter
@@ -42,6 +45,10 @@ from wasilet_node.volumes.base import ContainerConfigError, VolumeError, VolumeR
 logger = logging.getLogger(__name__)
 
 DEADLINE = Verdict(reason="DeadlineExceeded", message="Pod was active on the node longer than the specified deadline")
+
+
+_TOLD_FIRST_SECONDS = 1.0
+"""How long a restart of all containers waits until its condition is in the API server."""
 
 
 class Stage(IntEnum):
@@ -82,6 +89,7 @@ class PodWorker:
         self._probes = PodProbes(
             pod,
             runtime=services.runtime,
+            networks=services.networks,
             events=services.events,
             results=self.results,
             changed=self._wake.set,
@@ -103,8 +111,8 @@ class PodWorker:
             changed=self._wake.set,
             ended=lambda instance, newest: self._last_words.note(self.pod, instance, newest=newest),
         )
-        self._sandbox = sandboxes.PodSandbox(self.instances)
-        if not self._sandbox.is_lost(self.instances):
+        self._renewal = Renewal(services, self.instances)
+        if not self._renewal.is_lost():
             for name, latest in self.latest().items():
                 found = spec.find_container(pod, name)
                 if found is not None:
@@ -279,6 +287,7 @@ class PodWorker:
         self._probes.close()
         self._publish()
         await self.services.volumes.teardown(self.uid)
+        await self.services.networks.detach(self.uid)
         self.services.references.release(self.uid)
         self.stage = Stage.ENDED
 
@@ -309,18 +318,21 @@ class PodWorker:
 
     def _sync(self, now: float, delays: list[float]) -> None:
         latest = self.latest()
-        if self._sandbox.is_lost(self.instances):
+        if self._renewal.is_lost():
             if not sandboxes.begins_anew(self.pod, latest):
                 self._begin_to_end(spec.grace_seconds(self.pod))
             elif self._job is None:
                 self._spawn(self._begin_anew(), now, delays)
+            return
+        if self._restart_all_is_due(now, delays):
             return
         plan = make_plan(
             self.pod,
             latest,
             self.results,
             lambda c, i: self._starter.backoff_remaining(c, i, now),
-            former=self._former(),
+            former=self._renewal.former(),
+            reset=self._renewal.reset(self.pod),
         )
         if plan.finished and self._job is None:
             self._begin_to_end(spec.grace_seconds(self.pod))
@@ -341,24 +353,35 @@ class PodWorker:
         if self._volumes_ready and self._job is None and (again := self._refresher.check(self.pod, now)) is not None:
             delays.append(again)
 
-    def _former(self) -> frozenset[str]:
-        """The containers whose newest instance ran in a sandbox before the present one."""
-        return frozenset(name for name, instance in self.latest().items() if not self._sandbox.holds(instance))
+    def _restart_all_is_due(self, now: float, delays: list[float]) -> bool:
+        """A container has ended in a way that restarts them all. False: none has, or it is in back-off, which an init
+        container's successors wait for too."""
+        latest = self.latest()
+        source = self._renewal.restarts_all(self.pod)
+        found = spec.find_container(self.pod, source) if source else None
+        if found is None:
+            return False
+        left = self._starter.backoff_remaining(found[1], latest[source], now)
+        if left > 0:
+            delays.append(left)
+            self._starter.note_back_off(self.pod, source, latest[source])
+            return found[0] is not Role.REGULAR
+        if self._job is None:
+            self._spawn(self._restart_all(), now, delays)
+        return True
+
+    async def _restart_all(self) -> None:
+        """Clients are told first, as kubelet does, but an API server that is away does not hold the restart up."""
+        await self._last_words.settle()
+        self._publish()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TOLD_FIRST_SECONDS):
+                await self._patcher.flush()
+        await self._renewal.restart_all(self.pod)
 
     async def _begin_anew(self) -> None:
-        """The sandbox is gone: stop what is left of the pod, and start it again in another. May be repeated."""
-        self.services.events.event(self.pod, "Normal", sandboxes.CHANGED_REASON, sandboxes.CHANGED_MESSAGE)
-        live = self.instances.live()
-        if live:
-            grace = Grace(spec.grace_seconds(self.pod))
-            try:
-                await termination.stop_pod(self.services, self.pod, live, grace=grace, observe=self.observe)
-            finally:
-                grace.close()
-            for instance in live.values():
-                self.instances.assume_dead(instance)
+        await self._renewal.replace_sandbox(self.pod)
         self._volumes_ready = False
-        self._sandbox.replace()
 
     async def _carry_out(self, plan: Plan) -> None:
         fresh = set()
@@ -381,7 +404,8 @@ class PodWorker:
         try:
             fields.process_hostname(self.pod)
             await self.services.volumes.setup(self.pod)
-        except fields.FieldError as error:
+            await self.services.networks.attach(self.pod)
+        except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
             self.services.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)
             self._put_off(self._volume_retry)
@@ -411,9 +435,8 @@ class PodWorker:
         if self._starter.unsure and not await self._ask_runtime():
             return
         await self._last_words.settle()
-        if latest is not None and role in (Role.INIT, Role.SIDECAR) and not self._sandbox.holds(latest):
-            fresh = True
-        started = await self._starter.start(self.pod, container, latest, sandbox=self._sandbox.id, fresh=fresh)
+        fresh = fresh or (latest is not None and not self._renewal.has_crashed(role, container, latest))
+        started = await self._starter.start(self.pod, container, latest, sandbox=self._renewal.label, fresh=fresh)
         if started is None:
             self._wake.set()
             return
@@ -489,10 +512,13 @@ class PodWorker:
                 waiting=waiting,
                 message_of=self._last_words.of,
                 sandbox_ready=self._volumes_ready or bool(self.instances.live()),
-                former=self._former(),
+                former=self._renewal.former(),
+                reset=self._renewal.reset(self.pod),
+                restarting_all=bool(self._renewal.restarts_all(self.pod)),
                 terminal=self._stopped,
                 terminated=self._stopped,
                 verdict=self.verdict,
+                pod_addresses=self._pod_addresses(),
             )
         )
         if self.stage is Stage.ENDING and not self._stopped and not self.instances.live():
@@ -502,6 +528,11 @@ class PodWorker:
             return
         begun = has_ever_started(self.pod, self.latest()) or bool(waiting)
         self._patcher.submit(self.status, urgent=begun or self.stage is not Stage.ACTIVE)
+
+    def _pod_addresses(self) -> tuple[str, ...] | None:
+        networks = self.services.networks
+        own = networks.addresses(self.pod)
+        return None if own is None and networks.shares_machine(self.pod) else own or ()
 
     def _old_status(self) -> Mapping[str, Any]:
         """The last computed status, with everybody else's conditions as the API server has them now."""

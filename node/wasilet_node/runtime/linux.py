@@ -17,11 +17,18 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_CAPBSET_DROP = 24
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 CAP_DAC_OVERRIDE = 1
+CAP_KILL = 5
+CAP_SETGID = 6
+CAP_SETUID = 7
+CAP_SETPCAP = 8
+CAP_SYS_ADMIN = 21
 MOST_EXPENDABLE = 1000
 """For ``set_oom_score``."""
 
@@ -58,6 +65,17 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0) -> None:
 def set_parent_death_signal() -> None:
     """SIGKILL for this process when the thread that forked it ends; survives neither exec of a setuid file nor fork."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def become_subreaper() -> None:
+    """Descendants whose parents end become children of this process, so that it can wait for them."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def set_name(name: str) -> None:
+    """What ``ps`` and /proc/PID/comm show of this thread: at most 15 bytes."""
+    buffer = ctypes.create_string_buffer(name.encode())
+    prctl(PR_SET_NAME, ctypes.addressof(buffer))
 
 
 def set_no_new_privs() -> None:

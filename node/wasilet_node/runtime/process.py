@@ -1,4 +1,4 @@
-"""One forked sandbox as the supervisor sees it: pipes, report, pidfd, outcome.
+"""One sandbox as the supervisor sees it: pipes, report, pidfd, outcome.
 
 The write ends of a child's pipes are closed in the parent before the next fork, so end of file means that this very
 child is gone. What it wrote before it died is still in the pipes then, and is read before its end is told.
@@ -14,11 +14,12 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from wasilet_node.runtime import linux, sandbox
+from wasilet_node.runtime import sandbox
 from wasilet_node.runtime.cgroups import Group
 from wasilet_node.runtime.logs import READ_BYTES
 from wasilet_node.runtime.loop import Loop, Watch
 from wasilet_node.runtime.protocol import ContainerConfig
+from wasilet_node.runtime.zygote import Spare, Zygote
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class ForkRefusedError(Exception):
 
 
 class SandboxProcess:
-    """Forks on ``spawn``; then calls ``on_output(stream, data)``, ``on_started()`` once, ``on_exit(outcome)`` last."""
+    """Begins with ``spawn``; calls ``on_output(stream, data)``, ``on_started()`` once, ``on_exit(outcome)`` last."""
 
     def __init__(
         self,
@@ -73,14 +74,16 @@ class SandboxProcess:
 
     def spawn(
         self,
-        tools: sandbox.GuestTools,
+        zygote: Zygote,
         *,
         guest_stdin: bool,
         group: Group | None,
         backstop_bytes: int | None,
         record: int = -1,
+        network: int = -1,
     ) -> None:
-        """Fork. Raises ForkRefusedError; nothing is left behind then."""
+        """Take a sandbox of the zygote's. Raises ForkRefusedError; nothing is left behind then."""
+        spare: Spare | None = None
         opened: list[int] = []
 
         def pipe() -> tuple[int, int]:
@@ -89,9 +92,6 @@ class SandboxProcess:
             return ends
 
         try:
-            threads = linux.thread_count()
-            if threads != 1:
-                raise ForkRefusedError(f"the supervisor has {threads} threads and must not fork")
             out_read, out_write = pipe()
             err_read, err_write = pipe()
             report_read, report_write = pipe()
@@ -116,11 +116,11 @@ class SandboxProcess:
                 cgroup_files=tuple(groups),
                 memory_backstop_bytes=backstop_bytes,
                 record=record,
+                network=network,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
-            self.pid = os.fork()
-            if self.pid == 0:
-                sandbox.run_child(plan, tools)
+            spare = zygote.take()
+            self.pid = spare.pid
             self._pidfd = os.pidfd_open(self.pid)
             opened.append(self._pidfd)
             if stdin_write >= 0:
@@ -130,11 +130,12 @@ class SandboxProcess:
                 self._fds[name] = descriptor
                 self._watch(name)
             self._pid_watch = self._loop.watch(self._pidfd, lambda _events: self._reap(), urgent=True)
+            spare.start(plan)  # last: a sandbox that nobody watches must not run, since its end would never be told
         except OSError as error:
-            # A sandbox that nobody watches must not run, since its end would never be told.
-            if self.pid:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+            if spare is not None:
+                spare.discard()
+            if self._pid_watch is not None:
+                self._loop.unwatch(self._pid_watch)
             for watch in self._watches.values():
                 self._loop.unwatch(watch)
             for descriptor in opened:

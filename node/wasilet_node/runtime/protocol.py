@@ -54,7 +54,7 @@ class HttpPolicy:
 
     max_concurrent_requests: int | None = None
     local_origins: tuple[str, ...] = ()
-    """Origins that the node's operator lets pods call although ``wasilet_node.addresses`` refuses them."""
+    """Origins that the node's operator lets pods call although ``wasilet_common.addresses`` refuses them."""
 
     own_addresses: tuple[str, ...] = ()
     """The node's, which no origin may lead to."""
@@ -96,6 +96,14 @@ class ContainerConfig:
     cpu_limit_millicores: int | None = None
     cpu_request_millicores: int | None = None
     http: HttpPolicy | None = None
+    network: str = ""
+    """The key of the pod's network namespace, which the guest runs in and may open sockets in; empty: it runs in the
+    machine's, without sockets."""
+
+    etc_files: tuple[tuple[str, str], ...] = ()
+    """What the process sees in place of files of the machine's /etc (absolute path there, file to show), by a mount
+    namespace of its own: name lookup. Needs ``network``."""
+
     stdin: bool = False
     """Hold a pipe to the guest's stdin for those who attach; otherwise the guest reads end of file at once."""
 
@@ -174,6 +182,8 @@ class RuntimeCapabilities:
     """False: memory limits are kept by the supervisor's own watch on resident size instead."""
 
     wasmtime_version: str
+    pod_networks: bool = False
+    """Whether containers may run in network namespaces of their pods."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,6 +173,14 @@ def make_directories(root_fd: int, names: Sequence[str], mode: int) -> None:
         os.close(current)
 
 
+def read_whole(root_fd: int, names: Sequence[str], limit_bytes: int) -> bytes:
+    """All of a regular file, as ``read_tail``. A longer one raises OSError (EFBIG)."""
+    data = read_tail(root_fd, names, limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise OSError(errno.EFBIG, f"more than {limit_bytes} bytes", "/".join(names))
+    return data
+
+
 def read_tail(root_fd: int, names: Sequence[str], limit_bytes: int) -> bytes:
     """The last ``limit_bytes`` of a regular file. Anything else (link, FIFO, device, folder) raises OSError (EINVAL)
     without being opened; a missing file raises FileNotFoundError."""

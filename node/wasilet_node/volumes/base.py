@@ -54,6 +54,10 @@ class Volumes(Protocol):
         """Up to the last 4096 bytes of the file at ``terminationMessagePath`` that instance ``attempt`` wrote, read
         beneath its root, no links followed."""
 
+    async def read_file(self, pod: Pod, volume: str, path: str, *, limit_bytes: int) -> bytes | None:
+        """A file of a volume that ``setup`` has made; links are followed within the volume. None: it does not exist.
+        Raises ContainerConfigError, also for a longer one."""
+
     async def refresh(self, pod: Pod) -> None:
         """Bring configMap, secret, projected and downwardAPI volumes up to date by an atomic swap; rotate tokens."""
 

@@ -26,6 +26,7 @@ from wasilet_node.kube import fields
 from wasilet_node.kube.base import KubeError
 from wasilet_node.kube.references import References
 from wasilet_node.runtime.protocol import Mount
+from wasilet_node.runtime.safe_path import open_root, opened, read_whole, resolve
 from wasilet_node.settings import NodePaths
 from wasilet_node.volumes import atomic, hosts
 from wasilet_node.volumes.base import Container, ContainerConfigError, Pod, VolumeError, VolumeRefusedError
@@ -41,6 +42,7 @@ from wasilet_node.volumes.pod_dirs import Areas, checked_name, checked_uid, make
 from wasilet_node.volumes.projected import Projected
 from wasilet_node.volumes.removal import Usage, remove_tree, usage
 from wasilet_node.volumes.secret import Secrets
+from wasilet_node.volumes.sized_memory import unmount_volumes
 from wasilet_node.volumes.termination import read_message
 from wasilet_node.volumes.tokens import Tokens
 
@@ -80,8 +82,14 @@ def _containers(pod: Pod) -> list[Container]:
 
 
 def _used(pod: Pod) -> set[str]:
-    """Names of the volumes that a container mounts; kubelet sets up no others."""
-    return {str(mount["name"]) for container in _containers(pod) for mount in container.get("volumeMounts") or []}
+    """Names of the volumes that a container mounts or takes variables from; no others are set up."""
+    mounted = {str(mount["name"]) for container in _containers(pod) for mount in container.get("volumeMounts") or []}
+    references = (
+        (entry.get("valueFrom") or {}).get("fileKeyRef") or {}
+        for container in _containers(pod)
+        for entry in container.get("env") or []
+    )
+    return mounted | {str(reference["volumeName"]) for reference in references if reference.get("volumeName")}
 
 
 def _is_ready(place: Place | None) -> bool:
@@ -93,7 +101,7 @@ def _is_ready(place: Place | None) -> bool:
 class VolumeManager:
     """Implements ``Volumes``. Its calls for one pod wait for each other; those of different pods do not.
 
-    ``allocatable`` gives the node's allocatable resources as quantities, ``addresses`` the addresses that pods have.
+    ``allocatable`` gives the node's allocatable resources as quantities, ``addresses`` a pod's addresses.
     ``shared_memory`` is where the memory area is made, None to do without.
     """
 
@@ -103,7 +111,7 @@ class VolumeManager:
         references: References,
         *,
         allocatable: Callable[[], Mapping[str, str]],
-        addresses: Callable[[], Sequence[str]] = tuple,
+        addresses: Callable[[Pod], Sequence[str]] = lambda _pod: (),
         cluster_domain: str = fields.CLUSTER_DOMAIN,
         shared_memory: Path | None = _SHARED_MEMORY,
         tokens: Tokens | None = None,
@@ -116,12 +124,13 @@ class VolumeManager:
         self._cluster_domain = cluster_domain
         self._threads = ThreadPoolExecutor(_THREADS, "volumes")
         self._slow_threads = ThreadPoolExecutor(_SLOW_THREADS, "volume trees")
+        self._host_threads = host_threads or HostThreads()
         shared = Shared(
             references=references,
             areas=self._areas,
             tokens=self._tokens,
             allocatable=allocatable,
-            host_threads=host_threads or HostThreads(),
+            host_threads=self._host_threads,
         )
         self._projecting: dict[str, Projecting] = {
             "configMap": ConfigMaps(shared),
@@ -239,6 +248,24 @@ class VolumeManager:
             if problems:
                 raise VolumeError("; ".join(problems))
 
+    async def read_file(self, pod: Pod, volume: str, path: str, *, limit_bytes: int) -> bytes | None:
+        """See ``Volumes.read_file``."""
+        place = self._places.get(checked_uid(pod["metadata"]["uid"]), {}).get(volume)
+        if place is None or place.is_file or place.unusable:
+            raise ContainerConfigError(f'cannot find the volume "{volume}" referenced by FileKeyRef')
+
+        def read() -> bytes | None:
+            with opened(open_root(place.path)) as root:
+                names, missing = resolve(root, path)
+                return None if missing is not None else read_whole(root, names, limit_bytes)
+
+        try:
+            return await self._host_threads.run(f'volume "{volume}"', read)
+        except FileNotFoundError:
+            return None
+        except (OSError, VolumeError) as error:
+            raise ContainerConfigError(f'cannot read "{path}" of volume "{volume}": {error}') from error
+
     # ---- instances
 
     def _instance(self, pod: Pod, container: Container, attempt: int) -> Instance:
@@ -257,7 +284,7 @@ class VolumeManager:
     ) -> Sequence[Mount]:
         """See ``Volumes.mounts``. Folders of instances before the last one are removed."""
         uid = checked_uid(pod["metadata"]["uid"])
-        hosts_content = hosts.content(pod, self._addresses(), self._cluster_domain)
+        hosts_content = hosts.content(pod, self._addresses(pod), self._cluster_domain)
         instance = self._instance(pod, container, attempt)
         try:
             make_private(instance.disk)
@@ -306,9 +333,18 @@ class VolumeManager:
             if volume.name in places and (volume.kind == "emptyDir" or volume.kind in self._projecting)
         }
 
+        return await self._measure(own)
+
+    async def loose_usage(self, pod: Pod) -> dict[str, Usage]:
+        """Of the memory volumes with a size that the kernel does not hold."""
+        places = self._places.get(pod["metadata"]["uid"], {})
+        loose = {name: place.path for name, place in places.items() if place.loose}
+        return await self._measure(loose) if loose else {}
+
+    async def _measure(self, paths: Mapping[str, Path]) -> dict[str, Usage]:
         def measure() -> dict[str, Usage]:
             found: dict[str, Usage] = {}
-            for name, path in own.items():
+            for name, path in paths.items():
                 with contextlib.suppress(OSError):
                     found[name] = usage(path)
             return found
@@ -332,6 +368,8 @@ class VolumeManager:
 
             def remove() -> None:
                 for root in roots:
+                    if root != self._areas.disk:
+                        unmount_volumes(root / uid)
                     remove_tree(root, uid)
 
             try:

@@ -1,4 +1,4 @@
-"""projected volumes: tokens, configMaps, secrets and the downward API in one folder.
+"""projected volumes: tokens, configMaps, secrets, the downward API and cluster trust bundles in one folder.
 
 Every pod has one of these, for its service account, and waits for it: so the sources are read at the same time. In
 memory, as it holds a token.
@@ -17,7 +17,7 @@ from wasilet_node.volumes.downward_api import DownwardApi, aggregate
 from wasilet_node.volumes.kinds import Shared, Source, default_mode
 from wasilet_node.volumes.secret import Secrets
 
-_SOURCES = frozenset({"serviceAccountToken", "configMap", "secret", "downwardAPI"})
+_SOURCES = frozenset({"serviceAccountToken", "configMap", "secret", "downwardAPI", "clusterTrustBundle"})
 _OWNER_BITS = 0o700
 
 
@@ -33,7 +33,7 @@ class Projected:
         self._downward_api = DownwardApi(shared)
 
     def check(self, source: Source) -> str:
-        """clusterTrustBundle and podCertificate are refused: nodes need feature gates and rights for them."""
+        """podCertificate is refused by name: it is not built."""
         for entry in source.get("sources") or []:
             for kind in entry:
                 if kind not in _SOURCES:
@@ -84,4 +84,18 @@ class Projected:
                 published=published(one["path"]),
             )
             return {one["path"]: FileProjection(token, mode & _OWNER_BITS)}
+        if one := entry.get("clusterTrustBundle"):
+            return {one["path"]: FileProjection(await self._trust_bundle(one, max_age_seconds), mode)}
         return {}
+
+    async def _trust_bundle(self, source: Source, max_age_seconds: float) -> bytes:
+        bundles = self._shared.references.trust_bundles
+        optional = bool(source.get("optional"))
+        if name := source.get("name"):
+            pem = await bundles.by_name(str(name), optional=optional, max_age_seconds=max_age_seconds)
+        elif signer := source.get("signerName"):
+            selector = source.get("labelSelector")
+            pem = await bundles.by_signer(str(signer), selector, optional=optional, max_age_seconds=max_age_seconds)
+        else:
+            raise VolumeError("ClusterTrustBundle projection requires either name or signerName to be set")
+        return pem.encode()

@@ -54,7 +54,9 @@ def repositories(registry: str) -> str:
     return yaml.safe_dump(dict.fromkeys((*names, *more), f"{registry}/{REPOSITORY}"))
 
 
-def push_images(suite: Suite, registry: str, repository_list: Path, *, say: Callable[[str], None]) -> list[str]:
+def push_images(
+    suite: Suite, registry: str, repository_list: Path, *, say: Callable[[str], None], environ: Mapping[str, str]
+) -> list[str]:
     """Build the stand-in and push it as every image that the tests name and that it can be. Raises HarnessError."""
     module = build(find_app(str(HERE / "standin")), say=say, environ=os.environ).module.read_bytes()
     listed = process.run(
@@ -66,7 +68,7 @@ def push_images(suite: Suite, registry: str, repository_list: Path, *, say: Call
     for reference in listed:
         image = _IMAGES.get(reference.rpartition("/")[2].partition(":")[0])
         if image is not None and reference.startswith(f"{registry}/{REPOSITORY}/"):
-            push(_artifact(module, image), reference_named(reference))
+            push(_artifact(module, image), reference_named(reference), environ=environ)
             pushed.append(reference)
     return pushed
 

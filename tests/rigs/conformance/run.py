@@ -50,7 +50,7 @@ def run(
     registry = str(cluster.status()["registry"])
     repository_list = folder / "repositories.yaml"
     repository_list.write_text(images.repositories(registry))
-    pushed = images.push_images(programs, registry, repository_list, say=say)
+    pushed = images.push_images(programs, registry, repository_list, say=say, environ=cluster.settings.environ)
     say(f"{len(pushed)} images in {registry}; the log is {folder / 'log'}")
     skips = [re.escape(part) for entry in selection.skips for part in entry.tests] + list(skip)
     argv: list[str | Path] = [

@@ -67,8 +67,9 @@ class KindRig:
         path.write_text(_WITHOUT_DNS + (_TAINTED.format(key=key, effect=effect) if key else ""), encoding="utf-8")
         return path
 
-    def push_linux(self, registry: str) -> str:
-        """Build the Linux image of ``tests/rigs/linux``, push it with Docker, and return its reference."""
+    def push_linux(self, registry: str, docker_config: Path) -> str:
+        """Build the Linux image of ``tests/rigs/linux``, push it with Docker, and return its reference.
+        ``docker_config``: the folder with the registry's login."""
         reference = f"{registry}/linux:v1"
         binary = build_go_program(LINUX, self.folder / "linux")
         context = self.folder / "image"
@@ -82,7 +83,11 @@ class KindRig:
             timeout_seconds=120,
             env={**self.engine.environment, "DOCKER_BUILDKIT": "0"},
         )
-        self.engine.docker("push", reference)
+        process.run(
+            ["docker", "push", reference],
+            timeout_seconds=120,
+            env={**self.engine.environment, "DOCKER_CONFIG": str(docker_config)},
+        )
         self.engine.docker("rmi", "--force", reference)
         return reference
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from wasilet_node.images.model import Image
@@ -16,7 +16,7 @@ from wasilet_node.kube.references import References, ReferenceSettings
 from wasilet_node.pods.environment import EnvironmentBuilder, expand_command, process_environment
 from wasilet_node.pods.service_environment import service_environment
 from wasilet_node.runtime.protocol import GuestKind
-from wasilet_node.volumes.base import ContainerConfigError
+from wasilet_node.volumes.base import ContainerConfigError, Volumes
 
 from tests.unit.node.volumes.rig import FakeKube, make_container, make_pod
 
@@ -53,7 +53,7 @@ async def references(kube: FakeKube) -> AsyncIterator[References]:
 async def build(references: References, container: dict[str, Any], **spec: Any) -> dict[str, str]:
     spec.setdefault("enableServiceLinks", False)
     pod = make_pod(containers=[container], **spec)
-    return await EnvironmentBuilder(references).build(
+    return await EnvironmentBuilder(references, cast("Volumes", None)).build(
         pod,
         container,
         pod_ips=["10.0.0.5", "fd00::5"],
@@ -110,7 +110,7 @@ async def test_env_from_comes_first_with_its_prefix_and_env_overrides_it(
         ({"fieldRef": {"fieldPath": "spec.hostname"}}, "field label not supported: spec.hostname"),
         ({"fieldRef": {"fieldPath": "spec.x['y']"}}, "field label does not support subscript: spec.x['y']"),
         ({"resourceFieldRef": {"resource": "limits.gpu"}}, "unsupported container resource : limits.gpu"),
-        ({"fileKeyRef": {"key": "k"}}, "env X: valueFrom.fileKeyRef is not supported by this node"),
+        ({"someKeyRef": {"key": "k"}}, "env X: valueFrom.someKeyRef is not supported by this node"),
     ],
 )
 async def test_what_is_missing_is_named_in_kubelets_words(

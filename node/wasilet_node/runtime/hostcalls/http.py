@@ -7,7 +7,7 @@ What a guest may reach. A request passes when its origin (scheme, host and port;
 the list of the container; so must every redirect, which otherwise ends with DESTINATION_NOT_ALLOWED. Guests share the
 network of the node, and the list is the pod author's, so neither its names nor its literals lead to loopback, to
 link-local addresses (cloud metadata services), multicast, the unspecified address, the node's own addresses, the
-cluster's API server or a kubelet (``wasilet_node.addresses``). Every address that a name resolves to is judged, and
+cluster's API server or a kubelet (``wasilet_common.addresses``). Every address that a name resolves to is judged, and
 the one that was judged is connected to. An origin that the node's operator allows (``--allow-local-origins``) passes.
 The crate's ``insecure:allow-all`` is no origin: it allows nothing.
 
@@ -31,8 +31,8 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 import wasmtime
+from wasilet_common import addresses
 
-from wasilet_node import addresses
 from wasilet_node.runtime.protocol import HttpPolicy
 
 MODULE = "wasi_experimental_http"

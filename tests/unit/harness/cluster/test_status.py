@@ -88,7 +88,7 @@ def test_the_keys_of_status_stay_even_when_nothing_runs(settings: Settings) -> N
     """Other programs build on them: one may be added here, none changed or taken away."""
     data = statuses.status(settings)
     assert {*data} == {
-        *("name", "provider", "kubeconfig", "context", "server", "registry", "state_dir"),
+        *("name", "provider", "kubeconfig", "context", "server", "registry", "registry_login", "state_dir"),
         *("components", "nodes", "ready"),
     }
     assert data["ready"] is False

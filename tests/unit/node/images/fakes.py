@@ -18,7 +18,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from wasilet_common.oci import mediatypes
-from wasilet_node.images.model import Credential
+from wasilet_common.oci.credentials import Credential
 from wasilet_node.runtime.protocol import GuestKind
 
 MODULE = b"\0asm\x01\0\0\0" + b"a core module"
@@ -75,6 +75,18 @@ class FakeRegistry:
 
     busy: list[tuple[int, str]] = field(default_factory=list)
     """The next answers: a status, and what they say in Retry-After."""
+
+    scopes: list[str] = field(default_factory=list)
+    """What tokens were asked for."""
+
+    challenges: tuple[str, ...] = ()
+    """Not empty: the WWW-Authenticate headers, in place of the one that ``realm`` and ``users`` make."""
+
+    upload_at: Callable[[str], str] | None = None
+    """From the path of an upload to what ``Location`` says."""
+
+    keep: Callable[[bytes], bytes] = bytes
+    """What becomes of an uploaded blob."""
 
     origin: str = ""
 
@@ -142,8 +154,21 @@ class FakeRegistry:
             return await self._token(request)
         if not self._authorized(request):
             challenge = f'Bearer realm="{self.realm}",service="fake"' if self.realm else 'Basic realm="fake"'
-            return web.json_response({}, status=401, headers={"WWW-Authenticate": challenge})
+            refused = web.json_response({}, status=401)
+            for header in self.challenges or (challenge,):
+                refused.headers.add("WWW-Authenticate", header)
+            return refused
         repository, _, rest = request.path.removeprefix("/v2/").rpartition("/")
+        if request.path.endswith("/blobs/uploads/"):
+            path = f"{request.path}one?state=x"
+            return web.Response(status=202, headers={"Location": self.upload_at(path) if self.upload_at else path})
+        if repository.endswith("/blobs/uploads"):
+            self.blobs[request.query["digest"]] = self.keep(await request.read())
+            return web.Response(status=201)
+        if repository.endswith("/manifests") and request.method == "PUT":
+            body = await request.read()
+            self.add_manifest(f"{repository.removesuffix('/manifests')}:{rest}", body, request.content_type)
+            return web.Response(status=201)
         if repository.endswith("/manifests"):
             return self._manifest(request, f"{repository.removesuffix('/manifests')}:{rest}")
         if repository.endswith("/blobs"):
@@ -159,6 +184,7 @@ class FakeRegistry:
         return True
 
     async def _token(self, request: web.Request) -> web.Response:
+        self.scopes += request.query.getall("scope", [])
         if request.method == "POST":
             form = await request.post()
             allowed = form.get("grant_type") == "refresh_token" and form.get("refresh_token") in self.identity_tokens
@@ -185,6 +211,8 @@ class FakeRegistry:
         data = self.served.get(digest, self.blobs.get(digest))
         if data is None:
             return web.Response(status=404)
+        if request.method == "HEAD":
+            return web.Response(headers={"Content-Length": str(len(data))})
         start = 0
         span = request.headers.get("Range")
         if span and not self.ignore_range:

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wasilet_node.images.model import Credential, EventSink, Image, ImageError, PullPolicy
+from wasilet_common.oci.credentials import Credential
+from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
 from wasilet_node.kube.base import ConflictError, KubeObject, NotFoundError, WatchEvent
 from wasilet_node.pods.dependencies import PodDependencies, Timing
 from wasilet_node.pods.nodeinfo import NodeInfo
@@ -455,6 +456,9 @@ class FakeVolumes:
         working_dir: str = "",
     ) -> Sequence[Mount]:
         return []
+
+    async def read_file(self, pod: Pod, volume: str, path: str, *, limit_bytes: int) -> bytes | None:
+        return None
 
     def termination_message(self, pod: Pod, container: Pod, *, attempt: int = 0) -> str:
         return self.message

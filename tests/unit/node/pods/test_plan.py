@@ -19,7 +19,7 @@ from tests.unit.node.pods.fakes import make_instance
 
 pytestmark = pytest.mark.unit
 
-FORMER = " former"
+FORMER, RESET = " former", " reset"
 CASES = Path(__file__).parent / "cases"
 
 
@@ -44,7 +44,7 @@ def pod_of(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def instance_of(name: str, text: str) -> ContainerStatus:
-    words = text.removesuffix(FORMER).split()
+    words = text.removesuffix(FORMER).removesuffix(RESET).split()
     image = "i"
     if words[-1].startswith("image="):
         image = words.pop().removeprefix("image=")
@@ -64,6 +64,7 @@ def test_plan(case: dict[str, Any]) -> None:
         results,
         lambda container, _instance: float(case.get("backoff", {}).get(container["name"], 0)),
         former={name for name, text in case.get("instances", {}).items() if text.endswith(FORMER)},
+        reset={name for name, text in case.get("instances", {}).items() if text.endswith(RESET)},
     )
     assert plan.start == case.get("start", [])
     assert {kill.container: kill.message for kill in plan.kill} == case.get("kill", {})

@@ -21,6 +21,7 @@ from wasilet_node.runtime.protocol import (
     StartError,
     UnknownContainerError,
 )
+from wasilet_node.runtime.zygote import SANDBOX_NAME
 from wasilet_node.settings import LogSettings, NodePaths
 
 from tests.unit.node.runtime.guests import (
@@ -171,11 +172,16 @@ async def test_a_slow_reader_slows_the_exec_and_not_the_supervisor(rig: Rig, kni
 
 async def test_closing_a_stream_kills_the_exec(rig: Rig, knife: ContainerStatus) -> None:
     def children() -> int:
-        return len(Path(f"/proc/{rig.pid()}/task/{rig.pid()}/children").read_text().split())
+        pids = Path(f"/proc/{rig.pid()}/task/{rig.pid()}/children").read_text().split()
+        return sum(Path(f"/proc/{pid}/comm").read_text().strip() == SANDBOX_NAME for pid in pids)
 
     before = children()
     stream = await rig.client.exec_stream(knife.id, ["x", "sleep"])
-    assert children() == before + 1
+
+    async def runs() -> bool | None:
+        return children() == before + 1 or None
+
+    await eventually(runs)
     await stream.close()
 
     async def gone() -> bool | None:

@@ -125,6 +125,7 @@ from pathlib import Path
 from wasilet_node.runtime import engine, sandbox
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.process import SandboxProcess
+from wasilet_node.runtime.zygote import Zygote
 from tests.unit.node.runtime.test_wire import CONFIG
 
 def instead_of_a_guest(*_args, **_fields):
@@ -134,7 +135,8 @@ sandbox.run_guest = instead_of_a_guest
 loop = Loop()
 process = SandboxProcess(loop, dataclasses.replace(CONFIG, http=None), on_output=print, on_started=print,
                          on_exit=lambda outcome: (print(outcome.message), loop.stop()))
-process.spawn(sandbox.make_tools(engine.make_linkers()), guest_stdin=False, group=None, backstop_bytes=None)
+zygote = Zygote(sandbox.make_tools(engine.make_linkers()))
+process.spawn(zygote, guest_stdin=False, group=None, backstop_bytes=None)
 loop.run()
 """
     (tmp_path / "secret").write_text("text")

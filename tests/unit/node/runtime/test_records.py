@@ -110,14 +110,16 @@ from wasilet_node.runtime import engine, sandbox
 
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.process import SandboxProcess
+from wasilet_node.runtime.zygote import Zygote
 from tests.unit.node.runtime.test_wire import CONFIG
 
 loop, ends = Loop(), os.pipe()
 process = SandboxProcess(loop, CONFIG, on_output=print, on_started=lambda: print("it ran"),
                          on_exit=lambda outcome: (print(outcome.start_failed, outcome.message), loop.stop()))
-tools = sandbox.make_tools(engine.make_linkers())
-process.spawn(tools, guest_stdin=False, group=None, backstop_bytes=None, record=ends[1])
+zygote = Zygote(sandbox.make_tools(engine.make_linkers()))
+process.spawn(zygote, guest_stdin=False, group=None, backstop_bytes=None, record=ends[1])
 loop.run()
+zygote.close()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "True cannot write the container's start record: [Errno 22] Invalid argument\n"

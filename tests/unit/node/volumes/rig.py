@@ -100,7 +100,15 @@ class FakeKube:
         label_selector: str | None = None,
         timeout_seconds: float = 10.0,
     ) -> KubeObject:
-        raise AssertionError("nodes read references one by name")
+        assert path.endswith("/clustertrustbundles"), "nodes read other references one by name"
+        self.calls[path] += 1
+        await asyncio.sleep(self.delay_seconds)
+        if self.unavailable is not None:
+            raise self.unavailable
+        found = [each for known, each in self.objects.items() if known.startswith(f"{path}/")]
+        if not found and path not in self.objects:
+            raise NotFoundError(404, "NotFound", "the server could not find the requested resource")
+        return {"items": found}
 
     async def create(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
         self.calls[path] += 1
@@ -212,7 +220,7 @@ class Rig:
             NodePaths(data=self.folder / "data"),
             self.references,
             allocatable=lambda: {"cpu": "4", "memory": "8Gi"},
-            addresses=lambda: ["10.1.2.3"],
+            addresses=lambda _pod: ["10.1.2.3"],
             shared_memory=self.memory,
             tokens=self.tokens,
         )

@@ -222,8 +222,8 @@ async def test_only_volumes_that_a_container_mounts_are_set_up(rig: Rig) -> None
         ({"image": {"reference": "x"}}, "volumes of kind image are not supported"),
         ({"emptyDir": {"medium": "HugePages-2Mi"}}, "emptyDir medium HugePages-2Mi is not supported"),
         (
-            {"projected": {"sources": [{"clusterTrustBundle": {"path": "x"}}]}},
-            "projected source clusterTrustBundle is not supported",
+            {"projected": {"sources": [{"podCertificate": {"signerName": "x"}}]}},
+            "projected source podCertificate is not supported",
         ),
     ],
 )

@@ -8,8 +8,8 @@ import logging
 from typing import Any
 
 import pytest
+from wasilet_common.oci.credentials import from_secrets, matching
 from wasilet_common.oci.reference import parse
-from wasilet_node.images.credentials import from_secrets, matching
 
 from tests.unit.node.images.fakes import credential
 

@@ -1,10 +1,9 @@
-"""One repository of a registry: manifests by tag or digest, blobs as a stream that resumes.
+"""One repository of a registry: manifests by tag or digest, blobs as a stream that resumes, uploads.
 
-oras-py, which the harness pushes with, is not used here: its version 0.2.43 verifies neither digest nor size, reads
-blobs whole into memory, has no time-outs, and retries for about two minutes on any error. A node needs the opposite of
-each. So this is the small part of the distribution specification that a pull needs, with the Basic and Bearer
-challenges (identity tokens, too) of the Docker registry's token authentication. Redirects are followed by hand, because
-the Authorization header goes to the registry's own origin only.
+The node pulls and the commands push and pull with this. oras-py is not used for it: its version 0.2.43 verifies
+neither digest nor size, reads blobs whole into memory, has no time-outs, and retries for two minutes on any error. So
+this is the part of the distribution specification that is needed here. Redirects are followed by hand, because the
+Authorization header goes to the registry's own origin only.
 """
 
 from __future__ import annotations
@@ -12,41 +11,42 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
-from wasilet_common.oci import mediatypes
-from wasilet_common.oci.reference import Reference, is_digest
 from yarl import URL
 
-from wasilet_node.images.challenge import Challenge, parse_challenges
-from wasilet_node.images.model import Credential
-from wasilet_node.images.registry import (
-    USER_AGENT,
-    RegistryAuthError,
+from wasilet_common.oci import mediatypes
+from wasilet_common.oci.authentication import Authenticator, Denial, pod_denial
+from wasilet_common.oci.challenge import parse_challenges
+from wasilet_common.oci.credentials import Credential
+from wasilet_common.oci.reference import Reference, is_digest
+from wasilet_common.oci.registry import (
+    SLOWEST_BYTES_PER_SECOND,
     RegistryClient,
     RegistryNotFoundError,
     RegistryProtocolError,
     RegistryUnreachableError,
     TransferInterruptedError,
     authority,
+    read_bounded,
 )
 
 MAX_MANIFEST_BYTES: Final = 4 * 1024 * 1024
 """The distribution specification's suggested limit."""
 
-_MAX_TOKEN_ANSWER_BYTES: Final = 256 * 1024
 _MAX_ERROR_BYTES: Final = 8 * 1024
 _MAX_REDIRECTS: Final = 5
 _CHUNK_BYTES: Final = 256 * 1024
-_SLOWEST_BYTES_PER_SECOND: Final = 16 * 1024
-"""A registry that drips below this rate is given up on, as each byte would restart the read time-out."""
-
 _LONGEST_PAUSE_SECONDS: Final = 10
 """What a registry may ask for by Retry-After; one that asks for more is left to the pull's back-off."""
+
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_SAME_METHOD: Final = frozenset({307, 308})
+"""Those after which a request with a body is sent again as it was (RFC 9110, section 15.4)."""
 
 _HTTP_TO_HTTPS: Final = (b"HTTP request to an HTTPS server", b"HTTP request was sent to HTTPS port")
 """What Go's and nginx' servers say to plain HTTP on a TLS port."""
@@ -70,12 +70,24 @@ class Transfer:
 
 
 class Repository:
-    """What a pull asks of one repository, with one credential (None: anonymously). A token lives as long as this."""
+    """What is asked of one repository, with one credential (None: anonymously). A token lives as long as this."""
 
-    def __init__(self, *, client: RegistryClient, reference: Reference, credential: Credential | None) -> None:
+    def __init__(
+        self,
+        *,
+        client: RegistryClient,
+        reference: Reference,
+        credential: Credential | None,
+        logins: Sequence[Credential] = (),
+        actions: str = "pull",
+        denial: Denial = pod_denial,
+    ) -> None:
+        """For the last three see ``Authenticator``."""
         self._client = client
         self._reference = reference
-        self._credential = credential
+        self._authenticator = Authenticator(
+            client=client, reference=reference, credential=credential, logins=logins, actions=actions, denial=denial
+        )
         self._authorization = ""
 
     async def resolve(self, target: str) -> str | None:
@@ -98,7 +110,7 @@ class Repository:
 
     async def _head(self, target: str) -> str:
         async with (
-            self._bounded("the manifest"),
+            self._client.bounded("the manifest", self._reference.host),
             self._request("HEAD", f"manifests/{target}", {"Accept": mediatypes.ACCEPT}) as response,
         ):
             if response.status == 405:
@@ -109,11 +121,11 @@ class Repository:
     async def manifest(self, target: str) -> Manifest:
         """A manifest by tag or digest, at most 4 MiB; by digest, its body is verified. Raises RegistryError."""
         async with (
-            self._bounded("the manifest"),
+            self._client.bounded("the manifest", self._reference.host),
             self._request("GET", f"manifests/{target}", {"Accept": mediatypes.ACCEPT}) as response,
         ):
             await self._raise_for_status(response, "GET")
-            body = await _read(response, MAX_MANIFEST_BYTES, "the manifest")
+            body = await read_bounded(response, MAX_MANIFEST_BYTES, "the manifest")
             media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         algorithm = target.partition(":")[0] if is_digest(target) else "sha256"
         digest = f"{algorithm}:{hashlib.new(algorithm, body).hexdigest()}"
@@ -160,7 +172,7 @@ class Repository:
                     yield chunk
                     ends += clock() - paused
                     # Bytes buy time, at the slowest rate, but none can be saved up for a drip that comes later.
-                    ends = min(ends + len(chunk) / _SLOWEST_BYTES_PER_SECOND, clock() + patience)
+                    ends = min(ends + len(chunk) / SLOWEST_BYTES_PER_SECOND, clock() + patience)
                     limit.reschedule(ends)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise TransferInterruptedError(
@@ -169,37 +181,66 @@ class Repository:
         if received < expected:
             raise TransferInterruptedError(f"the blob ended after {received} of {expected} bytes: unexpected EOF")
 
-    @asynccontextmanager
-    async def _bounded(self, what: str) -> AsyncIterator[None]:
-        settings = self._client.settings
-        limit = 2 * settings.read_timeout_seconds + settings.connect_timeout_seconds
-        try:
-            async with asyncio.timeout(limit):
-                yield
-        except TimeoutError as error:
-            raise RegistryUnreachableError(
-                f"the registry at {self._reference.host} did not send {what} within {limit:g} s"
-            ) from error
-        except aiohttp.ClientError as error:
-            raise RegistryUnreachableError(
-                f"the connection to the registry at {self._reference.host} broke: {type(error).__name__}"
-            ) from error
+    # --- uploads -----------------------------------------------------------------------------------------------------
+
+    async def blob_size(self, digest: str) -> int | None:
+        """Bytes of a blob that the registry has; None: it has none of that digest. Raises RegistryError."""
+        async with self._request("HEAD", f"blobs/{digest}", {}) as response:
+            if response.status == 404:
+                return None
+            await self._raise_for_status(response, "HEAD")
+            length = response.headers.get("Content-Length", "")
+            return int(length) if length.isascii() and length.isdigit() and len(length) < 19 else -1
+
+    async def upload(self, digest: str, data: bytes) -> None:
+        """Send a blob whole, and see that the registry holds it. Raises RegistryError."""
+        async with self._request("POST", "blobs/uploads/", {}) as begun:
+            await self._raise_for_status(begun, "POST", accepted={202})
+            place = _location(begun, begun.url)
+            asked = begun.url
+        if place is None or not self._client.may_go(place, source=asked):
+            raise RegistryProtocolError(
+                f"the registry at {self._reference.host} answers an upload with an address that may not be used"
+            )
+        headers = {"Content-Type": "application/octet-stream"}
+        target = place.extend_query(digest=digest)
+        async with self._request("PUT", "", headers, data=data, url=target) as response:
+            await self._raise_for_status(response, "PUT", accepted={201, 202, 204})
+        if await self.blob_size(digest) != len(data):
+            raise RegistryProtocolError(
+                f"the registry at {self._reference.host} took {digest} but does not hold it as it was sent"
+            )
+
+    async def put_manifest(self, tag: str, data: bytes, media_type: str) -> None:
+        """Put a manifest under a tag, and read it back by digest and by tag. Raises RegistryError."""
+        async with self._request("PUT", f"manifests/{tag}", {"Content-Type": media_type}, data=data) as response:
+            await self._raise_for_status(response, "PUT", accepted={200, 201, 202})
+        for name in (f"sha256:{hashlib.sha256(data).hexdigest()}", tag):
+            if (await self.manifest(name)).body != data:
+                raise RegistryProtocolError(
+                    f"the registry at {self._reference.host} holds another manifest under {name} than was sent"
+                )
+
+    # --- one request -------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def _request(
-        self, method: str, path: str, headers: Mapping[str, str]
+        self, method: str, path: str, headers: Mapping[str, str], *, data: bytes | None = None, url: URL | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Ask the registry, answering one challenge (the first, or that of a token which expired meanwhile),
-        correcting the scheme once, and waiting once when it says for how long."""
+        correcting the scheme once, and waiting once when it says for how long. ``url``: in place of ``path``, where the
+        registry said that an upload goes."""
         answered = waited = False
         for _ in range(4):
             pause = 0.0
             origin = self._client.origin(self._reference.host)
-            url = origin / "v2" / self._reference.repository / path
-            async with self._follow(method, url, headers) as response:
+            target = url or origin / "v2" / self._reference.repository / path
+            async with self._follow(method, target, headers, data) as response:
                 if response.status == 401 and not answered and response.url.origin() == origin:
                     challenges = parse_challenges(response.headers.getall("WWW-Authenticate", []))
-                    retry = answered = await self._authenticate(challenges)
+                    authorization = await self._authenticator.answer(challenges)
+                    self._authorization = authorization or self._authorization
+                    retry = answered = bool(authorization)
                 elif response.status == 400:
                     retry = await self._wants_https()
                 elif response.status in {429, 503} and not waited:
@@ -211,7 +252,7 @@ class Repository:
                     yield response
                     return
             await asyncio.sleep(pause)
-        raise RegistryAuthError(self._denied("the registry keeps asking for authentication"))
+        self._authenticator.deny("the registry keeps asking for authentication")
 
     async def _wants_https(self) -> bool:
         """Whether plain HTTP was wrong; asked anew, since the answer to a HEAD has no body."""
@@ -226,14 +267,19 @@ class Repository:
         return wanted
 
     @asynccontextmanager
-    async def _follow(self, method: str, url: URL, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        origin = url.origin()
+    async def _follow(
+        self, method: str, url: URL, headers: Mapping[str, str], data: bytes | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        origin = source = self._client.origin(self._reference.host)
+        followed: Collection[int] = _REDIRECTS if method in {"GET", "HEAD"} else _SAME_METHOD
         for _ in range(_MAX_REDIRECTS + 1):
             authorization = {}
             if self._authorization and url.origin() == origin:
                 authorization = {"Authorization": self._authorization}
-            async with self._client.send(method, url, headers={**headers, **authorization}) as response:
-                if response.status not in {301, 302, 303, 307, 308}:
+            async with self._client.send(
+                method, url, headers={**headers, **authorization}, data=data, source=source
+            ) as response:
+                if response.status not in followed:
                     yield response
                     return
                 target = _location(response, url)
@@ -244,91 +290,28 @@ class Repository:
                         f"the registry at {authority(url)} redirects to {str(target.with_query(None))[:200]}, which is"
                         " refused: plain HTTP to a host that --insecure-registries does not list, or this machine"
                     )
-                url = target
+                source, url = url, target
         raise RegistryProtocolError(f"the registry at {self._reference.host} redirects in circles")
 
-    async def _authenticate(self, challenges: list[Challenge]) -> bool:
-        for challenge in challenges:
-            if challenge.scheme == "bearer":
-                self._authorization = f"Bearer {await self._token(challenge)}"
-                return True
-        if any(challenge.scheme == "basic" for challenge in challenges):
-            if self._credential is None or not self._credential.username:
-                raise RegistryAuthError(self._denied("no basic auth credentials"))
-            self._authorization = _basic(self._credential)
-            return True
-        return False
-
-    async def _token(self, challenge: Challenge) -> str:
-        """https://distribution.github.io/distribution/spec/auth/token/ and /oauth/."""
-        source = self._client.origin(self._reference.host)
-        try:
-            realm = URL(challenge.parameters.get("realm", ""))
-            allowed = self._client.may_go(realm, source=source)
-        except (ValueError, IndexError):
-            allowed = False
-        if not allowed:
-            raise RegistryProtocolError(
-                f"the registry at {self._reference.host} sends its clients to a token server that may not be used"
-            )
-        service = challenge.parameters.get("service", "")
-        scope = challenge.parameters.get("scope", "") or f"repository:{self._reference.repository}:pull"
-        credential = self._credential
-        if credential is not None and credential.identity_token:
-            form = {
-                "grant_type": "refresh_token",
-                "refresh_token": credential.identity_token,
-                "service": service,
-                "client_id": USER_AGENT,
-                "scope": scope,
-            }
-            method, url = "POST", realm
-            headers: dict[str, str] = {}
-        else:
-            form = None
-            headers = {}
-            query = [("service", service)] if service else []
-            query += [("scope", part) for part in scope.split()]
-            method, url = "GET", realm.extend_query(query)
-            if credential is not None and credential.username:
-                headers = {"Authorization": _basic(credential)}
-        # Of its own, because a token that expires is asked for while blobs come in, whose limits are far longer.
-        async with self._bounded("a token"), self._client.send(method, url, headers=headers, form=form) as response:
-            if response.status in {400, 401, 403}:
-                raise RegistryAuthError(self._denied(f"failed to fetch a token: {response.status}"))
-            if response.status != 200:
-                raise RegistryUnreachableError(
-                    f"unexpected status from {method} request to {realm.with_query(None)}: {response.status}"
-                )
-            answer = _decode(await _read(response, _MAX_TOKEN_ANSWER_BYTES, "the token"))
-        token = answer.get("token") or answer.get("access_token")
-        if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise RegistryProtocolError(f"the token server of {self._reference.host} answered without a token")
-        return token
-
-    async def _raise_for_status(self, response: aiohttp.ClientResponse, method: str) -> None:
+    async def _raise_for_status(
+        self, response: aiohttp.ClientResponse, method: str, *, accepted: Collection[int] = (200, 206)
+    ) -> None:
         status = response.status
-        if status in {200, 206}:
+        if status in accepted:
             return
         detail = ""
         if method != "HEAD" and response.url.host == URL(f"//{self._reference.host}").host:
             detail = _server_message(await response.content.read(_MAX_ERROR_BYTES))
         if status in {401, 403}:
-            raise RegistryAuthError(self._denied(detail or f"{status}"))
-        if status == 404:
+            self._authenticator.deny(detail or f"{status}")
+        if status == 404 and method in {"GET", "HEAD"}:
             raise RegistryNotFoundError(f"{self._reference}: not found")
         hint = "; the registry limits how often this node may pull" if status == 429 else ""
+        said = f"{status}{': ' + detail if detail else ''}{hint}"
         raise RegistryUnreachableError(
-            f"unexpected status from {method} request to {response.url.with_query(None)}: "
-            f"{status}{': ' + detail if detail else ''}{hint}"
+            f"unexpected status from {method} request to {response.url.with_query(None)}: {said}",
+            reason=f"answers {method} with HTTP {said}",
         )
-
-    def _denied(self, why: str) -> str:
-        if self._credential is None:
-            hint = f"name a pull secret for {self._reference.registry} in the pod's imagePullSecrets"
-        else:
-            hint = f"the pull secret for {self._credential.registry} is not accepted"
-        return f"pull access denied, repository does not exist or may require authorization: {why}; {hint}"
 
 
 def _location(response: aiohttp.ClientResponse, url: URL) -> URL | None:
@@ -349,10 +332,6 @@ def _retry_after(response: aiohttp.ClientResponse) -> float:
     return float(seconds) if seconds <= _LONGEST_PAUSE_SECONDS else 0.0
 
 
-def _basic(credential: Credential) -> str:
-    return aiohttp.encode_basic_auth(credential.username, credential.password)
-
-
 def _start_of(response: aiohttp.ClientResponse, offset: int) -> int:
     if response.status != 206:
         return 0
@@ -361,17 +340,6 @@ def _start_of(response: aiohttp.ClientResponse, offset: int) -> int:
     if unit != "bytes" or not first.isascii() or not first.isdigit() or len(first) > 18 or int(first) != offset:
         raise RegistryProtocolError("the registry answered with another range than was asked for")
     return offset
-
-
-async def _read(response: aiohttp.ClientResponse, limit: int, what: str) -> bytes:
-    if response.content_length is not None and response.content_length > limit:
-        raise RegistryProtocolError(f"{what} has {response.content_length} bytes, more than the {limit} allowed")
-    body = bytearray()
-    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-        body += chunk
-        if len(body) > limit:
-            raise RegistryProtocolError(f"{what} has more than the {limit} bytes allowed")
-    return bytes(body)
 
 
 def _decode(body: bytes) -> dict[str, Any]:

@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 from wasilet_common.oci import mediatypes as media
-from wasilet_node.images.layouts import (
+from wasilet_common.oci.layouts import (
     ImageManifest,
     Index,
     Layout,
     LayoutError,
     Plan,
     check_config_type,
-    detect_kind,
     parse_manifest,
     plan,
 )
-from wasilet_node.runtime.protocol import GuestKind
 
 from tests.unit.node.images.fakes import COMPONENT, MODULE, descriptor
 
@@ -236,27 +234,6 @@ def test_a_bad_image_config_is_refused(change: dict[str, Any]) -> None:
 def test_a_title_is_only_a_name(title: str, name: str) -> None:
     body = manifest(media.CNCF_WASM_CONFIG, wasm(media.CNCF_WASM_LAYER, title))
     assert planned(body, {"architecture": "wasm", "os": "wasip1"}).module_name == name
-
-
-def test_the_preamble_tells_modules_from_components() -> None:
-    assert detect_kind(MODULE[:8]) is GuestKind.MODULE
-    assert detect_kind(COMPONENT[:8]) is GuestKind.COMPONENT
-
-
-@pytest.mark.parametrize(
-    ("preamble", "words"),
-    [
-        (b"", "not WebAssembly"),
-        (b"\0asm", "not WebAssembly"),
-        (b"(module)", "not WebAssembly"),
-        (b"\x7fELF\x02\x01\x01\0", "not WebAssembly"),
-        (b"\0asm\x02\0\0\0", "module of version 2"),
-        (b"\0asm\x0a\0\x01\0", "component of version 10"),
-    ],
-)
-def test_what_is_not_webassembly_is_refused(preamble: bytes, words: str) -> None:
-    with pytest.raises(LayoutError, match=words):
-        detect_kind(preamble)
 
 
 def mutate(randomly: random.Random, value: Any) -> Any:

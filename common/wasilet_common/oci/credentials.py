@@ -15,11 +15,11 @@ import fnmatch
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from wasilet_common.oci.reference import DEFAULT_REGISTRY, Reference
-
-from wasilet_node.images.model import Credential
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,20 @@ _SECRET_KEYS: Final = {
     "kubernetes.io/dockerconfigjson": ".dockerconfigjson",
     "kubernetes.io/dockercfg": ".dockercfg",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credential:
+    """One entry of a docker config, of the pod's or its service account's pull secrets."""
+
+    registry: str
+    username: str = ""
+    password: str = ""
+    identity_token: str = ""
+
+    def __repr__(self) -> str:
+        """Never shows a secret."""
+        return f"Credential(registry={self.registry!r}, username={self.username!r})"
 
 
 def from_secrets(secrets: Iterable[Mapping[str, Any]]) -> tuple[Credential, ...]:
@@ -56,6 +70,26 @@ def from_secrets(secrets: Iterable[Mapping[str, Any]]) -> tuple[Credential, ...]
                 names.get("name"),
             )
     return tuple(credentials)
+
+
+def from_docker_config(file: Path) -> tuple[Credential, ...]:
+    """The logins of a docker ``config.json``, as ``docker login`` writes it; none when there is no such file. What does
+    not parse is left out with a warning that shows nothing of it."""
+    try:
+        auths = json.loads(file.read_bytes()).get("auths") or {}
+        entries = [(str(registry), entry) for registry, entry in auths.items()]
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        logger.warning("the logins in %s cannot be read (%s), and are not used", file, type(error).__name__)
+        return ()
+    found = []
+    for registry, entry in entries:
+        try:
+            found.append(_credential(registry, entry))
+        except (ValueError, TypeError, AttributeError):
+            logger.warning("the login for %s in %s is not valid, and is not used", registry, file)
+    return tuple(found)
 
 
 def matching(reference: Reference, credentials: Iterable[Credential]) -> tuple[Credential, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from wasilet_common.oci.mediatypes import OCI_LAYER_TAR, OCI_LAYER_TAR_GZIP, OCI_LAYER_TAR_ZSTD
-from wasilet_node.images.tarball import Budget, Found, LayerError, extract
+from wasilet_common.oci.tarball import Budget, Found, LayerError, extract
 
 pytestmark = pytest.mark.unit
 

@@ -19,8 +19,6 @@ from typing import Any, Final
 from wasilet_common.oci import mediatypes
 from wasilet_common.oci.reference import is_digest
 
-from wasilet_node.runtime.protocol import GuestKind
-
 _WASM_ARCHITECTURES: Final = frozenset({"wasm", "wasm32"})
 _WASI_SYSTEMS: Final = frozenset({"wasi", "wasip1", "wasip2", "wasi_preview1"})
 _MAX_ENTRIES: Final = 1000
@@ -177,19 +175,6 @@ def check_config_type(manifest: ImageManifest) -> None:
             f"the image's config media type {_show(manifest.config.media_type)} is not that of a wasm or container"
             " image"
         )
-
-
-def detect_kind(preamble: bytes) -> GuestKind:
-    """Module or component, by the first 8 bytes of the binary. Raises LayoutError when it is neither."""
-    if len(preamble) < 8 or preamble[:4] != b"\0asm":
-        raise LayoutError("the image's module is not WebAssembly: it does not begin with \\0asm")
-    version, layer = int.from_bytes(preamble[4:6], "little"), int.from_bytes(preamble[6:8], "little")
-    if (version, layer) == (1, 0):
-        return GuestKind.MODULE
-    if (version, layer) == (0x0D, 1):
-        return GuestKind.COMPONENT
-    what = "component" if layer == 1 else "module"
-    raise LayoutError(f"the image holds a WebAssembly {what} of version {version}, which this runtime does not know")
 
 
 def _plan_cncf(manifest: ImageManifest, config_body: bytes) -> Plan:

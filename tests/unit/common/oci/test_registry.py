@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from wasilet_common.oci.challenge import Challenge, parse_challenges
+from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import parse
-from wasilet_node.images.challenge import Challenge, parse_challenges
-from wasilet_node.images.model import Credential
-from wasilet_node.images.registry import (
+from wasilet_common.oci.registry import (
     RegistryAuthError,
     RegistryClient,
     RegistryNotFoundError,
@@ -20,7 +20,7 @@ from wasilet_node.images.registry import (
     TransferInterruptedError,
     environment_proxy,
 )
-from wasilet_node.images.repository import MAX_MANIFEST_BYTES, Repository
+from wasilet_common.oci.repository import MAX_MANIFEST_BYTES, Repository
 from wasilet_node.settings import ImageSettings
 from yarl import URL
 
