@@ -125,14 +125,23 @@ def _decoded(value: str) -> str:
     return base64.b64decode(value).decode(errors="replace")
 
 
-def run_action(settings: Settings, action: str, *, token_id: str = "", file: str = "") -> list[dict[str, Any]]:
-    """``invoke token``: what to print, an object a line. A new token is told once, here, unless it goes to a file."""
+def run_action(
+    settings: Settings, action: str, *, token_id: str = "", file: str = "", node: str = ""
+) -> list[dict[str, Any]]:
+    """``invoke token``: what to print, one object per line. A new token is printed once, here, unless it goes to a
+    file. ``node``: of this machine, which the approver shall know."""
     from wasilet.cluster.opening import open_cluster
     from wasilet.terminal.cli import invocation_path
 
     if action not in ACTIONS:
         raise UsageError(f"unknown action {action!r}", hint=", ".join(ACTIONS))
+    if node and action != "create":
+        raise UsageError(f"--node means nothing to {action}")
     with open_cluster(settings) as cluster:
+        if node:
+            from wasilet.cluster.join import make_known
+
+            make_known(cluster, node, local=True, what="invoke token")
         return _run_action(cluster, settings, action, token_id=token_id, file=invocation_path(file) if file else "")
 
 

@@ -300,6 +300,11 @@ class ControlPlane:
     ports: Mapping[str, int]
     state: State
     advertise_address: str
+    service_cidr: str = SERVICE_CIDR
+    pod_cidr: str = ""
+    """Of all pods, from which each node gets a share; empty: pods have no addresses of their own."""
+
+    node_prefix: int = 24
 
     @property
     def pki(self) -> Pki:
@@ -370,7 +375,7 @@ class ControlPlane:
             # Said explicitly: without a default route the server finds no address by itself, and exits.
             f"--advertise-address={self.advertise_address}",
             "--endpoint-reconciler-type=none",
-            f"--service-cluster-ip-range={SERVICE_CIDR}",
+            f"--service-cluster-ip-range={self.service_cidr}",
             f"--tls-cert-file={self._crt('apiserver')}",
             f"--tls-private-key-file={self._key('apiserver')}",
             f"--client-ca-file={self._crt(CLUSTER_CA)}",
@@ -432,7 +437,8 @@ class ControlPlane:
             f"--root-ca-file={self._crt(CLUSTER_CA)}",
             f"--service-account-private-key-file={self._key('sa')}",
             "--use-service-account-credentials=true",
-            f"--service-cluster-ip-range={SERVICE_CIDR}",
+            f"--service-cluster-ip-range={self.service_cidr}",
+            *self._pod_cidr_flags(),
             "--kube-api-qps=300",
             "--kube-api-burst=600",
         )
@@ -442,6 +448,15 @@ class ControlPlane:
             ports={"HTTPS": self.ports["controller_manager"]},
             inputs=(*self._pairs("controller-manager", CLUSTER_CA), self.pki.key("sa")),
             ready=Probe(port=self.ports["controller_manager"], path="/healthz", ca=self.pki.certificate(CLUSTER_CA)),
+        )
+
+    def _pod_cidr_flags(self) -> tuple[str, ...]:
+        if not self.pod_cidr:
+            return ()
+        return (
+            "--allocate-node-cidrs=true",
+            f"--cluster-cidr={self.pod_cidr}",
+            f"--node-cidr-mask-size={self.node_prefix}",
         )
 
     def scheduler(self) -> Component:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from wasilet.testing.cluster import WasmCluster, Wish
-    from wasilet.testing.images import Images
-    from wasilet.testing.test_namespace import Pod, Scene
+    from wasilet.testing.fixtures import Apply, AssertLogs, GetPod, Kubectl, RunPod, WasmApp
+    from wasilet.testing.test_namespace import Scene
 
 CONTROLLER_KEY = "wasilet_controller_pid"
 REPORT_KEY = "wasilet_report_folder"
@@ -219,20 +221,10 @@ def _wish(config: pytest.Config) -> Wish:
     )
 
 
-@contextlib.contextmanager
-def _clearly() -> Iterator[None]:
-    """Let what the harness says be the whole message: its own stack means nothing to who tests an app."""
-    __tracebackhide__ = True
-    from wasilet.errors import CommandError, HarnessError
+def _clearly() -> AbstractContextManager[None]:
+    from wasilet.testing.fixtures import clear_failures
 
-    try:
-        yield
-    except HarnessError as error:
-        tail = error.tail if isinstance(error, CommandError) else ()
-        words = "\n".join([str(error), *(f"  | {line}" for line in tail)])
-    else:
-        return
-    pytest.fail(words, pytrace=False)
+    return clear_failures()
 
 
 def _sayer(config: pytest.Config) -> Callable[[str], None]:
@@ -282,18 +274,12 @@ def registry(cluster: WasmCluster) -> str:
 
 
 @pytest.fixture(scope="session")
-def wasm_app(cluster: WasmCluster, pytestconfig: pytest.Config) -> Callable[[str | os.PathLike[str]], str]:
+def wasm_app(cluster: WasmCluster, pytestconfig: pytest.Config) -> WasmApp:
     """``wasm_app("hello-world")``: the image of a sample, a folder or a ``.wasm`` file, built and pushed once."""
+    from wasilet.testing.fixtures import WasmApp
     from wasilet.testing.images import Images
 
-    images: Images = Images(cluster, (pytestconfig.invocation_params.dir, pytestconfig.rootpath))
-
-    def image(app: str | os.PathLike[str]) -> str:
-        __tracebackhide__ = True
-        with _clearly():
-            return images(app)
-
-    return image
+    return WasmApp(Images(cluster, (pytestconfig.invocation_params.dir, pytestconfig.rootpath)))
 
 
 @pytest.fixture
@@ -345,78 +331,53 @@ def wasilet_scene(cluster: WasmCluster, namespace: str, request: pytest.FixtureR
 
 
 @pytest.fixture
-def run_pod(wasilet_scene: Scene) -> Callable[..., Pod]:
+def run_pod(wasilet_scene: Scene) -> RunPod:
     """``run_pod(image, env={"NAME": "x"})``: a pod with one container in the test's namespace.
 
     Also: ``name, command, args, restart_policy="Never", labels, annotations``, and ``container={...}``,
-    ``spec={...}`` for whatever else is to be in these two."""
+    ``spec={...}`` for any further field of these two."""
+    from wasilet.testing.fixtures import RunPod
 
-    def run(image: str, **fields: Any) -> Pod:
-        __tracebackhide__ = True
-        with _clearly():
-            return wasilet_scene.run_pod(image, **fields)
-
-    return run
+    return RunPod(wasilet_scene)
 
 
 @pytest.fixture
-def apply(wasilet_scene: Scene, request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+def apply(wasilet_scene: Scene, request: pytest.FixtureRequest) -> Apply:
     """``apply("pod.yaml")``: create objects in the test's namespace, from a file, YAML text, an object or a list.
 
-    A file whose name ends in ``.j2`` is a Jinja2 template that gets the keyword arguments. Returns one entry an object:
-    for a Pod the same as ``run_pod``, else the object as the API server answered."""
+    A file whose name ends in ``.j2`` is a Jinja2 template that gets the keyword arguments. Returns one entry per
+    object: for a Pod the same as ``run_pod``, else the object as the API server answered."""
+    from wasilet.testing.fixtures import Apply
 
-    def create(source: Any, **variables: Any) -> list[Any]:
-        __tracebackhide__ = True
-        from wasilet.testing.objects import read_objects
-
-        folders = (request.path.parent, request.config.invocation_params.dir, request.config.rootpath)
-        with _clearly():
-            return wasilet_scene.apply(read_objects(source, variables, folders))
-
-    return create
+    return Apply(wasilet_scene, (request.path.parent, request.config.invocation_params.dir, request.config.rootpath))
 
 
 @pytest.fixture
-def get_pod(wasilet_scene: Scene) -> Callable[..., Pod]:
+def get_pod(wasilet_scene: Scene) -> GetPod:
     """``get_pod("name")``: a pod of the test's namespace, waited for when it is not there yet."""
+    from wasilet.testing.fixtures import GetPod
 
-    def get(name: str, **options: Any) -> Pod:
-        __tracebackhide__ = True
-        with _clearly():
-            return wasilet_scene.pod(name, **options)
-
-    return get
+    return GetPod(wasilet_scene)
 
 
 @pytest.fixture
-def assert_logs(wasilet_scene: Scene) -> Callable[..., Sequence[str]]:
+def assert_logs(wasilet_scene: Scene) -> AssertLogs:
     """``assert_logs(pod, contains="x", within_seconds=30)``: wait until a log holds what it must; its lines.
 
     ``contains``: a text or several, in any order; ``matches``: regular expressions; ``in_order``: each in a later line
     than the one before; ``absent``: in no line until then (alone: until the pod is over, or the limit). ``pod``: what
     ``run_pod`` returned, a pod's name, ``job/x`` or ``deployment/x``. ``container``: only this one's."""
+    from wasilet.testing.fixtures import AssertLogs
 
-    def check(pod: Pod | str, **wanted: Any) -> Sequence[str]:
-        __tracebackhide__ = True
-        with _clearly():
-            return wasilet_scene.assert_logs(pod, **wanted)
-
-    return check
+    return AssertLogs(wasilet_scene)
 
 
 @pytest.fixture
-def kubectl(cluster: WasmCluster, namespace: str) -> Callable[..., str]:
+def kubectl(cluster: WasmCluster, namespace: str) -> Kubectl:
     """``kubectl("get", "pods")``: what it prints; in the test's namespace unless told otherwise.
 
-    A failure is the test's, with kubectl's own words; ``check=False`` leaves that to the test. Further:
+    A failure is the test's, with kubectl's own message; ``check=False`` leaves that to the test. Further:
     ``input``, ``timeout_seconds`` (60)."""
+    from wasilet.testing.fixtures import Kubectl
 
-    def run(*words: str, **options: Any) -> str:
-        __tracebackhide__ = True
-        from wasilet.testing.kubectl import run_kubectl
-
-        with _clearly():
-            return run_kubectl(cluster, namespace, words, **options)
-
-    return run
+    return Kubectl(cluster, namespace)

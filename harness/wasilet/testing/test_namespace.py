@@ -14,7 +14,6 @@ from wasilet.testing.cluster import RUN_LABEL, WasmCluster
 from wasilet.testing.expectation import Expectation, Subject, Wait
 from wasilet.testing.log_match import Judge, Text, explain, numbered, printable, texts
 from wasilet.testing.merged_log import LogLines
-from wasilet.testing.objects import pod_object
 from wasilet.testing.observe import Observer, PodView
 from wasilet.testing.pod_status import TERMINAL_PHASES, describe, ends_of, events_of
 
@@ -100,11 +99,10 @@ class Scene:
 
     # --- making ----------------------------------------------------------------------------------------------------
 
-    def run_pod(self, image: str, *, name: str = "", **fields: Any) -> Pod:
-        """See the fixture ``run_pod``."""
+    def run_pod(self, body: KubeObject) -> Pod:
+        """Create a pod where wasm runs. Raises ApiError."""
         from wasilet.demo.render import place
 
-        body = pod_object(image, name=name or self._free_name(image), **fields)
         if self.cluster.has_other_nodes:
             place([body])
         return self.create_pod(body)
@@ -158,7 +156,8 @@ class Scene:
                     if error.code not in {404, 409}:
                         raise
 
-    def _free_name(self, image: str) -> str:
+    def free_name(self, image: str) -> str:
+        """For a pod of that image: the image's own name, with a number where it is taken."""
         base = re.split(r"[:@]", image.rsplit("/", 1)[-1])[0]
         base = re.sub(r"[^a-z0-9]+", "-", base.lower()).strip("-")[:50] or "pod"
         name, number = base, 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from wasilet_node.pods.nodeinfo import Pressure
 from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import Verdict
 from wasilet_node.pods.worker import PodWorker
+from wasilet_node.volumes.removal import Usage as TreeUsage
 from wasilet_node.volumes.removal import usage as tree_usage
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Evictor:
 
     async def _relieve(self, pressure: Pressure, active: Mapping[str, PodWorker]) -> None:
         images = self._services.images
-        if pressure.resource == "ephemeral-storage" and isinstance(images, ImageReclaimer):
+        if pressure.resource != "memory" and isinstance(images, ImageReclaimer):
             freed = await images.delete_unused()
             if freed > 0:
                 logger.warning("the disk is nearly full: %d bytes of unused images were removed", freed)
@@ -97,7 +98,8 @@ class Evictor:
 
     async def _usages(self, active: Mapping[str, PodWorker], resource: str) -> list[eviction.Usage]:
         if resource != "memory":
-            return [await self._disk_usage(uid, worker) for uid, worker in active.items()]
+            measure = self._inode_usage if resource == eviction.INODES else self._disk_usage
+            return [await measure(uid, worker) for uid, worker in active.items()]
         owners = {i.id: (uid, name) for uid, worker in active.items() for name, i in worker.latest().items()}
         used: dict[str, dict[str, int]] = {}
         for usage in await self._services.runtime.usage():
@@ -105,6 +107,12 @@ class Evictor:
                 uid, name = owners[usage.id]
                 used.setdefault(uid, {})[name] = usage.memory_bytes
         return [eviction.Usage(pod=worker.pod, by_container=used.get(uid, {})) for uid, worker in active.items()]
+
+    async def _inode_usage(self, uid: str, worker: PodWorker) -> eviction.Usage:
+        """Files and folders that the pod made, whoever of its containers it was."""
+        paths = self._services.paths
+        everything = [paths.pods / uid, log_layout.pod_folder(paths, worker.pod)]
+        return eviction.Usage(pod=worker.pod, by_container={}, elsewhere=await asyncio.to_thread(_inodes, everything))
 
     async def _disk_usage(self, uid: str, worker: PodWorker) -> eviction.Usage:
         paths = self._services.paths
@@ -116,10 +124,17 @@ class Evictor:
 
 def _bytes(folders: Iterable[Path]) -> int:
     """On disk, of trees that guests may have made. Blocks."""
-    total = 0
+    return sum(usage.bytes for usage in _measured(folders))
+
+
+def _inodes(folders: Iterable[Path]) -> int:
+    """As :func:`_bytes`. Blocks."""
+    return sum(usage.inodes for usage in _measured(folders))
+
+
+def _measured(folders: Iterable[Path]) -> Iterator[TreeUsage]:
     for folder in folders:
         try:
-            total += tree_usage(folder).bytes
+            yield tree_usage(folder)
         except OSError:
             continue  # not made yet, or just removed
-    return total

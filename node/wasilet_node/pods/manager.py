@@ -15,6 +15,8 @@ from pathlib import Path
 from wasilet_node import logfolders
 from wasilet_node.images.model import Images
 from wasilet_node.kube.base import EventRecorder, Kube, KubeObject
+from wasilet_node.network.attachment import MachineNetwork, Networks
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import admission, log_layout, spec, termination
 from wasilet_node.pods.admission import Neighbour
 from wasilet_node.pods.backoff import RetryBackoff
@@ -58,6 +60,7 @@ class PodManager:
         timing: Timing | None = None,
         observe_probe: ProbeObserver = ignore,
         outbound: Outbound | None = None,
+        networks: Networks | None = None,
     ) -> None:
         self._services = PodDependencies(
             kube=kube,
@@ -73,6 +76,7 @@ class PodManager:
             timing=timing or Timing(),
             observe_probe=observe_probe,
             outbound=outbound or Outbound(),
+            networks=networks or MachineNetwork(),
         )
         self._node_name = settings.node_name
         self._evictor = Evictor(self._services)
@@ -286,7 +290,8 @@ class PodManager:
         limit = asyncio.Semaphore(_ORPHANS_AT_ONCE)
         containers = [i for i in await self._list_runtime() if i.pod_uid not in self._workers]
         folders = await asyncio.to_thread(_log_folders, logfolders.pods_root(self._services.paths.logs))
-        uids = {*await self._services.volumes.orphans(), *(i.pod_uid for i in containers), *folders}
+        orphans = await self._services.volumes.orphans()
+        uids = {*orphans, *(i.pod_uid for i in containers), *folders, *self._services.networks.uids()}
 
         async def clean(uid: str) -> None:
             async with limit:
@@ -300,7 +305,8 @@ class PodManager:
                                 await termination.stop_instance(self._services, instance.id)
                             await self._services.runtime.remove(instance.id)
                     await self._services.volumes.teardown(uid)
-                except (RuntimeUnavailableError, VolumeError, OSError) as error:
+                    await self._services.networks.detach(uid)
+                except (RuntimeUnavailableError, VolumeError, NetworkError, OSError) as error:
                     logger.warning("remains of pod %s: %s", uid, error)
                     return
                 if uid in folders:

@@ -174,6 +174,7 @@ class Starter:
                 container,
                 instance.id,
                 hook,
+                networks=self._services.networks,
                 timeout_seconds=hooks.POST_START_TIMEOUT_SECONDS,
             )
         except hooks.HookError as error:

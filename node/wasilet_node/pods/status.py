@@ -80,6 +80,8 @@ class Facts:
     """As ``terminal``, and the pod must now get a final phase even if its containers never ran."""
 
     verdict: Verdict | None = None
+    pod_addresses: Sequence[str] | None = None
+    """The pod's own; empty: it has none yet. None: it shares the node's."""
 
 
 def compute(facts: Facts) -> PodStatus:
@@ -201,10 +203,11 @@ def _set_addresses(status: PodStatus, facts: Facts) -> None:
         status["hostIPs"] = [{"ip": address} for address in addresses]
     elif "hostIP" in old:
         status["hostIP"], status["hostIPs"] = old["hostIP"], old.get("hostIPs", [])
+    own = addresses if facts.pod_addresses is None else facts.pod_addresses
     over = facts.terminal or facts.terminated
-    if addresses and facts.sandbox_ready and not over:
-        status["podIP"] = addresses[0]
-        status["podIPs"] = [{"ip": address} for address in addresses]
+    if own and facts.sandbox_ready and not over:
+        status["podIP"] = own[0]
+        status["podIPs"] = [{"ip": address} for address in own]
     elif "podIP" in old:
         status["podIP"], status["podIPs"] = old["podIP"], old.get("podIPs", [])
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from wasilet_node.kube import fields
 from wasilet_node.kube.base import KubeError, NotFoundError
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import log_layout, recovery, resources, sandboxes, spec, termination
 from wasilet_node.pods import status as status_of
 from wasilet_node.pods.backoff import NotBefore, RetryBackoff
@@ -86,6 +87,7 @@ class PodWorker:
         self._probes = PodProbes(
             pod,
             runtime=services.runtime,
+            networks=services.networks,
             events=services.events,
             results=self.results,
             changed=self._wake.set,
@@ -283,6 +285,7 @@ class PodWorker:
         self._probes.close()
         self._publish()
         await self.services.volumes.teardown(self.uid)
+        await self.services.networks.detach(self.uid)
         self.services.references.release(self.uid)
         self.stage = Stage.ENDED
 
@@ -399,7 +402,8 @@ class PodWorker:
         try:
             fields.process_hostname(self.pod)
             await self.services.volumes.setup(self.pod)
-        except fields.FieldError as error:
+            await self.services.networks.attach(self.pod)
+        except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
             self.services.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)
             self._put_off(self._volume_retry)
@@ -512,6 +516,7 @@ class PodWorker:
                 terminal=self._stopped,
                 terminated=self._stopped,
                 verdict=self.verdict,
+                pod_addresses=self._pod_addresses(),
             )
         )
         if self.stage is Stage.ENDING and not self._stopped and not self.instances.live():
@@ -521,6 +526,11 @@ class PodWorker:
             return
         begun = has_ever_started(self.pod, self.latest()) or bool(waiting)
         self._patcher.submit(self.status, urgent=begun or self.stage is not Stage.ACTIVE)
+
+    def _pod_addresses(self) -> tuple[str, ...] | None:
+        networks = self.services.networks
+        own = networks.addresses(self.pod)
+        return None if own is None and networks.shares_machine(self.pod) else own or ()
 
     def _old_status(self) -> Mapping[str, Any]:
         """The last computed status, with everybody else's conditions as the API server has them now."""

@@ -104,6 +104,15 @@ class Connection:
         self._ending = True
         self._flush()
 
+    def hand_over(self) -> socket.socket:
+        """The socket, for who speaks another protocol over it from now on; this connection is over."""
+        if self._out:
+            raise RequestError("BadRequest", "answers are still on their way")
+        self.open = False
+        self._loop.unwatch(self._watch)
+        self._hub.closed(self)
+        return self._socket
+
     def close(self) -> None:
         """Close now; idempotent."""
         if not self.open:

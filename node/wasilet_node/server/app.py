@@ -22,6 +22,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry
 
 from wasilet_node.kube.base import Kube
+from wasilet_node.network.attachment import MachineNetwork, Networks
 from wasilet_node.runtime.protocol import RuntimeUnavailableError
 from wasilet_node.server.auth import AuthenticationError, Authenticator, AuthorizationError, Authorizer, User
 from wasilet_node.server.health import HealthViews
@@ -32,7 +33,8 @@ from wasilet_node.server.pods import PodSource, PodViews
 from wasilet_node.server.stats import SummaryView, UsageReader
 from wasilet_node.server.streams.portforward import PortForwardView
 from wasilet_node.server.streams.remotecommand import RemoteCommandViews, StreamRuntime
-from wasilet_node.server.streams.upgrade import ACCEPTED_HEADER
+from wasilet_node.server.streams.turns import Turns
+from wasilet_node.server.streams.upgrade import ACCEPTED_HEADER, TURNS
 from wasilet_node.server.tls import Acceptor, ServerError, bind, listen, server_context
 from wasilet_node.settings import NodeSettings
 
@@ -77,6 +79,7 @@ class KubeletServer:
         address: str | None = None,
         healthy: Callable[[], str | None] = lambda: None,
         max_connections: int = MAX_CONNECTIONS,
+        networks: Networks | None = None,
     ) -> None:
         self._port = settings.port
         self._max_connections = max_connections
@@ -102,7 +105,8 @@ class KubeletServer:
             HealthViews(settings=settings, healthy=healthy),
             SummaryView(settings=settings, usage=usage, log_root=log_root),
         )
-        self._add_streams(RemoteCommandViews(pods=pods, runtime=runtime), PortForwardView(pods=pods))
+        forward = PortForwardView(pods=pods, networks=networks or MachineNetwork())
+        self._add_streams(RemoteCommandViews(pods=pods, runtime=runtime), forward)
 
     def set_certificate(self, certificate_pem: bytes, key_pem: bytes) -> None:
         """Serve with this certificate from now on. Raises ServerError, and keeps the old one, if it cannot be used."""
@@ -250,6 +254,7 @@ class KubeletServer:
 
     def _routes(self, pods: PodViews, logs: LogViews, health: HealthViews, stats: SummaryView) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=64 * 1024)
+        app[TURNS] = Turns()
         for path, handler in (
             ("/healthz", health.healthz),
             ("/healthz/{check}", health.check),

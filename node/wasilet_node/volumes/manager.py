@@ -100,7 +100,7 @@ def _is_ready(place: Place | None) -> bool:
 class VolumeManager:
     """Implements ``Volumes``. Its calls for one pod wait for each other; those of different pods do not.
 
-    ``allocatable`` gives the node's allocatable resources as quantities, ``addresses`` the addresses that pods have.
+    ``allocatable`` gives the node's allocatable resources as quantities, ``addresses`` a pod's addresses.
     ``shared_memory`` is where the memory area is made, None to do without.
     """
 
@@ -110,7 +110,7 @@ class VolumeManager:
         references: References,
         *,
         allocatable: Callable[[], Mapping[str, str]],
-        addresses: Callable[[], Sequence[str]] = tuple,
+        addresses: Callable[[Pod], Sequence[str]] = lambda _pod: (),
         cluster_domain: str = fields.CLUSTER_DOMAIN,
         shared_memory: Path | None = _SHARED_MEMORY,
         tokens: Tokens | None = None,
@@ -283,7 +283,7 @@ class VolumeManager:
     ) -> Sequence[Mount]:
         """See ``Volumes.mounts``. Folders of instances before the last one are removed."""
         uid = checked_uid(pod["metadata"]["uid"])
-        hosts_content = hosts.content(pod, self._addresses(), self._cluster_domain)
+        hosts_content = hosts.content(pod, self._addresses(pod), self._cluster_domain)
         instance = self._instance(pod, container, attempt)
         try:
             make_private(instance.disk)
