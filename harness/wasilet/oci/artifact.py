@@ -17,13 +17,13 @@ import os
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from wasilet_common.components import ComponentError, interfaces_of
 from wasilet_common.oci import mediatypes
+from wasilet_common.time_format import NANOSECONDS, rfc3339
 
 from wasilet.build.application import wasi_version
 from wasilet.errors import HarnessError, UsageError
@@ -189,7 +189,7 @@ def _layer(media_type: str, data: bytes, name: str) -> Blob:
 def _created(modified: float, environ: Mapping[str, str]) -> str:
     epoch = environ.get("SOURCE_DATE_EPOCH", "")
     seconds = int(epoch) if epoch.isdecimal() else int(modified)
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rfc3339(int(seconds) * NANOSECONDS)
 
 
 def _json(data: dict[str, Any]) -> bytes:
