@@ -1,5 +1,5 @@
 //! What components may import. A further interface (keyvalue, blobstore, nn, ...) is added to [`linker`] and its state
-//! to [`crate::guest::Guest`]; the node's list of what it offers is `OFFERED` in `component_host/worlds.py`.
+//! to [`crate::guest::Guest`]; the node's list of what it offers is `HOST_OFFER` in `images/offer.py`.
 
 use crate::guest::Guest;
 use wasmtime::component::{Component, InstancePre, Linker};

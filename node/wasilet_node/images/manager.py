@@ -29,10 +29,10 @@ from wasilet_node.images.backoff import Backoff
 from wasilet_node.images.compile import CompileError
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
 from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
-from wasilet_node.images.pull import Pulled, Puller, PullError
+from wasilet_node.images.offer import is_server, offered
+from wasilet_node.images.pull import Pulled, Puller, PullError, interfaces_of
 from wasilet_node.images.singleflight import Flights
 from wasilet_node.images.store import ImageRecord, Store, StoreError
-from wasilet_node.runtime.component_host import worlds
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
 
@@ -76,7 +76,9 @@ class ImageManager:
         self._monotonic = monotonic
         self._registry = registry or RegistryClient(settings=settings)
         self._store = Store(directory=directory, clock=clock)
-        self._puller = Puller(store=self._store, registry=self._registry, settings=settings, monotonic=monotonic)
+        self._puller = Puller(
+            store=self._store, registry=self._registry, settings=settings, monotonic=monotonic, preflight=offered
+        )
         self._backoff = Backoff(clock=monotonic)
         self._in_use: frozenset[str] = frozenset()
         self._servers: dict[str, bool] = {}
@@ -264,11 +266,9 @@ class ImageManager:
     async def _is_server(self, digest: str, path: Path) -> bool:
         """Read from the component once per agent: which world it has is in no manifest of older images."""
         if digest not in self._servers:
-            try:
-                world = await asyncio.to_thread(worlds.read, path)
-            except (worlds.WorldError, OSError):
-                world = worlds.World()  # whoever compiles it says what is wrong with it
-            self._servers[digest] = world.is_server
+            interfaces = await asyncio.to_thread(interfaces_of, path)
+            # What cannot be read is named by whoever compiles it.
+            self._servers[digest] = interfaces is not None and is_server(interfaces)
         return self._servers[digest]
 
 
