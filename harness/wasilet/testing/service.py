@@ -29,7 +29,7 @@ def service_objects(
     endpoints: Sequence[str],
     spec: Mapping[str, Any] | None,
 ) -> list[KubeObject]:
-    """The Service, and an EndpointSlice where its endpoints are named one by one. Raises UsageError."""
+    """The Service, and its Endpoints where they are named one by one. Raises UsageError."""
     if endpoints and selector:
         raise UsageError(f"service {name!r} has endpoints by a selector or by addresses, not by both")
     if endpoints and not isinstance(target_port or port, int):
@@ -38,16 +38,13 @@ def service_objects(
     body: KubeObject = {"ports": ports, **({"selector": dict(selector)} if selector else {}), **(spec or {})}
     made: list[KubeObject] = [{"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": body}]
     if endpoints:
-        made.append(
-            {
-                "apiVersion": "discovery.k8s.io/v1",
-                "kind": "EndpointSlice",
-                "metadata": {"name": f"{name}-test", "labels": {SERVICE_LABEL: name}},
-                "addressType": "IPv6" if ":" in endpoints[0] else "IPv4",
-                "ports": [{"name": "http", "port": target_port or port, "protocol": "TCP"}],
-                "endpoints": [{"addresses": [address], "conditions": {"ready": True}} for address in endpoints],
-            }
-        )
+        # Endpoints and not an EndpointSlice: Kubernetes mirrors the one into the other, in this direction only, and the
+        # API server's proxy of Services reads Endpoints.
+        subset = {
+            "addresses": [{"ip": address} for address in endpoints],
+            "ports": [{"name": "http", "port": target_port or port, "protocol": "TCP"}],
+        }
+        made.append({"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": name}, "subsets": [subset]})
     return made
 
 
