@@ -188,27 +188,6 @@ class Kube:
             raise _refused(status, decoded, f"GET {path}")
         return answer
 
-    def proxied(
-        self,
-        method: str,
-        path: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-        timeout_seconds: float = 10.0,
-        max_bytes: int = 16 * 1024 * 1024,
-    ) -> tuple[int, list[tuple[str, str]], bytes]:
-        """What the API server's proxy of a pod or service answers, whatever its status, on a connection of its own:
-        status, headers, and so many bytes of the body. Raises ApiError without an answer."""
-        connection = self._open(timeout_seconds)
-        try:
-            with self._unreachable():
-                connection.request(method, self._prefix + path, body=body, headers=self._headers(dict(headers or {})))
-                response = connection.getresponse()
-                return response.status, response.getheaders(), response.read(max_bytes)
-        finally:
-            connection.close()
-
     @contextlib.contextmanager
     def watch(
         self,

@@ -1,7 +1,7 @@
 """A Service of the test's namespace: made or found, its endpoints waited for, asked over HTTP.
 
-It is asked at its cluster IP where this machine reaches that, else through the API server's proxy of Services, which
-takes one of its endpoints too.
+It is asked at its cluster IP where this machine reaches that, else at its ready endpoints in turn. (The API server's
+proxy of Services would do only where all endpoints are pods.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from wasilet.errors import ApiError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
-from wasilet.testing.http import MAX_BODY_BYTES, REQUEST_SECONDS, Answer, NoAnswerError, answer_of, ask
+from wasilet.testing.http import REQUEST_SECONDS, Answer, NoAnswerError, ask
 
 CONNECT_SECONDS = 0.5
 SERVICE_LABEL = "kubernetes.io/service-name"
@@ -29,7 +29,7 @@ def service_objects(
     endpoints: Sequence[str],
     spec: Mapping[str, Any] | None,
 ) -> list[KubeObject]:
-    """The Service, and its Endpoints where they are named one by one. Raises UsageError."""
+    """The Service, and an EndpointSlice where its endpoints are named one by one. Raises UsageError."""
     if endpoints and selector:
         raise UsageError(f"service {name!r} has endpoints by a selector or by addresses, not by both")
     if endpoints and not isinstance(target_port or port, int):
@@ -38,13 +38,16 @@ def service_objects(
     body: KubeObject = {"ports": ports, **({"selector": dict(selector)} if selector else {}), **(spec or {})}
     made: list[KubeObject] = [{"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": body}]
     if endpoints:
-        # Endpoints and not an EndpointSlice: Kubernetes mirrors the one into the other, in this direction only, and the
-        # API server's proxy of Services reads Endpoints.
-        subset = {
-            "addresses": [{"ip": address} for address in endpoints],
-            "ports": [{"name": "http", "port": target_port or port, "protocol": "TCP"}],
-        }
-        made.append({"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": name}, "subsets": [subset]})
+        made.append(
+            {
+                "apiVersion": "discovery.k8s.io/v1",
+                "kind": "EndpointSlice",
+                "metadata": {"name": f"{name}-test", "labels": {SERVICE_LABEL: name}},
+                "addressType": "IPv6" if ":" in endpoints[0] else "IPv4",
+                "ports": [{"name": "http", "port": target_port or port, "protocol": "TCP"}],
+                "endpoints": [{"addresses": [address], "conditions": {"ready": True}} for address in endpoints],
+            }
+        )
     return made
 
 
@@ -55,6 +58,7 @@ class Service:
         self._kube = kube
         self._within_seconds = within_seconds
         self._reached: dict[int, bool] = {}
+        self._turn = -1
         self.raw = body
         """The object as the API server answered."""
 
@@ -134,23 +138,31 @@ class Service:
         """One request, whatever its answer. Raises NoAnswerError."""
         port = port or self.port
         if self._is_reached(port):
-            host = f"[{self.cluster_ip}]" if ":" in self.cluster_ip else self.cluster_ip
-            url = f"http://{host}:{port}{path}"
-            return ask(url, method=method, send_headers=headers, body=body, timeout_seconds=timeout_seconds)
-        began = time.monotonic()
-        proxy = api_path("services", namespace=self.namespace) + f"/{self.name}:{port}/proxy{path}"
+            host, to = self.cluster_ip, port
+        else:
+            host, to = self._endpoint(port)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{to}{path}"
+        return ask(url, method=method, send_headers=headers, body=body, timeout_seconds=timeout_seconds)
+
+    def _endpoint(self, port: int) -> tuple[str, int]:
+        """One of the ready endpoints, each in its turn. Raises NoAnswerError while there is none."""
+        path = api_path("endpointslices", group="discovery.k8s.io", namespace=self.namespace)
         try:
-            status, got, data = self._kube.proxied(
-                method,
-                proxy,
-                headers=headers,
-                body=body,
-                timeout_seconds=timeout_seconds,
-                max_bytes=MAX_BODY_BYTES + 1,
-            )
+            slices = self._kube.get(path, labelSelector=f"{SERVICE_LABEL}={self.name}").get("items") or []
         except ApiError as error:
-            raise NoAnswerError(f"{method} service/{self.name}{path}: {error.message}") from error
-        return answer_of(status, got, data, began=began)
+            raise NoAnswerError(f"the endpoints of service/{self.name} cannot be read: {error.message}") from error
+        name = next((str(p.get("name") or "") for p in self.raw["spec"]["ports"] if p["port"] == port), None)
+        found = sorted(
+            (address, int(known["port"]))
+            for each in slices
+            for known in each.get("ports") or []
+            if str(known.get("name") or "") == name
+            for address in ready_addresses([each])
+        )
+        if not found:
+            raise NoAnswerError(f"service/{self.name} has no ready endpoint for its port {port}")
+        self._turn += 1
+        return found[self._turn % len(found)]
 
     def _is_reached(self, port: int) -> bool:
         """Whether this machine has a way to the cluster IP; remembered once that is certain."""

@@ -201,15 +201,14 @@ def test_load_has_bounds(given: dict[str, Any]) -> None:
 # --- services --------------------------------------------------------------------------------------------------------
 
 
-def test_a_service_of_addresses_has_endpoints_and_no_selector() -> None:
+def test_a_service_of_addresses_has_a_slice_and_no_selector() -> None:
     service, endpoints = service_objects(
         "web", port=80, target_port=8080, selector=None, endpoints=["10.0.0.1", "10.0.0.2"], spec=None
     )
     assert "selector" not in service["spec"]
-    assert endpoints["metadata"]["name"] == "web"
-    (subset,) = endpoints["subsets"]
-    assert subset["ports"][0]["port"] == 8080
-    assert [address["ip"] for address in subset["addresses"]] == ["10.0.0.1", "10.0.0.2"]
+    assert endpoints["metadata"]["labels"] == {"kubernetes.io/service-name": "web"}
+    assert endpoints["ports"][0]["port"] == 8080
+    assert ready_addresses([endpoints]) == ["10.0.0.1", "10.0.0.2"]
 
 
 def test_only_ready_endpoints_count() -> None:
