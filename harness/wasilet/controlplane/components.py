@@ -428,11 +428,8 @@ class ControlPlane:
         )
 
     def _apiserver_answers(self, path: str) -> Probe:
-        return self._answers(self.ports["apiserver"], path)
-
-    def _answers(self, port: int, path: str) -> Probe:
         return Probe(
-            port=port,
+            port=self.ports["apiserver"],
             path=path,
             ca=self.pki.certificate(CLUSTER_CA),
             certificate=self.pki.certificate("admin"),
@@ -460,7 +457,7 @@ class ControlPlane:
             argv=argv,
             ports={"HTTPS": self.ports["controller_manager"]},
             inputs=(*self._pairs("controller-manager", CLUSTER_CA), self.pki.key("sa")),
-            ready=self._answers(self.ports["controller_manager"], "/healthz"),
+            ready=Probe(port=self.ports["controller_manager"], path="/healthz", ca=self.pki.certificate(CLUSTER_CA)),
         )
 
     def _pod_cidr_flags(self) -> tuple[str, ...]:
@@ -487,7 +484,7 @@ class ControlPlane:
             inputs=self._pairs("scheduler", CLUSTER_CA),
             # Its informers back off when they are refused, so an early start is a late one.
             gate=self._apiserver_answers("/readyz"),
-            ready=self._answers(self.ports["scheduler"], "/readyz"),
+            ready=Probe(port=self.ports["scheduler"], path="/readyz", ca=self.pki.certificate(CLUSTER_CA)),
         )
 
     def _client_flags(self, name: str) -> Sequence[str]:
@@ -498,8 +495,6 @@ class ControlPlane:
             f"--authorization-kubeconfig={kubeconfig}",
             # The client CA is given, so nothing has to be looked up (and retried) while the API server starts.
             "--authentication-skip-lookup=true",
-            # By default /healthz, /readyz and /livez answer everybody on the machine.
-            "--authorization-always-allow-paths=",
             f"--client-ca-file={self._crt(CLUSTER_CA)}",
             f"--bind-address={LOOPBACK}",
             f"--secure-port={self.ports[name.replace('-', '_')]}",
