@@ -1,4 +1,5 @@
-"""Looks every ten seconds whether a pod has to go: the node runs short of something, or a pod wrote more than it may.
+"""Looks every ten seconds whether a pod has to go: the node runs short of something, or a pod wrote more than it may;
+at memory volumes whose size nobody else holds, twice a second.
 
 Who goes is decided in ``wasilet_node.pods.eviction`` and ``wasilet_node.pods.ephemeral_storage``; unused images go
 before any pod does."""
@@ -42,6 +43,14 @@ class VolumeMeter(Protocol):
         """Where one instance's root file system lies."""
 
 
+@runtime_checkable
+class MemoryVolumeMeter(Protocol):
+    """``wasilet_node.volumes.manager.VolumeManager``, as far as it measures what fills fast."""
+
+    async def loose_usage(self, pod: Pod) -> Mapping[str, Any]:
+        """Of the memory volumes with a size that the kernel does not hold: by name, something with ``bytes``."""
+
+
 class Evictor:
     """One a node. ``round`` looks once."""
 
@@ -57,6 +66,19 @@ class Evictor:
         leaving = any(worker.verdict is not None and worker.holds_resources for worker in workers.values())
         if pressures and not leaving:
             await self._relieve(pressures[0], active)
+
+    async def memory_round(self, workers: Mapping[str, PodWorker]) -> None:
+        """Evict those that wrote more into memory than they may; for every half second, since memory is filled fast."""
+        volumes = self._services.volumes
+        if not isinstance(volumes, MemoryVolumeMeter):
+            return
+        for worker in list(workers.values()):
+            if not worker.holds_resources or worker.verdict is not None or eviction.is_critical(worker.pod):
+                continue
+            sizes = {name: int(usage.bytes) for name, usage in (await volumes.loose_usage(worker.pod)).items()}
+            verdict = ephemeral_storage.exceeded(worker.pod, ephemeral_storage.StorageUsage(volumes=sizes))
+            if sizes and verdict is not None:
+                self._evict(worker, verdict)
 
     async def _relieve(self, pressure: Pressure, active: Mapping[str, PodWorker]) -> None:
         images = self._services.images

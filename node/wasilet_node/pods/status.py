@@ -128,7 +128,12 @@ def compute(facts: Facts) -> PodStatus:
         }
         foreign += conditions.with_transition_times([added], old_conditions, facts.now)
     owned = conditions.owned_conditions(
-        pod, by_name, phase, sandbox_ready=facts.sandbox_ready and not facts.terminated, foreign=foreign
+        pod,
+        by_name,
+        phase,
+        sandbox_ready=facts.sandbox_ready and not facts.terminated,
+        foreign=foreign,
+        old=old_conditions,
     )
     owned += conditions.all_containers_restarting(pod, phase, restarting=facts.restarting_all)
     owned += _resize_pending(facts)

@@ -1,8 +1,9 @@
 """Where a pod's files live: a folder on disk, and one in memory for what must not reach a disk.
 
-Neither root nor ordinary users mount anything, so "memory" is a private folder below ``/dev/shm`` (a tmpfs on every
-Linux), named by user and data directory so that two nodes on a machine stay apart. Where there is no such tmpfs, the
-disk takes its place, and the log says so once: Secrets then lie in 0700 folders on disk.
+"Memory" is a private folder below ``/dev/shm`` (a tmpfs on every Linux), since ordinary users mount nothing; root
+mounts a tmpfs in it for each volume with a size (``wasilet_node.volumes.sized_memory``). The folder is named by user
+and data directory, so that two nodes on a machine stay apart. Where there is no such tmpfs, the disk takes its place,
+and the log says so once: Secrets then lie in 0700 folders on disk.
 
 A link in the folder, ``.owner``, says whose it is, so that what nobody will ever ask for again can be told: a node that
 was killed and its data removed by hand leaves its pods' Secrets in memory, until the machine is restarted or another
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wasilet_node.volumes.base import VolumeError
+from wasilet_node.volumes.sized_memory import unmount_volumes
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ def _mount_namespace() -> str:
 def _remove_own(folder: Path) -> None:
     status = folder.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+        for pod in folder.iterdir():
+            unmount_volumes(pod)
         shutil.rmtree(folder, ignore_errors=True)
 
 
