@@ -19,8 +19,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Protocol, cast
+
+from wasilet_common.time_format import rfc3339
 
 from wasilet_node import identity
 from wasilet_node.certificates_store import NodeNames
@@ -524,4 +525,4 @@ def _taint(text: str) -> dict[str, str]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rfc3339(time.time_ns())
