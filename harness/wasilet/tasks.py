@@ -40,6 +40,8 @@ APP_HELP = "a sample's name or the path of a folder"
         "nodes": "how many wasm nodes join (default: 1, or as many as there are)",
         "taint": "key=value:Effect that new nodes register; repeatable",
         "node-ip": "the address that nodes advertise (default: found)",
+        "pod-cidr": "range of the pods' addresses of a new cluster (host; default: one this machine has no route to)",
+        "service-cidr": "range of the Services' addresses of a new cluster (host)",
         "image": "the node image of a new cluster (kind, k3d)",
         "kubernetes-version": "of a new cluster, as 1.34.4 (kind, k3d, minikube)",
         "config": "the provider's own file: cluster configuration (kind, k3d), or the kubeconfig to read (existing)",
@@ -59,6 +61,8 @@ def up(
     nodes: int = 0,
     taint: list[str] | None = None,
     node_ip: str = "",
+    pod_cidr: str = "",
+    service_cidr: str = "",
     image: str = "",
     kubernetes_version: str = "",
     config: str = "",
@@ -92,6 +96,8 @@ def up(
         nodes=nodes or None,
         taints=taint or None,
         node_ip=node_ip,
+        pod_cidr=pod_cidr,
+        service_cidr=service_cidr,
         image=image,
         kubernetes_version=kubernetes_version,
         config=config,
@@ -222,12 +228,13 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
       invoke approve --all
     """
     from wasilet.cluster.approval import approve_once, pending
+    from wasilet.cluster.approver_facts import policy_file
     from wasilet.cluster.opening import open_cluster
 
     checked_output(output)
     with open_cluster(settings_of(c, name=name)) as cluster:
-        kube = cluster.admin()
-        requests = approve_once(kube, request) if request or all else pending(kube)
+        kube, policy = cluster.admin(), policy_file(cluster.state)
+        requests = approve_once(kube, request, policy) if request or all else pending(kube, policy)
     if output == "json":
         emit_json([vars(entry) for entry in requests])
         return
@@ -245,6 +252,7 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
         "id": "which one to delete",
         "ttl": "how long a new token lives, in seconds",
         "file": "write a bootstrap.conf with the new token there, in place of printing the token",
+        "node": "the node of this machine that will join with it, so that the approver knows it",
         "name": NAME_HELP,
         "output": OUTPUT_HELP,
     },
@@ -256,13 +264,16 @@ def token(
     id: str = "",  # noqa: A002
     ttl: int = 3600,
     file: str = "",
+    node: str = "",
     name: str = "",
     output: str = "text",
 ) -> None:
     """Create, list or delete tokens for nodes to join with.
 
+    A node of this machine shares its address with the cluster's own nodes; the approver lets it if --node names it.
+
     Examples:
-      invoke token create --file bootstrap.conf   for `python -P -m wasilet_node --bootstrap-file bootstrap.conf ...`
+      invoke token create --node wasm-2 --file bootstrap.conf   for `python -P -m wasilet_node --node-name wasm-2 ...`
       invoke token list
       invoke token delete --id abc123
     """
@@ -270,7 +281,7 @@ def token(
 
     settings = settings_of(c, name=name, token_ttl_seconds=ttl)
     checked_output(output)
-    answer = run_action(settings, action, token_id=id, file=file)
+    answer = run_action(settings, action, token_id=id, file=file, node=node)
     if output == "json":
         emit_json(answer)
         return

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from wasilet_node.settings import ImageSettings, NodePaths, NodeSettings
+from wasilet_node.settings import ImageSettings, NetworkSettings, NodePaths, NodeSettings
 
 DEFAULT_BOOTSTRAP_FILE = Path("/etc/kubernetes/bootstrap-kubelet.conf")
 """kubelet's and Krustlet's."""
@@ -220,6 +220,26 @@ def _parser(version: str) -> argparse.ArgumentParser:
         "link-local, the API server or a kubelet, repeatable; a pod's annotation must list them as well "
         "[WASILET_NODE_ALLOW_LOCAL_ORIGINS]",
     )  # fmt: skip
+    network = parser.add_argument_group("the pod network; without --cluster-cidr pods share the machine's network")
+    for flag, metavar, text in (
+        ("--cluster-cidr", "CIDR", "of all pods of the cluster [WASILET_NODE_CLUSTER_CIDR]"),
+        ("--service-cidr", "CIDR", "of all Services [WASILET_NODE_SERVICE_CIDR]"),
+        (
+            "--uplink", "IP/PREFIX",
+            "the node's end of its link to this machine, whose end is the address below [WASILET_NODE_UPLINK]",
+        ),
+        (
+            "--cluster-dns", "IP,...",
+            "name servers of pods with dnsPolicy ClusterFirst, repeatable [WASILET_NODE_CLUSTER_DNS]",
+        ),
+        ("--cluster-domain", "NAME", "(default: cluster.local) [WASILET_NODE_CLUSTER_DOMAIN]"),
+        ("--kube-proxy", "FILE", "the kube-proxy that makes Services work [WASILET_NODE_KUBE_PROXY]"),
+        (
+            "--kube-proxy-kubeconfig", "FILE",
+            "its credential, with an address that is reached by the uplink [WASILET_NODE_KUBE_PROXY_KUBECONFIG]",
+        ),
+    ):  # fmt: skip
+        network.add_argument(flag, metavar=metavar, help=text)
     images = parser.add_argument_group("images")
     images.add_argument(
         "--insecure-registries", metavar="HOST[:PORT],...", action="append",
@@ -324,6 +344,32 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
             options.get_all("allow_local_origins", ("WASILET_NODE_ALLOW_LOCAL_ORIGINS",), _http_origin)
         ),
         provider_id=options.get("provider_id", ("WASILET_NODE_PROVIDER_ID",), str),
+        network=_network(options),
+    )
+
+
+def _network(options: _Options) -> NetworkSettings | None:
+    cluster = options.get("cluster_cidr", ("WASILET_NODE_CLUSTER_CIDR",), ipaddress.IPv4Network)
+    if cluster is None:
+        return None
+    service = options.get("service_cidr", ("WASILET_NODE_SERVICE_CIDR",), ipaddress.IPv4Network)
+    uplink = options.get("uplink", ("WASILET_NODE_UPLINK",), ipaddress.IPv4Interface)
+    if service is None or uplink is None:
+        raise UsageError("--cluster-cidr needs --service-cidr and --uplink as well")
+    if service.overlaps(cluster):
+        raise UsageError(f"--service-cidr {service} overlaps --cluster-cidr {cluster}")
+    proxy = options.get("kube_proxy", ("WASILET_NODE_KUBE_PROXY",), _absolute)
+    kubeconfig = options.get("kube_proxy_kubeconfig", ("WASILET_NODE_KUBE_PROXY_KUBECONFIG",), _absolute)
+    if (proxy is None) != (kubeconfig is None):
+        raise UsageError("--kube-proxy and --kube-proxy-kubeconfig go together")
+    return NetworkSettings(
+        cluster_cidr=cluster,
+        service_cidr=service,
+        uplink=uplink,
+        cluster_dns=tuple(options.get_all("cluster_dns", ("WASILET_NODE_CLUSTER_DNS",), _ip)),
+        cluster_domain=options.get("cluster_domain", ("WASILET_NODE_CLUSTER_DOMAIN",), str) or "cluster.local",
+        kube_proxy=proxy,
+        kube_proxy_kubeconfig=kubeconfig,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from wasilet.cluster.approver import examine
+from wasilet.cluster.approver_facts import policy_data, write_policy
 from wasilet.cluster.token import bootstrap_config, create_token, write_bootstrap_file
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet_node import instance
@@ -180,7 +181,12 @@ def test_a_node_joins_serves_and_survives_what_happens_to_nodes(
 
     (serving,) = until(lambda: requests_of(kube, "join-1", "kubelet-serving"), what="serving request")
     assert serving["spec"]["username"] == "system:node:join-1"
-    verdict = examine(kube, serving)
+    lie = examine(kube, serving)
+    assert not lie.approve, "loopback is every machine's"
+    assert "loopback" in lie.why
+    policy = agent.data.parent / "policy.json"
+    write_policy(policy, policy_data({"join-1": ["127.0.0.1"]}, only_known=True, service_ranges=[]))
+    verdict = examine(kube, serving, policy)
     assert verdict.approve, verdict
     until(lambda: "self-signed" not in serving_issuer(record), what="the cluster's certificate on new connections")
 
@@ -367,6 +373,7 @@ async def test_a_quiet_node_costs_nothing_and_a_moved_one_keeps_no_old_address(
         port=lambda: 10250,
         hostname="join-7",
         agent_version="0",
+        instance_id="a" * 32,
         runtime_version="0",
         problem=lambda: None,
         images=images,

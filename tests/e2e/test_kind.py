@@ -254,7 +254,7 @@ def test_the_approver_has_a_credential_of_its_own_that_can_do_nothing_else(own: 
     approver = Kube.from_kubeconfig(own.cluster.state.etc / "approver.conf")
     try:
         assert approver.get(CSRS)["kind"] == "CertificateSigningRequestList"
-        for path in (api_path("secrets"), api_path("nodes"), api_path("pods")):
+        for path in (api_path("secrets"), api_path("services"), api_path("pods")):
             with pytest.raises(ApiError) as refused:
                 approver.get(path)
             assert refused.value.code == 403

@@ -9,17 +9,17 @@ A request is approved when all of this holds, and is otherwise left alone, with 
 - the signer is ``kubernetes.io/kubelet-serving``;
 - the requester is a node (``system:node:<name>``, in ``system:nodes``), and the subject is exactly that node's;
 - the usages are one of the two sets the signer allows;
-- there is a name or address, each is one of that Node's own, and nothing but names and addresses is asked for.
+- there is a name or address, each is one that this Node alone can have (``approver_rules``), and nothing but
+  names and addresses is asked for;
+- in a cluster that is not Wasilet's own, the node is one that the harness knows (``approver_facts``).
 
 It denies nothing: a request that is premature (the Node does not know its new address yet) becomes right by waiting,
-and is looked at again. ``python -P -m wasilet.cluster.approver --kubeconfig FILE [--status-file FILE]``
+and is looked at again. ``python -P -m wasilet.cluster.approver --kubeconfig FILE --policy FILE [--status-file FILE]``
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import ipaddress
 import json
 import logging
 import os
@@ -30,171 +30,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from wasilet.errors import ApiError, HarnessError
+from wasilet.cluster.approver_facts import gather_facts, read_policy
+from wasilet.cluster.approver_rules import SIGNER, Verdict, is_open, judge, requesting_node
+from wasilet.errors import ApiError, HarnessError, StateError
 from wasilet.kube.client import Kube, KubeObject, api_path
 
 logger = logging.getLogger("wasilet.approver")
 
-SIGNER = "kubernetes.io/kubelet-serving"
 CSRS = api_path("certificatesigningrequests", group="certificates.k8s.io")
-USAGES = (
-    frozenset({"digital signature", "server auth"}),
-    frozenset({"digital signature", "key encipherment", "server auth"}),
-)
-MAX_REQUEST_BYTES = 65536
 WATCH_SECONDS = 240
 RETRY_FIRST_SECONDS = 0.1
 RETRY_LAST_SECONDS = 15.0
 AWAY_LAST_SECONDS = 3.0
-_NODE_PREFIX = "system:node:"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What becomes of a request. ``why`` is for people: the reason it was left alone, or what was approved."""
-
-    approve: bool
-    why: str
-    pending: bool = False
-    """Left alone for now: what is missing may come (the Node, or an address of it)."""
-
-
-class _RefusalError(Exception):
-    def __init__(self, why: str, *, pending: bool = False) -> None:
-        super().__init__(why)
-        self.why = why
-        self.pending = pending
-
-
-# --- the rules -------------------------------------------------------------------------------------------------------
-
-
-def is_open(csr: KubeObject) -> bool:
-    """Whether a request is the signer's and still undecided."""
-    status = csr.get("status") or {}
-    return (
-        (csr.get("spec") or {}).get("signerName") == SIGNER
-        and not status.get("conditions")
-        and not status.get("certificate")
-    )
-
-
-def requesting_node(csr: KubeObject) -> str:
-    """The name of the node that asks; empty when the requester is no node."""
-    spec = csr.get("spec") or {}
-    username = str(spec.get("username") or "")
-    if not username.startswith(_NODE_PREFIX) or "system:nodes" not in (spec.get("groups") or []):
-        return ""
-    return username.removeprefix(_NODE_PREFIX)
-
-
-def judge(csr: KubeObject, node: KubeObject | None) -> Verdict:
-    """Apply the rules to an open request. ``node``: the Node object of the requester, None when there is none."""
-    try:
-        return Verdict(approve=True, why=_checked(csr, node))
-    except _RefusalError as refusal:
-        return Verdict(approve=False, why=refusal.why, pending=refusal.pending)
-
-
-def _checked(csr: KubeObject, node: KubeObject | None) -> str:
-    spec = csr.get("spec") or {}
-    if spec.get("signerName") != SIGNER:
-        raise _RefusalError(f"the signer is {spec.get('signerName')!r}")
-    name = requesting_node(csr)
-    if not name:
-        raise _RefusalError(f"the requester {spec.get('username')!r} is no node")
-    usages = frozenset(map(str, spec.get("usages") or []))
-    if usages not in USAGES:
-        raise _RefusalError(f"the usages are {', '.join(sorted(usages)) or 'none'}")
-    dns, ips = _requested_names(str(spec.get("request") or ""), str(spec["username"]))
-    if node is None:
-        raise _RefusalError(f"there is no Node {name!r}", pending=True)
-    own_dns, own_ips = node_names(node)
-    if node.get("metadata", {}).get("name") != name:
-        raise _RefusalError(f"the Node is not {name!r}")
-    foreign = sorted(dns - own_dns) + sorted(str(ip) for ip in ips - own_ips)
-    if foreign:
-        raise _RefusalError(f"not a name or address of Node {name!r}: {', '.join(foreign)}", pending=True)
-    return f"{name}: {', '.join([*sorted(dns), *sorted(str(ip) for ip in ips)])}"
-
-
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-def node_names(node: KubeObject) -> tuple[frozenset[str], frozenset[_Address]]:
-    """A Node's DNS names (its own among them) and IP addresses, by its status."""
-    dns = {str(node.get("metadata", {}).get("name"))}
-    ips: set[_Address] = set()
-    for entry in (node.get("status") or {}).get("addresses") or []:
-        kind, address = str(entry.get("type")), str(entry.get("address"))
-        try:
-            parsed = ipaddress.ip_address(address)
-        except ValueError:
-            if kind in {"Hostname", "InternalDNS", "ExternalDNS"}:
-                dns.add(address)
-        else:
-            if kind in {"InternalIP", "ExternalIP"}:
-                ips.add(parsed)
-    return frozenset(dns), frozenset(ips)
-
-
-def _requested_names(request: str, username: str) -> tuple[frozenset[str], frozenset[_Address]]:
-    from cryptography import x509
-    from cryptography.exceptions import UnsupportedAlgorithm
-
-    try:
-        pem = base64.b64decode(request, validate=True)
-        if len(pem) > MAX_REQUEST_BYTES:
-            raise _RefusalError("the request is too large")
-        parsed = x509.load_pem_x509_csr(pem)
-        if not parsed.is_signature_valid:
-            raise _RefusalError("the request is not signed by the key it is for")
-        _check_subject(parsed.subject, username)
-        return _names_of(parsed)
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType) as error:
-        raise _RefusalError(f"the request cannot be read: {error}") from error
-    except x509.DuplicateExtension as error:
-        raise _RefusalError("an extension is there twice") from error
-
-
-def _check_subject(subject: Any, username: str) -> None:
-    from cryptography.x509.oid import NameOID
-
-    found = sorted((attribute.oid.dotted_string, str(attribute.value)) for attribute in subject)
-    wanted = sorted(
-        [(NameOID.COMMON_NAME.dotted_string, username), (NameOID.ORGANIZATION_NAME.dotted_string, "system:nodes")]
-    )
-    if found != wanted:
-        raise _RefusalError(f"the subject is {subject.rfc4514_string()!r}, not that of {username}")
-
-
-def _names_of(request: Any) -> tuple[frozenset[str], frozenset[_Address]]:
-    from cryptography import x509
-
-    dns: set[str] = set()
-    ips: set[_Address] = set()
-    for extension in request.extensions:
-        value = extension.value
-        if isinstance(value, x509.SubjectAlternativeName):
-            for name in value:
-                if isinstance(name, x509.DNSName):
-                    dns.add(name.value)
-                elif isinstance(name, x509.IPAddress) and isinstance(
-                    name.value, ipaddress.IPv4Address | ipaddress.IPv6Address
-                ):
-                    ips.add(name.value)
-                else:
-                    raise _RefusalError(f"a {type(name).__name__} is asked for")
-        elif isinstance(value, x509.BasicConstraints):
-            if value.ca:
-                raise _RefusalError("an authority's certificate is asked for")
-        elif not isinstance(value, x509.KeyUsage | x509.ExtendedKeyUsage):
-            raise _RefusalError(f"extension {extension.oid.dotted_string} is asked for")
-    if not dns and not ips:
-        raise _RefusalError("no name and no address is asked for")
-    return frozenset(dns), frozenset(ips)
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
@@ -212,11 +60,17 @@ def approve(kube: Kube, csr: KubeObject, why: str) -> None:
     kube.replace(f"{CSRS}/{csr['metadata']['name']}/approval", body)
 
 
-def examine(kube: Kube, csr: KubeObject) -> Verdict:
-    """Judge one open request by the Node as it is now, and approve it when it is right. Raises ApiError."""
+def consider(kube: Kube, csr: KubeObject, policy_file: Path | None) -> Verdict:
+    """Judge one open request by the Node, the cluster and the policy as they are now. Raises ApiError, StateError."""
+    policy, ranges = read_policy(policy_file)
     name = requesting_node(csr)
     node = kube.find(api_path("nodes", name)) if name else None
-    verdict = judge(csr, node)
+    return judge(csr, node, policy=policy, facts=lambda: gather_facts(kube, name, ranges=ranges))
+
+
+def examine(kube: Kube, csr: KubeObject, policy_file: Path | None = None) -> Verdict:
+    """Judge one open request, and approve it when it is right. Raises ApiError, StateError."""
+    verdict = consider(kube, csr, policy_file)
     if verdict.approve:
         approve(kube, csr, verdict.why)
     return verdict
@@ -239,6 +93,7 @@ class Approver:
 
     kube: Kube
     status_file: Path | None = None
+    policy_file: Path | None = None
     _events: queue.SimpleQueue[KubeObject] = field(default_factory=queue.SimpleQueue, init=False)
     _waiting: dict[str, _Waiting] = field(default_factory=dict, init=False)
     _approved: int = field(default=0, init=False)
@@ -279,13 +134,15 @@ class Approver:
     def _examine(self, name: str) -> None:
         waiting = self._waiting[name]
         try:
-            verdict = examine(self.kube, waiting.csr)
+            verdict = examine(self.kube, waiting.csr, self.policy_file)
         except ApiError as error:
             if error.code in {404, 409}:
                 # Somebody else was faster, or it is gone; the watch brings what it is now.
                 self._waiting.pop(name, None)
                 return
             verdict = Verdict(approve=False, why=error.message, pending=True)
+        except StateError as error:
+            verdict = Verdict(approve=False, why=str(error), pending=True)
         if verdict.approve:
             self._waiting.pop(name, None)
             self._approved += 1
@@ -354,11 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="wasilet.cluster.approver", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kubeconfig", type=Path, required=True)
+    parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--status-file", type=Path)
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        Approver(Kube.from_kubeconfig(options.kubeconfig), options.status_file).run(threading.Event())
+        Approver(Kube.from_kubeconfig(options.kubeconfig), options.status_file, options.policy).run(threading.Event())
     except HarnessError as error:
         logger.error("%s", error)  # noqa: TRY400  (one clear line; the trace says nothing more)
         return error.exit_code

@@ -112,6 +112,7 @@ def bootstrap(
     and HarnessError when a door does not open.
     """
     _check_node_name(node)
+    make_known(cluster, node, local=False, say=say, what="invoke bootstrap")
     access = cluster.provider.access(cluster)
     server, server_name = access.server, ""
     if is_loopback(access.server) or registry:
@@ -135,6 +136,19 @@ def bootstrap(
     if pull_from:
         command += ["--insecure-registries", pull_from]
     return Joining(file=file, server=server, token_id=token.id, command=tuple(command), registry=pull_from)
+
+
+def make_known(
+    cluster: Cluster, node: str, *, local: bool, say: Callable[[str], None] = lambda _: None, what: str
+) -> None:
+    """Tell the approver of a node that will join. ``local``: it runs on this machine, beside the cluster's own nodes.
+    Raises UsageError, StateError."""
+    from wasilet.cluster.known_nodes import remember_node
+
+    _check_node_name(node)
+    timeout_seconds = cluster.settings.timeouts.lock_seconds
+    with cluster.state.locked(timeout_seconds=timeout_seconds, say=say, what=what):
+        remember_node(cluster, node, local=local)
 
 
 def joining_lines(joining: Joining) -> list[str]:

@@ -62,6 +62,12 @@ class ClusterRecord:
     client_configs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """File to server and digest of the certificate that it was written with."""
 
+    known_nodes: Mapping[str, bool] = field(default_factory=dict)
+    """Nodes that a bootstrap file was made for: whether they run on this machine."""
+
+    service_ranges: tuple[str, ...] = ()
+    """In CIDR notation, as the cluster told an administrator."""
+
     external: Mapping[str, Any] = field(default_factory=dict)
     """What a provider other than host found out; see ``wasilet.providers.existing_base``."""
 
@@ -84,6 +90,8 @@ class ClusterRecord:
             local_origins=tuple(map(str, reader.get("local_origins", list, []))),
             registry_secret=reader.get("registry_secret", str, ""),
             client_configs=reader.made("client_configs", _client_configs) or {},
+            known_nodes={str(name): bool(here) for name, here in reader.get("known_nodes", dict, {}).items()},
+            service_ranges=tuple(map(str, reader.get("service_ranges", list, []))),
             external=reader.get("external", dict, {}),
         )
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wasilet_common.time_format import rfc3339_of
+
 from wasilet.cluster.state import write_file
 from wasilet.errors import ApiError, StateError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
@@ -90,7 +92,7 @@ def create_token(
         "bootstrap-token.yaml.j2",
         token_id=token.id,
         token_secret=token.secret,
-        expiration=end.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        expiration=rfc3339_of(end),
         description=description,
     )
     kube.create(object_path(secret, collection=True), secret)
@@ -125,14 +127,23 @@ def _decoded(value: str) -> str:
     return base64.b64decode(value).decode(errors="replace")
 
 
-def run_action(settings: Settings, action: str, *, token_id: str = "", file: str = "") -> list[dict[str, Any]]:
-    """``invoke token``: what to print, an object a line. A new token is told once, here, unless it goes to a file."""
+def run_action(
+    settings: Settings, action: str, *, token_id: str = "", file: str = "", node: str = ""
+) -> list[dict[str, Any]]:
+    """``invoke token``: what to print, one object per line. A new token is printed once, here, unless it goes to a
+    file. ``node``: of this machine, which the approver shall know."""
     from wasilet.cluster.opening import open_cluster
     from wasilet.terminal.cli import invocation_path
 
     if action not in ACTIONS:
         raise UsageError(f"unknown action {action!r}", hint=", ".join(ACTIONS))
+    if node and action != "create":
+        raise UsageError(f"--node means nothing to {action}")
     with open_cluster(settings) as cluster:
+        if node:
+            from wasilet.cluster.join import make_known
+
+            make_known(cluster, node, local=True, what="invoke token")
         return _run_action(cluster, settings, action, token_id=token_id, file=invocation_path(file) if file else "")
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wasilet.cluster import pod_network
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.local_registry import COMPONENT as REGISTRY
 from wasilet.cluster.local_registry import login_file, registry_address, registry_component
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.record import KubeconfigRecord
 from wasilet.cluster.state import EVERYWHERE, State
-from wasilet.controlplane.components import Component, accepts, component_step
+from wasilet.controlplane.components import Component, accepts, component_step, ensure_running
 from wasilet.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.process import check_cancelled, is_alive, tail_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 APPROVER = "approver"
 RBAC_STEP = "rbac"
 TOKEN_STEP = "bootstrap-token"  # noqa: S105  (a step's key)
+POLICY_STEP = "approver-policy"
 NEEDED_BYTES = 250_000_000
 """Of disk for a new control plane: etcd alone reserves two files of 64 MB for its log."""
 NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovider.kubernetes.io/uninitialized"})
@@ -120,11 +122,13 @@ def steps(cluster: Cluster) -> list[Step]:
             after=(BINARIES_STEP, PREPARATION_STEP),
         ),
         _kubeconfig_step(cluster),
+        _policy_step(cluster),
         component_step(
-            made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP,)
+            made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP, POLICY_STEP)
         ),
         _token_step(cluster),
         *door_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
+        *_pod_network_steps(cluster),
         *nodes,
         _ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.key for n in nodes))),
     ]  # fmt: skip
@@ -144,6 +148,8 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
         APPROVER: lambda: _approver_component(cluster),
     }
     made.update(doors(cluster))
+    if (plan := pod_network.plan_of(cluster.state)) is not None:
+        made[pod_network.DOOR] = lambda: pod_network.door_component(plan, cluster.ports()["apiserver"])
     for index, node in enumerate(cluster.node_names()):
         made[node_component(node)] = lambda node=node, index=index: _node_component(cluster, node, index)  # type: ignore[misc]
     return made
@@ -174,7 +180,7 @@ def _preparation_step(cluster: Cluster) -> Step:
             )
         return Finding.ok(str(state.path))
 
-    def change(_: Progress) -> str:
+    def change(progress: Progress) -> str:
         state.create()
         # First, because it may fail: then nothing is written down yet. Nodes are reached from elsewhere, the rest is
         # not; which address that is, another provider knows only when its cluster is there.
@@ -182,6 +188,8 @@ def _preparation_step(cluster: Cluster) -> Step:
         kubelets = {name: asked.pop(name) for name in list(asked) if name.startswith("kubelet")}
         ports = state.allocate_ports(kubelets, addresses=(settings.node_ip or EVERYWHERE,))
         ports |= state.allocate_ports(asked)
+        if cluster.provider.name == "host" and not state.read().get("run_id"):
+            state.update(pod_network=pod_network.decide(settings, state, say=progress))
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
         if settings.local_origins:
             state.update(local_origins=list(settings.local_origins))
@@ -251,6 +259,28 @@ def _rbac_step(cluster: Cluster) -> Step:
     return Step(name="RBAC", key=RBAC_STEP, look=look, change=change, after=(API_SERVER_STEP,))
 
 
+def _policy_step(cluster: Cluster) -> Step:
+    from wasilet.cluster.approver_facts import policy_file, same_policy, service_ranges, write_policy
+    from wasilet.cluster.known_nodes import policy_of
+
+    path = policy_file(cluster.state)
+
+    def look() -> Finding:
+        if not _api_answers(cluster):
+            return Finding.differs("write it")
+        if path.is_file() and same_policy(path, policy_of(cluster)):
+            return Finding.ok(str(path))
+        return Finding.differs("write it", [f"+ {path.name}"])
+
+    def change(_: Progress) -> str:
+        # As long as the cluster lives its ranges may be added to, never taken from: the approver asks again itself.
+        cluster.state.update(service_ranges=service_ranges(cluster.admin()))
+        write_policy(path, policy_of(cluster))
+        return str(path)
+
+    return Step(name="approver's policy", key=POLICY_STEP, look=look, change=change, after=(API_SERVER_STEP,))
+
+
 def _token_step(cluster: Cluster) -> Step:
     from wasilet.cluster.token import bootstrap_config, create_token, usable_token, write_bootstrap_file
 
@@ -295,6 +325,7 @@ def node_has_certificate(data: Path) -> bool:
 
 
 def _approver_component(cluster: Cluster) -> Component:
+    from wasilet.cluster.approver_facts import policy_file
     from wasilet.cluster.state import read_json
 
     state = cluster.state
@@ -310,7 +341,7 @@ def _approver_component(cluster: Cluster) -> Component:
         name=APPROVER,
         argv=(
             sys.executable, "-P", "-m", "wasilet.cluster.approver",
-            "--kubeconfig", str(kubeconfig), "--status-file", str(status_file),
+            "--kubeconfig", str(kubeconfig), "--policy", str(policy_file(state)), "--status-file", str(status_file),
         ),
         inputs=(kubeconfig,),
         ready=ready,
@@ -334,6 +365,10 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         argv += ["--taint", taint]
     for origin in local_origins(cluster):
         argv += ["--allow-local-origins", origin]
+    if (plan := pod_network.plan_of(state)) is not None:
+        argv += pod_network.node_arguments(
+            plan, index=index, kube_proxy=str(kube_proxy_path(cluster)), kubeconfig=state.etc / "kube-proxy.conf"
+        )
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
     return Component(
@@ -355,6 +390,45 @@ def local_origins(cluster: Cluster) -> tuple[str, ...]:
     port = cluster.ports().get("cat_facts")
     own = (cat_facts_origin(port),) if port else ()
     return tuple(dict.fromkeys((*own, *cluster.state.cluster.local_origins)))
+
+
+def kube_proxy_path(cluster: Cluster) -> Path:
+    """Where it is, or will be."""
+    from wasilet.controlplane.acquire import expected
+
+    return expected("kube-proxy", cache=cluster.settings.cache, environ=cluster.settings.environ)
+
+
+def _pod_network_steps(cluster: Cluster) -> list[Step]:
+    """Whether there is a pod network is decided by the first step, so these are always in the list."""
+    from wasilet.kube.manifests import create_missing, missing_objects
+
+    state = cluster.state
+    if cluster.provider.name != "host":
+        return []
+
+    def look() -> Finding:
+        plan = pod_network.plan_of(state)
+        if plan is None:
+            reason = pod_network.why_absent(state)
+            return Finding.ok(f"none: {reason}") if state.exists() else Finding.differs("choose addresses")
+        record = state.alive(pod_network.DOOR)
+        text = f"pods {plan.pods}, Services {plan.services}"
+        if record is None or not _api_answers(cluster):
+            return Finding.differs(text, [f"+ {pod_network.DOOR}"])
+        wanted = pod_network.objects(plan, cluster.ports()["apiserver"])
+        return Finding.differs(text) if missing_objects(cluster.admin(), wanted) else Finding.ok(text)
+
+    def change(_: Progress) -> str:
+        plan = pod_network.plan_of(state)
+        if plan is None:
+            return f"none: {pod_network.why_absent(state)}"
+        port = cluster.ports()["apiserver"]
+        ensure_running(pod_network.door_component(plan, port), state=state, settings=cluster.settings)
+        create_missing(cluster.admin(), pod_network.objects(plan, port))
+        return f"pods {plan.pods}, Services {plan.services}"
+
+    return [Step(name="pod network", look=look, change=change, after=(API_SERVER_STEP,))]
 
 
 def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) -> Step:

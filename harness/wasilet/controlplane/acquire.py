@@ -60,6 +60,12 @@ def locate(name: str, *, cache: Path, environ: Mapping[str, str]) -> Found | Non
     return None
 
 
+def expected(name: str, *, cache: Path, environ: Mapping[str, str]) -> Path:
+    """Where ``name`` is, else where :func:`acquire` will put it."""
+    found = locate(name, cache=cache, environ=environ)
+    return found.path if found is not None else _cached(BINARIES[name], cache)
+
+
 def acquire(
     names: Sequence[str],
     *,

@@ -188,10 +188,17 @@ class ExternalProvider:
         elif known:
             report += self._withdraw(cluster)
         forget_identities(cluster)
-        for file in ("admin.conf", "approver.conf", "bootstrap.conf", "ca.crt", "client-ca.crt"):
+        for file in (
+            "admin.conf",
+            "approver.conf",
+            "approver-policy.json",
+            "bootstrap.conf",
+            "ca.crt",
+            "client-ca.crt",
+        ):
             (cluster.state.etc / file).unlink(missing_ok=True)
         if cluster.state.exists():
-            cluster.state.update(external={}, created_objects=[])
+            cluster.state.update(external={}, created_objects=[], known_nodes={}, service_ranges=[])
         return report
 
     # --- steps -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from wasilet_common.oci import credentials as pull_credentials
 from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import InvalidReferenceError, Reference, parse
 from wasilet_common.oci.registry import RegistryClient
+from wasilet_common.time_format import go_duration
 
 from wasilet_node.images.backoff import Backoff
 from wasilet_node.images.compile import CompileError
@@ -251,19 +252,6 @@ class ImageManager:
             working_dir=record.working_dir,
             module_name=record.module_name,
         )
-
-
-def go_duration(seconds: float) -> str:
-    """A duration as Go prints it, cut to milliseconds: ``850ms``, ``1.2s``, ``1m2.5s``."""
-    milliseconds = max(0, int(seconds * 1000))
-    if milliseconds == 0:
-        return "0s"
-    if milliseconds < 1000:
-        return f"{milliseconds}ms"
-    minutes, milliseconds = divmod(milliseconds, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{milliseconds / 1000:.3f}".rstrip("0").rstrip(".") + "s"
-    return f"{f'{hours}h' if hours else ''}{f'{minutes}m' if hours or minutes else ''}{text}"
 
 
 def _cache_key(module_digest: str) -> str:

@@ -94,7 +94,15 @@ async def kill_container(
         if hook is not None and grace.remaining > 0:
             try:
                 done = await grace.run(
-                    hooks.run_hook(services.runtime, pod, container, instance.id, hook, timeout_seconds=grace.remaining)
+                    hooks.run_hook(
+                        services.runtime,
+                        pod,
+                        container,
+                        instance.id,
+                        hook,
+                        timeout_seconds=grace.remaining,
+                        networks=services.networks,
+                    )
                 )
                 if not done:
                     logger.info("preStop of %s in %s did not end in time", container["name"], spec.format_pod(pod))

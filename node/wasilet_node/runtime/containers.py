@@ -14,10 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wasilet_common.time_format import rfc3339_nano
+
 from wasilet_node.runtime import linux, sandbox
 from wasilet_node.runtime.cgroups import CgroupManager, Group
-from wasilet_node.runtime.logs import LineFramer, LogFile, rfc3339_nano
+from wasilet_node.runtime.logs import LineFramer, LogFile
 from wasilet_node.runtime.loop import Loop
+from wasilet_node.runtime.pod_namespaces import PodNamespaces
 from wasilet_node.runtime.process import ForkRefusedError, Outcome, SandboxProcess
 from wasilet_node.runtime.protocol import ContainerConfig, ContainerState, ContainerStatus, ContainerUsage
 from wasilet_node.runtime.records import Records, initial_status, valid_id
@@ -68,6 +71,9 @@ class Container:
     framers: dict[str, LineFramer] = field(default_factory=dict)
     started_waiters: list[Callable[[], None]] = field(default_factory=list)
     exit_waiters: list[Callable[[], None]] = field(default_factory=list)
+    execs: int = 0
+    """Instances that run beside it."""
+
     output_listeners: list[OutputListener] = field(default_factory=list)
     stop_requested: bool = False
     oom_by_watch: bool = False
@@ -101,6 +107,7 @@ class Containers:
         logs: LogSettings,
         artifacts: Path,
         on_change: Callable[[ContainerStatus], None],
+        namespaces: PodNamespaces | None = None,
     ) -> None:
         self._loop = loop
         self._zygote = zygote
@@ -109,6 +116,7 @@ class Containers:
         self._logs = logs
         self._artifacts = artifacts
         self._on_change = on_change
+        self._namespaces = namespaces
         self._table: dict[str, Container] = {}
         self._watching = False
         for start, status in records.load():
@@ -225,12 +233,23 @@ class Containers:
         kernel = container.group is not None and container.group.memory is not None
         process.spawn(
             self._zygote,
+            network=self._network_of(config),
             guest_stdin=stdin,
             group=container.group,
             backstop_bytes=memory_backstop(config.memory_limit_bytes, kernel=kernel),
             record=record,
         )
         return process
+
+    def _network_of(self, config: ContainerConfig) -> int:
+        """The descriptor of the network namespace that a container belongs into; -1: the machine's. Raises
+        ForkRefusedError."""
+        if not config.network:
+            return -1
+        found = self._namespaces.descriptor(config.network) if self._namespaces is not None else None
+        if found is None:
+            raise ForkRefusedError("the pod's network namespace is gone")
+        return found
 
     def _spawn(self, container: Container, record: int) -> None:
         config = container.config

@@ -80,6 +80,7 @@ class SandboxProcess:
         group: Group | None,
         backstop_bytes: int | None,
         record: int = -1,
+        network: int = -1,
     ) -> None:
         """Take a sandbox of the zygote's. Raises ForkRefusedError; nothing is left behind then."""
         spare: Spare | None = None
@@ -115,6 +116,7 @@ class SandboxProcess:
                 cgroup_files=tuple(groups),
                 memory_backstop_bytes=backstop_bytes,
                 record=record,
+                network=network,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
             spare = zygote.take()

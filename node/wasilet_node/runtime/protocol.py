@@ -96,6 +96,14 @@ class ContainerConfig:
     cpu_limit_millicores: int | None = None
     cpu_request_millicores: int | None = None
     http: HttpPolicy | None = None
+    network: str = ""
+    """The key of the pod's network namespace, which the guest runs in and may open sockets in; empty: it runs in the
+    machine's, without sockets."""
+
+    etc_files: tuple[tuple[str, str], ...] = ()
+    """What the process sees in place of files of the machine's /etc (absolute path there, file to show), by a mount
+    namespace of its own: name lookup. Needs ``network``."""
+
     stdin: bool = False
     """Hold a pipe to the guest's stdin for those who attach; otherwise the guest reads end of file at once."""
 
@@ -174,6 +182,8 @@ class RuntimeCapabilities:
     """False: memory limits are kept by the supervisor's own watch on resident size instead."""
 
     wasmtime_version: str
+    pod_networks: bool = False
+    """Whether containers may run in network namespaces of their pods."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,11 @@ from typing import Any, NoReturn
 import wasmtime
 from wasmtime import component as wasmtime_component
 
-from wasilet_node.runtime import landlock, linux, resolving, seccomp
+from wasilet_node.runtime import landlock, linux, netns, resolving, seccomp
 from wasilet_node.runtime.engine import Linkers
+from wasilet_node.runtime.hostcalls import sockets
 from wasilet_node.runtime.hostcalls.http import HttpHost
+from wasilet_node.runtime.hostcalls.sockets import SocketSwitch
 from wasilet_node.runtime.protocol import ContainerConfig, GuestKind
 from wasilet_node.runtime.safe_path import open_directory, opened
 
@@ -81,6 +83,9 @@ class GuestTools:
 
     linkers: Linkers
     http: HttpHost
+    sockets: SocketSwitch | None = None
+    """None: guests cannot open sockets."""
+
     network_files: tuple[str, ...]
     """What a guest with outbound HTTP may read besides its mounts."""
 
@@ -106,9 +111,12 @@ class ChildPlan:
     record: int = -1
     """A file that has to be on disk before guest code runs; -1: none."""
 
+    network: int = -1
+    """The pod's network namespace; -1: the guest stays in the machine's."""
+
     def descriptors(self) -> dict[str, int]:
         """Those that it names, by field; ``cgroup_files`` are numbered."""
-        named = {name: getattr(self, name) for name in ("stdin", "stdout", "stderr", "report", "record")}
+        named = {name: getattr(self, name) for name in ("stdin", "stdout", "stderr", "report", "record", "network")}
         groups = {f"cgroup{index}": descriptor for index, descriptor in enumerate(self.cgroup_files)}
         return {name: descriptor for name, descriptor in (named | groups).items() if descriptor >= 0}
 
@@ -121,7 +129,7 @@ def make_tools(linkers: Linkers) -> GuestTools:
     # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
     module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
-    return GuestTools(linkers=linkers, http=http, network_files=resolving.readable_paths())
+    return GuestTools(linkers=linkers, sockets=sockets.find(), http=http, network_files=resolving.readable_paths())
 
 
 def check_config(config: ContainerConfig) -> None:
@@ -196,7 +204,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
             os.dup2(source, target)
         else:
             os.set_inheritable(target, True)  # noqa: FBT003
-    linux.close_range_except((plan.report, plan.record, *plan.cgroup_files))
+    linux.close_range_except((plan.report, plan.record, plan.network, *plan.cgroup_files))
     linux.set_parent_death_signal()
     if os.getppid() != plan.parent_pid:
         os._exit(START_ERROR_EXIT_CODE)
@@ -209,6 +217,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     for file in plan.cgroup_files:
         os.write(file, b"0")
         os.close(file)
+    _enter_network(plan)
     _limit()
     _confine(plan.config, tools)
     return run_guest(
@@ -221,13 +230,31 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     )
 
 
+def _enter_network(plan: ChildPlan) -> None:
+    """Into the pod's network and, for name lookup, a mount namespace with the pod's own files; then the right to do so
+    goes, for good. Raises LoadError."""
+    if plan.network >= 0:
+        try:
+            if plan.config.etc_files:
+                netns.unshare(netns.CLONE_NEWNS)
+                netns.mount("none", "/", netns.MS_REC | netns.MS_PRIVATE)
+                for place, file in plan.config.etc_files:
+                    netns.mount(file, place, netns.MS_BIND)
+            netns.setns(plan.network)
+        except OSError as error:
+            raise LoadError(f"cannot enter the pod's network: {error.strerror}") from error
+        os.close(plan.network)
+    linux.drop_privileges()
+
+
 def _confine(config: ContainerConfig, tools: GuestTools) -> None:
     """Before a byte of the image is looked at, and while there is one thread: it holds for this and those that it
     makes. Landlock first, since the filter forbids its calls."""
-    network = config.http is not None
+    network = config.http is not None or bool(config.network)
     files = (config.artifact, *tools.network_files) if network else (config.artifact,)
     landlock.confine(config.mounts, files=files, tcp=network)
-    seccomp.confine(seccomp.Network.CLIENT if network else seccomp.Network.NONE)
+    outward = seccomp.Network.CLIENT if network else seccomp.Network.NONE
+    seccomp.confine(seccomp.Network.SERVER if config.network else outward)
 
 
 def _limit() -> None:
@@ -295,7 +322,7 @@ class _Started:
         _report(self.report, {"started": True})
 
 
-def _configure_wasi(config: ContainerConfig, store: wasmtime.Store, *, guest_stdin: bool) -> None:
+def _configure_wasi(config: ContainerConfig, tools: GuestTools, store: wasmtime.Store, *, guest_stdin: bool) -> None:
     wasi: Any = wasmtime.WasiConfig()
     wasi.argv = list(config.argv)
     wasi.env = [list(pair) for pair in config.env]
@@ -316,6 +343,10 @@ def _configure_wasi(config: ContainerConfig, store: wasmtime.Store, *, guest_std
         except wasmtime.WasmtimeError as error:
             reason = _why_unopenable(mount.host)
             raise LoadError(f"mount {mount.guest}: {reason or error}") from error
+    if config.network:
+        if tools.sockets is None:
+            raise LoadError("this version of wasmtime lets no guest open sockets")
+        tools.sockets.allow(wasi)
     store.set_wasi(wasi)
 
 
@@ -339,7 +370,7 @@ def _load_module(
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"cannot load the compiled module: {error}", artifact=True) from error
     _check_command(module)
-    _configure_wasi(config, store, guest_stdin=guest_stdin)
+    _configure_wasi(config, tools, store, guest_stdin=guest_stdin)
     try:
         ready = tools.linkers.module.instantiate_pre(module)
     except wasmtime.WasmtimeError as error:
@@ -387,7 +418,7 @@ def _load_component(
         guest = wasmtime_component.Component.deserialize_file(tools.linkers.engine, config.artifact)
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"cannot load the compiled component: {error}", artifact=True) from error
-    _configure_wasi(config, store, guest_stdin=guest_stdin)
+    _configure_wasi(config, tools, store, guest_stdin=guest_stdin)
     engine = tools.linkers.engine
     exports = list(guest.type.exports(engine))
     command = next((name for name in exports if name.startswith(_COMMAND)), None)

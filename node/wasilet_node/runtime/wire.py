@@ -122,6 +122,7 @@ def load_config(data: Message) -> ContainerConfig:
         fields["argv"] = tuple(str(item) for item in fields["argv"])
         fields["env"] = tuple((str(name), str(value)) for name, value in fields["env"])
         fields["mounts"] = tuple(Mount(**_known(_MOUNT_FIELDS, mount)) for mount in fields["mounts"])
+        fields["etc_files"] = tuple((str(at), str(file)) for at, file in fields.get("etc_files") or ())
         if fields.get("http") is not None:
             http = _known(_HTTP_FIELDS, fields["http"])
             for name in ("allowed_origins", "local_origins", "own_addresses", "kubelet_ports"):

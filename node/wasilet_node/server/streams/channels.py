@@ -16,10 +16,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from wasilet_node.server.streams.spdy import Stream, chunks
-from wasilet_node.server.streams.upgrade import MAX_MESSAGE_BYTES, negotiate, take_over, wants_spdy, wants_websocket
+from wasilet_node.server.streams.upgrade import negotiate, take_over, wants_spdy, wants_websocket, websocket
+from wasilet_node.server.streams.websocket import WebSocketConnection
 
 SPDY_PROTOCOLS = ("v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io")
 WEBSOCKET_PROTOCOLS = (
@@ -138,30 +139,28 @@ class _SpdyChannels:
 
 @asynccontextmanager
 async def _websocket_channels(request: web.Request, options: StreamOptions) -> AsyncIterator[Channels]:
-    socket = web.WebSocketResponse(protocols=WEBSOCKET_PROTOCOLS, max_msg_size=MAX_MESSAGE_BYTES, compress=False)
-    await socket.prepare(request)
-    channels = _WebSocketChannels(socket, options)
-    reader = asyncio.create_task(channels.receive())
-    try:
-        # an empty message on the lowest channel that is written tells the client that the connection stands
-        await channels.send(STDOUT if options.stdout else STDERR if options.stderr else ERROR, b"")
-        yield channels
-    finally:
-        await socket.close()
-        reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
+    async with websocket(request, WEBSOCKET_PROTOCOLS) as socket:
+        channels = _WebSocketChannels(socket, options)
+        reader = asyncio.create_task(channels.receive())
+        try:
+            # an empty message on the lowest channel that is written tells the client that the connection stands
+            await channels.send(STDOUT if options.stdout else STDERR if options.stderr else ERROR, b"")
+            yield channels
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
 
 class _WebSocketChannels:
-    def __init__(self, socket: web.WebSocketResponse, options: StreamOptions) -> None:
+    def __init__(self, socket: WebSocketConnection, options: StreamOptions) -> None:
         self._socket = socket
-        protocol = socket.ws_protocol or ""
+        protocol = socket.protocol
         self._base64 = "base64" in protocol
         self._structured = protocol.startswith(("v4", "v5"))
         self._wanted = {STDOUT: options.stdout, STDERR: options.stderr}
         self._input: asyncio.Queue[bytes] = asyncio.Queue(_WAITING_MESSAGES)
         self._input_ended = not options.stdin
-        self.closed = asyncio.Event()
+        self.closed = socket.closed
 
     async def stdin(self) -> AsyncIterator[bytes]:
         while chunk := await self._input.get():
@@ -178,22 +177,19 @@ class _WebSocketChannels:
             await self.send(ERROR, data)
 
     async def send(self, number: int, data: bytes) -> None:
-        try:
-            if self._base64:
-                await self._socket.send_str(f"{number}{base64.b64encode(data).decode('ascii')}")
-            else:
-                await self._socket.send_bytes(bytes([number]) + data)
-        except ConnectionError:
-            self.closed.set()
+        if self._base64:
+            await self._socket.send(f"{number}".encode() + base64.b64encode(data), text=True)
+        else:
+            await self._socket.send(bytes([number]) + data)
 
     async def receive(self) -> None:
         """Take the client's messages apart until it goes away."""
         try:
-            async for message in self._socket:
-                if message.type is WSMsgType.BINARY and not self._base64:
-                    payload: bytes = message.data
-                elif message.type is WSMsgType.TEXT and message.data[:1].isdigit():
-                    payload = bytes([int(message.data[0])]) + base64.b64decode(message.data[1:], validate=True)
+            async for message in self._socket.messages():
+                if not message.text and not self._base64:
+                    payload = message.data
+                elif message.text and message.data[:1].isdigit():
+                    payload = bytes([int(message.data[:1])]) + base64.b64decode(message.data[1:], validate=True)
                 else:
                     break
                 if not payload:
@@ -206,6 +202,7 @@ class _WebSocketChannels:
         except binascii.Error:
             pass
         finally:
+            # Whatever ended it: what the client says is no longer understood, or it is gone.
             self.closed.set()
 
 

@@ -102,7 +102,15 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """The frames that these bytes complete. Raises SpdyError."""
+        self.add(data)
+        return self.frames()
+
+    def add(self, data: bytes | bytearray) -> None:
+        """Take bytes in, and look at none of them."""
         self._buffer += data
+
+    def frames(self) -> Iterator[Frame]:
+        """The frames that are here; whoever stops half-way gets the rest by calling again. Raises SpdyError."""
         while True:
             if self._data_left:
                 if not self._buffer:

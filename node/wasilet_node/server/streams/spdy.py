@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from wasilet_node.server.streams import frames
 from wasilet_node.server.streams.frames import ControlFrame, DataFrame, FrameDecoder, FrameEncoder, SpdyError
+from wasilet_node.server.streams.turns import Allowance
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,9 @@ READ_AHEAD_BYTES = 256 * 1024
 WRITE_CHUNK_BYTES = 32 * 1024
 WINDOW_BYTES = 32 * 1024
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
-"""Answers to pings and openings wait for no reader; a peer that sends those and reads nothing is hung up on."""
+"""Answers wait for no reader; a peer that makes us answer and reads nothing is hung up on, whatever its frames are."""
+
+READ_BYTES = 64 * 1024
 
 
 class Stream:
@@ -36,7 +39,7 @@ class Stream:
         """Names in lower case."""
 
         self._connection = connection
-        self._chunks: deque[bytes] = deque()
+        self._data = bytearray()
         self._arrived = asyncio.Event()
         self._remote_closed = False
         self._local_closed = False
@@ -50,12 +53,13 @@ class Stream:
 
     async def read(self) -> bytes:
         """The next piece; empty at the end."""
-        while not self._chunks:
+        while not self._data:
             if self._remote_closed:
                 return b""
             self._arrived.clear()
             await self._arrived.wait()
-        chunk = self._chunks.popleft()
+        chunk = bytes(self._data[:READ_BYTES])
+        del self._data[:READ_BYTES]
         self._unannounced += len(chunk)
         self._connection.consumed(len(chunk))
         if self._unannounced >= WINDOW_BYTES and not self._remote_closed:
@@ -93,7 +97,7 @@ class Stream:
         """A piece came in; False: nobody wants it any more."""
         if self._remote_closed or self._ignored:
             return False
-        self._chunks.append(data)
+        self._data += data
         self._arrived.set()
         return True
 
@@ -102,14 +106,14 @@ class Stream:
         self._remote_closed = True
         self._local_closed = self._local_closed or both
         if drop:
-            self._connection.consumed(sum(map(len, self._chunks)))
-            self._chunks.clear()
+            self._connection.consumed(len(self._data))
+            self._data.clear()
         self._arrived.set()
         self._connection.forget_if_finished(self)
 
 
 class SpdyConnection:
-    """The protocol's state over any transport: ``feed`` takes what comes in, ``send`` gives out.
+    """The protocol's state over any transport: ``receive`` and ``step`` take what comes in, ``send`` gives out.
 
     ``accept`` decides on each new stream: a text refuses it. ``pause`` is told when to stop and to go on reading.
     ``unsent`` says how many bytes the transport still holds.
@@ -135,16 +139,45 @@ class SpdyConnection:
         self._last_id = 0
         self._waiting_bytes = 0
         self._paused = False
+        self._answers = Allowance()
+        self._replies = bytearray()
         self.closed = asyncio.Event()
         """The connection is gone, or the peer said so."""
 
-    def feed(self, data: bytes) -> None:
-        """Bytes of the peer. Raises SpdyError: the connection must be closed."""
-        for frame in self._decoder.feed(data):
+    def receive(self, data: bytes | bytearray) -> None:
+        """Bytes of the peer."""
+        self._decoder.add(data)
+
+    def step(self, until: float) -> float | None:
+        """See ``turns.Connection``. Answers are sent together, at the end. Raises SpdyError: the connection must be
+        closed."""
+        try:
+            return self._step(until)
+        finally:
+            if self._replies:
+                self.send(bytes(self._replies))
+                self._replies.clear()
+
+    def _step(self, until: float) -> float | None:
+        if (wait := self._answers.wait_seconds()) > 0:
+            return wait
+        for frame in self._decoder.frames():
+            if self._unsent() + len(self._replies) > MAX_UNSENT_BYTES:
+                raise SpdyError("the peer does not read what it is sent")
             if isinstance(frame, DataFrame):
                 self._on_data(frame)
             else:
                 self._on_control(frame)
+            if (wait := self._answers.wait_seconds()) > 0:
+                return wait
+            if time.monotonic() >= until:
+                return 0.0
+        return None
+
+    def _answer(self, data: bytes) -> None:
+        """Send what the peer made us send, when this step ends."""
+        self._answers.spend()
+        self._replies += data
 
     def lost(self) -> None:
         """The transport is gone: readers see the end, writers go nowhere."""
@@ -181,9 +214,9 @@ class SpdyConnection:
     def _on_data(self, frame: DataFrame) -> None:
         stream = self._streams.get(frame.stream_id)
         if stream is None:
-            if frame.stream_id > self._last_id:
-                self.send(frames.rst_stream(frame.stream_id, frames.INVALID_STREAM))
-            return
+            if frame.stream_id > self._last_id or frame.stream_id % 2 == 0:
+                raise SpdyError(f"data for stream {frame.stream_id}, which was never opened")
+            return  # it ended, or was refused, while this was on its way
         if frame.data and stream.remote_data(frame.data):
             self._waiting_bytes += len(frame.data)
             if not self._paused and self._waiting_bytes > READ_AHEAD_BYTES:
@@ -193,13 +226,11 @@ class SpdyConnection:
             stream.remote_end()
 
     def _on_control(self, frame: ControlFrame) -> None:
-        if self._unsent() > MAX_UNSENT_BYTES:
-            raise SpdyError("the peer does not read what it is sent")
         if frame.type == frames.SYN_STREAM:
             self._on_open(frame)
         elif frame.type == frames.PING:
             if frame.value % 2:  # the client's numbers are odd; an even one answers a ping of ours
-                self.send(frames.ping(frame.value))
+                self._answer(frames.ping(frame.value))
         elif frame.type == frames.RST_STREAM:
             stream = self._streams.get(frame.stream_id)
             if stream is not None:
@@ -215,10 +246,10 @@ class SpdyConnection:
         refusal = "too many streams" if len(self._streams) >= MAX_STREAMS else self._accept(stream)
         if refusal is not None:
             logger.debug("refused a stream: %s", refusal)
-            self.send(frames.rst_stream(frame.stream_id, frames.REFUSED_STREAM))
+            self._answer(frames.rst_stream(frame.stream_id, frames.REFUSED_STREAM))
             return
         self._streams[stream.id] = stream
-        self.send(self._encoder.syn_reply(stream.id))
+        self._answer(self._encoder.syn_reply(stream.id))
         if frame.flags & frames.FLAG_FIN:
             stream.remote_end()
 

@@ -18,8 +18,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from wasilet.cluster.approver import Approver, is_open, judge, node_names, requesting_node
-from wasilet.errors import ApiError
+from wasilet.cluster.approver import Approver
+from wasilet.cluster.approver_facts import gather_facts, policy_data, read_policy, service_ranges, write_policy
+from wasilet.cluster.approver_rules import Facts, Policy, Verdict, is_open, node_addresses, requesting_node
+from wasilet.cluster.approver_rules import judge as judge_with
+from wasilet.errors import ApiError, StateError
 from wasilet.kube.client import KubeObject
 
 pytestmark = pytest.mark.unit
@@ -33,7 +36,7 @@ def request(
     common_name: str = USER,
     organizations: tuple[str, ...] = ("system:nodes",),
     sans: tuple[x509.GeneralName, ...] = (
-        x509.DNSName("host-a"),
+        x509.DNSName("wasm-1"),
         x509.IPAddress(ipaddress.ip_address("192.0.2.7")),
     ),
     extensions: tuple[x509.ExtensionType, ...] = (),
@@ -77,6 +80,11 @@ NODE: KubeObject = {
 }
 
 
+def judge(request: KubeObject, node: KubeObject | None) -> Verdict:
+    """In a cluster of that one Node."""
+    return judge_with(request, node, policy=Policy(), facts=Facts)
+
+
 def tampered(text: str) -> str:
     pem = base64.b64decode(text).decode()
     der = bytearray(base64.b64decode("".join(pem.splitlines()[1:-1])))
@@ -89,7 +97,7 @@ def tampered(text: str) -> str:
 def test_what_is_right_is_approved() -> None:
     verdict = judge(csr(), NODE)
     assert verdict.approve, verdict.why
-    assert verdict.why == "wasm-1: host-a, 192.0.2.7"
+    assert verdict.why == "wasm-1: wasm-1, 192.0.2.7"
 
 
 @pytest.mark.parametrize(
@@ -139,11 +147,11 @@ REFUSED: dict[str, Callable[[], KubeObject]] = {
     "no names": lambda: csr(request(sans=())),
     "another machine's address": lambda: csr(request(sans=(x509.IPAddress(ipaddress.ip_address("192.0.2.8")),))),
     "loopback": lambda: csr(request(sans=(x509.IPAddress(ipaddress.ip_address("127.0.0.1")),))),
-    "one good name and one bad": lambda: csr(request(sans=(x509.DNSName("host-a"), x509.DNSName("kubernetes")))),
+    "one good name and one bad": lambda: csr(request(sans=(x509.DNSName("wasm-1"), x509.DNSName("kubernetes")))),
     "a wildcard": lambda: csr(request(sans=(x509.DNSName("*"),))),
     "an address as a DNS name": lambda: csr(request(sans=(x509.DNSName("192.0.2.7"),))),
-    "an email address": lambda: csr(request(sans=(x509.DNSName("host-a"), x509.RFC822Name("a@b")))),
-    "a URI": lambda: csr(request(sans=(x509.DNSName("host-a"), x509.UniformResourceIdentifier("spiffe://x/y")))),
+    "an email address": lambda: csr(request(sans=(x509.DNSName("wasm-1"), x509.RFC822Name("a@b")))),
+    "a URI": lambda: csr(request(sans=(x509.DNSName("wasm-1"), x509.UniformResourceIdentifier("spiffe://x/y")))),
     "an authority": lambda: csr(request(extensions=(x509.BasicConstraints(ca=True, path_length=None),))),
     "an unknown extension": lambda: csr(
         request(extensions=(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00"),))
@@ -182,7 +190,7 @@ def test_an_address_of_the_wrong_kind_is_not_the_nodes() -> None:
             "addresses": [{"type": "Hostname", "address": "192.0.2.7"}, {"type": "InternalIP", "address": "host-a"}]
         },
     }
-    assert node_names(node) == (frozenset({"wasm-1"}), frozenset())
+    assert node_addresses(node) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -217,13 +225,15 @@ class FakeKube:
         self.away = 0
 
     def get(self, path: str, **_: Any) -> KubeObject:
+        if path.endswith("/nodes"):
+            return {"items": [self.node]}
         if self.away:
             self.away -= 1
             raise ApiError("no answer")
         return {"items": self.items, "metadata": {"resourceVersion": "1"}}
 
     def find(self, path: str, **_: Any) -> KubeObject | None:
-        return self.node
+        return self.node if "/nodes/" in path else None
 
     def replace(self, path: str, body: KubeObject, **_: Any) -> KubeObject:
         assert path.endswith("/csr-1/approval")
@@ -283,3 +293,84 @@ def test_the_loop_approves_reports_and_outlives_an_absent_api_server(tmp_path: P
         kube.events.put(None)
         thread.join(5)
     assert not thread.is_alive()
+
+
+class Addresses:
+    """An API server as far as its addresses go."""
+
+    server = "https://192.0.2.1:6443"
+
+    def __init__(self, **objects: Any) -> None:
+        self.objects = objects
+
+    def find(self, path: str, **_: Any) -> KubeObject | None:
+        found = self.objects.get(path.rpartition("/")[0].rpartition("/")[2] if "kubernetes" in path else "cidrs")
+        return found if found is None or isinstance(found, dict) else dict(found)
+
+    def get(self, path: str, **_: Any) -> KubeObject:
+        assert path.endswith("/nodes")
+        return {"items": self.objects.get("nodes", [])}
+
+    def create(self, path: str, body: KubeObject, **_: Any) -> KubeObject:
+        assert path.endswith("?dryRun=All"), "nothing may be created"
+        text = self.objects.get("refusal", "Forbidden")
+        raise ApiError(text, code=self.objects.get("code", 422))
+
+
+def test_the_addresses_of_services_api_servers_and_other_nodes_are_asked_of_the_cluster() -> None:
+    other = {**copy.deepcopy(NODE), "metadata": {"name": "wasm-2"}}
+    kube: Any = Addresses(
+        cidrs={"items": [{"spec": {"cidrs": ["10.96.0.0/16", "fd00::/108"]}}]},
+        services={"spec": {"clusterIPs": ["10.96.0.1"]}},
+        endpointslices={"endpoints": [{"addresses": ["192.0.2.3"]}]},
+        nodes=[NODE, other],
+    )
+    facts = gather_facts(kube, "wasm-1")
+    assert {str(net) for net in facts.service_ranges} == {"10.96.0.0/16", "fd00::/108", "10.96.0.1/32"}
+    assert {str(ip) for ip in facts.api_servers} == {"192.0.2.1", "192.0.2.3", "10.96.0.1"}
+    assert facts.other_nodes == dict.fromkeys(node_addresses(NODE), "wasm-2")
+
+
+def test_an_older_clusters_service_range_is_learned_from_the_refusal_of_a_dry_run() -> None:
+    text = "Service is invalid: spec.clusterIPs: the range of valid IPs is 10.43.0.0/16"
+    older: Any = Addresses(refusal=text)
+    assert service_ranges(older) == ["10.43.0.0/16"]
+    assert service_ranges(Addresses()) == []  # type: ignore[arg-type]
+    with pytest.raises(ApiError):
+        service_ranges(Addresses(code=403))  # type: ignore[arg-type]
+
+
+def test_a_policy_that_is_missing_or_damaged_approves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    with pytest.raises(StateError, match="missing"):
+        read_policy(path)
+    path.write_text('{"nodes": []}')
+    with pytest.raises(StateError, match="damaged"):
+        read_policy(path)
+    write_policy(path, policy_data({"wasm-1": ["127.0.0.1"]}, only_known=True, service_ranges=["10.96.0.0/16"]))
+    policy, ranges = read_policy(path)
+    assert policy == Policy(nodes={"wasm-1": frozenset({ipaddress.ip_address("127.0.0.1")})}, only_known=True)
+    assert ranges == {ipaddress.ip_network("10.96.0.0/16")}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_node_that_becomes_known_needs_no_restart_of_the_approver(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    write_policy(policy, policy_data({}, only_known=True, service_ranges=[]))
+    kube = FakeKube()
+    kube.items = [csr()]
+    approver = Approver(kube, tmp_path / "status", policy)  # type: ignore[arg-type]
+    stop = threading.Event()
+    thread = threading.Thread(target=approver.run, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        wait_until(
+            lambda: "knows no node" in (tmp_path / "status").read_text() if (tmp_path / "status").exists() else False
+        )
+        assert not kube.approved
+        write_policy(policy, policy_data({"wasm-1": []}, only_known=True, service_ranges=[]))
+        wait_until(lambda: bool(kube.approved))
+    finally:
+        stop.set()
+        kube.events.put(None)
+        thread.join(5)

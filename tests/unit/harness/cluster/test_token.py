@@ -163,10 +163,10 @@ def test_a_file_is_used_again_only_when_all_of_it_is_still_right(kube: Any, tmp_
 
 def test_only_missing_objects_are_created(kube: Any) -> None:
     objects = render_objects("bootstrap-rbac.yaml.j2") + render_objects("approver-rbac.yaml.j2")
-    assert len(missing_objects(kube, objects)) == len(objects) == 5
+    assert len(missing_objects(kube, objects)) == len(objects) == 7
     first, *_ = objects
     kube.objects[object_path(first)] = {"kept": True}
-    assert len(create_missing(kube, objects)) == 4
+    assert len(create_missing(kube, objects)) == 6
     assert kube.objects[object_path(first)] == {"kept": True}
     assert create_missing(kube, objects) == []
 
@@ -187,4 +187,12 @@ def test_the_approvers_role_is_the_least() -> None:
         ("certificatesigningrequests/approval", ("update",), ()),
         ("nodes", ("get",), ()),
         ("signers", ("approve",), ("kubernetes.io/kubelet-serving",)),
+    ]
+    _, addresses = (o for o in render_objects("approver-rbac.yaml.j2") if o["kind"] == "ClusterRole")
+    rules = addresses["rules"]
+    assert sorted((r["resources"][0], tuple(r["verbs"]), tuple(r.get("resourceNames", ()))) for r in rules) == [
+        ("endpointslices", ("get",), ("kubernetes",)),
+        ("nodes", ("list",), ()),
+        ("servicecidrs", ("list",), ()),
+        ("services", ("get",), ("kubernetes",)),
     ]

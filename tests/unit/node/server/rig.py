@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from wasilet_node.kube.base import KubeObject, WatchEvent
+from wasilet_node.network.attachment import MachineNetwork
 from wasilet_node.runtime.protocol import (
     ContainerConfig,
     ContainerState,
@@ -388,15 +389,29 @@ LIMIT = 8
 """Of connections of a rig's server."""
 
 
+class SwitchedNetworks(MachineNetwork):
+    """What ``inner`` says, which a test may change."""
+
+    def __init__(self) -> None:
+        self.inner = MachineNetwork()
+
+    def addresses(self, pod: Any) -> tuple[str, ...] | None:
+        return self.inner.addresses(pod)
+
+    async def connect_inside(self, pod: Any, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await self.inner.connect_inside(pod, port)
+
+
 class Rig:
     """A server, its surroundings, and a way to call it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, max_connections: int = LIMIT) -> None:
         self.authority = Authority()
         self.kube = FakeKube()
         self.pods = FakePods()
         self.runtime = FakeRuntime()
         self.log_root = folder
+        self.networks = SwitchedNetworks()
         self.serving = self.authority.issue("system:node:wasm-1", addresses=["127.0.0.1"], server=True)
         self.server = KubeletServer(
             settings=make_settings(folder),
@@ -405,7 +420,8 @@ class Rig:
             runtime=self.runtime,
             log_root=folder,
             client_ca_pem=self.authority.pem,
-            max_connections=LIMIT,
+            max_connections=max_connections,
+            networks=self.networks,
         )
         for subresource in ("proxy", "pods", "healthz", "configz", "stats", "metrics", "log"):
             self.kube.grants.add((API_SERVER, "get", subresource))
@@ -431,9 +447,9 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Rig]:
+async def running(folder: Path, *, max_connections: int = LIMIT) -> AsyncIterator[Rig]:
     """A rig whose server listens."""
-    rig = Rig(folder)
+    rig = Rig(folder, max_connections=max_connections)
     rig.server.set_certificate(rig.serving.certificate, rig.serving.key)
     task = asyncio.create_task(rig.server.run())
     try:

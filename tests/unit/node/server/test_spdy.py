@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from wasilet_node.server.streams import frames
 from wasilet_node.server.streams.frames import ControlFrame, DataFrame, Frame, FrameDecoder, FrameEncoder, SpdyError
 from wasilet_node.server.streams.spdy import MAX_STREAMS, MAX_UNSENT_BYTES, READ_AHEAD_BYTES, SpdyConnection, Stream
+from wasilet_node.server.streams.turns import ANSWERS_AT_ONCE, ANSWERS_PER_SECOND, Allowance
 
 pytestmark = pytest.mark.unit
 
@@ -97,6 +98,7 @@ class Peer:
         self.encoder = FrameEncoder()
         self._decoder = FrameDecoder()
         self._sent = bytearray()
+        self.waited_seconds = 0.0
         self.connection = SpdyConnection(
             send=self._sent.extend,
             drain=self._drain,
@@ -112,13 +114,20 @@ class Peer:
     async def _drain(self) -> None:
         pass
 
+    def feed(self, data: bytes) -> None:
+        """As the turns do, but without waiting where an answer has to wait."""
+        self.connection.receive(data)
+        while (pause := self.connection.step(float("inf"))) is not None:
+            self.waited_seconds += pause
+            self.connection._answers = Allowance()
+
     def seen(self) -> list[Frame]:
         data = bytes(self._sent)
         self._sent.clear()
         return list(self._decoder.feed(data))
 
     def open(self, number: int = 1) -> Stream:
-        self.connection.feed(self.encoder.syn_stream(number, {"streamtype": "stdin"}))
+        self.feed(self.encoder.syn_stream(number, {"streamtype": "stdin"}))
         return self.streams[-1]
 
 
@@ -126,7 +135,7 @@ async def test_an_accepted_stream_is_replied_to_and_carries_data_both_ways() -> 
     peer = Peer()
     stream = peer.open()
     assert peer.seen() == [ControlFrame(type=frames.SYN_REPLY, stream_id=1)]
-    peer.connection.feed(frames.data_frame(1, b"hello", fin=True))
+    peer.feed(frames.data_frame(1, b"hello", fin=True))
     assert await stream.read() == b"hello"
     assert await stream.read() == b""
     await stream.write(b"x" * 40_000)
@@ -142,7 +151,7 @@ async def test_a_reader_waits_for_data_and_learns_of_the_end() -> None:
     peer = Peer()
     reading = asyncio.create_task(peer.open().read())
     await asyncio.sleep(0)
-    peer.connection.feed(frames.data_frame(1, b"late"))
+    peer.feed(frames.data_frame(1, b"late"))
     assert await reading == b"late"
     reading = asyncio.create_task(peer.streams[0].read())
     await asyncio.sleep(0)
@@ -153,7 +162,7 @@ async def test_a_reader_waits_for_data_and_learns_of_the_end() -> None:
 
 async def test_a_refused_stream_is_reset() -> None:
     peer = Peer(accept=lambda _: "no")
-    peer.connection.feed(peer.encoder.syn_stream(1, {}))
+    peer.feed(peer.encoder.syn_stream(1, {}))
     assert peer.seen() == [ControlFrame(type=frames.RST_STREAM, stream_id=1, value=frames.REFUSED_STREAM)]
 
 
@@ -162,10 +171,10 @@ async def test_streams_are_limited_and_those_that_ended_do_not_count() -> None:
     for number in range(MAX_STREAMS):
         peer.open(2 * number + 1)
     peer.seen()
-    peer.connection.feed(peer.encoder.syn_stream(2 * MAX_STREAMS + 1, {}))
+    peer.feed(peer.encoder.syn_stream(2 * MAX_STREAMS + 1, {}))
     assert [frame.type for frame in peer.seen() if isinstance(frame, ControlFrame)] == [frames.RST_STREAM]
-    peer.connection.feed(frames.rst_stream(1, frames.CANCEL))
-    peer.connection.feed(peer.encoder.syn_stream(2 * MAX_STREAMS + 3, {}))
+    peer.feed(frames.rst_stream(1, frames.CANCEL))
+    peer.feed(peer.encoder.syn_stream(2 * MAX_STREAMS + 3, {}))
     assert [frame.type for frame in peer.seen() if isinstance(frame, ControlFrame)] == [frames.SYN_REPLY]
 
 
@@ -174,30 +183,36 @@ async def test_stream_numbers_must_be_odd_and_grow(number: int) -> None:
     peer = Peer()
     peer.open(1)
     with pytest.raises(SpdyError):
-        peer.connection.feed(peer.encoder.syn_stream(number, {}))
+        peer.feed(peer.encoder.syn_stream(number, {}))
 
 
 async def test_a_ping_is_answered_and_an_answer_is_not() -> None:
     peer = Peer()
-    peer.connection.feed(frames.ping(3) + frames.ping(4))
+    peer.feed(frames.ping(3) + frames.ping(4))
     assert peer.seen() == [ControlFrame(type=frames.PING, value=3)]
 
 
 async def test_a_peer_that_pings_and_never_reads_is_hung_up_on() -> None:
     peer = Peer()
-    peer.connection.feed(frames.ping(3) * (MAX_UNSENT_BYTES // len(frames.ping(3))))
+    peer.feed(frames.ping(3) * (MAX_UNSENT_BYTES // len(frames.ping(3))))
     with pytest.raises(SpdyError, match="does not read"):
-        peer.connection.feed(frames.ping(3) * 2)
+        peer.feed(frames.ping(3) * 2)
 
 
 async def test_a_reader_that_is_slow_stops_the_socket_and_one_that_catches_up_starts_it() -> None:
     peer = Peer()
     stream = peer.open()
-    peer.connection.feed(frames.data_frame(1, b"x" * (READ_AHEAD_BYTES + 1)))
+    peer.feed(frames.data_frame(1, b"x" * (READ_AHEAD_BYTES + 1)))
     assert peer.paused == [True]
-    await stream.read()
+    read = 0
+    while read < READ_AHEAD_BYTES // 2:
+        assert peer.paused == [True]
+        read += len(await stream.read())
+    while read < READ_AHEAD_BYTES + 1:
+        read += len(await stream.read())
     assert peer.paused == [True, False]
-    assert ControlFrame(type=frames.WINDOW_UPDATE, stream_id=1, value=READ_AHEAD_BYTES + 1) in peer.seen()
+    announced = [f.value for f in peer.seen() if isinstance(f, ControlFrame) and f.type == frames.WINDOW_UPDATE]
+    assert sum(announced) == READ_AHEAD_BYTES
 
 
 async def test_data_of_a_stream_that_was_reset_does_not_stop_the_socket() -> None:
@@ -205,11 +220,53 @@ async def test_data_of_a_stream_that_was_reset_does_not_stop_the_socket() -> Non
     stream = peer.open()
     stream.reset()
     for _ in range(4):
-        peer.connection.feed(frames.data_frame(1, b"x" * READ_AHEAD_BYTES))
+        peer.feed(frames.data_frame(1, b"x" * READ_AHEAD_BYTES))
     assert peer.paused == []
 
 
-async def test_data_of_a_stream_that_never_was_is_an_invalid_stream() -> None:
+@pytest.mark.parametrize("number", [0, 2, 3, 7])
+async def test_data_of_a_stream_that_never_was_ends_the_connection(number: int) -> None:
     peer = Peer()
-    peer.connection.feed(frames.data_frame(7, b"x"))
-    assert peer.seen() == [ControlFrame(type=frames.RST_STREAM, stream_id=7, value=frames.INVALID_STREAM)]
+    peer.open(1)
+    peer.seen()
+    with pytest.raises(SpdyError, match="never opened"):
+        peer.feed(frames.data_frame(number, b"x") * 1000)
+    assert peer.seen() == []
+
+
+async def test_data_of_a_stream_that_ended_is_passed_over_without_an_answer() -> None:
+    peer = Peer(accept=lambda _: "no")
+    peer.feed(peer.encoder.syn_stream(1, {}))
+    peer.seen()
+    peer.feed(frames.data_frame(1, b"x") * 1000)
+    assert peer.seen() == []
+
+
+async def test_a_peer_that_never_reads_is_hung_up_on_whatever_it_sends() -> None:
+    peer = Peer()
+    stream = peer.open()
+    await stream.write(b"x" * (MAX_UNSENT_BYTES + 1))
+    with pytest.raises(SpdyError, match="does not read"):
+        peer.feed(frames.data_frame(1, b"x"))
+
+
+@pytest.mark.parametrize("kind", ["ping", "open"])
+async def test_answers_wait_once_a_peer_has_had_too_many(kind: str) -> None:
+    peer = Peer(accept=lambda _: "no")
+    data = b"".join(
+        frames.ping(2 * n + 1) if kind == "ping" else peer.encoder.syn_stream(2 * n + 1, {})
+        for n in range(2 * ANSWERS_AT_ONCE)
+    )
+    peer.connection.receive(data)
+    pause = peer.connection.step(float("inf"))
+    assert pause is not None
+    assert 0 < pause <= 1 / ANSWERS_PER_SECOND
+    assert len(peer.seen()) < 2 * ANSWERS_AT_ONCE
+
+
+async def test_a_step_ends_in_time_and_the_next_one_goes_on() -> None:
+    peer = Peer()
+    stream = peer.open()
+    peer.connection.receive(frames.data_frame(1, b"x") * 3)
+    assert [peer.connection.step(0.0) for _ in range(4)] == [0.0, 0.0, 0.0, None]
+    assert await stream.read() == b"xxx"
