@@ -72,6 +72,9 @@ class Container:
     framers: dict[str, LineFramer] = field(default_factory=dict)
     started_waiters: list[Callable[[], None]] = field(default_factory=list)
     exit_waiters: list[Callable[[], None]] = field(default_factory=list)
+    execs: int = 0
+    """Instances that run beside it."""
+
     output_listeners: list[OutputListener] = field(default_factory=list)
     counters: CountersPage | None = None
     """Of a server that runs."""
