@@ -157,6 +157,15 @@ class Settings:
     """Origins on this machine that pods' modules may call when their annotation lists them, as
     ``http://127.0.0.1:8090``; empty: those of the cluster so far. The API that a demo starts is always among them."""
 
+    pod_network: bool = True
+    """Whether pods of a new cluster get a network of their own where this machine allows it (host)."""
+
+    pod_cidr: str = ""
+    """The range of the pods' addresses of a new cluster (host); empty: one that this machine has no route to."""
+
+    service_cidr: str = ""
+    """The range of the Services' addresses of a new cluster (host); empty: one that this machine has no route to."""
+
     token_ttl_seconds: int = 3600
     """How long a bootstrap token lives."""
 
@@ -190,11 +199,14 @@ _ENVIRONMENT = {
     "WASILET_DOWNLOAD": "download",
     "WASILET_INSTALL": "install",
     "WASILET_LOCAL_ORIGINS": "local_origins",
+    "WASILET_POD_NETWORK": "pod_network",
+    "WASILET_POD_CIDR": "pod_cidr",
+    "WASILET_SERVICE_CIDR": "service_cidr",
 }
 INVOKE_PREFIX = "INVOKE_WASILET_"
 
 _NUMBERS = frozenset({"nodes", "max_pods", "token_ttl_seconds"})
-_FLAGS = frozenset({"yes", "download", "install", "approve_any"})
+_FLAGS = frozenset({"yes", "download", "install", "approve_any", "pod_network"})
 _PATHS = frozenset({"kubeconfig", "config"})
 _TRUE, _FALSE = frozenset({"1", "yes", "true", "on", "y"}), frozenset({"0", "no", "false", "off", "n"})
 

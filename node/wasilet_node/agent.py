@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from wasilet_node.certificates_store import NodeNames, Pair
     from wasilet_node.kube.client import KubeClient
     from wasilet_node.kube.events import KubeEventRecorder
+    from wasilet_node.network.service import PodNetwork
     from wasilet_node.pods.probes import ProbeReport
     from wasilet_node.registration import Registration
     from wasilet_node.runtime.client import RuntimeClient
@@ -136,12 +137,14 @@ class _Agent:
     ) -> None:
         from wasilet_common.oci.credentials import from_secrets
 
+        from wasilet_node.identity import instance_id
         from wasilet_node.images.compile import Compiler
         from wasilet_node.images.manager import ImageManager
         from wasilet_node.kube.events import KubeEventRecorder
         from wasilet_node.kube.references import References
         from wasilet_node.lease import LeaseKeeper
         from wasilet_node.machine import interface_addresses, is_advertisable
+        from wasilet_node.network.attachment import MachineNetwork
         from wasilet_node.pods.environment import EnvironmentBuilder
         from wasilet_node.pods.http_policy import Outbound
         from wasilet_node.pods.manager import PodManager
@@ -162,6 +165,8 @@ class _Agent:
 
         server: KubeletServer
         registration: Registration
+        network = self._pod_network()
+        networks = network or MachineNetwork()
 
         def on_names(names: NodeNames) -> None:
             certificates.set_names(names)
@@ -194,8 +199,10 @@ class _Agent:
             port=lambda: server.port or settings.port,
             hostname=settings.hostname or settings.node_name,
             agent_version=self._version,
+            instance_id=instance_id(settings.paths.data),
             runtime_version=_wasmtime_version(),
-            problem=lambda: self._problem,
+            problem=lambda: self._problem or (network.problem if network is not None else None),
+            network=network,
             images=images.list,
             on_names=on_names,
             on_unauthorized=certificates.rejected,
@@ -210,7 +217,7 @@ class _Agent:
             settings.paths,
             references,
             allocatable=lambda: registration.info().allocatable,
-            addresses=lambda: registration.info().addresses,
+            addresses=lambda pod: networks.addresses(pod) or registration.info().addresses,
         )
         stack.callback(volumes.close)
         pods = PodManager(
@@ -225,6 +232,7 @@ class _Agent:
             parse_credentials=from_secrets,
             node=registration.info,
             observe_probe=on_probe,
+            networks=networks,
             outbound=Outbound(
                 local_origins=settings.local_origins,
                 own_addresses=lambda: (*registration.info().addresses, *interface_addresses()),
@@ -242,6 +250,7 @@ class _Agent:
             client_ca_pem=client_ca.encode() if client_ca is not None else None,
             address=registration.address,
             healthy=lambda: self._problem,
+            networks=networks,
         )
         on_serving(certificates.serving_pair(registration.names))
         lease = LeaseKeeper(
@@ -272,7 +281,22 @@ class _Agent:
                 "image collection": images.run(),
                 "runtime check": self._check_runtime(runtime, registration),
                 "record": self._keep_record(registration, server),
+                **({"pod network": network.run()} if network is not None else {}),
             },
+        )
+
+    def _pod_network(self) -> PodNetwork | None:
+        from wasilet_node.network.service import PodNetwork
+        from wasilet_node.volumes import hosts
+
+        wanted = self._settings.network
+        if wanted is None:
+            return None
+        return PodNetwork(
+            wanted,
+            self._settings.paths,
+            node_name=self._settings.node_name,
+            hosts_of=lambda pod, addresses: hosts.content(pod, addresses, wanted.cluster_domain),
         )
 
     async def _supervise(self, events: KubeEventRecorder, parts: dict[str, Coroutine[Any, Any, None]]) -> None:

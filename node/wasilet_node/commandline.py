@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from wasilet_node.settings import ImageSettings, NodePaths, NodeSettings
+from wasilet_node.settings import ImageSettings, NetworkSettings, NodePaths, NodeSettings
 
 DEFAULT_BOOTSTRAP_FILE = Path("/etc/kubernetes/bootstrap-kubelet.conf")
 """kubelet's and Krustlet's."""
@@ -64,6 +64,8 @@ examples:
       --taint kubernetes.io/arch=wasm32-wasi:NoSchedule --taint kubernetes.io/arch=wasm32-wasi:NoExecute
   stop the agent and all its containers:
     python -P -m wasilet_node shutdown
+  build what runs components that serve HTTP, once:
+    python -P -m wasilet_node component-host
 
 SIGTERM (or Ctrl-C) ends the agent only: containers run on, and the next agent with the same --data-dir finds them.
 The bootstrap file is needed until the node holds a client certificate; that one renews itself. The serving
@@ -98,7 +100,17 @@ class ShutdownCommand:
     log_level: str
 
 
-Command = RunCommand | ShutdownCommand
+@dataclass(frozen=True, kw_only=True)
+class ComponentHostCommand:
+    """Have the component host: find it, or build it."""
+
+    check: bool
+    """Only look."""
+
+    log_level: str
+
+
+Command = RunCommand | ShutdownCommand | ComponentHostCommand
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,6 +142,8 @@ def parse(
     if values.command == "shutdown":
         timeout = options.get("timeout", (), _seconds) or 10.0
         return ShutdownCommand(data=data, timeout_seconds=timeout, log_level=log_level)
+    if values.command == "component-host":
+        return ComponentHostCommand(check=values.check, log_level=log_level)
     return RunCommand(
         settings=_settings(options, data, hostname), kubeconfig=_kubeconfig(options, environ), log_level=log_level
     )
@@ -149,7 +163,8 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
 def _parser(version: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -P -m wasilet_node",
-        usage="%(prog)s [options]\n       %(prog)s shutdown [--data-dir DIR] [--timeout SECONDS]",
+        usage="%(prog)s [options]\n       %(prog)s shutdown [--data-dir DIR] [--timeout SECONDS]\n"
+        "       %(prog)s component-host [--check]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -220,6 +235,26 @@ def _parser(version: str) -> argparse.ArgumentParser:
         "link-local, the API server or a kubelet, repeatable; a pod's annotation must list them as well "
         "[WASILET_NODE_ALLOW_LOCAL_ORIGINS]",
     )  # fmt: skip
+    network = parser.add_argument_group("the pod network; without --cluster-cidr pods share the machine's network")
+    for flag, metavar, text in (
+        ("--cluster-cidr", "CIDR", "of all pods of the cluster [WASILET_NODE_CLUSTER_CIDR]"),
+        ("--service-cidr", "CIDR", "of all Services [WASILET_NODE_SERVICE_CIDR]"),
+        (
+            "--uplink", "IP/PREFIX",
+            "the node's end of its link to this machine, whose end is the address below [WASILET_NODE_UPLINK]",
+        ),
+        (
+            "--cluster-dns", "IP,...",
+            "name servers of pods with dnsPolicy ClusterFirst, repeatable [WASILET_NODE_CLUSTER_DNS]",
+        ),
+        ("--cluster-domain", "NAME", "(default: cluster.local) [WASILET_NODE_CLUSTER_DOMAIN]"),
+        ("--kube-proxy", "FILE", "the kube-proxy that makes Services work [WASILET_NODE_KUBE_PROXY]"),
+        (
+            "--kube-proxy-kubeconfig", "FILE",
+            "its credential, with an address that is reached by the uplink [WASILET_NODE_KUBE_PROXY_KUBECONFIG]",
+        ),
+    ):  # fmt: skip
+        network.add_argument(flag, metavar=metavar, help=text)
     images = parser.add_argument_group("images")
     images.add_argument(
         "--insecure-registries", metavar="HOST[:PORT],...", action="append",
@@ -231,7 +266,9 @@ def _parser(version: str) -> argparse.ArgumentParser:
         help="a docker config.json with logins that serve every pod, after the pod's own pull secrets "
         "(default: none) [WASILET_NODE_REGISTRY_CONFIG]",
     )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", metavar="shutdown", title="commands", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="shutdown|component-host", title="commands", parser_class=_Parser
+    )
     shutdown = commands.add_parser(
         "shutdown",
         parents=[common],
@@ -240,6 +277,14 @@ def _parser(version: str) -> argparse.ArgumentParser:
         description="Stop the agent of a data folder, then all containers, then the supervisors.",
     )
     shutdown.add_argument("--timeout", metavar="SECONDS", help="how long it may take in all (default: 10)")
+    host = commands.add_parser(
+        "component-host",
+        parents=[common],
+        allow_abbrev=False,
+        help="find or build the library that runs components which serve HTTP, open sockets or use WASI 0.3",
+        description="Print where the component host is; build it with this machine's Rust when there is none.",
+    )
+    host.add_argument("--check", action="store_true", help="only look, build nothing")
     return parser
 
 
@@ -324,6 +369,32 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
             options.get_all("allow_local_origins", ("WASILET_NODE_ALLOW_LOCAL_ORIGINS",), _http_origin)
         ),
         provider_id=options.get("provider_id", ("WASILET_NODE_PROVIDER_ID",), str),
+        network=_network(options),
+    )
+
+
+def _network(options: _Options) -> NetworkSettings | None:
+    cluster = options.get("cluster_cidr", ("WASILET_NODE_CLUSTER_CIDR",), ipaddress.IPv4Network)
+    if cluster is None:
+        return None
+    service = options.get("service_cidr", ("WASILET_NODE_SERVICE_CIDR",), ipaddress.IPv4Network)
+    uplink = options.get("uplink", ("WASILET_NODE_UPLINK",), ipaddress.IPv4Interface)
+    if service is None or uplink is None:
+        raise UsageError("--cluster-cidr needs --service-cidr and --uplink as well")
+    if service.overlaps(cluster):
+        raise UsageError(f"--service-cidr {service} overlaps --cluster-cidr {cluster}")
+    proxy = options.get("kube_proxy", ("WASILET_NODE_KUBE_PROXY",), _absolute)
+    kubeconfig = options.get("kube_proxy_kubeconfig", ("WASILET_NODE_KUBE_PROXY_KUBECONFIG",), _absolute)
+    if (proxy is None) != (kubeconfig is None):
+        raise UsageError("--kube-proxy and --kube-proxy-kubeconfig go together")
+    return NetworkSettings(
+        cluster_cidr=cluster,
+        service_cidr=service,
+        uplink=uplink,
+        cluster_dns=tuple(options.get_all("cluster_dns", ("WASILET_NODE_CLUSTER_DNS",), _ip)),
+        cluster_domain=options.get("cluster_domain", ("WASILET_NODE_CLUSTER_DOMAIN",), str) or "cluster.local",
+        kube_proxy=proxy,
+        kube_proxy_kubeconfig=kubeconfig,
     )
 
 

@@ -19,15 +19,18 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
+from wasilet_common.time_format import rfc3339
+
+from wasilet_node import identity
 from wasilet_node.certificates_store import NodeNames
 from wasilet_node.conditions import (
     MEMORY_THRESHOLD_BYTES,
     Conditions,
     Verdict,
     disk_threshold_bytes,
+    network_verdict,
     pressures,
     with_times,
 )
@@ -60,6 +63,7 @@ servers drop the field). The first: exec, attach and port-forward come as WebSoc
 nothing."""
 
 _MAX_IMAGES = 50
+_NETWORK_SECONDS = 5.0
 _FIRST_RETRY_SECONDS = 0.2
 _LONGEST_RETRY_SECONDS = 7.0
 _SAY_AGAIN_SECONDS = 60.0
@@ -75,6 +79,19 @@ _EVENT_OF_STATUS = {
     ("PIDPressure", "True"): ("Normal", "NodeHasInsufficientPID"),
     ("PIDPressure", "False"): ("Normal", "NodeHasSufficientPID"),
 }
+
+
+class NodeNetworkState(Protocol):
+    """``wasilet_node.network.service.PodNetwork``, as far as the Node tells of it."""
+
+    absent: str | None
+    on_change: Callable[[], None]
+
+    def set_pod_cidr(self, text: str | None) -> None:
+        """What ``Node.spec.podCIDR`` says."""
+
+    async def settle(self, limit_seconds: float) -> None:
+        """Wait until it is known whether there is a network, or for so long."""
 
 
 class NodeTakenError(Exception):
@@ -94,13 +111,16 @@ class Registration:
         port: Callable[[], int],
         hostname: str,
         agent_version: str,
+        instance_id: str,
         runtime_version: str,
         problem: Callable[[], str | None],
         images: Callable[[], Awaitable[Sequence[dict[str, object]]]],
         on_names: Callable[[NodeNames], None],
         on_unauthorized: Callable[[], None],
+        network: NodeNetworkState | None = None,
     ) -> None:
         """``server``: the API server's URL, by which the node's address is found. ``port``: of the kubelet API.
+        ``instance_id``: see ``wasilet_node.identity``.
         ``problem``: why no pod can run, None when it can. ``on_names`` is called after the status holds them."""
         self._kube = kube
         self._events = events
@@ -109,11 +129,15 @@ class Registration:
         self._port = port
         self._hostname = hostname
         self._agent_version = agent_version
+        self._instance_id = instance_id
         self._runtime_version = runtime_version
         self._problem = problem
         self._images = images
         self._on_names = on_names
         self._on_unauthorized = on_unauthorized
+        self._network = network
+        if network is not None:
+            network.on_change = self.wake
         self._path = f"{NODES_PATH}/{settings.node_name}"
         self._facts = facts(settings.paths.data)
         self._conditions = Conditions(time.monotonic)
@@ -187,7 +211,7 @@ class Registration:
         await self._look_up_address()
         now_levels = levels(self._settings.paths.data)
         status = await self._status(now_levels)
-        verdicts = self._conditions.judge(now_levels, self._problem())
+        verdicts = self._verdicts(now_levels)
         due = time.monotonic() - self._sent_at >= self._settings.status_report_interval_seconds
         if not (force or due or self._is_news(status, verdicts)):
             self._refresh_info(now_levels)
@@ -210,14 +234,14 @@ class Registration:
     async def _register_once(self) -> None:
         now_levels = levels(self._settings.paths.data)
         status = await self._status(now_levels)
-        verdicts = self._conditions.judge(now_levels, self._problem())
+        verdicts = self._verdicts(now_levels)
         node: KubeObject = {
             "apiVersion": "v1",
             "kind": "Node",
             "metadata": {
                 "name": self._settings.node_name,
                 "labels": self._labels(),
-                "annotations": {_ATTACH_ANNOTATION: "true"},
+                "annotations": {_ATTACH_ANNOTATION: "true", identity.ANNOTATION: self._instance_id},
             },
             "spec": {"taints": [_taint(text) for text in self._settings.taints]},
             "status": {**status, "conditions": with_times(verdicts, [], _now())},
@@ -247,22 +271,36 @@ class Registration:
             raise NodeTakenError(
                 f"the node {self._settings.node_name} exists and runs {runtime}; choose another name with --node-name"
             )
-        labels = (node.get("metadata") or {}).get("labels") or {}
+        name = self._settings.node_name
+        if identity.is_foreign(node, self._instance_id):
+            logger.warning("the node %s is another instance's; looking whether that one is alive", name)
+            if await identity.is_alive(self._kube, name):
+                raise NodeTakenError(
+                    f"the node {name} is alive: another agent, with another data folder, renews its lease; stop that "
+                    "one, or choose another name with --node-name"
+                )
+        metadata = node.get("metadata") or {}
+        labels = metadata.get("labels") or {}
         patch: KubeObject = {}
         missing = {name: value for name, value in self._labels().items() if labels.get(name) != value}
         if missing:
             patch["metadata"] = {"labels": missing}
+        if (metadata.get("annotations") or {}).get(identity.ANNOTATION) != self._instance_id:
+            patch.setdefault("metadata", {})["annotations"] = {identity.ANNOTATION: self._instance_id}
         if self._settings.provider_id is not None and not (node.get("spec") or {}).get("providerID"):
             patch["spec"] = {"providerID": self._settings.provider_id}
         if patch:
             node = await self._kube.patch(self._path, patch)
+        self._tell_pod_cidr(node)
+        if self._network is not None:
+            # A moment of NotReady would take the pods of this node, which run on, out of their Services.
+            await self._network.settle(_NETWORK_SECONDS)
         rebooted = info.get("bootID") not in (None, "", self._facts.boot_id)
         self._node = node
         self._gone.clear()
         logger.info("found node %s and brought it up to date", self._settings.node_name)
         self._event("Normal", "Starting", "Starting kubelet.")
         if rebooted:
-            name = self._settings.node_name
             self._event("Warning", "Rebooted", f"Node {name} has been rebooted, boot id: {self._facts.boot_id}")
         await self.report(force=True)
 
@@ -280,6 +318,7 @@ class Registration:
                 else:
                     seen = seen or event.type == "SYNC"
                     self._node = event.object
+                    self._tell_pod_cidr(event.object)
                     self._info = replace(
                         self._info,
                         labels=event.object.get("metadata", {}).get("labels") or {},
@@ -320,6 +359,16 @@ class Registration:
                 if time.monotonic() - said_at >= _SAY_AGAIN_SECONDS:
                     said_at = time.monotonic()
                     logger.warning("the node's status was not reported: %s", error)
+
+    def _verdicts(self, now_levels: Levels) -> list[Verdict]:
+        found = self._conditions.judge(now_levels, self._problem())
+        if self._network is not None:
+            found.append(network_verdict(self._network.absent))
+        return found
+
+    def _tell_pod_cidr(self, node: KubeObject) -> None:
+        if self._network is not None:
+            self._network.set_pod_cidr((node.get("spec") or {}).get("podCIDR"))
 
     def _note(self, error: KubeError) -> None:
         if isinstance(error, ApiStatusError) and error.code == 401:
@@ -405,6 +454,8 @@ class Registration:
         known = {condition.get("type"): condition.get("status") for condition in before}
         for verdict in verdicts:
             if known.get(verdict.type) != verdict.status:
+                if (verdict.type, verdict.status) not in _EVENT_OF_STATUS:
+                    continue
                 type_, reason = _EVENT_OF_STATUS[(verdict.type, verdict.status)]
                 self._event(type_, reason, f"Node {self._settings.node_name} status is now: {reason}")
 
@@ -474,4 +525,4 @@ def _taint(text: str) -> dict[str, str]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rfc3339(time.time_ns())

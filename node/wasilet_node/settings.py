@@ -5,6 +5,7 @@ Nothing here reads the environment or the command line; ``wasilet_node.__main__`
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class NodePaths:
     def containers(self) -> Path:
         """``<container id>/``: the supervisor's start and exit records."""
         return self.data / "containers"
+
+    @property
+    def network(self) -> Path:
+        """Records of the pods' networks, and the files that they resolve names by."""
+        return self.data / "network"
 
     @property
     def logs(self) -> Path:
@@ -80,6 +86,35 @@ class ImageSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """A pod network of the node's own. Without it pods share the machine's network."""
+
+    cluster_cidr: ipaddress.IPv4Network
+    """Of all pods of the cluster: between those nothing is translated."""
+
+    service_cidr: ipaddress.IPv4Network
+    """Of all Services: the machine gets a route there, if it has none yet."""
+
+    uplink: ipaddress.IPv4Interface
+    """The node's end of the link to the machine, as ``10.244.255.2/30``; the machine's end is the address below."""
+
+    cluster_dns: tuple[str, ...] = ()
+    """Name servers of pods with dnsPolicy ClusterFirst; none: they use the machine's."""
+
+    cluster_domain: str = "cluster.local"
+    kube_proxy: Path | None = None
+    """The executable that makes Services work; None: there are none."""
+
+    kube_proxy_kubeconfig: Path | None = None
+    """Its credential, with an address of the API server that is reached from the node's network."""
+
+    @property
+    def machine_address(self) -> ipaddress.IPv4Address:
+        """The machine's end of the link."""
+        return self.uplink.ip - 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeSettings:
     """The whole agent. See docs/node.md for the flags and environment names."""
 
@@ -103,6 +138,9 @@ class NodeSettings:
     max_pods: int = 110
     logs: LogSettings = LogSettings()
     images: ImageSettings = ImageSettings()
+    network: NetworkSettings | None = None
+    """None: pods share the machine's network."""
+
     status_interval_seconds: float = 10.0
     status_report_interval_seconds: float = 300.0
     lease_duration_seconds: int = 40

@@ -301,7 +301,7 @@ async def test_kubectl_port_forward_is_told_why_it_cannot(kubelet: Kubelet, webs
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET / HTTP/1.1\r\n\r\n")
             told = b""
-            while b"cannot listen" not in told:
+            while b"no network of its own" not in told:
                 line = await process.stderr.readline()
                 assert line, told
                 told += line

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -22,9 +23,26 @@ MAX_CONNECTIONS = 500
 
 CONNECT_SECONDS = 5.0
 _BLOCK_BYTES = 65536
+_IP_FREEBIND = 15
+"""``linux/in.h``; Python has no name for it."""
 
 
-async def serve(listen: tuple[str, int], to: tuple[str, int], *, stop: asyncio.Event) -> None:
+def _listener(address: tuple[str, int], *, freebind: bool) -> socket.socket:
+    """``freebind``: also at an address that this machine does not have yet. Raises OSError."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if freebind:
+            listener.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def serve(listen: tuple[str, int], to: tuple[str, int], *, stop: asyncio.Event, freebind: bool = False) -> None:
     """Forward until ``stop`` is set. Raises OSError when it cannot listen."""
     places = asyncio.Semaphore(MAX_CONNECTIONS)
     tasks: set[asyncio.Task[None]] = set()
@@ -43,7 +61,7 @@ async def serve(listen: tuple[str, int], to: tuple[str, int], *, stop: asyncio.E
         finally:
             await _close(writer)
 
-    server = await asyncio.start_server(accept, *listen)
+    server = await asyncio.start_server(accept, sock=_listener(listen, freebind=freebind))
     logger.info("%s:%d leads to %s:%d", *listen, *to)
     async with server:
         await stop.wait()
@@ -94,12 +112,12 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def _run(listen: tuple[str, int], to: tuple[str, int]) -> None:
+async def _run(listen: tuple[str, int], to: tuple[str, int], *, freebind: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await serve(listen, to, stop=stop)
+    await serve(listen, to, stop=stop, freebind=freebind)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,10 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="wasilet.cluster.tcp_proxy", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--listen", type=_address, required=True, metavar="HOST:PORT")
     parser.add_argument("--to", type=_address, required=True, metavar="HOST:PORT")
+    parser.add_argument("--freebind", action="store_true", help="the address may come later")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(_run(options.listen, options.to))
+        asyncio.run(_run(options.listen, options.to, freebind=options.freebind))
     except OSError as error:
         logger.error("cannot listen on %s:%d: %s", *options.listen, error)  # noqa: TRY400  (no traceback for that)
         return 1

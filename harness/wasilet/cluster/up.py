@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasilet.cluster import kubernetes_version
+from wasilet.cluster import kubernetes_version, pod_network
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.local_registry import COMPONENT as REGISTRY
 from wasilet.cluster.local_registry import login_file, registry_address, registry_component
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.record import KubeconfigRecord
 from wasilet.cluster.state import EVERYWHERE, State
-from wasilet.controlplane.components import Component, accepts, component_step
+from wasilet.controlplane.components import Component, accepts, component_step, ensure_running
 from wasilet.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.process import check_cancelled, is_alive, tail_of
@@ -128,6 +128,7 @@ def steps(cluster: Cluster) -> list[Step]:
         ),
         _token_step(cluster),
         *door_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
+        *_pod_network_steps(cluster),
         *nodes,
         _ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.key for n in nodes))),
     ]  # fmt: skip
@@ -147,6 +148,8 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
         APPROVER: lambda: _approver_component(cluster),
     }
     made.update(doors(cluster))
+    if (plan := pod_network.plan_of(cluster.state)) is not None:
+        made[pod_network.DOOR] = lambda: pod_network.door_component(plan, cluster.ports()["apiserver"])
     for index, node in enumerate(cluster.node_names()):
         made[node_component(node)] = lambda node=node, index=index: _node_component(cluster, node, index)  # type: ignore[misc]
     return made
@@ -177,7 +180,7 @@ def _preparation_step(cluster: Cluster) -> Step:
             )
         return Finding.ok(str(state.path))
 
-    def change(_: Progress) -> str:
+    def change(progress: Progress) -> str:
         state.create()
         # First, because it may fail: then nothing is written down yet. Nodes are reached from elsewhere, the rest is
         # not; which address that is, another provider knows only when its cluster is there.
@@ -185,6 +188,8 @@ def _preparation_step(cluster: Cluster) -> Step:
         kubelets = {name: asked.pop(name) for name in list(asked) if name.startswith("kubelet")}
         ports = state.allocate_ports(kubelets, addresses=(settings.node_ip or EVERYWHERE,))
         ports |= state.allocate_ports(asked)
+        if cluster.provider.name == "host" and not state.read().get("run_id"):
+            state.update(pod_network=pod_network.decide(settings, state, say=progress))
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
         if settings.local_origins:
             state.update(local_origins=list(settings.local_origins))
@@ -362,6 +367,10 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         argv += ["--taint", taint]
     for origin in local_origins(cluster):
         argv += ["--allow-local-origins", origin]
+    if (plan := pod_network.plan_of(state)) is not None:
+        argv += pod_network.node_arguments(
+            plan, index=index, kube_proxy=str(kube_proxy_path(cluster)), kubeconfig=state.etc / "kube-proxy.conf"
+        )
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
     return Component(
@@ -383,6 +392,50 @@ def local_origins(cluster: Cluster) -> tuple[str, ...]:
     port = cluster.ports().get("cat_facts")
     own = (cat_facts_origin(port),) if port else ()
     return tuple(dict.fromkeys((*own, *cluster.state.cluster.local_origins)))
+
+
+def kube_proxy_path(cluster: Cluster) -> Path:
+    """Where it is, or will be."""
+    from wasilet.controlplane.acquire import expected
+
+    return expected(
+        "kube-proxy",
+        cache=cluster.settings.cache,
+        environ=cluster.settings.environ,
+        kubernetes=kubernetes_version.wanted(cluster),
+    )
+
+
+def _pod_network_steps(cluster: Cluster) -> list[Step]:
+    """Whether there is a pod network is decided by the first step, so these are always in the list."""
+    from wasilet.kube.manifests import create_missing, missing_objects
+
+    state = cluster.state
+    if cluster.provider.name != "host":
+        return []
+
+    def look() -> Finding:
+        plan = pod_network.plan_of(state)
+        if plan is None:
+            reason = pod_network.why_absent(state)
+            return Finding.ok(f"none: {reason}") if state.exists() else Finding.differs("choose addresses")
+        record = state.alive(pod_network.DOOR)
+        text = f"pods {plan.pods}, Services {plan.services}"
+        if record is None or not _api_answers(cluster):
+            return Finding.differs(text, [f"+ {pod_network.DOOR}"])
+        wanted = pod_network.objects(plan, cluster.ports()["apiserver"])
+        return Finding.differs(text) if missing_objects(cluster.admin(), wanted) else Finding.ok(text)
+
+    def change(_: Progress) -> str:
+        plan = pod_network.plan_of(state)
+        if plan is None:
+            return f"none: {pod_network.why_absent(state)}"
+        port = cluster.ports()["apiserver"]
+        ensure_running(pod_network.door_component(plan, port), state=state, settings=cluster.settings)
+        create_missing(cluster.admin(), pod_network.objects(plan, port))
+        return f"pods {plan.pods}, Services {plan.services}"
+
+    return [Step(name="pod network", look=look, change=change, after=(API_SERVER_STEP,))]
 
 
 def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) -> Step:

@@ -62,6 +62,12 @@ def locate(name: str, *, cache: Path, environ: Mapping[str, str], kubernetes: st
     return None
 
 
+def expected(name: str, *, cache: Path, environ: Mapping[str, str], kubernetes: str = "") -> Path:
+    """Where ``name`` is, else where :func:`acquire` will put it."""
+    found = locate(name, cache=cache, environ=environ, kubernetes=kubernetes)
+    return found.path if found is not None else _cached(all_binaries(kubernetes)[name], cache)
+
+
 def acquire(
     names: Sequence[str],
     *,

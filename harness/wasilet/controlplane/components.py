@@ -20,6 +20,7 @@ from pathlib import Path
 from wasilet.cluster.state import RUN_ID_VARIABLE, ComponentRecord, State, port_is_free, port_taken
 from wasilet.controlplane.pki import CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA, Pki
 from wasilet.errors import ComponentError, WaitTimeoutError
+from wasilet.kube.manifests import manifests_folder
 from wasilet.process import check_cancelled, is_alive, spawn, stop, tail_of
 from wasilet.settings import Settings
 from wasilet.steps import Finding, Progress, Step
@@ -28,6 +29,9 @@ SERVICE_CIDR = "10.96.0.0/16"
 SERVICE_IP = "10.96.0.1"
 LOOPBACK = "127.0.0.1"
 PROBE_TIMEOUT_SECONDS = 2.0
+AUDIT_POLICY = "audit-policy.yaml"
+AUDIT_FILE_MEGABYTES = 20
+AUDIT_FILES = 4
 PORT_RELEASE_SECONDS = 3.0
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "XDG_RUNTIME_DIR", "USER", "LOGNAME")
@@ -300,6 +304,11 @@ class ControlPlane:
     ports: Mapping[str, int]
     state: State
     advertise_address: str
+    service_cidr: str = SERVICE_CIDR
+    pod_cidr: str = ""
+    """Of all pods, from which each node gets a share; empty: pods have no addresses of their own."""
+
+    node_prefix: int = 24
 
     @property
     def pki(self) -> Pki:
@@ -370,7 +379,7 @@ class ControlPlane:
             # Said explicitly: without a default route the server finds no address by itself, and exits.
             f"--advertise-address={self.advertise_address}",
             "--endpoint-reconciler-type=none",
-            f"--service-cluster-ip-range={SERVICE_CIDR}",
+            f"--service-cluster-ip-range={self.service_cidr}",
             f"--tls-cert-file={self._crt('apiserver')}",
             f"--tls-private-key-file={self._key('apiserver')}",
             f"--client-ca-file={self._crt(CLUSTER_CA)}",
@@ -378,6 +387,11 @@ class ControlPlane:
             "--enable-bootstrap-token-auth=true",
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction",
+            f"--audit-policy-file={manifests_folder() / AUDIT_POLICY}",
+            f"--audit-log-path={self.state.logs / 'audit.log'}",
+            "--audit-log-mode=batch",
+            f"--audit-log-maxsize={AUDIT_FILE_MEGABYTES}",
+            f"--audit-log-maxbackup={AUDIT_FILES - 1}",
             "--allow-privileged=true",
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
             f"--service-account-key-file={self.state.pki / 'sa.pub'}",
@@ -405,6 +419,7 @@ class ControlPlane:
                 *self._pairs("apiserver", "apiserver-etcd-client", "apiserver-kubelet-client", "front-proxy-client"),
                 *(self.pki.certificate(name) for name in (CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA)),
                 self.pki.key("sa"),
+                manifests_folder() / AUDIT_POLICY,
             ),
             ready=self._apiserver_answers("/readyz"),
             # The default roles come a second later than all else (the hook polls); who is an administrator need not
@@ -432,7 +447,8 @@ class ControlPlane:
             f"--root-ca-file={self._crt(CLUSTER_CA)}",
             f"--service-account-private-key-file={self._key('sa')}",
             "--use-service-account-credentials=true",
-            f"--service-cluster-ip-range={SERVICE_CIDR}",
+            f"--service-cluster-ip-range={self.service_cidr}",
+            *self._pod_cidr_flags(),
             "--kube-api-qps=300",
             "--kube-api-burst=600",
         )
@@ -442,6 +458,15 @@ class ControlPlane:
             ports={"HTTPS": self.ports["controller_manager"]},
             inputs=(*self._pairs("controller-manager", CLUSTER_CA), self.pki.key("sa")),
             ready=Probe(port=self.ports["controller_manager"], path="/healthz", ca=self.pki.certificate(CLUSTER_CA)),
+        )
+
+    def _pod_cidr_flags(self) -> tuple[str, ...]:
+        if not self.pod_cidr:
+            return ()
+        return (
+            "--allocate-node-cidrs=true",
+            f"--cluster-cidr={self.pod_cidr}",
+            f"--node-cidr-mask-size={self.node_prefix}",
         )
 
     def scheduler(self) -> Component:

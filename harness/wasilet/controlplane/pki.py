@@ -80,6 +80,8 @@ def host_specs(*, addresses: Sequence[str], service_ip: str) -> tuple[Certificat
             sans=loopback,
         ),
         CertificateSpec(name="scheduler", authority=CLUSTER_CA, common_name="system:kube-scheduler", sans=loopback),
+        CertificateSpec(name="kube-proxy", authority=CLUSTER_CA, common_name="system:kube-proxy"),
+        CertificateSpec(name="coredns", authority=CLUSTER_CA, common_name="system:coredns"),
         CertificateSpec(name="approver", authority=CLUSTER_CA, common_name="wasilet:approver"),
         CertificateSpec(
             name="admin", authority=CLUSTER_CA, common_name="wasilet-admin", organizations=("system:masters",)

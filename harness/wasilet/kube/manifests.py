@@ -22,6 +22,8 @@ CONFLICT = 409
 _COLLECTIONS = {
     "ClusterRole": ("clusterroles", "rbac.authorization.k8s.io", "v1"),
     "ClusterRoleBinding": ("clusterrolebindings", "rbac.authorization.k8s.io", "v1"),
+    "EndpointSlice": ("endpointslices", "discovery.k8s.io", "v1"),
+    "Service": ("services", "", "v1"),
     "Secret": ("secrets", "", "v1"),
     "CertificateSigningRequest": ("certificatesigningrequests", "certificates.k8s.io", "v1"),
 }

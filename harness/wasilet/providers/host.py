@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from wasilet.cluster import pod_network
 from wasilet.cluster.kubernetes_version import UPGRADE_STEP, upgrade_step
 from wasilet.controlplane.acquire import locate
 from wasilet.controlplane.components import LOOPBACK, SERVICE_IP, Component, ControlPlane, component_step
@@ -27,6 +28,7 @@ _CLIENTS = {
     "controller-manager": "controller-manager",
     "scheduler": "scheduler",
     "approver": "approver",
+    "coredns": "coredns",
 }
 """Kubeconfig ``etc/<key>.conf`` for certificate ``<value>``."""
 
@@ -80,11 +82,15 @@ class HostProvider:
         """By the names of their executables."""
 
         def plane() -> ControlPlane:
+            plan = pod_network.plan_of(cluster.state)
             return ControlPlane(
                 binaries={name: cluster.binary(name) for name in self.binaries},
                 ports=cluster.ports(),
                 state=cluster.state,
                 advertise_address=node_address(cluster.settings),
+                service_cidr=pod_network.service_cidr(cluster.state),
+                pod_cidr=str(plan.pods) if plan is not None else "",
+                node_prefix=pod_network.NODE_PREFIX,
             )
 
         return {
@@ -123,10 +129,20 @@ class HostProvider:
         pki = Pki(state.pki)
 
         def specs() -> tuple[str, ...]:
-            return tuple(dict.fromkeys((LOOPBACK, node_address(cluster.settings))))
+            plan = pod_network.plan_of(state)
+            reached = (plan.machine_address,) if plan is not None else ()
+            return tuple(dict.fromkeys((LOOPBACK, node_address(cluster.settings), *reached)))
 
         def wanted_configs() -> dict[Path, tuple[str, str]]:
-            return {state.etc / f"{file}.conf": (self._server(cluster), name) for file, name in _CLIENTS.items()}
+            configs = {state.etc / f"{file}.conf": (self._server(cluster), name) for file, name in _CLIENTS.items()}
+            if (plan := pod_network.plan_of(state)) is not None:
+                server = f"https://{plan.machine_address}:{cluster.ports()['apiserver']}"
+                configs[state.etc / "kube-proxy.conf"] = (server, "kube-proxy")
+            return configs
+
+        def service_ip() -> str:
+            plan = pod_network.plan_of(state)
+            return plan.service_ip if plan is not None else SERVICE_IP
 
         def stale() -> list[Path]:
             current = state.cluster.client_configs
@@ -139,7 +155,7 @@ class HostProvider:
         def look() -> Finding:
             if not state.exists() or "apiserver" not in cluster.ports():
                 return Finding.differs("make them", ["+ certificates and keys"])
-            names = pki.missing(host_specs(addresses=specs(), service_ip=SERVICE_IP))
+            names = pki.missing(host_specs(addresses=specs(), service_ip=service_ip()))
             if names:
                 return Finding.differs(f"make {len(names)}: {', '.join(names)}", [f"+ {name}" for name in names])
             if paths := stale():
@@ -147,7 +163,7 @@ class HostProvider:
             return Finding.ok("valid for a month at least")
 
         def change(_: Progress) -> str:
-            names = pki.make(host_specs(addresses=specs(), service_ip=SERVICE_IP))
+            names = pki.make(host_specs(addresses=specs(), service_ip=service_ip()))
             ca = pki.read_certificate(CLUSTER_CA)
             written: dict[str, list[str]] = {}
             for path, (server, name) in wanted_configs().items():

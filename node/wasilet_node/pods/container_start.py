@@ -16,14 +16,24 @@ from wasilet_common.oci.credentials import Credential
 
 from wasilet_node.images.model import ImageError, PullPolicy
 from wasilet_node.kube.base import KubeError
+from wasilet_node.network.attachment import Attachment
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import log_layout, resources, spec
 from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.environment import expand_command, process_environment
 from wasilet_node.pods.resources import ANNOTATION_RESOURCES
 from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX
+from wasilet_node.pods.server_settings import server_settings
 from wasilet_node.pods.spec import Container, Pod
-from wasilet_node.runtime.protocol import ContainerConfig, ContainerStatus, RuntimeUnavailableError, StartError
+from wasilet_node.runtime.protocol import (
+    ContainerConfig,
+    ContainerStatus,
+    GuestKind,
+    RuntimeUnavailableError,
+    ServerSettings,
+    StartError,
+)
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError
 
 logger = logging.getLogger(__name__)
@@ -137,6 +147,7 @@ async def _prepare(
 
     # Read before the image is pulled: a mistake in an annotation should not cost a download.
     policy = await services.outbound.policy(pod)
+    server = server_settings(pod, container)
     image = await services.images.ensure(
         container.get("image", ""),
         policy=_pull_policy(container),
@@ -145,8 +156,13 @@ async def _prepare(
         pod_uid=spec.uid(pod),
     )
     node = services.node()
+    try:
+        network = await services.networks.attach(pod)
+    except NetworkError as error:
+        raise LaunchError("CreatePodSandboxError", f"failed to set up the pod's network: {error}") from error
+    addresses = network.addresses if network is not None else node.addresses
     environment = await services.environments.build(
-        pod, container, pod_ips=node.addresses, host_ips=node.addresses, allocatable=node.allocatable
+        pod, container, pod_ips=addresses, host_ips=node.addresses, allocatable=node.allocatable
     )
     mounts = await services.host_threads.run(
         f'the volumes of container "{name}"',
@@ -175,6 +191,9 @@ async def _prepare(
         cpu_limit_millicores=resources.enforced_limit(pod, container, "cpu"),
         cpu_request_millicores=resources.request(container, "cpu"),
         http=policy,
+        server=_server(pod, server, network) if image.server else None,
+        network=_network_key(network, image.kind),
+        etc_files=network.etc_files if network is not None and image.kind is GuestKind.COMPONENT else (),
         stdin=bool(container.get("stdin")),
         stdin_once=bool(container.get("stdinOnce")),
         tty=bool(container.get("tty")),
@@ -184,6 +203,20 @@ async def _prepare(
             ANNOTATION_SANDBOX: sandbox,
         },
     )
+
+
+def _server(pod: Pod, settings: ServerSettings, network: Attachment | None) -> ServerSettings:
+    if network is None and not pod["spec"].get("hostNetwork"):
+        raise ContainerConfigError(
+            "the component answers HTTP requests, but pods of this node have no network of their own to be reached "
+            "by: set hostNetwork to listen on the node's addresses"
+        )
+    return settings
+
+
+def _network_key(network: Attachment | None, kind: GuestKind) -> str:
+    """A module has no sockets, and what it calls by wasi-experimental-http is judged and reached from the machine."""
+    return network.key if network is not None and kind is GuestKind.COMPONENT else ""
 
 
 def _pull_policy(container: Container) -> PullPolicy:

@@ -11,6 +11,7 @@ from wasilet_common.oci.credentials import Credential
 
 from wasilet_node.images.model import Images
 from wasilet_node.kube.base import EventRecorder, Kube, KubeObject
+from wasilet_node.network.attachment import MachineNetwork, Networks
 from wasilet_node.pods.http_policy import Outbound
 from wasilet_node.pods.nodeinfo import NodeSource
 from wasilet_node.pods.probes import ProbeObserver, ignore
@@ -82,6 +83,8 @@ class PodDependencies:
     observe_probe: ProbeObserver = ignore
     host_threads: HostThreads = field(default_factory=HostThreads)
     """For files that may lie on a volume of the machine."""
+
+    networks: Networks = field(default_factory=MachineNetwork)
 
     outbound: Outbound = field(default_factory=Outbound)
     """Where no pod's modules may connect to."""

@@ -1,8 +1,9 @@
 """What probes and lifecycle hooks do: run a command, get a URL, open a TCP connection.
 
-A wasm module cannot listen, and the node has no pod network: podIP is the node's own address. A network handler
-without an explicit ``host`` would reach whatever process of the machine happens to listen on that port, and report its
-health as the container's. So it fails, and says why; with ``host`` it does what it says.
+A pod that has a network of its own is asked at its address. One that shares the machine's network has the node's
+address: there a network handler without an explicit ``host`` would reach whatever process of the machine happens to
+listen on that port, and report its health as the container's. So it fails, and says why; with ``host`` it does what it
+says.
 """
 
 from __future__ import annotations
@@ -12,22 +13,19 @@ import os
 import socket
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 from yarl import URL
 
+from wasilet_node.network.attachment import MachineNetwork, Networks
 from wasilet_node.pods import spec
-from wasilet_node.pods.spec import Container
+from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import Runtime, UnknownContainerError
 
 MAX_BODY_BYTES = 10 * 1024
-NO_GRPC = (
-    "a wasm module cannot listen, so there is nothing to reach at the pod's address, and grpc has no field for another "
-    "host: use exec, or httpGet or tcpSocket with a host"
-)
 _MAX_REDIRECTS = 10
 _NOT_STARTED = 126
 _USER_AGENT = "kube-probe/1.34"
@@ -47,10 +45,35 @@ class HandlerError(Exception):
     """The handler could not be carried out at all, so nothing is known of the container."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How a pod is reached."""
+
+    address: str = ""
+    """Its own; empty: it has none."""
+
+    networks: Networks = field(default_factory=MachineNetwork)
+    unknown: bool = False
+    """It has a network, of which the agent, which has just started, does not know yet."""
+
+    @staticmethod
+    def of(networks: Networks, pod: Pod) -> Reach:
+        """The pod as it is now."""
+        own = networks.addresses(pod)
+        unknown = own is None and not networks.shares_machine(pod)
+        return Reach(address=own[0] if own else "", networks=networks, unknown=unknown)
+
+    def host(self, action: dict[str, Any]) -> str:
+        """Whom a handler asks; empty: nobody. Raises HandlerError when it is not known yet."""
+        if self.unknown and not action.get("host"):
+            raise HandlerError("the pod's network is not known yet")
+        return str(action.get("host") or self.address)
+
+
 def no_network(kind: str) -> str:
     """Why a network handler without a host cannot work."""
     return (
-        f"a wasm module cannot listen, so there is nothing to reach at the pod's address: give {kind} a host, "
+        f"the pod has no network of its own, so there is nothing to reach at its address: give {kind} a host, "
         "or use exec"
     )
 
@@ -78,9 +101,11 @@ def _go_list(words: Sequence[str]) -> str:
     return f"[{quoted}]"
 
 
-async def http_get(action: dict[str, Any], container: Container, *, timeout_seconds: float) -> Outcome:
+async def http_get(
+    action: dict[str, Any], container: Container, *, timeout_seconds: float, reach: Reach | None = None
+) -> Outcome:
     """GET as kubelet's HTTP probe: no certificate check, no proxy, redirects only within the same host name."""
-    host = action.get("host") or ""
+    host = (reach or Reach()).host(action)
     if not host:
         return Outcome(ok=False, output=no_network("httpGet"))
     try:
@@ -99,7 +124,7 @@ async def http_get(action: dict[str, Any], container: Container, *, timeout_seco
         headers.append(("Accept", "*/*"))
     try:
         async with asyncio.timeout(timeout_seconds):
-            return await _get(url, headers)
+            return await _get(url, headers, _networks(action, reach))
     except TimeoutError:
         return Outcome(
             ok=False, output=f'Get "{url}": context deadline exceeded (Client.Timeout exceeded while awaiting headers)'
@@ -118,12 +143,24 @@ def _dial_words(error: Exception, host: str, port: int) -> str:
     return str(error)
 
 
-async def _get(url: str, headers: Sequence[tuple[str, str]]) -> Outcome:
+def _networks(action: dict[str, Any], reach: Reach | None) -> Networks:
+    """A host that the manifest names is looked for from the machine, unless it is the pod itself."""
+    if reach is None or (action.get("host") and action["host"] != reach.address):
+        return MachineNetwork()
+    return reach.networks
+
+
+async def _get(url: str, headers: Sequence[tuple[str, str]], networks: Networks) -> Outcome:
     # Without the machine's authorities, which would be read from the disk for each probe and trusted in none.
     insecure = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     insecure.check_hostname = False
     insecure.verify_mode = ssl.CERT_NONE
-    connector = aiohttp.TCPConnector(force_close=True, ssl=insecure, limit=1)
+    connector = aiohttp.TCPConnector(
+        force_close=True,
+        ssl=insecure,
+        limit=1,
+        socket_factory=lambda info: networks.make_socket(info[0], info[1], info[2]),
+    )
     async with aiohttp.ClientSession(
         connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
     ) as session:
@@ -148,9 +185,11 @@ async def _get(url: str, headers: Sequence[tuple[str, str]]) -> Outcome:
     return Outcome(ok=False, output=f'Get "{url}": stopped after 10 redirects')
 
 
-async def tcp_connect(action: dict[str, Any], container: Container, *, timeout_seconds: float) -> Outcome:
+async def tcp_connect(
+    action: dict[str, Any], container: Container, *, timeout_seconds: float, reach: Reach | None = None
+) -> Outcome:
     """Open a TCP connection and close it."""
-    host = action.get("host") or ""
+    host = (reach or Reach()).host(action)
     if not host:
         return Outcome(ok=False, output=no_network("tcpSocket"))
     try:
@@ -159,7 +198,7 @@ async def tcp_connect(action: dict[str, Any], container: Container, *, timeout_s
         raise HandlerError(str(error)) from error
     try:
         async with asyncio.timeout(timeout_seconds):
-            _, writer = await asyncio.open_connection(host, port)
+            _, writer = await _networks(action, reach).connect(host, port)
     except TimeoutError:
         return Outcome(ok=False, output=f"dial tcp {host}:{port}: i/o timeout")
     except (OSError, ValueError) as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from wasilet_node.network.attachment import Networks
 from wasilet_node.pods import handlers, spec
+from wasilet_node.pods.handlers import Reach
 from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import Runtime, RuntimeUnavailableError
 
@@ -18,9 +20,17 @@ class HookError(Exception):
 
 
 async def run_hook(
-    runtime: Runtime, pod: Pod, container: Container, container_id: str, hook: dict[str, Any], *, timeout_seconds: float
+    runtime: Runtime,
+    pod: Pod,
+    container: Container,
+    container_id: str,
+    hook: dict[str, Any],
+    *,
+    timeout_seconds: float,
+    networks: Networks | None = None,
 ) -> None:
     """Carry out one handler within ``timeout_seconds``. Raises HookError."""
+    reach = Reach.of(networks, pod) if networks is not None else Reach()
     where = f'Container "{container["name"]}" in Pod "{spec.format_pod(pod)}"'
     if "exec" in hook:
         command = [str(word) for word in hook["exec"].get("command") or ()]
@@ -34,7 +44,7 @@ async def run_hook(
     elif "httpGet" in hook:
         what = f"HTTP lifecycle hook ({hook['httpGet'].get('path', '')}) for {where}"
         try:
-            outcome = await handlers.http_get(hook["httpGet"], container, timeout_seconds=timeout_seconds)
+            outcome = await handlers.http_get(hook["httpGet"], container, reach=reach, timeout_seconds=timeout_seconds)
         except handlers.HandlerError as error:
             raise HookError(f"{what} failed - error: {error}") from error
         # kubelet looks only at whether the request could be made, not at the status that came back.
@@ -50,6 +60,6 @@ async def run_hook(
             )
         await asyncio.sleep(seconds)
     elif "tcpSocket" in hook:
-        outcome = await handlers.tcp_connect(hook["tcpSocket"], container, timeout_seconds=timeout_seconds)
+        outcome = await handlers.tcp_connect(hook["tcpSocket"], container, reach=reach, timeout_seconds=timeout_seconds)
         if not outcome.ok:
             raise HookError(f"TCP lifecycle hook for {where} failed - error: {outcome.output}")

@@ -15,6 +15,8 @@ from pathlib import Path
 from wasilet_node import logfolders
 from wasilet_node.images.model import Images
 from wasilet_node.kube.base import EventRecorder, Kube, KubeObject
+from wasilet_node.network.attachment import MachineNetwork, Networks
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import admission, log_layout, spec, termination
 from wasilet_node.pods.admission import Neighbour
 from wasilet_node.pods.backoff import RetryBackoff
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MIRROR_ANNOTATION = "kubernetes.io/config.mirror"
 HOUSEKEEPING_SECONDS = 10.0
+MEMORY_VOLUMES_SECONDS = 0.5
 RELIST_SECONDS = 30.0
 _ORPHANS_AT_ONCE = 16
 _SUBSCRIBED_SECONDS = 0.2
@@ -58,6 +61,7 @@ class PodManager:
         timing: Timing | None = None,
         observe_probe: ProbeObserver = ignore,
         outbound: Outbound | None = None,
+        networks: Networks | None = None,
     ) -> None:
         self._services = PodDependencies(
             kube=kube,
@@ -73,6 +77,7 @@ class PodManager:
             timing=timing or Timing(),
             observe_probe=observe_probe,
             outbound=outbound or Outbound(),
+            networks=networks or MachineNetwork(),
         )
         self._node_name = settings.node_name
         self._evictor = Evictor(self._services)
@@ -118,6 +123,7 @@ class PodManager:
                 group.create_task(self._relist_runtime(), name="runtime relist")
                 group.create_task(self._watch_pods(), name="watch pods")
                 group.create_task(self._keep_house(), name="pod housekeeping")
+                group.create_task(self._watch_memory_volumes(), name="sizes of memory volumes")
         finally:
             tasks = [*self._tasks.values(), *self._cleaning]
             for task in tasks:
@@ -286,7 +292,8 @@ class PodManager:
         limit = asyncio.Semaphore(_ORPHANS_AT_ONCE)
         containers = [i for i in await self._list_runtime() if i.pod_uid not in self._workers]
         folders = await asyncio.to_thread(_log_folders, logfolders.pods_root(self._services.paths.logs))
-        uids = {*await self._services.volumes.orphans(), *(i.pod_uid for i in containers), *folders}
+        orphans = await self._services.volumes.orphans()
+        uids = {*orphans, *(i.pod_uid for i in containers), *folders, *self._services.networks.uids()}
 
         async def clean(uid: str) -> None:
             async with limit:
@@ -300,7 +307,8 @@ class PodManager:
                                 await termination.stop_instance(self._services, instance.id)
                             await self._services.runtime.remove(instance.id)
                     await self._services.volumes.teardown(uid)
-                except (RuntimeUnavailableError, VolumeError, OSError) as error:
+                    await self._services.networks.detach(uid)
+                except (RuntimeUnavailableError, VolumeError, NetworkError, OSError) as error:
                     logger.warning("remains of pod %s: %s", uid, error)
                     return
                 if uid in folders:
@@ -320,6 +328,14 @@ class PodManager:
             except Exception:
                 # Whatever a measurement stumbles over, the node's other work goes on.
                 logger.exception("whether a pod has to be evicted could not be told")
+
+    async def _watch_memory_volumes(self) -> None:
+        while True:
+            await asyncio.sleep(MEMORY_VOLUMES_SECONDS)
+            try:
+                await self._evictor.memory_round(self._workers)
+            except Exception:
+                logger.exception("the sizes of memory volumes could not be told")
 
     def _report_images_in_use(self) -> None:
         in_use = frozenset(

@@ -19,10 +19,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wasilet_common.time_format import NANOSECONDS
+
 from wasilet_node.kube.base import EventRecorder
 from wasilet_node.kube.expansion import expand, mapping_for
-from wasilet_node.pods import handlers, spec
-from wasilet_node.pods.handlers import HandlerError, Outcome
+from wasilet_node.network.attachment import MachineNetwork, Networks
+from wasilet_node.pods import grpc_health, handlers, spec
+from wasilet_node.pods.handlers import HandlerError, Outcome, Reach
 from wasilet_node.pods.results import ProbeKind, ProbeResults, Result
 from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import ContainerStatus, Runtime, RuntimeUnavailableError
@@ -71,10 +74,12 @@ class PodProbes:
         results: ProbeResults,
         changed: Callable[[], None],
         observe: ProbeObserver = ignore,
+        networks: Networks | None = None,
     ) -> None:
         self.observe = observe
         self.pod = pod
         self.runtime = runtime
+        self.networks = networks or MachineNetwork()
         self.events = events
         self.results = results
         self._changed = changed
@@ -168,7 +173,7 @@ class _Probe:
                 return
         elif not self._pod.results.started(self._instance.id, has_probe="startupProbe" in self._container):
             return
-        age = max(0.0, time.time() - self._instance.started_at_ns / spec.NANOSECONDS)
+        age = max(0.0, time.time() - self._instance.started_at_ns / NANOSECONDS)
         delay = max(0.0, float(self._settings.get("initialDelaySeconds") or 0) - age)
         if age > _REATTACHED_SECONDS and "startupProbe" not in self._container:
             delay += random.random() * self._period  # noqa: S311 - spreads load, keeps no secret
@@ -258,12 +263,19 @@ class _Probe:
                 self._pod.runtime, self._instance.id, command, timeout_seconds=self._timeout
             )
         if "httpGet" in settings:
-            return await handlers.http_get(settings["httpGet"], self._container, timeout_seconds=self._timeout)
+            return await handlers.http_get(
+                settings["httpGet"], self._container, reach=self._reach(), timeout_seconds=self._timeout
+            )
         if "tcpSocket" in settings:
-            return await handlers.tcp_connect(settings["tcpSocket"], self._container, timeout_seconds=self._timeout)
+            return await handlers.tcp_connect(
+                settings["tcpSocket"], self._container, reach=self._reach(), timeout_seconds=self._timeout
+            )
         if "grpc" in settings:
-            return Outcome(ok=False, output=handlers.NO_GRPC)
+            return await grpc_health.check(settings["grpc"], reach=self._reach(), timeout_seconds=self._timeout)
         raise HandlerError(f"missing probe handler for {spec.format_pod(self._pod.pod)}:{self._container['name']}")
+
+    def _reach(self) -> Reach:
+        return Reach.of(self._pod.networks, self._pod.pod)
 
     def _event(self, reason: str, message: str) -> None:
         pod = self._pod.pod

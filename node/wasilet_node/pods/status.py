@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from wasilet_common.time_format import rfc3339
+
 from wasilet_node.pods import conditions, messages, spec
 from wasilet_node.pods.nodeinfo import NodeInfo
 from wasilet_node.pods.resources import ANNOTATION_RESOURCES, encoded, qos_class
@@ -80,6 +82,8 @@ class Facts:
     """As ``terminal``, and the pod must now get a final phase even if its containers never ran."""
 
     verdict: Verdict | None = None
+    pod_addresses: Sequence[str] | None = None
+    """The pod's own; empty: it has none yet. None: it shares the node's."""
 
 
 def compute(facts: Facts) -> PodStatus:
@@ -126,7 +130,12 @@ def compute(facts: Facts) -> PodStatus:
         }
         foreign += conditions.with_transition_times([added], old_conditions, facts.now)
     owned = conditions.owned_conditions(
-        pod, by_name, phase, sandbox_ready=facts.sandbox_ready and not facts.terminated, foreign=foreign
+        pod,
+        by_name,
+        phase,
+        sandbox_ready=facts.sandbox_ready and not facts.terminated,
+        foreign=foreign,
+        old=old_conditions,
     )
     owned += conditions.all_containers_restarting(pod, phase, restarting=facts.restarting_all)
     owned += _resize_pending(facts)
@@ -201,10 +210,11 @@ def _set_addresses(status: PodStatus, facts: Facts) -> None:
         status["hostIPs"] = [{"ip": address} for address in addresses]
     elif "hostIP" in old:
         status["hostIP"], status["hostIPs"] = old["hostIP"], old.get("hostIPs", [])
+    own = addresses if facts.pod_addresses is None else facts.pod_addresses
     over = facts.terminal or facts.terminated
-    if addresses and facts.sandbox_ready and not over:
-        status["podIP"] = addresses[0]
-        status["podIPs"] = [{"ip": address} for address in addresses]
+    if own and facts.sandbox_ready and not over:
+        status["podIP"] = own[0]
+        status["podIPs"] = [{"ip": address} for address in own]
     elif "podIP" in old:
         status["podIP"], status["podIPs"] = old["podIP"], old.get("podIPs", [])
 
@@ -256,7 +266,7 @@ def _state(facts: Facts, latest: ContainerStatus | None) -> dict[str, Any]:
     if latest is None:
         return {"waiting": {"reason": _default_waiting(facts.pod)}}
     if latest.state is ContainerState.RUNNING:
-        return {"running": {"startedAt": spec.rfc3339(latest.started_at_ns)}}
+        return {"running": {"startedAt": rfc3339(latest.started_at_ns)}}
     if latest.state is ContainerState.CREATED:
         return {"waiting": {"reason": "ContainerCreating"}}
     return {"terminated": _terminated(facts, latest)}
@@ -281,9 +291,9 @@ def _terminated(facts: Facts, instance: ContainerStatus) -> dict[str, Any]:
         terminated["message"] = message
     # A time that is not known stays unsaid: the epoch would be a lie that tools compute ages from.
     if instance.started_at_ns:
-        terminated["startedAt"] = spec.rfc3339(instance.started_at_ns)
+        terminated["startedAt"] = rfc3339(instance.started_at_ns)
     if instance.finished_at_ns:
-        terminated["finishedAt"] = spec.rfc3339(instance.finished_at_ns)
+        terminated["finishedAt"] = rfc3339(instance.finished_at_ns)
     terminated["containerID"] = ID_PREFIX + instance.id
     return terminated
 

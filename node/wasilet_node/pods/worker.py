@@ -18,8 +18,11 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
+from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
+
 from wasilet_node.kube import fields
 from wasilet_node.kube.base import KubeError, NotFoundError
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import log_layout, recovery, resources, sandboxes, spec, termination
 from wasilet_node.pods import status as status_of
 from wasilet_node.pods.backoff import NotBefore, RetryBackoff
@@ -30,7 +33,7 @@ from wasilet_node.pods.probes import PodProbes
 from wasilet_node.pods.refresher import Refresher
 from wasilet_node.pods.renewal import Renewal
 from wasilet_node.pods.results import ProbeResults
-from wasilet_node.pods.spec import NANOSECONDS, Container, Pod, Role
+from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.pods.start_attempts import Starter
 from wasilet_node.pods.status import Facts, Verdict, Waiting
 from wasilet_node.pods.status_writer import StatusPatcher
@@ -86,6 +89,7 @@ class PodWorker:
         self._probes = PodProbes(
             pod,
             runtime=services.runtime,
+            networks=services.networks,
             events=services.events,
             results=self.results,
             changed=self._wake.set,
@@ -244,7 +248,7 @@ class PodWorker:
         elif self._rejected or spec.is_terminal(self.pod):
             self._begin_to_end(0)
         elif (limit := self.pod["spec"].get("activeDeadlineSeconds")) is not None:
-            started = spec.parse_time(self.status.get("startTime"))
+            started = parse_rfc3339(self.status.get("startTime"))
             left = float(limit) - (now - started) if started is not None else float(limit)
             if left <= 0:
                 self.services.events.event(self.pod, "Normal", DEADLINE.reason, DEADLINE.message)
@@ -283,6 +287,7 @@ class PodWorker:
         self._probes.close()
         self._publish()
         await self.services.volumes.teardown(self.uid)
+        await self.services.networks.detach(self.uid)
         self.services.references.release(self.uid)
         self.stage = Stage.ENDED
 
@@ -399,7 +404,8 @@ class PodWorker:
         try:
             fields.process_hostname(self.pod)
             await self.services.volumes.setup(self.pod)
-        except fields.FieldError as error:
+            await self.services.networks.attach(self.pod)
+        except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
             self.services.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)
             self._put_off(self._volume_retry)
@@ -486,7 +492,7 @@ class PodWorker:
 
     def _publish(self) -> None:
         """Compute the status and have it sent; one that only says "being created" may wait for what comes next."""
-        now = spec.rfc3339(int(self.services.wall_clock() * NANOSECONDS))
+        now = rfc3339(int(self.services.wall_clock() * NANOSECONDS))
         if self._rejected and self.verdict is not None:
             if not spec.is_terminal(self.pod):
                 self.status = status_of.rejected(self.pod, self.verdict, now)
@@ -512,6 +518,7 @@ class PodWorker:
                 terminal=self._stopped,
                 terminated=self._stopped,
                 verdict=self.verdict,
+                pod_addresses=self._pod_addresses(),
             )
         )
         if self.stage is Stage.ENDING and not self._stopped and not self.instances.live():
@@ -521,6 +528,11 @@ class PodWorker:
             return
         begun = has_ever_started(self.pod, self.latest()) or bool(waiting)
         self._patcher.submit(self.status, urgent=begun or self.stage is not Stage.ACTIVE)
+
+    def _pod_addresses(self) -> tuple[str, ...] | None:
+        networks = self.services.networks
+        own = networks.addresses(self.pod)
+        return None if own is None and networks.shares_machine(self.pod) else own or ()
 
     def _old_status(self) -> Mapping[str, Any]:
         """The last computed status, with everybody else's conditions as the API server has them now."""

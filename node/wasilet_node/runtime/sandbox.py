@@ -22,6 +22,7 @@ import json
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,9 +30,14 @@ from typing import Any, NoReturn
 import wasmtime
 from wasmtime import component as wasmtime_component
 
-from wasilet_node.runtime import landlock, linux, resolving, seccomp
+from wasilet_node.runtime import landlock, linux, netns, resolving, seccomp
+from wasilet_node.runtime.component_host import entry
+from wasilet_node.runtime.component_host.entry import ComponentHost
+from wasilet_node.runtime.component_host.library import Library
 from wasilet_node.runtime.engine import Linkers
+from wasilet_node.runtime.hostcalls import sockets
 from wasilet_node.runtime.hostcalls.http import HttpHost
+from wasilet_node.runtime.hostcalls.sockets import SocketSwitch
 from wasilet_node.runtime.protocol import ContainerConfig, GuestKind
 from wasilet_node.runtime.safe_path import open_directory, opened
 
@@ -81,6 +87,11 @@ class GuestTools:
 
     linkers: Linkers
     http: HttpHost
+    components: ComponentHost
+    """Runs components where it is there; else wasmtime's Python bindings run those that they can."""
+    sockets: SocketSwitch | None = None
+    """None: guests cannot open sockets."""
+
     network_files: tuple[str, ...]
     """What a guest with outbound HTTP may read besides its mounts."""
 
@@ -106,9 +117,16 @@ class ChildPlan:
     record: int = -1
     """A file that has to be on disk before guest code runs; -1: none."""
 
+    counters: int = -1
+    """Where a server counts; -1: nowhere."""
+
+    network: int = -1
+    """The pod's network namespace; -1: the guest stays in the machine's."""
+
     def descriptors(self) -> dict[str, int]:
         """Those that it names, by field; ``cgroup_files`` are numbered."""
-        named = {name: getattr(self, name) for name in ("stdin", "stdout", "stderr", "report", "record")}
+        names = ("stdin", "stdout", "stderr", "report", "record", "counters", "network")
+        named = {name: getattr(self, name) for name in names}
         groups = {f"cgroup{index}": descriptor for index, descriptor in enumerate(self.cgroup_files)}
         return {name: descriptor for name, descriptor in (named | groups).items() if descriptor >= 0}
 
@@ -121,7 +139,15 @@ def make_tools(linkers: Linkers) -> GuestTools:
     # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
     module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
-    return GuestTools(linkers=linkers, http=http, network_files=resolving.readable_paths())
+    components = ComponentHost()
+    components.open()  # here, so that all sandboxes share it
+    return GuestTools(
+        linkers=linkers,
+        sockets=sockets.find(),
+        http=http,
+        components=components,
+        network_files=resolving.readable_paths(),
+    )
 
 
 def check_config(config: ContainerConfig) -> None:
@@ -168,9 +194,12 @@ def run_here(config: ContainerConfig, tools: GuestTools, *, report: int) -> NoRe
     def run() -> int:
         check_config(config)
         linux.close_range_except((report,))
-        _limit()
-        seccomp.confine(seccomp.Network.NONE if config.http is None else seccomp.Network.CLIENT)
-        return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report)
+        _limit(config)
+        if config.kind is GuestKind.COMPONENT:
+            tools.components.open()
+        listener = _listen(config)
+        seccomp.confine(_network(config))
+        return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report, listener=listener)
 
     _exit_with(report, run)
 
@@ -196,7 +225,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
             os.dup2(source, target)
         else:
             os.set_inheritable(target, True)  # noqa: FBT003
-    linux.close_range_except((plan.report, plan.record, *plan.cgroup_files))
+    linux.close_range_except((plan.report, plan.record, plan.counters, plan.network, *plan.cgroup_files))
     linux.set_parent_death_signal()
     if os.getppid() != plan.parent_pid:
         os._exit(START_ERROR_EXIT_CODE)
@@ -209,7 +238,11 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     for file in plan.cgroup_files:
         os.write(file, b"0")
         os.close(file)
-    _limit()
+    _enter_network(plan)
+    _limit(plan.config)
+    if plan.config.kind is GuestKind.COMPONENT:
+        tools.components.open()  # it may have been built since
+    listener = _listen(plan.config)
     _confine(plan.config, tools)
     return run_guest(
         plan.config,
@@ -218,19 +251,57 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         memory_backstop_bytes=plan.memory_backstop_bytes,
         report=plan.report,
         nice=plan.nice,
+        listener=listener,
+        counters=plan.counters,
     )
+
+
+def _enter_network(plan: ChildPlan) -> None:
+    """Into the pod's network and, for name lookup, a mount namespace with the pod's own files; then the right to do so
+    goes, for good. Raises LoadError."""
+    if plan.network >= 0:
+        try:
+            if plan.config.etc_files:
+                netns.unshare(netns.CLONE_NEWNS)
+                netns.mount("none", "/", netns.MS_REC | netns.MS_PRIVATE)
+                for place, file in plan.config.etc_files:
+                    netns.mount(file, place, netns.MS_BIND)
+            netns.setns(plan.network)
+        except OSError as error:
+            raise LoadError(f"cannot enter the pod's network: {error.strerror}") from error
+        os.close(plan.network)
+    linux.drop_privileges()
 
 
 def _confine(config: ContainerConfig, tools: GuestTools) -> None:
     """Before a byte of the image is looked at, and while there is one thread: it holds for this and those that it
     makes. Landlock first, since the filter forbids its calls."""
-    network = config.http is not None
+    network = config.http is not None or bool(config.network)
     files = (config.artifact, *tools.network_files) if network else (config.artifact,)
     landlock.confine(config.mounts, files=files, tcp=network)
-    seccomp.confine(seccomp.Network.CLIENT if network else seccomp.Network.NONE)
+    seccomp.confine(_network(config))
 
 
-def _limit() -> None:
+def _network(config: ContainerConfig) -> seccomp.Network:
+    outward = config.http is not None
+    if config.network:
+        return seccomp.Network.SERVER
+    if config.server is not None:
+        return seccomp.Network.SERVER if outward else seccomp.Network.ACCEPT
+    return seccomp.Network.CLIENT if outward else seccomp.Network.NONE
+
+
+def _listen(config: ContainerConfig) -> socket.socket | None:
+    """A server's socket, made before the fences. Raises LoadError."""
+    if config.server is None:
+        return None
+    try:
+        return entry.listen(config.server)
+    except OSError as error:
+        raise LoadError(str(error.strerror)) from error
+
+
+def _limit(config: ContainerConfig) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
@@ -238,7 +309,8 @@ def _limit() -> None:
     # All containers would die with the supervisor, which would otherwise be as good a victim as any of them.
     linux.set_oom_score(linux.MOST_EXPENDABLE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(hard, MAX_OPEN_FILES)
+    wanted = MAX_OPEN_FILES if config.server is None else entry.SERVER_OPEN_FILES
+    limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     limit = MAX_USER_PROCESSES if hard == resource.RLIM_INFINITY else min(hard, MAX_USER_PROCESSES)
@@ -253,8 +325,25 @@ def run_guest(
     memory_backstop_bytes: int | None,
     report: int,
     nice: int = 0,
+    listener: socket.socket | None = None,
+    counters: int = -1,
 ) -> int:
     """Load and run a guest on this process's standard descriptors; the exit code. Raises LoadError before it runs."""
+    if config.kind is GuestKind.COMPONENT:
+        library = tools.components.library
+        if library is not None:
+            _Started(report, nice).give_way()
+            return _run_in_host(
+                library,
+                config,
+                report=report,
+                stdin=guest_stdin,
+                memory_bytes=entry.instance_memory(config, memory_backstop_bytes),
+                listener=listener,
+                counters=counters,
+            )
+        if config.server is not None:
+            raise LoadError(tools.components.why_not)
     tools.http.configure(config.http)
     store = wasmtime.Store(tools.linkers.engine)
     if memory_backstop_bytes is not None:
@@ -278,6 +367,31 @@ def run_guest(
     return code
 
 
+def _run_in_host(
+    library: Library,
+    config: ContainerConfig,
+    *,
+    report: int,
+    stdin: bool,
+    memory_bytes: int | None,
+    listener: socket.socket | None,
+    counters: int,
+) -> int:
+    """The library writes the report itself. Raises LoadError."""
+    try:
+        with entry.spec(
+            config,
+            report=report,
+            stdin=stdin,
+            memory_bytes=memory_bytes,
+            listener=listener.detach() if listener is not None else -1,
+            counters=counters,
+        ) as text:
+            return library.run(text)
+    except OSError as error:
+        raise LoadError(str(error.strerror)) from error
+
+
 @dataclass(frozen=True)
 class _Started:
     """What happens when the guest's own code is next, each once."""
@@ -295,7 +409,7 @@ class _Started:
         _report(self.report, {"started": True})
 
 
-def _configure_wasi(config: ContainerConfig, store: wasmtime.Store, *, guest_stdin: bool) -> None:
+def _configure_wasi(config: ContainerConfig, tools: GuestTools, store: wasmtime.Store, *, guest_stdin: bool) -> None:
     wasi: Any = wasmtime.WasiConfig()
     wasi.argv = list(config.argv)
     wasi.env = [list(pair) for pair in config.env]
@@ -316,6 +430,10 @@ def _configure_wasi(config: ContainerConfig, store: wasmtime.Store, *, guest_std
         except wasmtime.WasmtimeError as error:
             reason = _why_unopenable(mount.host)
             raise LoadError(f"mount {mount.guest}: {reason or error}") from error
+    if config.network:
+        if tools.sockets is None:
+            raise LoadError("this version of wasmtime lets no guest open sockets")
+        tools.sockets.allow(wasi)
     store.set_wasi(wasi)
 
 
@@ -339,7 +457,7 @@ def _load_module(
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"cannot load the compiled module: {error}", artifact=True) from error
     _check_command(module)
-    _configure_wasi(config, store, guest_stdin=guest_stdin)
+    _configure_wasi(config, tools, store, guest_stdin=guest_stdin)
     try:
         ready = tools.linkers.module.instantiate_pre(module)
     except wasmtime.WasmtimeError as error:
@@ -387,7 +505,7 @@ def _load_component(
         guest = wasmtime_component.Component.deserialize_file(tools.linkers.engine, config.artifact)
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"cannot load the compiled component: {error}", artifact=True) from error
-    _configure_wasi(config, store, guest_stdin=guest_stdin)
+    _configure_wasi(config, tools, store, guest_stdin=guest_stdin)
     engine = tools.linkers.engine
     exports = list(guest.type.exports(engine))
     command = next((name for name in exports if name.startswith(_COMMAND)), None)

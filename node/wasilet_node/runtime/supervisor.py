@@ -26,10 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from wasilet_node.runtime import engine, linux, sandbox, supervisor_registry, wire
+from wasilet_node.runtime import engine, linux, sandbox, supervisor_registry, user_namespace, wire
 from wasilet_node.runtime.cgroups import CgroupManager
 from wasilet_node.runtime.containers import Container, Containers, RequestError
 from wasilet_node.runtime.loop import READ, Loop, Watch
+from wasilet_node.runtime.pod_namespaces import PodNamespaces
 from wasilet_node.runtime.protocol import PROTOCOL_VERSION, ContainerStatus, RuntimeCapabilities
 from wasilet_node.runtime.records import Owner, Records
 from wasilet_node.runtime.sessions import AttachSession, Connection, ExecSession
@@ -46,13 +47,20 @@ OOM_SCORE = -999
 """kubelet's own: with it end all containers. Each of these makes itself the first to go."""
 
 ACCEPT_RETRY_SECONDS = 0.5
+_CAPABILITIES = frozenset(
+    {linux.CAP_DAC_OVERRIDE, linux.CAP_KILL, linux.CAP_SETGID, linux.CAP_SETUID, linux.CAP_SETPCAP, linux.CAP_SYS_ADMIN}
+)
+"""What it keeps in a user namespace of its own: sandboxes are put into namespaces, and drop the right to do so."""
 
 
 class Supervisor:
     """Serves requests until it is told to end."""
 
-    def __init__(self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True) -> None:
-        """Raises OSError when the data folder cannot be used."""
+    def __init__(
+        self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True, pod_networks: bool = False
+    ) -> None:
+        """``pod_networks``: this process is in a user namespace of its own, which may own network namespaces. Raises
+        OSError when the data folder cannot be used."""
         pid = os.getpid()
         start_time = linux.start_time(pid)
         if start_time is None:
@@ -71,7 +79,9 @@ class Supervisor:
             cpu_limits=self._cgroups.cpu,
             memory_cgroup=self._cgroups.memory,
             wasmtime_version=engine.wasmtime_version(),
+            pod_networks=pod_networks,
         )
+        self._namespaces = PodNamespaces(self._loop)
         self._containers = Containers(
             self._loop,
             self._zygote,
@@ -80,6 +90,7 @@ class Supervisor:
             logs=logs,
             artifacts=paths.compiled,
             on_change=self._changed,
+            namespaces=self._namespaces,
         )
         self._listener, self._accepting, path = self._listen()
         self._folder = _identity(paths.data)
@@ -103,6 +114,7 @@ class Supervisor:
             "subscribe": self._subscribe,
             "exec": self._exec,
             "attach": self._attach,
+            "namespaces": self._serve_namespaces,
             "retire": self._retire,
             "shutdown": self._shutdown_request,
         }
@@ -129,6 +141,7 @@ class Supervisor:
             for connection in list(self._connections):
                 connection.close()
             self._listener.close()
+            self._namespaces.close()
             self._zygote.close()
             self._cgroups.close()
 
@@ -217,7 +230,10 @@ class Supervisor:
             connection.answer(seq, None)
             return
         known = container
-        self._containers.stop(known, lambda: connection.answer(seq, wire.dump_status(known.status)))
+        grace = float(message.get("grace_seconds") or 0)
+        self._containers.stop(
+            known, lambda: connection.answer(seq, wire.dump_status(known.status)), grace_seconds=grace
+        )
 
     def _remove(self, connection: Connection, message: wire.Message, seq: object) -> None:
         def done() -> None:
@@ -246,6 +262,8 @@ class Supervisor:
     def _exec(self, connection: Connection, message: wire.Message, seq: object) -> None:
         container = self._running_container(message)
         argv = tuple(str(argument) for argument in message["argv"])
+        if container.config.server is not None:
+            raise RequestError("StartError", "the component answers HTTP requests: it has no command that could be run")
         config = dataclasses.replace(container.config, argv=argv)
         try:
             sandbox.check_config(config)
@@ -267,6 +285,12 @@ class Supervisor:
         container = self._running_container(message)
         connection.session = AttachSession(connection, container, stdin=bool(message.get("stdin")))
         connection.answer(seq, None)
+
+    def _serve_namespaces(self, connection: Connection, _message: wire.Message, seq: object) -> None:
+        if not self._capabilities.pod_networks:
+            raise RequestError("Unsupported", "this supervisor has no user namespace that could own pods' networks")
+        connection.answer(seq, None)
+        self._namespaces.serve(connection.hand_over())
 
     def _retire(self, connection: Connection, _message: wire.Message, seq: object) -> None:
         self._retired = True
@@ -356,8 +380,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ready-fd", type=int, default=-1)
     parser.add_argument("--no-cgroups", action="store_true", help="behave as where no control group may be made")
     options = parser.parse_args(arguments)
-    if os.fork() != 0:
+    inside, outside = socket.socketpair()
+    pid = os.fork()
+    if pid != 0:
+        with outside, contextlib.suppress(OSError):
+            inside.close()
+            user_namespace.map_child(pid, outside)
         return 0
+    outside.close()
     with contextlib.suppress(PermissionError):
         os.setsid()
     os.chdir("/")
@@ -374,8 +404,12 @@ def main(arguments: list[str]) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         logs = LogSettings(max_size_bytes=options.log_max_size, max_files=options.log_max_files)
         linux.set_oom_score(OOM_SCORE)  # while the capability for it is held
-        linux.drop_privileges()
-        supervisor = Supervisor(NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups)
+        isolated = user_namespace.may_be_had() and user_namespace.enter(inside)
+        inside.close()
+        linux.drop_privileges(keep=_CAPABILITIES if isolated else frozenset({linux.CAP_DAC_OVERRIDE}))
+        supervisor = Supervisor(
+            NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups, pod_networks=isolated
+        )
     except Exception as error:
         logger.exception("cannot start")
         _tell(options.ready_fd, {"error": f"{type(error).__name__}: {error}"})

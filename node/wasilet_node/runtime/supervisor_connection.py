@@ -185,6 +185,7 @@ async def connect(pointer: supervisor_registry.Pointer) -> Link:
             cpu_limits=bool(found["cpu_limits"]),
             memory_cgroup=bool(found["memory_cgroup"]),
             wasmtime_version=str(found["wasmtime_version"]),
+            pod_networks=bool(found.get("pod_networks")),
         )
     except BaseException:
         await link.close()

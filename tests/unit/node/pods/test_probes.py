@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from wasilet_node.pods import handlers, hooks
+from wasilet_node.network.attachment import MachineNetwork
+from wasilet_node.pods import grpc_health, handlers, hooks
 from wasilet_node.pods.probes import PodProbes, ProbeReport
 from wasilet_node.pods.results import ProbeKind, ProbeResults, Result
 from wasilet_node.runtime.protocol import ContainerStatus, ExecResult, UnknownContainerError
@@ -133,7 +134,7 @@ async def test_without_a_host_nothing_of_the_machine_is_reached() -> None:
             await handlers.tcp_connect({"port": port}, CONTAINER, timeout_seconds=1),
         ):
             assert not outcome.ok
-            assert "a wasm module cannot listen" in outcome.output
+            assert "the pod has no network of its own" in outcome.output
     assert not asked
 
 
@@ -312,8 +313,83 @@ async def test_a_grpc_probe_fails_and_says_why() -> None:
     rig = Rig({"readinessProbe": {"grpc": {"port": 1}}}, [0])
     rig.begin()
     await eventually(lambda: rig.events.said)
-    assert rig.events.said[0].startswith("Unhealthy: Readiness probe failed: a wasm module cannot listen")
+    assert rig.events.said[0].startswith("Unhealthy: Readiness probe failed: the pod has no network of its own")
     rig.probes.close()
+
+
+class PodAtLoopback(MachineNetwork):
+    """A pod whose address is this machine's loopback."""
+
+    def addresses(self, pod: Any) -> tuple[str, ...] | None:
+        return ("127.0.0.1",)
+
+    def shares_machine(self, pod: Any) -> bool:
+        return False
+
+
+class NotKnownYet(MachineNetwork):
+    def shares_machine(self, pod: Any) -> bool:
+        return False
+
+
+async def test_a_pod_with_an_address_is_asked_there_by_the_names_of_its_ports() -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(text="well")
+
+    async with http_server(answer) as port:
+        container = {"name": "main", "ports": [{"name": "web", "containerPort": port}]}
+        reach = handlers.Reach.of(PodAtLoopback(), make_pod())
+        got = await handlers.http_get({"port": "web"}, container, timeout_seconds=2, reach=reach)
+        assert got == handlers.Outcome(ok=True, output="well")
+        assert (await handlers.tcp_connect({"port": "web"}, container, timeout_seconds=2, reach=reach)).ok
+    refused = await handlers.tcp_connect({"port": "web"}, container, timeout_seconds=2, reach=reach)
+    assert refused.output == f"dial tcp 127.0.0.1:{port}: connect: connection refused"
+
+
+async def test_a_network_that_the_new_agent_has_not_found_again_yet_says_nothing_of_the_container() -> None:
+    reach = handlers.Reach.of(NotKnownYet(), make_pod())
+    for probe in (handlers.http_get, handlers.tcp_connect):
+        with pytest.raises(handlers.HandlerError, match="not known yet"):
+            await probe({"port": 1}, CONTAINER, timeout_seconds=1, reach=reach)
+    with pytest.raises(handlers.HandlerError, match="not known yet"):
+        await grpc_health.check({"port": 1}, timeout_seconds=1, reach=reach)
+
+
+def frame(kind: int, flags: int, stream: int, data: bytes = b"") -> bytes:
+    return len(data).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + data
+
+
+@pytest.mark.parametrize(
+    ("answer", "ok", "output"),
+    [
+        (frame(4, 0, 0) + frame(1, 4, 1, b"\x88") + frame(0, 0, 1, b"\0\0\0\0\x02\x08\x01"), True, ""),
+        (frame(0, 0, 1, b"\0\0\0\0") + frame(0, 0, 1, b"\x02\x08\x02"), False, 'responded with "NOT_SERVING"'),
+        (frame(0, 0, 1, b"\0\0\0\0\0"), False, 'responded with "UNKNOWN"'),
+        (frame(1, 5, 1, b"\x88"), False, "does not implement the grpc health protocol"),
+        (frame(7, 0, 0, b"\0" * 8), False, "does not implement the grpc health protocol"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", False, "it does not speak HTTP/2"),
+        (b"", False, "it closed the connection"),
+        (frame(0, 0, 1, b"\0\xff\xff\xff\xff"), False, "it closed the connection"),
+    ],
+)
+async def test_a_grpc_probe_reads_the_health_that_a_server_tells(answer: bytes, ok: object, output: str) -> None:
+    asked = b""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked = await reader.read(4096)
+        writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        reach = handlers.Reach.of(PodAtLoopback(), make_pod())
+        action = {"port": server.sockets[0].getsockname()[1], "service": "liveness"}
+        outcome = await grpc_health.check(action, timeout_seconds=2, reach=reach)
+    assert (outcome.ok, output in outcome.output) == (ok, True), outcome.output
+    assert asked.startswith(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert b"/grpc.health.v1.Health/Check" in asked
+    assert asked.endswith(b"\0\0\0\0\x0a\x0a\x08liveness")
 
 
 # ---- hooks
@@ -332,5 +408,5 @@ async def test_an_http_hook_only_has_to_be_delivered() -> None:
     async with http_server(answer) as port:
         hook = {"httpGet": {"host": "127.0.0.1", "port": port}}
         await hooks.run_hook(FakeRuntime(), make_pod(), CONTAINER, "x", hook, timeout_seconds=2)
-    with pytest.raises(hooks.HookError, match="a wasm module cannot listen"):
+    with pytest.raises(hooks.HookError, match="the pod has no network of its own"):
         await hooks.run_hook(FakeRuntime(), make_pod(), CONTAINER, "x", {"httpGet": {"port": 1}}, timeout_seconds=2)

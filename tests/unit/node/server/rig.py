@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from wasilet_node.kube.base import KubeObject, WatchEvent
+from wasilet_node.network.attachment import MachineNetwork
 from wasilet_node.runtime.protocol import (
     ContainerConfig,
     ContainerState,
@@ -278,7 +279,9 @@ class FakeRuntime:
     async def start(self, config: ContainerConfig) -> ContainerStatus:
         raise NotImplementedError
 
-    async def stop(self, container_id: str, *, timeout_seconds: float = 10.0) -> ContainerStatus | None:
+    async def stop(
+        self, container_id: str, *, timeout_seconds: float = 10.0, grace_seconds: float = 0.0
+    ) -> ContainerStatus | None:
         raise NotImplementedError
 
     async def list(self) -> Sequence[ContainerStatus]:
@@ -388,6 +391,19 @@ LIMIT = 8
 """Of connections of a rig's server."""
 
 
+class SwitchedNetworks(MachineNetwork):
+    """What ``inner`` says, which a test may change."""
+
+    def __init__(self) -> None:
+        self.inner = MachineNetwork()
+
+    def addresses(self, pod: Any) -> tuple[str, ...] | None:
+        return self.inner.addresses(pod)
+
+    async def connect_inside(self, pod: Any, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await self.inner.connect_inside(pod, port)
+
+
 class Rig:
     """A server, its surroundings, and a way to call it."""
 
@@ -397,6 +413,7 @@ class Rig:
         self.pods = FakePods()
         self.runtime = FakeRuntime()
         self.log_root = folder
+        self.networks = SwitchedNetworks()
         self.serving = self.authority.issue("system:node:wasm-1", addresses=["127.0.0.1"], server=True)
         self.server = KubeletServer(
             settings=make_settings(folder),
@@ -406,6 +423,7 @@ class Rig:
             log_root=folder,
             client_ca_pem=self.authority.pem,
             max_connections=max_connections,
+            networks=self.networks,
         )
         for subresource in ("proxy", "pods", "healthz", "configz", "stats", "metrics", "log"):
             self.kube.grants.add((API_SERVER, "get", subresource))

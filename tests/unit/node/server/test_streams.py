@@ -13,8 +13,10 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from wasilet_node.network.attachment import MachineNetwork
 from wasilet_node.runtime.protocol import ContainerState, RuntimeUnavailableError
-from wasilet_node.server.streams import frames
+from wasilet_node.server.streams import frames, limits
 from wasilet_node.server.streams.frames import ControlFrame, DataFrame, FrameDecoder, FrameEncoder
 from wasilet_node.server.streams.portforward import MAX_PAIRS
 
@@ -73,6 +75,9 @@ class SpdyClient:
 
     def open(self, number: int, **headers: str) -> None:
         self.writer.write(self.encoder.syn_stream(number, headers))
+
+    def data(self, number: int, data: bytes, *, fin: bool = False) -> None:
+        self.writer.write(frames.data_frame(number, data, fin=fin))
 
     async def streams(self) -> tuple[dict[int, bytes], set[int]]:
         """(what came on each stream, the streams that were reset), until every stream ended or the server closed."""
@@ -278,14 +283,64 @@ async def test_a_server_that_ends_does_not_wait_for_streams(tmp_path: Path) -> N
     assert rig.runtime.guest.closed.is_set()
 
 
-async def test_a_forwarded_connection_is_told_that_a_module_cannot_listen(rig: Rig) -> None:
+async def test_a_forward_to_a_pod_without_a_network_is_told_so(rig: Rig) -> None:
     async with spdy(rig) as client:
         await client.upgrade("/portForward/default/web", protocol="portforward.k8s.io")
         client.open(1, streamType="error", port="8080", requestID="0")
         client.open(3, streamType="data", port="8080", requestID="0")
         seen, reset = await client.streams()
     assert b"error forwarding port 8080 to pod web, uid uid-web: " in seen[1]
-    assert b"cannot listen" in seen[1]
+    assert b"has no network of its own" in seen[1]
+    assert reset == {3}
+
+
+class PodAtLoopback(MachineNetwork):
+    """A pod whose own loopback is this machine's."""
+
+    def addresses(self, pod: object) -> tuple[str, ...] | None:
+        return ("127.0.0.1",)
+
+    async def connect_inside(self, pod: object, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", port)
+
+
+@asynccontextmanager
+async def upper_case_server() -> AsyncIterator[int]:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data.upper())
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_connections_are_forwarded_both_ways_and_end_with_their_client(rig: Rig) -> None:
+    rig.networks.inner = PodAtLoopback()
+    async with upper_case_server() as port, spdy(rig) as client:
+        await client.upgrade("/portForward/default/web", protocol="portforward.k8s.io")
+        for number in range(10):
+            client.open(4 * number + 1, streamType="error", port=str(port), requestID=str(number))
+            client.open(4 * number + 3, streamType="data", port=str(port), requestID=str(number))
+            client.data(4 * number + 3, b"hello %d" % number, fin=True)
+        seen, reset = await client.streams()
+    assert {seen[4 * number + 3] for number in range(10)} == {b"HELLO %d" % number for number in range(10)}
+    assert not reset
+    assert not any(seen.get(4 * number + 1) for number in range(10))
+
+
+async def test_a_forward_to_a_port_where_nobody_listens_is_told_so(rig: Rig) -> None:
+    rig.networks.inner = PodAtLoopback()
+    async with upper_case_server() as port:
+        pass
+    async with spdy(rig) as client:
+        await client.upgrade("/portForward/default/web", protocol="portforward.k8s.io")
+        client.open(1, streamType="error", port=str(port), requestID="0")
+        client.open(3, streamType="data", port=str(port), requestID="0")
+        seen, reset = await client.streams()
+    assert b"inside the pod's network: connection refused" in seen[1]
     assert reset == {3}
 
 
@@ -295,7 +350,7 @@ async def test_a_forward_tunnelled_in_a_websocket_is_told_too(rig: Rig) -> None:
         await socket.send_bytes(encoder.syn_stream(1, {"streamType": "error", "port": "80"}))
         await socket.send_bytes(encoder.syn_stream(3, {"streamType": "data", "port": "80"}))
         text = b""
-        while b"cannot listen" not in text:
+        while b"no network of its own" not in text:
             message = await asyncio.wait_for(socket.receive(), 3)
             for frame in decoder.feed(message.data):
                 text += frame.data if isinstance(frame, DataFrame) else b""
@@ -331,7 +386,7 @@ async def test_a_forward_by_websocket_channels_names_the_port_first(rig: Rig) ->
         seen = await channels_of(socket)
     assert seen[0] == struct.pack("<H", 80)
     assert seen[1].startswith(struct.pack("<H", 80))
-    assert b"cannot listen" in seen[1]
+    assert b"has no network of its own" in seen[1]
 
 
 async def test_attach_to_a_container_without_stdin_shows_output_and_takes_no_input(rig: Rig) -> None:
@@ -385,3 +440,25 @@ async def test_an_attached_terminal(rig: Rig, *, once: bool, keys: bytes, shown:
                     await socket.send_bytes(b"\x00\x03")  # it is still read: this ends the guest
     assert seen[1].removesuffix(b"^C\r\n") == shown.removesuffix(b"^C\r\n")
     assert json.loads(seen[3])["status"] == "Success"
+
+
+@pytest.mark.parametrize("path", [f"{EXEC}&command=x", "/portForward/default/web"])
+async def test_a_pod_has_so_many_streams_and_no_more(rig: Rig, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_OPEN", 1)
+    async with websocket(rig, f"{EXEC}&command=hang", "v5.channel.k8s.io") as socket:
+        await socket.receive()
+        assert await rig.get(path) == (429, "1 streams of this pod are open already: end one first")
+    async with asyncio.timeout(5):
+        while (await rig.get(path))[0] == 429:  # noqa: ASYNC110 - the end of a stream is reported by nothing else
+            await asyncio.sleep(0.01)
+
+
+async def test_streams_of_a_pod_begin_no_faster_than_allowed_and_other_pods_do_not_notice() -> None:
+    known = limits.StreamLimits()
+    for _ in range(limits.OPENED_AT_ONCE):
+        with known.stream("a"):
+            pass
+    with pytest.raises(web.HTTPTooManyRequests, match="Too Many"), known.stream("a"):
+        pass
+    with known.stream("b"):
+        pass

@@ -220,7 +220,7 @@ class Rig:
             NodePaths(data=self.folder / "data"),
             self.references,
             allocatable=lambda: {"cpu": "4", "memory": "8Gi"},
-            addresses=lambda: ["10.1.2.3"],
+            addresses=lambda _pod: ["10.1.2.3"],
             shared_memory=self.memory,
             tokens=self.tokens,
         )

@@ -1,0 +1,221 @@
+"""The pod network of the ``host`` provider's clusters: which addresses it has, and what stands beside the nodes.
+
+The ranges of pods and Services are chosen once, when the cluster is made, where neither a route of this machine (those
+of Docker and of VPNs are routes) nor another cluster of this user is. Each node's
+link to the machine has addresses from the end of the pods' range. What pods reach of this machine they reach at the
+first of those: the API server (by a proxy, since it listens on loopback) and the cluster's DNS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import shutil
+import socket
+import struct
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wasilet.build import apt
+from wasilet.cluster.state import State
+from wasilet.controlplane.components import SERVICE_CIDR, Component, accepts
+from wasilet.errors import HarnessError, UsageError
+from wasilet.settings import Settings
+from wasilet.steps import Progress
+
+Network = ipaddress.IPv4Network
+DOOR = "pod-network-proxy"
+USUAL_SERVICE_CIDR = Network(SERVICE_CIDR)
+NODE_PREFIX = 22
+"""Of each node's share: 1,021 pods."""
+
+_LARGEST_PREFIX = 20
+_SEARCHED = tuple(Network(f"10.{second}.0.0/16") for second in range(128, 255))
+NFT_PACKAGE = "nftables"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPlan:
+    """A cluster's ranges."""
+
+    pods: Network
+    services: Network
+
+    @property
+    def uplinks(self) -> Network:
+        """The last 256 addresses of the pods' range, which no node gets before it has 60 neighbours."""
+        return list(self.pods.subnets(new_prefix=24))[-1]
+
+    @property
+    def machine_address(self) -> str:
+        """Where pods and nodes reach this machine."""
+        return str(self.uplinks.network_address + 1)
+
+    @property
+    def service_ip(self) -> str:
+        """Of ``kubernetes.default``."""
+        return str(self.services.network_address + 1)
+
+    @property
+    def dns_ip(self) -> str:
+        """Of ``kube-dns.kube-system``."""
+        return str(self.services.network_address + 10)
+
+    def uplink(self, index: int) -> str:
+        """The end of a node's link that is its own; its ``index`` counts from 0."""
+        return f"{self.uplinks.network_address + 4 * index + 2}/30"
+
+
+def plan_of(state: State) -> NetworkPlan | None:
+    """What was decided for a cluster; None: its pods share this machine's network."""
+    recorded = state.read().get("pod_network") or {}
+    if not recorded.get("pod_cidr"):
+        return None
+    return NetworkPlan(pods=Network(recorded["pod_cidr"]), services=Network(recorded["service_cidr"]))
+
+
+def why_absent(state: State) -> str:
+    """Why a cluster has no pod network; empty: it has one, or nobody has decided yet."""
+    return str((state.read().get("pod_network") or {}).get("absent") or "")
+
+
+def service_cidr(state: State) -> str:
+    """Of a cluster, with a pod network or without."""
+    plan = plan_of(state)
+    return str(plan.services) if plan is not None else SERVICE_CIDR
+
+
+def decide(settings: Settings, state: State, *, say: Progress) -> dict[str, str]:
+    """The record of a new cluster. Raises UsageError for ranges that cannot be used, when they were asked for."""
+    asked = settings.pod_cidr or settings.service_cidr
+    absent = obstacle(settings, say=say)
+    if absent:
+        if asked:
+            raise UsageError(f"there can be no pod network: {absent}")
+        return {"absent": absent}
+    taken = [*machine_networks(), *_networks_of_others(settings, state)]
+    pods = _chosen(settings.pod_cidr, "--pod-cidr", _candidates(state), taken)
+    services = _chosen(
+        settings.service_cidr, "--service-cidr", (USUAL_SERVICE_CIDR, *_candidates(state)), [*taken, pods]
+    )
+    return {"pod_cidr": str(pods), "service_cidr": str(services)}
+
+
+def obstacle(settings: Settings, *, say: Progress | None = None) -> str:
+    """Why there can be no pod network on this machine, in one line; empty: there can. With ``say`` a missing package
+    is installed where that is allowed."""
+    if not settings.pod_network:
+        return "it is switched off (--no-pod-network)"
+    if os.geteuid() != 0:
+        return "it needs root"
+    if not Path("/proc/self/ns/net").exists():
+        return "the kernel has no network namespaces"
+    if _find_nft(settings.environ) is None:
+        if say is None or not settings.install or not apt.may_install(settings.environ):
+            return f"nft is not installed (package {NFT_PACKAGE})"
+        try:
+            apt.install([NFT_PACKAGE], why="the pod network", say=say, env=settings.environ)
+        except HarnessError as error:
+            return f"nft is not installed: {error}"
+    return _kernel_obstacle()
+
+
+def _kernel_obstacle() -> str:
+    try:
+        limit = int(Path("/proc/sys/user/max_user_namespaces").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return "the kernel has no user namespaces"
+    return "user namespaces are switched off (user.max_user_namespaces is 0)" if limit == 0 else ""
+
+
+def _find_nft(environ: Mapping[str, str]) -> str | None:
+    return shutil.which("nft", path=environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin")
+
+
+def _candidates(state: State) -> tuple[Network, ...]:
+    """Beginning somewhere else for each cluster, since two that are made at one moment see nothing of each other."""
+    first = int.from_bytes(hashlib.sha256(str(state.path).encode()).digest()[:4], "big") % len(_SEARCHED)
+    return (*_SEARCHED[first:], *_SEARCHED[:first])
+
+
+def _chosen(asked: str, flag: str, candidates: Iterable[Network], taken: Iterable[Network]) -> Network:
+    others = list(taken)
+    if asked:
+        try:
+            wanted = Network(asked)
+        except ValueError as error:
+            raise UsageError(f"{flag} {asked!r}: {error}") from None
+        if wanted.prefixlen > _LARGEST_PREFIX:
+            raise UsageError(f"{flag} {asked}: too small, /{_LARGEST_PREFIX} is the least")
+        for other in others:
+            if other.overlaps(wanted):
+                raise UsageError(f"{flag} {asked} overlaps {other}, to which this machine has a route")
+        return wanted
+    for candidate in candidates:
+        if not any(other.overlaps(candidate) for other in others):
+            return candidate
+    raise UsageError(f"no free /16 in 10.0.0.0/8 for the pod network: choose one by {flag}")
+
+
+def machine_networks(table: Path = Path("/proc/net/route")) -> list[Network]:
+    """Where this machine has routes to, the default one left out."""
+    found = []
+    try:
+        lines = table.read_text(encoding="ascii").splitlines()[1:]
+    except OSError:
+        return []
+    for line in lines:
+        words = line.split()
+        # Printed as integers of the machine's order whose bytes in memory are the address.
+        address, mask = (socket.inet_ntoa(struct.pack("=I", int(words[column], 16))) for column in (1, 7))
+        if mask != "0.0.0.0":  # noqa: S104 - the default route's mask
+            found.append(Network(f"{address}/{mask}", strict=False))
+    return found
+
+
+def _networks_of_others(settings: Settings, state: State) -> list[Network]:
+    """Of this user's other clusters, which may be stopped."""
+    found = []
+    for folder in sorted(settings.state_root.glob("*/")) if settings.state_root.is_dir() else ():
+        if folder == state.path:
+            continue
+        other = plan_of(State(settings.state_root, folder.name))
+        if other is not None:
+            found += [other.pods, other.services]
+    return found
+
+
+# --- the components --------------------------------------------------------------------------------------------------
+
+
+def door_component(plan: NetworkPlan, apiserver_port: int) -> Component:
+    """The API server for pods and for kube-proxy: the same port at the machine's end of the nodes' links. It listens
+    before the address is there, since nodes make it."""
+    return Component(
+        name=DOOR,
+        argv=(
+            *(sys.executable, "-P", "-m", "wasilet.cluster.tcp_proxy", "--freebind"),
+            *("--listen", f"{plan.machine_address}:{apiserver_port}", "--to", f"127.0.0.1:{apiserver_port}"),
+        ),
+        addresses=(),
+        ready=lambda: accepts(plan.machine_address, apiserver_port),
+    )
+
+
+def node_arguments(plan: NetworkPlan, *, index: int, kube_proxy: str, kubeconfig: Path) -> list[str]:
+    """What a node's command line says of the network."""
+    return [
+        *("--cluster-cidr", str(plan.pods), "--service-cidr", str(plan.services), "--uplink", plan.uplink(index)),
+        *("--kube-proxy", kube_proxy, "--kube-proxy-kubeconfig", str(kubeconfig), "--cluster-dns", plan.dns_ip),
+    ]
+
+
+def objects(plan: NetworkPlan, apiserver_port: int) -> list[dict[str, Any]]:
+    """What makes ``kubernetes.default`` lead to the API server."""
+    from wasilet.kube.manifests import render_objects
+
+    return render_objects("pod-network.yaml.j2", address=plan.machine_address, port=apiserver_port)

@@ -1,0 +1,1 @@
+"""The pod network: addresses, network namespaces and what joins them. Linux only, by netlink alone."""

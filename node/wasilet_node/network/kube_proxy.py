@@ -1,0 +1,143 @@
+"""The cluster's own kube-proxy, kept running in the node's network namespace.
+
+It is a process with its own credential. It ends with the agent, and the next agent starts another: its rules stay in
+the namespace meanwhile, so no connection notices. Its executable may come later than the node (the harness builds it
+when nothing more urgent is to be done), so that is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from wasilet_node.settings import NetworkSettings
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_SECONDS = 2.0
+FIRST_RETRY_SECONDS = 0.5
+LONGEST_RETRY_SECONDS = 30.0
+STEADY_SECONDS = 60.0
+"""One that ran for longer is started again at once."""
+
+LOG_KEEP_BYTES = 10 * 1024 * 1024
+_END_WITH_PARENT = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); "
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
+)
+"""``PR_SET_PDEATHSIG`` holds for the process that sets it; Python offers no safe place between fork and exec."""
+
+Spawn = Callable[[Callable[[], "subprocess.Popen[bytes]"]], Awaitable["subprocess.Popen[bytes]"]]
+"""Runs something in a thread that stays in the node's namespace for as long as the agent lives."""
+
+
+def arguments(settings: NetworkSettings, node_name: str) -> list[str]:
+    """Its command line. What it would set for the whole machine (conntrack's sizes) is left alone."""
+    return [
+        str(settings.kube_proxy),
+        f"--kubeconfig={settings.kube_proxy_kubeconfig}",
+        f"--hostname-override={node_name}",
+        "--proxy-mode=nftables",
+        f"--cluster-cidr={settings.cluster_cidr}",
+        f"--nodeport-addresses={settings.uplink.network}",
+        "--healthz-bind-address=127.0.0.1:10256",
+        "--metrics-bind-address=127.0.0.1:10249",
+        "--conntrack-max-per-core=0",
+        "--conntrack-tcp-timeout-established=0s",
+        "--conntrack-tcp-timeout-close-wait=0s",
+    ]
+
+
+class KubeProxy:
+    """``run`` for ever; cancel it to end the process."""
+
+    def __init__(self, settings: NetworkSettings, *, node_name: str, log: Path, spawn: Spawn) -> None:
+        self._settings = settings
+        self._node_name = node_name
+        self._log = log
+        self._spawn = spawn
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now."""
+        return self._process.pid if self._process is not None else None
+
+    async def run(self) -> None:
+        """Start it whenever it does not run."""
+        executable = self._settings.kube_proxy
+        if executable is None:
+            return
+        retry = FIRST_RETRY_SECONDS
+        loop = asyncio.get_running_loop()
+        while True:
+            if not os.access(executable, os.X_OK):
+                await asyncio.sleep(LOOK_AGAIN_SECONDS)
+                continue
+            begun = loop.time()
+            await self._once()
+            if loop.time() - begun > STEADY_SECONDS:
+                retry = FIRST_RETRY_SECONDS
+            await asyncio.sleep(retry)
+            retry = min(2 * retry, LONGEST_RETRY_SECONDS)
+
+    async def _once(self) -> None:
+        try:
+            process = self._process = await self._spawn(self._start)
+        except OSError as error:
+            logger.warning("kube-proxy does not start: %s", error)
+            return
+        logger.info("kube-proxy runs, pid %d; its log is %s", process.pid, self._log)
+        try:
+            await _ended(process)
+            logger.warning("kube-proxy ended with %s; see %s", process.returncode, self._log)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._log.exists() and self._log.stat().st_size > LOG_KEEP_BYTES:
+            self._log.replace(self._log.with_suffix(".log.1"))
+        descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid())),
+                    *arguments(self._settings, self._node_name),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                env=_environment(),
+                start_new_session=True,
+            )
+        finally:
+            os.close(descriptor)
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    descriptor = os.pidfd_open(process.pid)
+    loop.add_reader(descriptor, over.set)
+    try:
+        await over.wait()
+        process.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def _environment() -> dict[str, str]:
+    """Where ``nft`` is, and the harness' mark by which it finds what it started."""
+    path = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin:/sbin"
+    marks = {name: os.environ[name] for name in ("WASILET_RUN_ID", "HOME") if name in os.environ}
+    return {"PATH": path, **marks}

@@ -1,0 +1,200 @@
+"""The node's own network namespace: a bridge for its pods, and one veth to the machine.
+
+Nothing of the machine's own network is changed. What is in its namespace is the machine's end of the veth with an
+address, routes through it to the cluster's pods and Services, and forwarding for packets that come in by that very
+interface (so that nodes of one machine reach each other); all of it goes with the veth, which goes with the node's
+namespace, which goes with the supervisor. So several nodes, and several clusters, share nothing on a machine, and
+kube-proxy, whose rules are global to a namespace, is at home in the node's.
+
+Pods have addresses of /32 and send everything to the bridge's address: the node routes between them, so that its
+rules (Services, policies) see every packet, and no pod can answer ARP for another.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import ipaddress
+import logging
+import os
+import secrets
+from pathlib import Path
+
+from wasilet_node.network import nft
+from wasilet_node.network.addresses import gateway_of
+from wasilet_node.network.errors import NetworkAbsentError, NetworkError
+from wasilet_node.network.netlink import Netlink, NetlinkError
+from wasilet_node.runtime import netns
+from wasilet_node.settings import NetworkSettings
+
+logger = logging.getLogger(__name__)
+
+BRIDGE = "pods"
+UPLINK = "uplink"
+_EVERYWHERE = ipaddress.IPv4Network("0.0.0.0/0")
+_SYSCTLS = {
+    "ipv4/ip_forward": "1",
+    # Pods are to send to the bridge's address even what is for their neighbours.
+    "ipv4/conf/all/send_redirects": "0",
+    "ipv4/conf/default/send_redirects": "0",
+}
+
+
+def interface_prefix(data: Path) -> str:
+    """What the machine's ends of this node's veths begin with: by it a leftover is known."""
+    return "wl" + hashlib.sha256(str(data.absolute()).encode()).hexdigest()[:6]
+
+
+def base_rules(pod_cidr: ipaddress.IPv4Network, settings: NetworkSettings) -> str:
+    """Pods keep their address towards the cluster's pods and the machine; elsewhere they go by the node's. What is
+    link-local, a cloud's metadata address above all, is no pod's business. What still goes to a Service's address when
+    kube-proxy's rules are behind it has none, and must not go back and forth between the node and the machine."""
+    return f"""
+table ip wasilet {{
+    chain forward {{
+        type filter hook forward priority 0; policy accept;
+        iifname "{BRIDGE}" ip daddr 169.254.0.0/16 reject
+        ip daddr {settings.service_cidr} reject
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority 100; policy accept;
+        oifname "{UPLINK}" ip saddr {pod_cidr} ip daddr != {settings.cluster_cidr} masquerade
+    }}
+}}
+"""
+
+
+class NodeNetwork:
+    """The namespace; made and used in one thread, which stays in it."""
+
+    def __init__(self, settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network, *, data: Path) -> None:
+        self.settings = settings
+        self.pod_cidr = pod_cidr
+        self.gateway = gateway_of(pod_cidr)
+        self._data = data
+        self._machine: Netlink | None = None
+        self._node: Netlink | None = None
+        self._bridge = 0
+
+    @property
+    def node(self) -> Netlink:
+        """Requests to the node's namespace."""
+        if self._node is None:
+            raise NetworkError("the node's network is not there yet")
+        return self._node
+
+    @property
+    def bridge(self) -> int:
+        """The index of the pods' bridge."""
+        return self._bridge
+
+    def make(self) -> int:
+        """Move this thread into a new namespace, and join it to the machine. A descriptor of it, the caller's to close.
+        Raises NetworkError; NetworkAbsentError where the machine does not allow it."""
+        nft.find()
+        home = netns.open_own()
+        try:
+            self._machine = Netlink()
+            try:
+                netns.unshare(netns.CLONE_NEWNET)
+            except OSError as error:
+                raise NetworkAbsentError(f"no network namespace may be made: {error.strerror}") from error
+            try:
+                return self._fill(self._machine)
+            except BaseException:
+                # The next attempt begins in the machine's namespace again; what was made here goes with its last user.
+                self.close()
+                netns.setns(home)
+                raise
+        finally:
+            os.close(home)
+
+    def _fill(self, machine: Netlink) -> int:
+        descriptor = netns.open_own()
+        try:
+            self._node = Netlink()
+            self._join(machine, descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise NetworkError(str(error)) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def enter(self, descriptor: int) -> None:
+        """Move this thread into the namespace that an earlier agent made. Raises NetworkError when it is not as this
+        agent would have made it."""
+        home = netns.open_own()
+        try:
+            self._machine = Netlink()
+            netns.setns(descriptor)
+            self._node = Netlink()
+            self._bridge = self._node.require(BRIDGE)
+            self._node.require(UPLINK)
+        except OSError as error:
+            self.close()
+            netns.setns(home)
+            raise NetworkError(f"the node's network cannot be used: {error.strerror}") from error
+        finally:
+            os.close(home)
+
+    def close(self) -> None:
+        """Of this thread; the namespace stays."""
+        for netlink in (self._machine, self._node):
+            if netlink is not None:
+                netlink.close()
+        self._machine = self._node = None
+
+    def _join(self, machine: Netlink, descriptor: int) -> None:
+        node = self.node
+        for name, value in _SYSCTLS.items():
+            _write_sysctl(name, value)
+        node.set_up(1)
+        node.add_bridge(BRIDGE)
+        self._bridge = bridge = node.require(BRIDGE)
+        node.add_address(bridge, self.gateway, prefix=self.pod_cidr.prefixlen)
+        node.set_up(bridge)
+        nft.apply(base_rules(self.pod_cidr, self.settings))
+        self._check_uplink(machine)
+        # Never the name of one that the kernel may still be taking down.
+        name = f"{interface_prefix(self._data)}{secrets.token_hex(3)}"
+        machine.add_veth(name, peer=UPLINK, peer_namespace=descriptor)
+        uplink = node.require(UPLINK)
+        settings = self.settings
+        node.add_address(uplink, settings.uplink.ip, prefix=32, peer=settings.machine_address)
+        node.set_up(uplink)
+        node.add_route(_EVERYWHERE, gateway=settings.machine_address, index=uplink)
+        self._join_machine(machine, name)
+
+    def _check_uplink(self, machine: Netlink) -> None:
+        """Two links with one address would take each other's packets. One of ours may still be on its way out."""
+        names = dict(machine.links())
+        for route in machine.routes():
+            name = names.get(route.interface_index, "")
+            if route.destination == ipaddress.IPv4Network(self.settings.uplink.ip) and not name.startswith(
+                interface_prefix(self._data)
+            ):
+                raise NetworkAbsentError(f"{self.settings.uplink.ip} is reached by {name} already: another cluster's?")
+
+    def _join_machine(self, machine: Netlink, name: str) -> None:
+        settings = self.settings
+        index = machine.require(name)
+        machine.add_address(index, settings.machine_address, prefix=32, peer=settings.uplink.ip)
+        machine.set_up(index)
+        for destination in (self.pod_cidr, settings.service_cidr):
+            try:
+                machine.add_route(destination, gateway=settings.uplink.ip, index=index)
+            except NetlinkError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+                logger.info("the machine has a route to %s already: it is left alone", destination)
+        machine.set_forwarding(index)
+
+
+def _write_sysctl(name: str, value: str) -> None:
+    path = Path("/proc/sys/net") / name
+    try:
+        path.write_text(value, encoding="ascii")
+    except OSError as error:
+        raise NetworkAbsentError(f"{path} cannot be set to {value}: {error.strerror}") from error

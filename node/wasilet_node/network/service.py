@@ -1,0 +1,347 @@
+"""The pod network as the agent sees it: asynchronous, made when the Node has its podCIDR, mended when it broke.
+
+Everything that touches the kernel happens in one thread, which stays in the node's network namespace; a second one
+makes sockets there, for probes and port-forward, so that these never wait behind a pod's start. The agent itself stays
+in the machine's namespace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wasilet_node.network import resolver_files
+from wasilet_node.network.addresses import PodRecord, PodRecords
+from wasilet_node.network.attachment import Attachment
+from wasilet_node.network.channel import NamespaceChannel
+from wasilet_node.network.errors import NetworkAbsentError, NetworkError
+from wasilet_node.network.kube_proxy import KubeProxy
+from wasilet_node.network.node_network import NodeNetwork
+from wasilet_node.network.pod_networks import NODE_KEY, PodNetworks
+from wasilet_node.runtime import netns, supervisor_registry
+from wasilet_node.settings import NetworkSettings, NodePaths
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 2.0
+RETRY_SECONDS = 2.0
+SETTLE_SECONDS = 5.0
+"""How long a pod, and a Node that was there before, wait for a network that is being made or found again."""
+
+REFILL_SECONDS = 30.0
+_T = TypeVar("_T")
+HostsFile = Callable[[dict[str, Any], tuple[str, ...]], bytes]
+
+
+class PodNetwork:
+    """One object per agent. ``run`` for ever; the rest may be called at any time."""
+
+    def __init__(
+        self,
+        settings: NetworkSettings,
+        paths: NodePaths,
+        *,
+        node_name: str,
+        hosts_of: Callable[[dict[str, Any], tuple[str, ...]], bytes],
+    ) -> None:
+        """``hosts_of``: the contents of a pod's hosts file."""
+        self.settings = settings
+        self._paths = paths
+        self._hosts_of = hosts_of
+        self._pod_cidr: ipaddress.IPv4Network | None = None
+        self.kube_proxy = KubeProxy(
+            settings, node_name=node_name, log=paths.network / "kube-proxy.log", spawn=self._in_namespace
+        )
+        self._wake = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
+        self._dial: ThreadPoolExecutor | None = None
+        self._node: NodeNetwork | None = None
+        self._channel: NamespaceChannel | None = None
+        self._pods: PodNetworks | None = None
+        self.problem: str | None = "the Node has no podCIDR yet"
+        """Why pods cannot start, None when they can."""
+
+        self.absent: str | None = None
+        """Why there is no pod network here at all, so that pods share the machine's; None: there is one."""
+
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when ``problem`` or ``absent`` changed."""
+
+    # ---- life
+
+    def set_pod_cidr(self, text: str | None) -> None:
+        """What ``Node.spec.podCIDR`` says."""
+        if not text or self._pod_cidr is not None:
+            return
+        try:
+            self._pod_cidr = ipaddress.IPv4Network(text)
+        except ValueError:
+            self._set_problem(f"the Node's podCIDR {text!r} is no IPv4 network")
+            return
+        self._wake.set()
+
+    async def settle(self, limit_seconds: float) -> None:
+        """Wait until it is known whether there is a network, or for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_seconds):
+                await self._ready.wait()
+
+    async def run(self) -> None:
+        """For ever: make the network, keep the pool full, and kube-proxy running. Cancel it to end; the network
+        stays."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._keep_network(), name="pod network")
+                group.create_task(self._keep_proxy(), name="kube-proxy")
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._in_thread(self._close)
+            self._plug.shutdown(wait=False, cancel_futures=True)
+            if self._dial is not None:
+                self._dial.shutdown(wait=False, cancel_futures=True)
+
+    async def _keep_network(self) -> None:
+        while True:
+            self._wake.clear()
+            timeout = REFILL_SECONDS
+            if self._pod_cidr is not None and self.absent is None:
+                timeout = await self._keep()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
+
+    async def _keep_proxy(self) -> None:
+        await self._ready.wait()
+        if self.absent is None:
+            await self.kube_proxy.run()
+
+    async def _in_namespace(self, work: Callable[[], _T]) -> _T:
+        if self._dial is None:
+            raise OSError(errno.ENETDOWN, "the node's network is not there")
+        return await asyncio.get_running_loop().run_in_executor(self._dial, work)
+
+    async def _keep(self) -> float:
+        """Seconds until it is to be looked at again."""
+        try:
+            await self._in_thread(self._ensure)
+            self._set_problem(None)
+            while await self._in_thread(self._refill):
+                pass
+        except NetworkAbsentError as error:
+            self.absent = str(error)
+            logger.warning("pods share the machine's network: %s", error)
+            self._set_problem(None)
+        except (NetworkError, OSError) as error:
+            logger.warning("the pod network: %s", error)
+            if self._pods is None:
+                self._set_problem(str(error))
+            return RETRY_SECONDS
+        return REFILL_SECONDS
+
+    def _set_problem(self, problem: str | None) -> None:
+        if problem is None:
+            self._ready.set()
+        if problem != self.problem:
+            self.problem = problem
+            self.on_change()
+
+    async def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._plug, work, *arguments)
+
+    # ---- pods
+
+    async def attach(self, pod: dict[str, Any]) -> Attachment | None:
+        """Have a pod's network, and the files that it resolves names by. None: the pod shares the machine's network.
+        Idempotent. Raises NetworkError."""
+        if pod["spec"].get("hostNetwork"):
+            return None
+        await self.settle(SETTLE_SECONDS)
+        if self.absent is not None:
+            return None
+        if self.problem is not None and self._pods is None:
+            raise NetworkError(self.problem)
+        try:
+            record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
+            self._wake.set()
+            addresses = (record.address,)
+            return Attachment(
+                key=record.key, addresses=addresses, etc_files=await asyncio.to_thread(self._files, pod, addresses)
+            )
+        except NetworkAbsentError:
+            return None
+        except OSError as error:
+            raise NetworkError(f"{error.strerror or error}") from error
+
+    async def detach(self, uid: str) -> None:
+        """Take a pod's network down; idempotent. Raises NetworkError."""
+        if self._pods is not None:
+            await self._in_thread(self._release, uid)
+        await asyncio.to_thread(shutil.rmtree, self._folder(uid), ignore_errors=True)
+
+    def addresses(self, pod: dict[str, Any]) -> tuple[str, ...] | None:
+        """Of a pod that has a network now; None: it shares the machine's, or has none yet."""
+        record = self._pods.find(str(pod["metadata"]["uid"])) if self._pods is not None else None
+        return (record.address,) if record is not None else None
+
+    def shares_machine(self, pod: dict[str, Any]) -> bool:
+        """Whether the pod's address is the node's."""
+        return bool(pod["spec"].get("hostNetwork")) or self.absent is not None
+
+    def uids(self) -> list[str]:
+        """Of all pods that have a network."""
+        return self._pods.uids() if self._pods is not None else []
+
+    # ---- sockets
+
+    def make_socket(
+        self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0
+    ) -> socket.socket:
+        """A socket in the node's namespace, from where every pod of the cluster is reached. Takes some 50 us of the
+        caller's time. Raises OSError."""
+        if self._dial is None:
+            raise OSError(errno.ENETDOWN, self.absent or self.problem or "the node's network is not there yet")
+        made = self._dial.submit(socket.socket, family, kind | socket.SOCK_NONBLOCK, protocol).result()
+        made.setblocking(False)  # noqa: FBT003
+        return made
+
+    async def connect(self, address: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A TCP connection to a pod. Raises OSError."""
+        made = self.make_socket()
+        try:
+            await asyncio.get_running_loop().sock_connect(made, (address, port))
+            return await asyncio.open_connection(sock=made)
+        except BaseException:
+            made.close()
+            raise
+
+    async def connect_inside(self, pod: dict[str, Any], port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A TCP connection to a port of a pod's own loopback, where only it listens, else of its address. Raises
+        OSError."""
+        try:
+            made, address = await self._in_thread(self._socket_inside, str(pod["metadata"]["uid"]))
+        except NetworkError as error:
+            raise OSError(errno.ENETUNREACH, str(error)) from error
+        try:
+            await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", port))
+            return await asyncio.open_connection(sock=made)
+        except ConnectionRefusedError:
+            made.close()
+            return await self.connect(address, port)
+        except BaseException:
+            made.close()
+            raise
+
+    # ---- in the thread
+
+    def _close(self) -> None:
+        """What this agent has open; the network stays."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._node is not None:
+            self._node.close()
+
+    def _socket_inside(self, uid: str) -> tuple[socket.socket, str]:
+        pods = self._ensure()
+        record = pods.find(uid)
+        if record is None:
+            raise NetworkError("the pod has no network of its own")
+        made = pods.inside(record, socket.socket)
+        made.setblocking(False)  # noqa: FBT003
+        return made, record.address
+
+    def _ensure(self) -> PodNetworks:
+        """The network, joined to the supervisor that lives now. Raises NetworkError, OSError."""
+        pointer = supervisor_registry.current(self._paths.data)
+        if pointer is None or self._pod_cidr is None:
+            raise NetworkError("there is no supervisor that could keep the pods' networks")
+        if self._pods is not None and self._channel is not None and self._channel.pointer.pid == pointer.pid:
+            return self._pods
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = self._pods = None
+        channel = NamespaceChannel(pointer)
+        try:
+            self._node = self._have_node(channel, self._pod_cidr)
+            pods = PodNetworks(self._node, channel, PodRecords(self._paths.network / "pods"))
+        except BaseException:
+            channel.close()
+            raise
+        self._channel, self._pods = channel, pods
+        return pods
+
+    def _have_node(self, channel: NamespaceChannel, pod_cidr: ipaddress.IPv4Network) -> NodeNetwork:
+        """This thread in the node's namespace, and the supervisor holding it."""
+        node = self._node
+        if node is not None:
+            # The supervisor was replaced; the namespace has been kept by this thread.
+            descriptor = netns.open_own()
+        else:
+            node = NodeNetwork(self.settings, pod_cidr, data=self._paths.data)
+            descriptor = self._enter_or_make(node, channel)
+            self._dial = ThreadPoolExecutor(
+                max_workers=1, thread_name_prefix="pod sockets", initializer=_move_to, initargs=(os.dup(descriptor),)
+            )
+        try:
+            channel.hold(NODE_KEY, descriptor)
+        finally:
+            os.close(descriptor)
+        return node
+
+    def _enter_or_make(self, node: NodeNetwork, channel: NamespaceChannel) -> int:
+        if NODE_KEY in channel.kept():
+            descriptor = channel.get(NODE_KEY)
+            try:
+                node.enter(descriptor)
+            except NetworkError as error:
+                os.close(descriptor)
+                logger.warning("%s; it is made again", error)
+            else:
+                logger.info("found the node's network again")
+                return descriptor
+        descriptor = node.make()
+        logger.info("made the node's network: pods %s, uplink %s", node.pod_cidr, self.settings.uplink)
+        return descriptor
+
+    def _claim(self, uid: str) -> PodRecord:
+        return self._ensure().claim(uid)
+
+    def _release(self, uid: str) -> None:
+        if self._pods is not None:
+            self._pods.release(uid)
+
+    def _refill(self) -> bool:
+        return self._ensure().refill()
+
+    def _files(self, pod: dict[str, Any], addresses: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        conf, _problem = resolver_files.for_pod(
+            pod,
+            cluster_dns=self.settings.cluster_dns,
+            cluster_domain=self.settings.cluster_domain,
+            machine=resolver_files.read_machine(),
+        )
+        folder = self._folder(str(pod["metadata"]["uid"]))
+        resolver_files.write(folder, conf.text(), self._hosts_of(pod, addresses))
+        return resolver_files.bindings(folder)
+
+    def _folder(self, uid: str) -> Path:
+        return self._paths.network / "etc" / uid
+
+
+def _move_to(descriptor: int) -> None:
+    """The calling thread, for good, into the namespace of a descriptor that is this function's to close."""
+    try:
+        netns.setns(descriptor)
+    finally:
+        os.close(descriptor)

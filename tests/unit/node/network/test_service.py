@@ -1,0 +1,256 @@
+"""The pod network with a real supervisor, and a network namespace of the test's own in the place of the machine's."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import ipaddress
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wasilet_node.network.errors import NetworkError
+from wasilet_node.network.netlink import Netlink
+from wasilet_node.network.service import PodNetwork
+from wasilet_node.runtime import linux
+from wasilet_node.runtime.protocol import GuestKind, StartError
+from wasilet_node.settings import NetworkSettings, NodePaths
+
+from tests.unit.node.network.test_netlink import in_namespace
+from tests.unit.node.runtime.component_guests import ACCESS_DENIED, socket_guest
+from tests.unit.node.runtime.guests import connected, eventually, running_supervisor
+
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nft"), reason="a pod network needs root and nft"),
+]
+SETTINGS = NetworkSettings(
+    cluster_cidr=ipaddress.IPv4Network("10.9.0.0/16"),
+    service_cidr=ipaddress.IPv4Network("10.10.0.0/16"),
+    uplink=ipaddress.IPv4Interface("10.9.255.2/30"),
+    cluster_dns=("10.10.0.10",),
+)
+POD_CIDR = "10.9.4.0/24"
+
+
+def pod(uid: str, **spec: Any) -> dict[str, Any]:
+    return {"metadata": {"uid": uid, "name": uid, "namespace": "default"}, "spec": spec}
+
+
+def hosts(_pod: dict[str, Any], addresses: tuple[str, ...]) -> bytes:
+    return f"{addresses[0]} me\n".encode()
+
+
+def network(paths: NodePaths, settings: NetworkSettings = SETTINGS) -> PodNetwork:
+    return PodNetwork(settings, paths, node_name="n", hosts_of=hosts)
+
+
+class Running:
+    """A network that runs as in an agent; leaving it is the agent's end."""
+
+    def __init__(self, network: PodNetwork, cidr: str = POD_CIDR) -> None:
+        self.network = network
+        self.cidr = cidr
+
+    async def __aenter__(self) -> PodNetwork:
+        self.network.set_pod_cidr(self.cidr)
+        self.task = asyncio.create_task(self.network.run())
+        await self.network.settle(10)
+        return self.network
+
+    async def __aexit__(self, *_: object) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+def with_machine(work: Callable[[], Awaitable[None]]) -> None:
+    """Run ``work`` where the machine's network is one of its own."""
+
+    def run() -> None:
+        with Netlink() as machine:
+            machine.set_up(1)
+        asyncio.run(work())  # type: ignore[arg-type]
+
+    in_namespace(run)
+
+
+def machine_interfaces() -> set[str]:
+    """Of the namespace that the calling thread is in."""
+    with Netlink() as machine:
+        return {name for _, name in machine.links() if name.startswith("wl")}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async def probe() -> bool | None:
+        return True if condition() else None
+
+    await eventually(probe)
+
+
+def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            assert (pods.problem, pods.absent) == (None, None)
+            one, two = await pods.attach(pod("u1")), await pods.attach(pod("u2"))
+            assert one is not None
+            assert two is not None
+            assert len({*one.addresses, *two.addresses}) == 2
+            assert await pods.attach(pod("u1")) == one
+            assert await pods.attach(pod("u3", hostNetwork=True)) is None
+            text = Path(dict(one.etc_files)["/etc/resolv.conf"]).read_text()
+            assert "nameserver 10.10.0.10" in text
+            listener = await pods._in_thread(pods._socket_inside, "u2")
+            listener[0].bind(("0.0.0.0", 80))
+            listener[0].listen()
+            client = await pods._in_thread(pods._socket_inside, "u1")
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client[0], (two.addresses[0], 80))
+            accepted, peer = await loop.sock_accept(listener[0])
+            assert peer[0] == one.addresses[0], "between pods nothing is translated"
+            for each in (client[0], accepted):
+                each.close()
+            _, writer = await pods.connect(two.addresses[0], 80)
+            writer.close()
+            _, writer = await pods.connect_inside(pod("u2"), 80)
+            writer.close()
+            # From the machine, by the route that the uplink brought.
+            with socket.create_connection((two.addresses[0], 80), timeout=5):
+                pass
+            listener[0].close()
+            await pods.detach("u1")
+            await pods.detach("u1")
+            assert pods.addresses(pod("u1")) is None
+            assert [path.name for path in (rig.paths.network / "pods").iterdir()] == ["u2.json"]
+            assert not (rig.paths.network / "etc" / "u1").exists()
+        # The supervisor is gone, and the agent's threads: with them the namespaces, and with these the veth.
+        await until(lambda: not machine_interfaces())
+        with Netlink() as machine:
+            assert machine.routes() == []
+
+    with_machine(work)
+
+
+def test_the_next_agent_finds_everything_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig:
+            async with Running(network(rig.paths)) as first:
+                attached = await first.attach(pod("u1"))
+                before = machine_interfaces()
+            async with Running(network(rig.paths)) as second:
+                assert second.addresses(pod("u1")) == (attached.addresses if attached else None)
+                assert machine_interfaces() == before, "the node's network was made once"
+                assert await second.attach(pod("u1")) == attached
+                other = await second.attach(pod("u2"))
+                assert attached is not None
+                assert other is not None
+                assert other.addresses != attached.addresses
+
+    with_machine(work)
+
+
+def test_a_lost_supervisor_takes_the_pods_networks_and_the_next_one_gets_new_ones(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            first = await pods.attach(pod("u1"))
+            pid = rig.pid()
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: linux.start_time(pid) is None)
+            async with connected(tmp_path):
+                second = await pods.attach(pod("u1"))
+            assert first is not None
+            assert second is not None
+            assert second.key != first.key
+
+    with_machine(work)
+
+
+def test_a_guest_in_its_pods_network_may_open_sockets_and_no_other(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            attached = await pods.attach(pod("u1"))
+            assert attached is not None
+            for protocol in ("tcp", "udp"):
+                inside = await rig.run(
+                    socket_guest(protocol),
+                    kind=GuestKind.COMPONENT,
+                    network=attached.key,
+                    etc_files=attached.etc_files,
+                )
+                assert (inside.exit_code, inside.message) == (0, "")
+                outside = await rig.run(socket_guest(protocol), kind=GuestKind.COMPONENT)
+                assert outside.exit_code == 100 + ACCESS_DENIED
+
+    with_machine(work)
+
+
+def test_a_network_that_is_gone_is_a_start_error(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig:
+            artifact = rig.artifact(socket_guest("tcp"), GuestKind.COMPONENT)
+            config = rig.config(artifact, kind=GuestKind.COMPONENT, network="nowhere")
+            with pytest.raises(StartError, match="the pod's network namespace is gone"):
+                await rig.client.start(config)
+
+    with_machine(work)
+
+
+def test_addresses_run_out_by_name_and_come_back(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths), "10.9.4.0/29") as pods:
+            for number in range(5):
+                assert await pods.attach(pod(f"u{number}")) is not None
+            with pytest.raises(NetworkError, match=r"no free address in 10\.9\.4\.0/29"):
+                await pods.attach(pod("u5"))
+            await pods.detach("u0")
+            assert await pods.attach(pod("u5")) is not None
+
+    with_machine(work)
+
+
+def test_an_uplink_that_is_taken_leaves_pods_in_the_machines_network_and_says_why(tmp_path: Path) -> None:
+    async def work() -> None:
+        with Netlink() as machine:
+            machine.add_bridge("other")
+            index = machine.require("other")
+            address = ipaddress.IPv4Address
+            machine.add_address(index, address("10.9.255.1"), prefix=32, peer=address("10.9.255.2"))
+            machine.set_up(index)
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            assert pods.absent == "10.9.255.2 is reached by other already: another cluster's?"
+            assert pods.problem is None
+            assert await pods.attach(pod("u1")) is None
+            assert pods.shares_machine(pod("u1"))
+
+    with_machine(work)
+
+
+def test_two_nodes_of_one_machine_reach_each_others_pods(tmp_path: Path) -> None:
+    async def work() -> None:
+        other = dataclasses.replace(SETTINGS, uplink=ipaddress.IPv4Interface("10.9.255.6/30"))
+        async with (
+            running_supervisor(tmp_path / "a") as one,
+            running_supervisor(tmp_path / "b") as two,
+            Running(network(one.paths)) as here,
+            Running(network(two.paths, other), "10.9.8.0/24") as there,
+        ):
+            near, far = await here.attach(pod("u1")), await there.attach(pod("u2"))
+            assert near is not None
+            assert far is not None
+            listener, _ = await there._in_thread(there._socket_inside, "u2")
+            listener.bind(("0.0.0.0", 80))
+            listener.listen()
+            client, _ = await here._in_thread(here._socket_inside, "u1")
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(5):
+                await loop.sock_connect(client, (far.addresses[0], 80))
+                accepted, peer = await loop.sock_accept(listener)
+            assert peer[0] == near.addresses[0]
+            for each in (client, accepted, listener):
+                each.close()
+
+    with_machine(work)
