@@ -214,8 +214,14 @@ def node_arguments(plan: NetworkPlan, *, index: int, kube_proxy: str, kubeconfig
     ]
 
 
-def objects(plan: NetworkPlan, apiserver_port: int) -> list[dict[str, Any]]:
-    """What makes ``kubernetes.default`` lead to the API server."""
+def objects(plan: NetworkPlan, ports: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What makes ``kubernetes.default`` and ``kube-dns`` lead somewhere, and the rights of the cluster's DNS."""
     from wasilet.kube.manifests import render_objects
 
-    return render_objects("pod-network.yaml.j2", address=plan.machine_address, port=apiserver_port)
+    return render_objects(
+        "pod-network.yaml.j2",
+        address=plan.machine_address,
+        port=ports["apiserver"],
+        dns_ip=plan.dns_ip,
+        dns_port=ports["dns"],
+    )
