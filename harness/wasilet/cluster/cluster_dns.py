@@ -1,8 +1,8 @@
 """The cluster's DNS: the real CoreDNS as a process of this machine, behind the usual Service ``kube-dns``.
 
-``python -P -m wasilet.cluster.cluster_dns ...`` brings what Services and names need (CoreDNS, and kube-proxy for the
-nodes), waits for the address at which pods reach this machine, and becomes CoreDNS. Where the two have to be built,
-that takes minutes, at the lowest priority: it begins when nothing that the user waits for is left to do.
+``python -P -m wasilet.cluster.cluster_dns ...`` brings what Services, names and NetworkPolicies need (CoreDNS, and
+two more for the nodes), waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
+be built, that takes minutes, at the lowest priority: it begins when nothing that the user waits for is left to do.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from pathlib import Path
 
 from wasilet.cluster.pod_network import NetworkPlan
 from wasilet.cluster.state import State, write_file
-from wasilet.controlplane.acquire import acquire, locate
+from wasilet.controlplane.acquire import Found, acquire, locate
 from wasilet.controlplane.components import Component, Probe
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings
 
 COMPONENT = "coredns"
 BINARIES = ("kube-proxy", "coredns")
+LATER = ("netpol",)
+"""What nobody waits for."""
+
 DNS_PORT, READY_PORT = "dns", "dns_ready"
 """Names of the ports: for queries at the machine's end of the nodes' links, for health on loopback."""
 
@@ -54,7 +57,10 @@ def corefile(plan: NetworkPlan, *, port: int, ready_port: int, kubeconfig: Path,
         "        ttl 5\n"
         "    }\n"
         f"{forward}"
-        "    cache 30\n"
+        "    cache 30 {\n"
+        "        disable success cluster.local\n"
+        "        disable denial cluster.local\n"
+        "    }\n"
         "    loadbalance\n"
         "}\n"
     )
@@ -108,25 +114,37 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - its log
 
 
-def _bring(options: argparse.Namespace) -> Path:
-    """CoreDNS' path, whatever it takes to have it."""
+def _bring(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found]:
+    """Have them, whatever it takes."""
     environ = dict(os.environ)
-    if not all(locate(name, cache=options.cache, environ=environ) for name in BINARIES):
+    if not all(locate(name, cache=options.cache, environ=environ) for name in names):
         os.nice(_NICE)
     while True:
         try:
-            found = acquire(
-                BINARIES,
+            return acquire(
+                names,
                 cache=options.cache,
                 environ=environ,
                 progress=_say,
                 mirror=options.mirror,
                 allow_download=not options.no_download,
             )
-            return found[COMPONENT].path
         except HarnessError as error:
             _say(f"error: {error}; trying again in {_RETRY_SECONDS:g} s")
             time.sleep(_RETRY_SECONDS)
+
+
+def _bring_later(options: argparse.Namespace) -> None:
+    """In a process of its own, whose parent is gone, since this one becomes CoreDNS, which reaps nobody."""
+    if all(locate(name, cache=options.cache, environ=dict(os.environ)) for name in LATER):
+        return
+    child = os.fork()
+    if child != 0:
+        os.waitpid(child, 0)
+        return
+    if os.fork() == 0:
+        _bring(options, LATER)
+    os._exit(0)
 
 
 def _wait_for(address: str) -> None:
@@ -150,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mirror", default="")
     parser.add_argument("--no-download", action="store_true")
     options = parser.parse_args(argv)
-    path = _bring(options)
+    path = _bring(options, BINARIES)[COMPONENT].path
+    _bring_later(options)
     _wait_for(options.address)
     os.execv(path, [str(path), "-conf", str(options.corefile)])  # noqa: S606 - no shell is wanted
 

@@ -75,8 +75,8 @@ def bring_services(cluster: Cluster, *, reporter: Reporter) -> None:
         return
     ensure_running(cluster_dns.component(plan, settings, state), state=state, settings=settings)
     reporter.notice(
-        "Services and names work in some minutes: kube-proxy and CoreDNS are brought in the background, once per "
-        f"machine (`invoke logs {cluster_dns.COMPONENT}`)"
+        "Services, names and NetworkPolicies work in some minutes: what they need is brought in the background, "
+        f"once per machine (`invoke logs {cluster_dns.COMPONENT}`)"
     )
 
 
@@ -387,7 +387,11 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         argv += ["--allow-local-origins", origin]
     if (plan := pod_network.plan_of(state)) is not None:
         argv += pod_network.node_arguments(
-            plan, index=index, kube_proxy=str(kube_proxy_path(cluster)), kubeconfig=state.etc / "kube-proxy.conf"
+            plan,
+            index=index,
+            folder=state.etc,
+            kube_proxy=_late_binary(cluster, "kube-proxy"),
+            network_policies=_late_binary(cluster, "netpol"),
         )
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
@@ -412,11 +416,11 @@ def local_origins(cluster: Cluster) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*own, *cluster.state.cluster.local_origins)))
 
 
-def kube_proxy_path(cluster: Cluster) -> Path:
+def _late_binary(cluster: Cluster, name: str) -> Path:
     """Where it is, or will be."""
     from wasilet.controlplane.acquire import expected
 
-    return expected("kube-proxy", cache=cluster.settings.cache, environ=cluster.settings.environ)
+    return expected(name, cache=cluster.settings.cache, environ=cluster.settings.environ)
 
 
 def _pod_network_steps(cluster: Cluster) -> list[Step]:

@@ -390,6 +390,7 @@ class FakeImages:
         self.delay: dict[str, float] = {}
         self.asked: list[tuple[str, tuple[Credential, ...]]] = []
         self.in_use: frozenset[str] = frozenset()
+        self.kind = GuestKind.MODULE
 
     async def ensure(
         self,
@@ -410,7 +411,7 @@ class FakeImages:
             manifest_digest="sha256:1",
             module_digest="sha256:2",
             module_path=Path("/m.wasm"),
-            kind=GuestKind.MODULE,
+            kind=self.kind,
             size_bytes=1,
             module_name="hello.wasm",
         )
