@@ -137,6 +137,7 @@ class _Agent:
     ) -> None:
         from wasilet_common.oci.credentials import from_secrets
 
+        from wasilet_node.identity import instance_id
         from wasilet_node.images.compile import Compiler
         from wasilet_node.images.manager import ImageManager
         from wasilet_node.kube.events import KubeEventRecorder
@@ -198,6 +199,7 @@ class _Agent:
             port=lambda: server.port or settings.port,
             hostname=settings.hostname or settings.node_name,
             agent_version=self._version,
+            instance_id=instance_id(settings.paths.data),
             runtime_version=_wasmtime_version(),
             problem=lambda: self._problem or (network.problem if network is not None else None),
             network=network,

@@ -59,7 +59,14 @@ def pressures(levels: Levels) -> tuple[Pressure, ...]:
                 resource="ephemeral-storage", threshold_bytes=threshold, available_bytes=levels.disk_available_bytes
             )
         )
+    if levels.inodes and levels.inodes_free < (fewest := _inode_threshold(levels)):
+        found.append(Pressure(resource="inodes", threshold_bytes=fewest, available_bytes=levels.inodes_free))
     return tuple(found)
+
+
+def _inode_threshold(levels: Levels) -> int:
+    """File systems without a fixed number of inodes report none at all, and are never short of them."""
+    return int(min(levels.inodes * _INODE_SHARE, _INODE_THRESHOLD))
 
 
 class Conditions:
@@ -72,10 +79,9 @@ class Conditions:
 
     def judge(self, levels: Levels, problem: str | None) -> list[Verdict]:
         """``problem``: why the node can't run pods; None: it can. Reasons and messages are kubelet's."""
-        inodes_short = 0 < levels.inodes_free < min(levels.inodes * _INODE_SHARE, _INODE_THRESHOLD)
         short = {pressure.resource for pressure in pressures(levels)}
         memory = self._held("memory", now_true="memory" in short)
-        disk = self._held("disk", now_true="ephemeral-storage" in short or inodes_short)
+        disk = self._held("disk", now_true=bool(short & {"ephemeral-storage", "inodes"}))
         pid = self._held("pid", now_true=levels.pids_free < levels.pids * _PID_SHARE)
         return [
             _verdict("MemoryPressure", "InsufficientMemory", "SufficientMemory", "memory available", is_true=memory),

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+
+from wasilet_common.time_format import rfc3339_micro
 
 from wasilet_node.kube.base import ApiStatusError, ConflictError, Kube, KubeError, KubeObject, NotFoundError
 
@@ -97,6 +98,6 @@ class LeaseKeeper:
             "spec": {
                 "holderIdentity": self._node_name,
                 "leaseDurationSeconds": self._duration_seconds,
-                "renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+                "renewTime": rfc3339_micro(time.time_ns()),
             },
         }

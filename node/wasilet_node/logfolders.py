@@ -2,19 +2,15 @@
 
 ``<root>/pods/<namespace>_<name>_<uid>/<container>/<attempt>.log``, as kubelet has them and log collectors expect them.
 A namespace may have 63 characters and a name 253, together more than the 255 bytes of a file name on Linux: then the
-pod's name is cut, and a hash of namespace and name follows it. The uid is always whole, because clean-up finds the
+pod's name is cut, and a hash of it follows. The uid is always whole, because clean-up finds the
 owner of a folder by it.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-_MAX_NAME_BYTES = 255
-"""Linux' NAME_MAX."""
-
-_HASH_DIGITS = 16
+from wasilet_common.file_names import MAX_BYTES, shortened
 
 
 def pods_root(log_root: Path) -> Path:
@@ -33,10 +29,5 @@ def uid_of(folder_name: str) -> str:
 
 
 def _folder_name(namespace: str, name: str, uid: str) -> str:
-    full = f"{namespace}_{name}_{uid}"
-    excess = len(full.encode()) - _MAX_NAME_BYTES
-    if excess <= 0:
-        return full
-    digest = hashlib.sha256(f"{namespace}/{name}".encode()).hexdigest()[:_HASH_DIGITS]
-    kept = name.encode()[: max(0, len(name.encode()) - excess - _HASH_DIGITS - 1)].decode(errors="ignore")
-    return f"{namespace}_{kept.rstrip('-.')}-{digest}_{uid}"
+    left = MAX_BYTES - len(f"{namespace}__{uid}".encode())
+    return f"{namespace}_{shortened(name, left)}_{uid}"

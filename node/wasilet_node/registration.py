@@ -19,9 +19,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
+from wasilet_common.time_format import rfc3339
+
+from wasilet_node import identity
 from wasilet_node.certificates_store import NodeNames
 from wasilet_node.conditions import (
     MEMORY_THRESHOLD_BYTES,
@@ -109,6 +111,7 @@ class Registration:
         port: Callable[[], int],
         hostname: str,
         agent_version: str,
+        instance_id: str,
         runtime_version: str,
         problem: Callable[[], str | None],
         images: Callable[[], Awaitable[Sequence[dict[str, object]]]],
@@ -117,6 +120,7 @@ class Registration:
         network: NodeNetworkState | None = None,
     ) -> None:
         """``server``: the API server's URL, by which the node's address is found. ``port``: of the kubelet API.
+        ``instance_id``: see ``wasilet_node.identity``.
         ``problem``: why no pod can run, None when it can. ``on_names`` is called after the status holds them."""
         self._kube = kube
         self._events = events
@@ -125,6 +129,7 @@ class Registration:
         self._port = port
         self._hostname = hostname
         self._agent_version = agent_version
+        self._instance_id = instance_id
         self._runtime_version = runtime_version
         self._problem = problem
         self._images = images
@@ -236,7 +241,7 @@ class Registration:
             "metadata": {
                 "name": self._settings.node_name,
                 "labels": self._labels(),
-                "annotations": {_ATTACH_ANNOTATION: "true"},
+                "annotations": {_ATTACH_ANNOTATION: "true", identity.ANNOTATION: self._instance_id},
             },
             "spec": {"taints": [_taint(text) for text in self._settings.taints]},
             "status": {**status, "conditions": with_times(verdicts, [], _now())},
@@ -266,11 +271,22 @@ class Registration:
             raise NodeTakenError(
                 f"the node {self._settings.node_name} exists and runs {runtime}; choose another name with --node-name"
             )
-        labels = (node.get("metadata") or {}).get("labels") or {}
+        name = self._settings.node_name
+        if identity.is_foreign(node, self._instance_id):
+            logger.warning("the node %s is another instance's; looking whether that one is alive", name)
+            if await identity.is_alive(self._kube, name):
+                raise NodeTakenError(
+                    f"the node {name} is alive: another agent, with another data folder, renews its lease; stop that "
+                    "one, or choose another name with --node-name"
+                )
+        metadata = node.get("metadata") or {}
+        labels = metadata.get("labels") or {}
         patch: KubeObject = {}
         missing = {name: value for name, value in self._labels().items() if labels.get(name) != value}
         if missing:
             patch["metadata"] = {"labels": missing}
+        if (metadata.get("annotations") or {}).get(identity.ANNOTATION) != self._instance_id:
+            patch.setdefault("metadata", {})["annotations"] = {identity.ANNOTATION: self._instance_id}
         if self._settings.provider_id is not None and not (node.get("spec") or {}).get("providerID"):
             patch["spec"] = {"providerID": self._settings.provider_id}
         if patch:
@@ -285,7 +301,6 @@ class Registration:
         logger.info("found node %s and brought it up to date", self._settings.node_name)
         self._event("Normal", "Starting", "Starting kubelet.")
         if rebooted:
-            name = self._settings.node_name
             self._event("Warning", "Rebooted", f"Node {name} has been rebooted, boot id: {self._facts.boot_id}")
         await self.report(force=True)
 
@@ -510,4 +525,4 @@ def _taint(text: str) -> dict[str, str]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rfc3339(time.time_ns())

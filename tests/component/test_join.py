@@ -373,6 +373,7 @@ async def test_a_quiet_node_costs_nothing_and_a_moved_one_keeps_no_old_address(
         port=lambda: 10250,
         hostname="join-7",
         agent_version="0",
+        instance_id="a" * 32,
         runtime_version="0",
         problem=lambda: None,
         images=images,

@@ -1,8 +1,8 @@
 """``status``: what runs, and whether it is well. The JSON is a contract: other programs build on it (docs/harness.md).
 
 ``name, provider, kubeconfig, context, server, registry, registry_login, pod_network, components[], nodes[], ready``;
-``pod_network`` is ``pods, services, machine_address, dns, absent``, either the first four or the last null; each component
-``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null
+``pod_network`` is ``pods, services, machine_address, dns, absent``, either the first four or the last null; each
+component ``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null
 when the process does not run. Fields are only ever added.
 """
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wasilet_common.time_format import rfc3339_of
+
 from wasilet.cluster.state import write_file
 from wasilet.errors import ApiError, StateError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
@@ -90,7 +92,7 @@ def create_token(
         "bootstrap-token.yaml.j2",
         token_id=token.id,
         token_secret=token.secret,
-        expiration=end.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        expiration=rfc3339_of(end),
         description=description,
     )
     kube.create(object_path(secret, collection=True), secret)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.file_names import MAX_BYTES, shortened
+
 from wasilet.errors import HarnessError
 from wasilet.kube.client import KubeObject, api_path
 from wasilet.testing.test_namespace import Scene
@@ -49,15 +51,20 @@ def gather(scene: Scene, root: Path, test: str, report: str) -> Path:
     for name, lines in (("events.txt", _events(scene)), ("cluster.txt", _cluster(scene))):
         (folder / name).write_text("".join(f"{line}\n" for line in _tried(lines, problems)))
     for pod in _tried(_items(scene, "pods"), problems):
-        _write_yaml(folder / "pods" / f"{pod['metadata']['name']}.yaml", "Pod", pod)
+        _write_yaml(folder / "pods" / _file_name(str(pod["metadata"]["name"]), ".yaml"), "Pod", pod)
         _logs(scene, pod, folder / "logs", problems)
     for node in _tried(_wasm_nodes(scene), problems):
-        _write_yaml(folder / "nodes" / f"{node['metadata']['name']}.yaml", "Node", node)
+        _write_yaml(folder / "nodes" / _file_name(str(node["metadata"]["name"]), ".yaml"), "Node", node)
     for name, log in scene.cluster.node_logs.items():
-        _tail(log, folder / "nodes" / f"{name}.log", problems)
+        _tail(log, folder / "nodes" / _file_name(name, ".log"), problems)
     if problems:
         (folder / "problems.txt").write_text("".join(f"{line}\n" for line in problems))
     return folder
+
+
+def _file_name(stem: str, suffix: str) -> str:
+    """Names of pods alone may be as long as those of files."""
+    return shortened(stem, MAX_BYTES - len(suffix)) + suffix
 
 
 def _tried(items: Iterator[Any], problems: list[str]) -> Iterator[Any]:
@@ -108,9 +115,10 @@ def _logs(scene: Scene, pod: KubeObject, folder: Path, problems: list[str]) -> N
     name = str(pod["metadata"]["name"])
     status = pod.get("status") or {}
     for entry in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
-        chosen = [(False, f"{name}-{entry['name']}.log")] if _ran(entry, "state") else []
+        stem = f"{name}-{entry['name']}"
+        chosen = [(False, _file_name(stem, ".log"))] if _ran(entry, "state") else []
         if _ran(entry, "lastState"):
-            chosen.append((True, f"{name}-{entry['name']}-previous.log"))
+            chosen.append((True, _file_name(stem, "-previous.log")))
         for previous, file in chosen:
             query = {"container": str(entry["name"]), "limitBytes": str(MAX_LOG_BYTES), "timestamps": "true"}
             if previous:

@@ -20,9 +20,9 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
+
+from wasilet_common.time_format import NANOSECONDS, parse_rfc3339_nano
 
 MEMORY_BYTES = 64 * 1024
 """A log that is longer is kept on disk."""
@@ -38,8 +38,7 @@ TAIL_LINES = 1000
 
 _MARK_LINES = 1024
 _MARK_BYTES = 64 * 1024
-_STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d) ")
-_NANOSECONDS = 1_000_000_000
+_STAMP = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d) ")
 
 
 class SpoolError(Exception):
@@ -67,21 +66,12 @@ def nanoseconds_of(raw: bytes) -> int:
     stamp = _STAMP.match(raw)
     if stamp is None:
         return 0
-    fraction = int((stamp[2] or b"0").ljust(9, b"0")[:9])
-    return _seconds(stamp[1], stamp[3]) * _NANOSECONDS + fraction
-
-
-@lru_cache(maxsize=256)
-def _seconds(moment: bytes, zone: bytes) -> int:
-    try:
-        return int(datetime.fromisoformat((moment + zone).decode()).timestamp())
-    except ValueError:
-        return 0
+    return parse_rfc3339_nano(stamp[0][:-1]) or 0
 
 
 def line_of(raw: bytes) -> LogLine:
     """Both."""
-    return LogLine(nanoseconds_of(raw) / _NANOSECONDS, text_of(raw))
+    return LogLine(nanoseconds_of(raw) / NANOSECONDS, text_of(raw))
 
 
 class LogSpool:

@@ -10,12 +10,13 @@ only whole seconds. Log lines carry the node's own time stamps. All are seconds 
 
 from __future__ import annotations
 
-import datetime as dt
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
+
+from wasilet_common.time_format import parse_rfc3339
 
 from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
@@ -387,21 +388,7 @@ def _since(conditions: dict[str, KubeObject], kind: str) -> Any:
 
 def seconds_of(stamp: Any) -> float:
     """An RFC 3339 time stamp in seconds since the epoch; 0.0 when it is none."""
-    if not isinstance(stamp, str) or len(stamp) < 20 or stamp[10] != "T":
-        return 0.0
-    # Nanoseconds are more than fromisoformat of Python 3.11 reads, and more than a float holds.
-    whole, dot, fraction = stamp.partition(".")
-    digits = fraction.rstrip("Z0123456789+-:")
-    if digits:
-        return 0.0
-    try:
-        if not dot:
-            return dt.datetime.fromisoformat(stamp).timestamp()
-        zone = next((index for index, sign in enumerate(fraction) if sign in "Z+-"), len(fraction))
-        base = dt.datetime.fromisoformat(whole + fraction[zone:]).timestamp()
-        return base + float("0." + fraction[:zone])
-    except ValueError:
-        return 0.0
+    return (parse_rfc3339(stamp) if isinstance(stamp, str) else None) or 0.0
 
 
 def event_time(event: KubeObject) -> float:

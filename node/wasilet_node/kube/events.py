@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
+from wasilet_common.time_format import rfc3339_of
+
 from wasilet_node.kube.base import (
     ApiStatusError,
     ApiUnavailableError,
@@ -291,7 +293,7 @@ class KubeEventRecorder:
 
 
 def _text(at: datetime) -> str:
-    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rfc3339_of(at)
 
 
 def _shortened(message: str) -> str:

@@ -85,13 +85,3 @@ class NotBefore:
     def left(self, now: float) -> float:
         """Seconds; 0: now."""
         return max(0.0, self.since + self.seconds - now) if now >= self.since else 0.0
-
-
-def go_duration(seconds: float) -> str:
-    """As Go prints a duration of whole seconds: ``10s``, ``1m20s``, ``5m0s``."""
-    whole = round(seconds)
-    minutes, rest = divmod(whole, 60)
-    if minutes >= 60:
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}h{minutes}m{rest}s"
-    return f"{minutes}m{rest}s" if minutes else f"{rest}s"

@@ -82,8 +82,9 @@ def ready(pod: Pod, containers: Condition, conditions: Sequence[Mapping[str, Any
     return _condition("Ready", status=True)
 
 
-def initialized(pod: Pod, statuses: Mapping[str, Mapping[str, Any]], phase: str) -> Condition:
-    """Initialized: all init containers have succeeded and all sidecars have started."""
+def initialized(pod: Pod, statuses: Mapping[str, Mapping[str, Any]], phase: str, *, before: bool = False) -> Condition:
+    """Initialized: all init containers have succeeded and all sidecars have started. ``before``: it was so once, and
+    stays so when the pod begins again."""
     unknown: list[str] = []
     incomplete: list[str] = []
     for container in spec.init_containers(pod):
@@ -103,7 +104,7 @@ def initialized(pod: Pod, statuses: Mapping[str, Mapping[str, Any]], phase: str)
         messages.append(f"containers with unknown status: {_go_list(unknown)}")
     if incomplete:
         messages.append(f"containers with incomplete status: {_go_list(incomplete)}")
-    if messages:
+    if messages and not before:
         return _condition("Initialized", status=False, reason="ContainersNotInitialized", message=", ".join(messages))
     return _condition("Initialized", status=True)
 
@@ -115,12 +116,15 @@ def owned_conditions(
     *,
     sandbox_ready: bool,
     foreign: Sequence[Mapping[str, Any]],
+    old: Sequence[Mapping[str, Any]] = (),
 ) -> list[Condition]:
-    """The five conditions of a kubelet, without transition times. ``foreign``: everybody else's, for the gates."""
+    """The five conditions of a kubelet, without transition times. ``foreign``: everybody else's, for the gates;
+    ``old``: all that the pod had."""
+    was_initialized = any(each["type"] == "Initialized" and each.get("status") == "True" for each in old)
     containers = containers_ready(pod, statuses, phase)
     conditions = [
         _condition("PodReadyToStartContainers", status=sandbox_ready),
-        initialized(pod, statuses, phase),
+        initialized(pod, statuses, phase, before=was_initialized),
         ready(pod, containers, foreign),
         containers,
         _condition("PodScheduled", status=True),

@@ -16,13 +16,15 @@ from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import Verdict
 
 MINIMUM_BYTES = 1024 * 1024
+MINIMUM_INODES = 1000
+INODES = "inodes"
 _SYSTEM_CRITICAL_PRIORITY = 2_000_000_000
 _UNITS = (("Gi", 2**30), ("Mi", 2**20), ("Ki", 2**10))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What the containers of a pod use of the resource that is short, in bytes."""
+    """What the containers of a pod use of the resource that is short: bytes, or inodes."""
 
     pod: Pod
     by_container: Mapping[str, int]
@@ -44,6 +46,8 @@ def rank(usages: Iterable[Usage], resource: str) -> list[Usage]:
     """Who goes first stands first; pods that must not or need not go are left out."""
 
     def requested(usage: Usage) -> int:
+        if resource == INODES:
+            return 0  # nobody can ask for any
         asked = resources.pod_requests(usage.pod)
         return asked.memory if resource == "memory" else asked.ephemeral_storage
 
@@ -51,17 +55,19 @@ def rank(usages: Iterable[Usage], resource: str) -> list[Usage]:
         over = usage.total - requested(usage)
         return (over <= 0, int(usage.pod["spec"].get("priority") or 0), -over)
 
-    candidates = [usage for usage in usages if usage.total >= MINIMUM_BYTES and not is_critical(usage.pod)]
+    minimum = MINIMUM_INODES if resource == INODES else MINIMUM_BYTES
+    candidates = [usage for usage in usages if usage.total >= minimum and not is_critical(usage.pod)]
     return sorted(candidates, key=order)
 
 
 def verdict(usage: Usage, pressure: Pressure) -> Verdict:
     """kubelet's words for an eviction."""
+    quantity = str if pressure.resource == INODES else _quantity
     message = (
         f"The node was low on resource: {pressure.resource}. "
-        f"Threshold quantity: {_quantity(pressure.threshold_bytes)}, available: {_quantity(pressure.available_bytes)}. "
+        f"Threshold quantity: {quantity(pressure.threshold_bytes)}, available: {quantity(pressure.available_bytes)}. "
     )
-    for name, used in usage.by_container.items():
+    for name, used in usage.by_container.items() if pressure.resource != INODES else ():
         found = spec.find_container(usage.pod, name)
         asked = resources.request(found[1], pressure.resource) if found else None
         if used > (asked or 0):

@@ -1,4 +1,5 @@
-"""Looks every ten seconds whether a pod has to go: the node runs short of something, or a pod wrote more than it may.
+"""Looks every ten seconds whether a pod has to go: the node runs short of something, or a pod wrote more than it may;
+at memory volumes whose size nobody else holds, twice a second.
 
 Who goes is decided in ``wasilet_node.pods.eviction`` and ``wasilet_node.pods.ephemeral_storage``; unused images go
 before any pod does."""
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from wasilet_node.pods.nodeinfo import Pressure
 from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import Verdict
 from wasilet_node.pods.worker import PodWorker
+from wasilet_node.volumes.removal import Usage as TreeUsage
 from wasilet_node.volumes.removal import usage as tree_usage
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,14 @@ class VolumeMeter(Protocol):
         """Where one instance's root file system lies."""
 
 
+@runtime_checkable
+class MemoryVolumeMeter(Protocol):
+    """``wasilet_node.volumes.manager.VolumeManager``, as far as it measures what fills fast."""
+
+    async def loose_usage(self, pod: Pod) -> Mapping[str, Any]:
+        """Of the memory volumes with a size that the kernel does not hold: by name, something with ``bytes``."""
+
+
 class Evictor:
     """One a node. ``round`` looks once."""
 
@@ -57,9 +67,22 @@ class Evictor:
         if pressures and not leaving:
             await self._relieve(pressures[0], active)
 
+    async def memory_round(self, workers: Mapping[str, PodWorker]) -> None:
+        """Evict those that wrote more into memory than they may; for every half second, since memory is filled fast."""
+        volumes = self._services.volumes
+        if not isinstance(volumes, MemoryVolumeMeter):
+            return
+        for worker in list(workers.values()):
+            if not worker.holds_resources or worker.verdict is not None or eviction.is_critical(worker.pod):
+                continue
+            sizes = {name: int(usage.bytes) for name, usage in (await volumes.loose_usage(worker.pod)).items()}
+            verdict = ephemeral_storage.exceeded(worker.pod, ephemeral_storage.StorageUsage(volumes=sizes))
+            if sizes and verdict is not None:
+                self._evict(worker, verdict)
+
     async def _relieve(self, pressure: Pressure, active: Mapping[str, PodWorker]) -> None:
         images = self._services.images
-        if pressure.resource == "ephemeral-storage" and isinstance(images, ImageReclaimer):
+        if pressure.resource != "memory" and isinstance(images, ImageReclaimer):
             freed = await images.delete_unused()
             if freed > 0:
                 logger.warning("the disk is nearly full: %d bytes of unused images were removed", freed)
@@ -97,7 +120,8 @@ class Evictor:
 
     async def _usages(self, active: Mapping[str, PodWorker], resource: str) -> list[eviction.Usage]:
         if resource != "memory":
-            return [await self._disk_usage(uid, worker) for uid, worker in active.items()]
+            measure = self._inode_usage if resource == eviction.INODES else self._disk_usage
+            return [await measure(uid, worker) for uid, worker in active.items()]
         owners = {i.id: (uid, name) for uid, worker in active.items() for name, i in worker.latest().items()}
         used: dict[str, dict[str, int]] = {}
         for usage in await self._services.runtime.usage():
@@ -105,6 +129,12 @@ class Evictor:
                 uid, name = owners[usage.id]
                 used.setdefault(uid, {})[name] = usage.memory_bytes
         return [eviction.Usage(pod=worker.pod, by_container=used.get(uid, {})) for uid, worker in active.items()]
+
+    async def _inode_usage(self, uid: str, worker: PodWorker) -> eviction.Usage:
+        """Files and folders that the pod made, whoever of its containers it was."""
+        paths = self._services.paths
+        everything = [paths.pods / uid, log_layout.pod_folder(paths, worker.pod)]
+        return eviction.Usage(pod=worker.pod, by_container={}, elsewhere=await asyncio.to_thread(_inodes, everything))
 
     async def _disk_usage(self, uid: str, worker: PodWorker) -> eviction.Usage:
         paths = self._services.paths
@@ -116,10 +146,17 @@ class Evictor:
 
 def _bytes(folders: Iterable[Path]) -> int:
     """On disk, of trees that guests may have made. Blocks."""
-    total = 0
+    return sum(usage.bytes for usage in _measured(folders))
+
+
+def _inodes(folders: Iterable[Path]) -> int:
+    """As :func:`_bytes`. Blocks."""
+    return sum(usage.inodes for usage in _measured(folders))
+
+
+def _measured(folders: Iterable[Path]) -> Iterator[TreeUsage]:
     for folder in folders:
         try:
-            total += tree_usage(folder).bytes
+            yield tree_usage(folder)
         except OSError:
             continue  # not made yet, or just removed
-    return total

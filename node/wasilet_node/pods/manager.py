@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MIRROR_ANNOTATION = "kubernetes.io/config.mirror"
 HOUSEKEEPING_SECONDS = 10.0
+MEMORY_VOLUMES_SECONDS = 0.5
 RELIST_SECONDS = 30.0
 _ORPHANS_AT_ONCE = 16
 _SUBSCRIBED_SECONDS = 0.2
@@ -122,6 +123,7 @@ class PodManager:
                 group.create_task(self._relist_runtime(), name="runtime relist")
                 group.create_task(self._watch_pods(), name="watch pods")
                 group.create_task(self._keep_house(), name="pod housekeeping")
+                group.create_task(self._watch_memory_volumes(), name="sizes of memory volumes")
         finally:
             tasks = [*self._tasks.values(), *self._cleaning]
             for task in tasks:
@@ -326,6 +328,14 @@ class PodManager:
             except Exception:
                 # Whatever a measurement stumbles over, the node's other work goes on.
                 logger.exception("whether a pod has to be evicted could not be told")
+
+    async def _watch_memory_volumes(self) -> None:
+        while True:
+            await asyncio.sleep(MEMORY_VOLUMES_SECONDS)
+            try:
+                await self._evictor.memory_round(self._workers)
+            except Exception:
+                logger.exception("the sizes of memory volumes could not be told")
 
     def _report_images_in_use(self) -> None:
         in_use = frozenset(

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Pressure:
-    """A resource that runs short, with the figures that kubelet's eviction message names (bytes)."""
+    """A resource that runs short, with the figures that kubelet's eviction message names: bytes, or inodes."""
 
     resource: str
-    """``memory`` or ``ephemeral-storage``."""
+    """``memory``, ``ephemeral-storage`` or ``inodes``."""
 
     threshold_bytes: int
     available_bytes: int

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wasilet_common.time_format import NANOSECONDS
+
 from wasilet_node.kube.base import EventRecorder
 from wasilet_node.kube.expansion import expand, mapping_for
 from wasilet_node.network.attachment import MachineNetwork, Networks
@@ -171,7 +173,7 @@ class _Probe:
                 return
         elif not self._pod.results.started(self._instance.id, has_probe="startupProbe" in self._container):
             return
-        age = max(0.0, time.time() - self._instance.started_at_ns / spec.NANOSECONDS)
+        age = max(0.0, time.time() - self._instance.started_at_ns / NANOSECONDS)
         delay = max(0.0, float(self._settings.get("initialDelaySeconds") or 0) - age)
         if age > _REATTACHED_SECONDS and "startupProbe" not in self._container:
             delay += random.random() * self._period  # noqa: S311 - spreads load, keeps no secret

@@ -13,8 +13,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from wasilet_common.time_format import NANOSECONDS, parse_rfc3339
+
 from wasilet_node.pods import spec
-from wasilet_node.pods.spec import NANOSECONDS, Pod
+from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import ID_PREFIX
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus
 
@@ -128,5 +130,5 @@ def _exited(like: ContainerStatus, terminated: Mapping[str, Any], *, started_at_
 
 
 def _nanoseconds(text: str | None) -> int:
-    seconds = spec.parse_time(text)
+    seconds = parse_rfc3339(text)
     return int(seconds * NANOSECONDS) if seconds else 0

@@ -6,9 +6,7 @@ functions hold the defaults that the Go types would have filled in.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -16,7 +14,6 @@ Pod = dict[str, Any]
 Container = dict[str, Any]
 
 TERMINAL_PHASES = frozenset({"Succeeded", "Failed"})
-NANOSECONDS = 1_000_000_000
 RESTART_ALL = "RestartAllContainers"
 """A container rule's action (KEP-5532)."""
 
@@ -187,23 +184,3 @@ def resolve_port(value: Any, container: Container) -> int:
     if not 0 < number < 65536:
         raise ValueError(f"invalid port number: {value}")
     return number
-
-
-def rfc3339(nanoseconds: int) -> str:
-    """``metav1.Time``: whole seconds, UTC."""
-    return datetime.fromtimestamp(nanoseconds // NANOSECONDS, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def now_rfc3339() -> str:
-    """The present as ``metav1.Time``."""
-    return rfc3339(time.time_ns())
-
-
-def parse_time(text: str | None) -> float | None:
-    """Seconds since the epoch of a ``metav1.Time``; None for an empty or unreadable one."""
-    if not text:
-        return None
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return None

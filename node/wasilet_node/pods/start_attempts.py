@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import random
 
+from wasilet_common.time_format import NANOSECONDS, go_duration
+
 from wasilet_node.pods import hooks, resources, spec
 from wasilet_node.pods.backoff import (
     CRASH_LOOP_INITIAL_SECONDS,
@@ -12,11 +14,10 @@ from wasilet_node.pods.backoff import (
     CrashLoopBackoff,
     NotBefore,
     RetryBackoff,
-    go_duration,
 )
 from wasilet_node.pods.container_start import Late, LaunchError, launch
 from wasilet_node.pods.dependencies import PodDependencies
-from wasilet_node.pods.spec import NANOSECONDS, Container, Pod
+from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.pods.status import Waiting
 from wasilet_node.runtime.protocol import ContainerStatus, RuntimeCapabilities, RuntimeUnavailableError
 

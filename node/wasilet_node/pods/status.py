@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from wasilet_common.time_format import rfc3339
+
 from wasilet_node.pods import conditions, messages, spec
 from wasilet_node.pods.nodeinfo import NodeInfo
 from wasilet_node.pods.resources import ANNOTATION_RESOURCES, encoded, qos_class
@@ -128,7 +130,12 @@ def compute(facts: Facts) -> PodStatus:
         }
         foreign += conditions.with_transition_times([added], old_conditions, facts.now)
     owned = conditions.owned_conditions(
-        pod, by_name, phase, sandbox_ready=facts.sandbox_ready and not facts.terminated, foreign=foreign
+        pod,
+        by_name,
+        phase,
+        sandbox_ready=facts.sandbox_ready and not facts.terminated,
+        foreign=foreign,
+        old=old_conditions,
     )
     owned += conditions.all_containers_restarting(pod, phase, restarting=facts.restarting_all)
     owned += _resize_pending(facts)
@@ -259,7 +266,7 @@ def _state(facts: Facts, latest: ContainerStatus | None) -> dict[str, Any]:
     if latest is None:
         return {"waiting": {"reason": _default_waiting(facts.pod)}}
     if latest.state is ContainerState.RUNNING:
-        return {"running": {"startedAt": spec.rfc3339(latest.started_at_ns)}}
+        return {"running": {"startedAt": rfc3339(latest.started_at_ns)}}
     if latest.state is ContainerState.CREATED:
         return {"waiting": {"reason": "ContainerCreating"}}
     return {"terminated": _terminated(facts, latest)}
@@ -284,9 +291,9 @@ def _terminated(facts: Facts, instance: ContainerStatus) -> dict[str, Any]:
         terminated["message"] = message
     # A time that is not known stays unsaid: the epoch would be a lie that tools compute ages from.
     if instance.started_at_ns:
-        terminated["startedAt"] = spec.rfc3339(instance.started_at_ns)
+        terminated["startedAt"] = rfc3339(instance.started_at_ns)
     if instance.finished_at_ns:
-        terminated["finishedAt"] = spec.rfc3339(instance.finished_at_ns)
+        terminated["finishedAt"] = rfc3339(instance.finished_at_ns)
     terminated["containerID"] = ID_PREFIX + instance.id
     return terminated
 

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
+from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
+
 from wasilet_node.kube import fields
 from wasilet_node.kube.base import KubeError, NotFoundError
 from wasilet_node.network.errors import NetworkError
@@ -31,7 +33,7 @@ from wasilet_node.pods.probes import PodProbes
 from wasilet_node.pods.refresher import Refresher
 from wasilet_node.pods.renewal import Renewal
 from wasilet_node.pods.results import ProbeResults
-from wasilet_node.pods.spec import NANOSECONDS, Container, Pod, Role
+from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.pods.start_attempts import Starter
 from wasilet_node.pods.status import Facts, Verdict, Waiting
 from wasilet_node.pods.status_writer import StatusPatcher
@@ -246,7 +248,7 @@ class PodWorker:
         elif self._rejected or spec.is_terminal(self.pod):
             self._begin_to_end(0)
         elif (limit := self.pod["spec"].get("activeDeadlineSeconds")) is not None:
-            started = spec.parse_time(self.status.get("startTime"))
+            started = parse_rfc3339(self.status.get("startTime"))
             left = float(limit) - (now - started) if started is not None else float(limit)
             if left <= 0:
                 self.services.events.event(self.pod, "Normal", DEADLINE.reason, DEADLINE.message)
@@ -490,7 +492,7 @@ class PodWorker:
 
     def _publish(self) -> None:
         """Compute the status and have it sent; one that only says "being created" may wait for what comes next."""
-        now = spec.rfc3339(int(self.services.wall_clock() * NANOSECONDS))
+        now = rfc3339(int(self.services.wall_clock() * NANOSECONDS))
         if self._rejected and self.verdict is not None:
             if not spec.is_terminal(self.pod):
                 self.status = status_of.rejected(self.pod, self.verdict, now)

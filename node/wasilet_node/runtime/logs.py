@@ -21,12 +21,6 @@ MAX_LINE_BYTES = 16 * 1024
 READ_BYTES = 64 * 1024
 
 
-def rfc3339_nano(nanoseconds: int) -> bytes:
-    """UTC, always nine digits."""
-    seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode() + b".%09dZ" % rest
-
-
 class LineFramer:
     """Turns the bytes of one stream into CRI lines; keeps an unfinished line until its end or 16 KiB are there."""
 

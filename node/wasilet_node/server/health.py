@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 from aiohttp import web
+from wasilet_common.time_format import go_duration
 
 from wasilet_node.server.auth import ALLOW_TTL_SECONDS, AUTHENTICATION_TTL_SECONDS, DENY_TTL_SECONDS
 from wasilet_node.settings import NodeSettings
@@ -71,27 +72,27 @@ class HealthViews:
                     "tlsMinVersion": "VersionTLS12",
                     "authentication": {
                         "x509": {},
-                        "webhook": {"enabled": True, "cacheTTL": _duration(AUTHENTICATION_TTL_SECONDS)},
+                        "webhook": {"enabled": True, "cacheTTL": go_duration(AUTHENTICATION_TTL_SECONDS)},
                         "anonymous": {"enabled": False},
                     },
                     "authorization": {
                         "mode": "Webhook",
                         "webhook": {
-                            "cacheAuthorizedTTL": _duration(ALLOW_TTL_SECONDS),
-                            "cacheUnauthorizedTTL": _duration(DENY_TTL_SECONDS),
+                            "cacheAuthorizedTTL": go_duration(ALLOW_TTL_SECONDS),
+                            "cacheUnauthorizedTTL": go_duration(DENY_TTL_SECONDS),
                         },
                     },
                     "enableDebuggingHandlers": True,
                     "enableSystemLogHandler": False,
                     "enableProfilingHandler": False,
                     "enableDebugFlagsHandler": False,
-                    "nodeStatusUpdateFrequency": _duration(settings.status_interval_seconds),
-                    "nodeStatusReportFrequency": _duration(settings.status_report_interval_seconds),
+                    "nodeStatusUpdateFrequency": go_duration(settings.status_interval_seconds),
+                    "nodeStatusReportFrequency": go_duration(settings.status_report_interval_seconds),
                     "nodeLeaseDurationSeconds": settings.lease_duration_seconds,
                     "maxPods": settings.max_pods,
                     "containerLogMaxSize": str(settings.logs.max_size_bytes),
                     "containerLogMaxFiles": settings.logs.max_files,
-                    "imageMinimumGCAge": _duration(settings.images.gc_minimum_age_seconds),
+                    "imageMinimumGCAge": go_duration(settings.images.gc_minimum_age_seconds),
                     "imageGCHighThresholdPercent": settings.images.gc_high_threshold_percent,
                     "imageGCLowThresholdPercent": settings.images.gc_low_threshold_percent,
                     "maxParallelImagePulls": settings.images.max_parallel_pulls,
@@ -101,13 +102,3 @@ class HealthViews:
                 }
             }
         )
-
-
-def _duration(seconds: float) -> str:
-    """As Go prints a duration: ``2m0s``."""
-    hours, rest = divmod(seconds, 3600)
-    minutes, rest = divmod(rest, 60)
-    text = f"{int(hours)}h" if hours else ""
-    if hours or minutes:
-        text += f"{int(minutes)}m"
-    return f"{text}{rest:g}s"

@@ -13,12 +13,12 @@ import contextlib
 import gzip
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, cast
+
+from wasilet_common.time_format import parse_rfc3339_nano, rfc3339_nano
 
 logger = logging.getLogger(__name__)
 
@@ -26,36 +26,7 @@ CHUNK_BYTES = 64 * 1024
 MAX_LINE_BYTES = 1024 * 1024
 """A line without an end is given up beyond this; the runtime cuts lines into pieces far shorter."""
 
-_TIMESTAMP = re.compile(
-    rb"(\d{4})-(\d{2})-(\d{2})[Tt](\d{2}):(\d{2}):(\d{2})(?:\.(\d{1,9})\d*)?(?:[Zz]|([+-])(\d{2}):(\d{2}))"
-)
-_FIRST_SECOND = -62_135_596_800
-_LAST_SECOND = 253_402_300_799
 _FIXED_WIDTH = len(b"2016-10-06T00:17:09.669794202Z")
-
-
-def parse_timestamp(text: bytes) -> int | None:
-    """Nanoseconds since the epoch of an RFC 3339 time of any precision; None when it is none."""
-    match = _TIMESTAMP.fullmatch(text)
-    if match is None:
-        return None
-    try:
-        moment = datetime(*(int(part) for part in match.groups()[:6]), tzinfo=UTC)  # type: ignore[arg-type, misc]
-    except ValueError:
-        return None
-    seconds = int((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds())
-    if match[8]:
-        offset = (int(match[9]) * 60 + int(match[10])) * 60
-        seconds -= offset if match[8] == b"+" else -offset
-    return seconds * 1_000_000_000 + int((match[7] or b"").ljust(9, b"0"))
-
-
-def format_timestamp(nanoseconds: int) -> bytes:
-    """RFC 3339 in UTC with nine digits, as kubelet writes it for ``timestamps=true``. What an offset carries out of the
-    years 1 to 9999 is the first or last second of those."""
-    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
-    moment = datetime.fromtimestamp(min(max(seconds, _FIRST_SECOND), _LAST_SECOND), UTC)
-    return b"%04d-%02d-%02dT%02d:%02d:%02d.%09dZ" % (*moment.timetuple()[:6], fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +47,7 @@ class Renderer:
     def __init__(self, options: RenderOptions) -> None:
         self._timestamps = options.timestamps
         self._since_ns = options.since_ns
-        self._since = None if options.since_ns is None else format_timestamp(options.since_ns)
+        self._since = None if options.since_ns is None else rfc3339_nano(options.since_ns)
         self._remaining = options.limit_bytes
         self._wanted = {b"stdout": options.stdout, b"stderr": options.stderr}
         self._carry = b""
@@ -129,13 +100,13 @@ class Renderer:
     def _recent(self, stamp: bytes) -> bool:
         if len(stamp) == _FIXED_WIDTH and stamp.endswith(b"Z"):
             return stamp >= cast("bytes", self._since)
-        nanoseconds = parse_timestamp(stamp)
+        nanoseconds = parse_rfc3339_nano(stamp)
         return nanoseconds is not None and nanoseconds >= cast("int", self._since_ns)
 
     def _stamp(self, stamp: bytes) -> bytes:
         if len(stamp) != _FIXED_WIDTH or not stamp.endswith(b"Z"):
-            nanoseconds = parse_timestamp(stamp)
-            stamp = stamp if nanoseconds is None else format_timestamp(nanoseconds)
+            nanoseconds = parse_rfc3339_nano(stamp)
+            stamp = stamp if nanoseconds is None else rfc3339_nano(nanoseconds)
         return stamp + b" "
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from aiohttp import HttpVersion11, web
+from wasilet_common.time_format import parse_rfc3339_nano
 
 from wasilet_node.logfolders import pod_folder
 from wasilet_node.server.logfiles import (
@@ -27,7 +28,6 @@ from wasilet_node.server.logfiles import (
     Segment,
     open_log,
     open_segment,
-    parse_timestamp,
     rotated_names,
     skip_to_tail,
 )
@@ -345,7 +345,7 @@ def _boolean(query: Mapping[str, str], key: str) -> bool:
 def _since_time(text: str) -> int | None:
     if text in {"", "null"}:
         return None
-    nanoseconds = parse_timestamp(text.encode())
+    nanoseconds = parse_rfc3339_nano(text.encode())
     if nanoseconds is None:
         raise LogRequestError(400, '{"message": "Unable to decode query."}')
     return nanoseconds

@@ -14,11 +14,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from wasilet_common.time_format import rfc3339
 
 from wasilet_node import machine
 from wasilet_node.logfolders import pod_folder
@@ -318,11 +318,6 @@ class SummaryView:
             size = await asyncio.to_thread(lambda: sum(_tree_sizes(self._paths.images)))
             self._image_bytes = (now, size)
         return self._image_bytes[1]
-
-
-def rfc3339(nanoseconds: int) -> str:
-    """metav1.Time: UTC, whole seconds."""
-    return datetime.fromtimestamp(nanoseconds // _BILLION, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _cpu(moment: str, nanocores: int, nanoseconds: int) -> dict[str, Any]:

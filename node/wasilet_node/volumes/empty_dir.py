@@ -1,14 +1,18 @@
 """emptyDir volumes: a folder of the pod's, on disk or in memory, which lives as long as the pod.
 
-``sizeLimit`` is not a quota (there is no mount to put one on): what is there is measured (``VolumeManager.usage``), and
-the pod is evicted (``wasilet_node.pods.evictor``), as kubelet does it.
+``sizeLimit`` is not a quota on disk: what is there is measured (``VolumeManager.usage``), and the pod is evicted
+(``wasilet_node.pods.evictor``), as kubelet does it. In memory the kernel holds the size where this process may mount
+(``wasilet_node.volumes.sized_memory``); else it is measured twice a second.
 """
 
 from __future__ import annotations
 
+from wasilet_common import quantity
+
 from wasilet_node.volumes.base import Pod
 from wasilet_node.volumes.kinds import Place, Shared, Source
 from wasilet_node.volumes.pod_dirs import checked_name, make_private
+from wasilet_node.volumes.sized_memory import hold_size
 
 
 class EmptyDirs:
@@ -28,4 +32,8 @@ class EmptyDirs:
         in_memory = source.get("medium") == "Memory"
         areas = self._shared.areas
         root = areas.memory_pod(uid) if in_memory else areas.pod(uid)
-        return Place(path=make_private(root / "volumes" / checked_name(name)), in_memory=in_memory)
+        folder = make_private(root / "volumes" / checked_name(name))
+        limit = int(quantity.value(source.get("sizeLimit") or "0"))
+        if in_memory and limit > 0 and areas.memory_root() is not None:
+            return Place(path=folder, in_memory=True, loose=not hold_size(folder, limit))
+        return Place(path=folder, in_memory=in_memory, loose=in_memory and limit > 0)

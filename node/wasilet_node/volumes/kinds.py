@@ -41,6 +41,9 @@ class Place:
     in_memory: bool = False
     """Copies of its files must not reach a disk."""
 
+    loose: bool = False
+    """A memory volume with a size that the kernel does not hold, and that must be looked at often."""
+
     live: bool = False
     """Files are swapped as a whole by updates, so a single one is mounted as a copy."""
 

@@ -42,6 +42,7 @@ from wasilet_node.volumes.pod_dirs import Areas, checked_name, checked_uid, make
 from wasilet_node.volumes.projected import Projected
 from wasilet_node.volumes.removal import Usage, remove_tree, usage
 from wasilet_node.volumes.secret import Secrets
+from wasilet_node.volumes.sized_memory import unmount_volumes
 from wasilet_node.volumes.termination import read_message
 from wasilet_node.volumes.tokens import Tokens
 
@@ -332,9 +333,18 @@ class VolumeManager:
             if volume.name in places and (volume.kind == "emptyDir" or volume.kind in self._projecting)
         }
 
+        return await self._measure(own)
+
+    async def loose_usage(self, pod: Pod) -> dict[str, Usage]:
+        """Of the memory volumes with a size that the kernel does not hold."""
+        places = self._places.get(pod["metadata"]["uid"], {})
+        loose = {name: place.path for name, place in places.items() if place.loose}
+        return await self._measure(loose) if loose else {}
+
+    async def _measure(self, paths: Mapping[str, Path]) -> dict[str, Usage]:
         def measure() -> dict[str, Usage]:
             found: dict[str, Usage] = {}
-            for name, path in own.items():
+            for name, path in paths.items():
                 with contextlib.suppress(OSError):
                     found[name] = usage(path)
             return found
@@ -358,6 +368,8 @@ class VolumeManager:
 
             def remove() -> None:
                 for root in roots:
+                    if root != self._areas.disk:
+                        unmount_volumes(root / uid)
                     remove_tree(root, uid)
 
             try:

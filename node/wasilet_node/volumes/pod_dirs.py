@@ -1,8 +1,9 @@
 """Where a pod's files live: a folder on disk, and one in memory for what must not reach a disk.
 
-Neither root nor ordinary users mount anything, so "memory" is a private folder below ``/dev/shm`` (a tmpfs on every
-Linux), named by user and data directory so that two nodes on a machine stay apart. Where there is no such tmpfs, the
-disk takes its place, and the log says so once: Secrets then lie in 0700 folders on disk.
+"Memory" is a private folder below ``/dev/shm`` (a tmpfs on every Linux), since ordinary users mount nothing; root
+mounts a tmpfs in it for each volume with a size (``wasilet_node.volumes.sized_memory``). The folder is named by user
+and data directory, so that two nodes on a machine stay apart. Where there is no such tmpfs, the disk takes its place,
+and the log says so once: Secrets then lie in 0700 folders on disk.
 
 A link in the folder, ``.owner``, says whose it is, so that what nobody will ever ask for again can be told: a node that
 was killed and its data removed by hand leaves its pods' Secrets in memory, until the machine is restarted or another
@@ -16,12 +17,14 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from wasilet_node.volumes.base import VolumeError
+from wasilet_node.volumes.sized_memory import unmount_volumes
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ def _mount_namespace() -> str:
 def _remove_own(folder: Path) -> None:
     status = folder.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+        for pod in folder.iterdir():
+            unmount_volumes(pod)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -76,6 +81,15 @@ def _is_tmpfs(folder: Path) -> bool:
     except (OSError, IndexError):
         return False
     return False
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether a name is there and is no folder of this user."""
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid()
 
 
 class Areas:
@@ -103,7 +117,8 @@ class Areas:
     def memory_root(self) -> Path | None:
         """The private folder in memory, made when missing; None when there can be none.
 
-        Raises VolumeError when somebody else holds its name: ``/dev/shm`` is writable by all.
+        Anybody may make names in ``/dev/shm``: where somebody else holds the folder's, another one is used, which is
+        found again after a restart. Raises VolumeError when none can be had.
         """
         if self._memory is None:
             return None
@@ -117,6 +132,7 @@ class Areas:
         if not self._usable:
             return None
         try:
+            self._memory = self._unsquatted(self._memory)
             self._memory.mkdir(mode=0o700, exist_ok=True)
             status = self._memory.lstat()
         except OSError as error:
@@ -127,6 +143,18 @@ class Areas:
             self._memory.chmod(0o700)
         self._mark(self._memory / _OWNER)
         return self._memory
+
+    def _unsquatted(self, wanted: Path) -> Path:
+        """A folder that is this user's, or that does not exist yet."""
+        if not _is_taken(wanted):
+            return wanted
+        for other in sorted(wanted.parent.glob(f"{wanted.name}-*")):
+            with contextlib.suppress(OSError):
+                if not _is_taken(other) and str((other / _OWNER).readlink()) == self._owner:
+                    return other
+        other = wanted.with_name(f"{wanted.name}-{secrets.token_hex(8)}")
+        logger.warning("%s is somebody else's: Secrets and in-memory volumes are kept in %s", wanted, other)
+        return other
 
     def _mark(self, link: Path) -> None:
         with contextlib.suppress(OSError):  # a full tmpfs: then it is not told whose the folder is, and it stays

@@ -5,13 +5,16 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wasilet_node.identity
 import wasilet_node.registration
 from wasilet_node.certificates_store import NodeNames
 from wasilet_node.conditions import Conditions, Verdict, disk_threshold_bytes, pressures, with_times
+from wasilet_node.identity import ANNOTATION, instance_id
 from wasilet_node.kube.base import ApiStatusError, ApiUnavailableError
 from wasilet_node.lease import LeaseKeeper
 from wasilet_node.machine import Levels
@@ -45,6 +48,7 @@ class Rig:
         self.names: list[NodeNames] = []
         self.unauthorized = 0
         self.problem: str | None = None
+        self.instance_id = "a" * 32
         self.settings = NodeSettings(
             **{
                 "node_name": "n1",
@@ -71,6 +75,7 @@ class Rig:
             port=lambda: 10250,
             hostname="host1",
             agent_version="0.1.0",
+            instance_id=self.instance_id,
             runtime_version="50.0.1",
             problem=lambda: self.problem,
             images=images,
@@ -211,6 +216,58 @@ async def test_the_node_of_another_kubelet_is_not_taken(rig: Rig) -> None:
     assert rig.store.count("PATCH", NODE) == 0
 
 
+def leased(rig: Rig, *, age_seconds: float, duration_seconds: int = 40) -> str:
+    """A Node of another instance, and its lease."""
+    rig.store.put(NODE, {"metadata": {"name": "n1", "annotations": {ANNOTATION: "b" * 32}}, "status": {}})
+    renewed = (datetime.now(UTC) - timedelta(seconds=age_seconds)).isoformat()
+    spec = {"renewTime": renewed, "leaseDurationSeconds": duration_seconds}
+    rig.store.put(LEASE, {"metadata": {"name": "n1"}, "spec": spec})
+    return renewed
+
+
+async def test_a_live_node_of_another_instance_is_not_taken(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wasilet_node.identity, "_LOOK_SECONDS", 0.01)
+    leased(rig, age_seconds=1)
+
+    async def renew() -> None:
+        await until(lambda: rig.store.count("GET", LEASE) >= 2)
+        leased(rig, age_seconds=0)
+
+    renewing = asyncio.create_task(renew())
+    with pytest.raises(NodeTakenError, match="n1 is alive: another agent, with another data folder"):
+        await rig.make().register()
+    await renewing
+    assert rig.store.count("PATCH", NODE) == 0
+    assert rig.store.count("PATCH", f"{NODE}/status") == 0
+
+
+@pytest.mark.parametrize(("age", "duration"), [(60.0, 40), (0.0, 1), (-30.0, 1)])
+async def test_a_dead_node_of_another_instance_is_taken_over(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, age: float, duration: int
+) -> None:
+    monkeypatch.setattr(wasilet_node.identity, "_LOOK_SECONDS", 0.05)
+    leased(rig, age_seconds=age, duration_seconds=duration)
+    await rig.make().register()
+    assert rig.node["metadata"]["annotations"][ANNOTATION] == "a" * 32
+
+
+async def test_a_node_without_a_lease_or_of_the_same_instance_is_brought_up_to_date_at_once(rig: Rig) -> None:
+    rig.store.put(NODE, {"metadata": {"name": "n1", "annotations": {ANNOTATION: "b" * 32}}, "status": {}})
+    await rig.make().register()
+    leased(rig, age_seconds=0)
+    rig.instance_id = "b" * 32
+    await rig.make().register()
+    assert rig.store.count("GET", LEASE) == 1, "a lease matters only where the instance is another"
+
+
+def test_the_id_of_a_data_folder_stays_and_a_damaged_one_is_made_again(tmp_path: Path) -> None:
+    first = instance_id(tmp_path)
+    assert instance_id(tmp_path) == first
+    assert (tmp_path / "instance-id").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "instance-id").write_bytes(b"\xff")
+    assert instance_id(tmp_path) not in {first, ""}
+
+
 async def test_an_api_server_that_is_away_is_waited_for(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     rig.store.failures = [ApiUnavailableError("away")] * 3
     await rig.make().register()
@@ -339,6 +396,7 @@ def judged(levels: Levels) -> dict[str, str]:
         ({"disk_bytes": 10 * GIB, "disk_available_bytes": 2 * GIB}, set()),
         ({"disk_bytes": 10 * GIB, "disk_available_bytes": GIB - 1}, {"DiskPressure"}),
         ({"inodes_free": 10_000}, {"DiskPressure"}),
+        ({"inodes_free": 0}, {"DiskPressure"}),
         ({"inodes": 0, "inodes_free": 0}, set()),
         ({"pids_free": 100}, {"PIDPressure"}),
     ],

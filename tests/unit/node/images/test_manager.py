@@ -17,8 +17,9 @@ import pytest
 from wasilet_common.oci import mediatypes as media
 from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.registry import RegistryClient
+from wasilet_common.time_format import go_duration
 from wasilet_node.images.compile import CompileError
-from wasilet_node.images.manager import ImageManager, go_duration
+from wasilet_node.images.manager import ImageManager
 from wasilet_node.images.model import Image, ImageError, Images, PullPolicy
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings

@@ -239,3 +239,14 @@ def test_who_exceeds_a_request_goes_before_who_does_not_then_by_priority_then_by
         "memory",
     )
     assert [each.pod["metadata"]["name"] for each in ranked] == ["large", "small", "important", "modest"]
+
+
+def test_who_made_most_files_goes_first_when_inodes_run_short() -> None:
+    used = {"few": 1001, "many": 50_000, "none": 999}
+    usages = [eviction.Usage(pod=usage(name, 0).pod, by_container={}, elsewhere=n) for name, n in used.items()]
+    ranked = eviction.rank(usages, eviction.INODES)
+    assert [each.elsewhere for each in ranked] == [50_000, 1001]
+    pressure = Pressure(resource="inodes", threshold_bytes=50_000, available_bytes=0)
+    assert eviction.verdict(ranked[0], pressure).message == (
+        "The node was low on resource: inodes. Threshold quantity: 50000, available: 0. "
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from wasilet_node.kube.base import ForbiddenError, NotFoundError
 from wasilet_node.pods import log_layout, spec
-from wasilet_node.pods.eviction import Usage, verdict
+from wasilet_node.pods.eviction import MINIMUM_INODES, Usage, verdict
 from wasilet_node.pods.nodeinfo import Pressure
 from wasilet_node.pods.worker import PodWorker
 from wasilet_node.runtime.protocol import ContainerState, ExecResult
@@ -261,6 +261,24 @@ async def test_pressure_evicts_one_pod_that_would_help(fakes: Fakes, monkeypatch
         fakes.node = dataclasses.replace(fakes.node, pressures=())
         assert phase(fakes, "a") == "Running"
         assert fakes.events.has("Evicted: The node was low on resource: memory.")
+
+
+async def test_a_pod_that_took_the_inodes_is_evicted(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wasilet_node.pods.manager.HOUSEKEEPING_SECONDS", 0.05)
+    async with running(fakes):
+        fakes.kube.add(make_pod("a"))
+        fakes.kube.add(make_pod("b"))
+        await eventually(lambda: len(fakes.runtime.running()) == 2)
+        folder = fakes.paths.pods / "uid-b" / "volumes" / "v"
+        folder.mkdir(parents=True)
+        for number in range(MINIMUM_INODES):
+            (folder / str(number)).touch()
+        short = Pressure(resource="inodes", threshold_bytes=50_000, available_bytes=0)
+        fakes.node = dataclasses.replace(fakes.node, pressures=(short,))
+        await eventually(lambda: phase(fakes, "b") == "Failed")
+        fakes.node = dataclasses.replace(fakes.node, pressures=())
+        assert phase(fakes, "a") == "Running"
+        assert fakes.events.has("Evicted: The node was low on resource: inodes.")
 
 
 async def test_a_pod_deleted_while_it_starts_leaves_no_instance(fakes: Fakes) -> None:

@@ -155,3 +155,29 @@ async def test_a_container_over_its_limit_ends_its_pod_and_no_other(
         with pytest.raises(StopIteration):
             condition(fakes, "DisruptionTarget")
         assert len([line for line in fakes.events.said if line.startswith("Evicted")]) == 1
+
+
+class LooseVolumes(MeasuredVolumes):
+    """Memory volumes whose size nobody holds."""
+
+    async def loose_usage(self, pod: Pod) -> dict[str, Usage]:
+        return await self.usage(pod)
+
+
+async def test_a_memory_volume_that_nobody_holds_is_looked_at_between_the_rounds(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wasilet_node.pods.manager.HOUSEKEEPING_SECONDS", 3600.0)
+    monkeypatch.setattr("wasilet_node.pods.manager.MEMORY_VOLUMES_SECONDS", 0.02)
+    volumes = fakes.volumes = LooseVolumes(fakes.data / "pods")
+    memory = [{"name": "v", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}]
+    async with running(fakes):
+        fakes.kube.add(make_pod("a", volumes=memory))
+        fakes.kube.add(make_pod("b", volumes=memory))
+        await eventually(lambda: len(fakes.runtime.running()) == 2)
+        for name, size in (("a", 2 * MIB), ("b", MIB // 2)):
+            write(volumes.root / fakes.kube.pod(name)["metadata"]["uid"] / "volumes" / "v", size)
+        await eventually(lambda: phase(fakes, "a") == "Failed")
+        assert fakes.kube.pod("a")["status"]["reason"] == "Evicted"
+        assert fakes.kube.pod("a")["status"]["message"] == 'Usage of EmptyDir volume "v" exceeds the limit "1Mi". '
+        assert phase(fakes, "b") == "Running"

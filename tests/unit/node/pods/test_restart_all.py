@@ -70,6 +70,8 @@ async def test_all_containers_begin_again_with_the_first_init_container(fakes: F
         fakes.runtime.exit("c", 42)
         await eventually(lambda: started(fakes, 3) == ["fill"])
         assert fakes.runtime.stopped == ["d"]
+        await eventually(lambda: "running" in container(fakes, "fill")["state"])
+        assert condition(fakes, "Initialized")["status"] == "True"
         await filled(fakes)
         names = ("fill", "c", "d")
         await eventually(lambda: [container(fakes, name)["restartCount"] for name in names] == [1, 1, 1])

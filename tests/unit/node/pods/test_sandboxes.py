@@ -173,6 +173,15 @@ def test_a_sandbox_is_that_of_the_newest_instance_and_lost_with_any_of_its_own()
     assert not sandbox.is_lost([old, new, lost])
 
 
+def test_a_clock_that_was_set_back_does_not_bring_a_former_sandbox_back() -> None:
+    old = in_sandbox("c", "one.2", state="exited", inherited=True, created_at_ns=2_000)
+    first = in_sandbox("i", "two.0", state="exited", created_at_ns=1_500)
+    second = in_sandbox("c", "two.1", attempt=1, created_at_ns=1_000)
+    sandbox = PodSandbox([old, first, second])
+    assert sandbox.label == "two.1"
+    assert not sandbox.is_lost([old, first, second])
+
+
 def test_instances_of_a_node_that_knew_no_sandboxes_have_one_all_the_same() -> None:
     known = make_instance()
     sandbox = PodSandbox([known])

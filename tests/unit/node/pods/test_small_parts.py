@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wasilet_common.time_format import go_duration
 from wasilet_node.pods import log_layout, spec
-from wasilet_node.pods.backoff import CrashLoopBackoff, NotBefore, RetryBackoff, go_duration
+from wasilet_node.pods.backoff import CrashLoopBackoff, NotBefore, RetryBackoff
 from wasilet_node.pods.http_policy import ALLOWED_DOMAINS, MAX_CONCURRENT_REQUESTS, http_policy
 from wasilet_node.pods.plan import KillReason
 from wasilet_node.pods.termination import kill_grace

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wasilet_node.runtime.logs import MAX_LINE_BYTES, LineFramer, LogFile, rfc3339_nano, rotated
+from wasilet_common.time_format import rfc3339_nano
+from wasilet_node.runtime.logs import MAX_LINE_BYTES, LineFramer, LogFile, rotated
 
 pytestmark = pytest.mark.unit
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wasilet_common.time_format import parse_rfc3339_nano, rfc3339_nano
 from wasilet_node.server.logfiles import (
     Renderer,
     RenderOptions,
-    format_timestamp,
     open_log,
-    parse_timestamp,
     skip_to_tail,
 )
 
@@ -54,12 +53,12 @@ def tail(path: Path, lines: int) -> bytes:
     ],
 )
 def test_timestamps_are_read_to_the_nanosecond(text: str, expected: int | None) -> None:
-    assert parse_timestamp(text.encode()) == expected
+    assert parse_rfc3339_nano(text.encode()) == expected
 
 
 @given(st.integers(min_value=0, max_value=253_402_300_799 * 1_000_000_000))
 def test_a_timestamp_survives_being_written_and_read(nanoseconds: int) -> None:
-    assert parse_timestamp(format_timestamp(nanoseconds)) == nanoseconds
+    assert parse_rfc3339_nano(rfc3339_nano(nanoseconds)) == nanoseconds
 
 
 def test_pieces_of_a_line_are_joined_and_stamped_once() -> None:
@@ -93,7 +92,7 @@ def test_one_stream_can_be_chosen() -> None:
 
 
 def test_since_compares_times_of_any_precision() -> None:
-    since = parse_timestamp(b"2025-01-01T00:00:01Z")
+    since = parse_rfc3339_nano(b"2025-01-01T00:00:01Z")
     data = b"".join(
         line(s, stamp=s)
         for s in ("2025-01-01T00:00:00.999Z", "2025-01-01T01:00:01+01:00", "2025-01-01T00:00:02.000000000Z")
@@ -189,5 +188,5 @@ def test_logs_of_another_instance_are_not_mixed_in(tmp_path: Path) -> None:
 
 
 def test_year_one_does_not_break_the_clock() -> None:
-    assert format_timestamp(-(10**20)).startswith(b"0001-01-01T00:00:00")
-    assert format_timestamp(int(datetime(2025, 1, 1, tzinfo=UTC).timestamp()) * 10**9) == STAMP.encode()
+    assert rfc3339_nano(-(10**20)).startswith(b"0001-01-01T00:00:00")
+    assert rfc3339_nano(int(datetime(2025, 1, 1, tzinfo=UTC).timestamp()) * 10**9) == STAMP.encode()
