@@ -2,8 +2,8 @@
 
 ``name, provider, kubeconfig, context, server, registry, registry_login, pod_network, components[], nodes[], ready``;
 ``pod_network`` is ``pods, services, machine_address, dns, absent``, either the first four or the last null; each
-component ``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null
-when the process does not run. Fields are only ever added.
+component ``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid
+is null when the process does not run. Fields are only ever added.
 """
 
 from __future__ import annotations
