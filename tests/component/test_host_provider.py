@@ -160,6 +160,33 @@ def test_strangers_are_refused(own: TestCluster) -> None:
     assert caught.value.code == 401
 
 
+@pytest.mark.parametrize("name", ["controller_manager", "scheduler"])
+@pytest.mark.parametrize("path", ["/metrics", "/configz", "/debug/pprof/"])
+def test_what_the_control_plane_serves_beside_health_wants_a_credential(own: TestCluster, name: str, path: str) -> None:
+    pki = Pki(own.cluster.state.pki)
+    context = ssl.create_default_context(cafile=str(pki.certificate("ca")))
+    connection = http.client.HTTPSConnection("127.0.0.1", own.cluster.ports()[name], timeout=5, context=context)
+    try:
+        connection.request("GET", path)
+        assert connection.getresponse().status in {401, 403}
+    finally:
+        connection.close()
+
+
+def test_who_did_what_is_written_down_without_bodies(own: TestCluster) -> None:
+    secret = {"metadata": {"generateName": "audited-"}, "stringData": {"k": "never-in-a-log"}}
+    made = own.kube.create(api_path("secrets", namespace="default"), secret)
+    path = api_path("secrets", made["metadata"]["name"], namespace="default")
+    own.kube.delete(path)
+    log = own.cluster.state.logs / "audit.log"
+    deadline = time.monotonic() + 40
+    while f'"requestURI":"{path}"' not in log.read_text():
+        assert time.monotonic() < deadline, "the deletion is not in the audit log"
+        time.sleep(0.2)
+    assert "never-in-a-log" not in log.read_text()
+    assert '"resource":"leases"' not in log.read_text()
+
+
 def test_etcd_wants_a_client_certificate_of_its_own_authority(own: TestCluster) -> None:
     pki = Pki(own.cluster.state.pki)
     port = own.cluster.ports()["etcd"]

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
+from wasilet_common.components import Interfaces
 from wasilet_common.oci import mediatypes
 from wasilet_common.oci.reference import is_digest
 
@@ -41,6 +42,7 @@ class Layout(StrEnum):
     WASM_TO_OCI = "wasm-to-oci artifact"
     RUNWASI = "OCI image with a wasm layer"
     WRAPPED = "container image with a wasm entrypoint"
+    SPIN = "Spin application"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,9 @@ class Plan:
     member: str = ""
     module_name: str = ""
     """Empty where the image has no name for it."""
+
+    interfaces: Interfaces | None = None
+    """A component's names, where the config lists them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +165,8 @@ def plan(manifest: ImageManifest, config_body: bytes) -> Plan:
     kind = manifest.config.media_type
     if kind == mediatypes.CNCF_WASM_CONFIG:
         return _plan_cncf(manifest, config_body)
+    if kind == mediatypes.SPIN_CONFIG:
+        return _plan_spin(manifest, config_body)
     if kind == mediatypes.WASM_TO_OCI_CONFIG:
         return _plan_artifact(manifest, Layout.WASM_TO_OCI, {mediatypes.WASM_TO_OCI_LAYER, mediatypes.CNCF_WASM_LAYER})
     if kind in mediatypes.IMAGE_CONFIGS:
@@ -169,7 +176,12 @@ def plan(manifest: ImageManifest, config_body: bytes) -> Plan:
 
 def check_config_type(manifest: ImageManifest) -> None:
     """Refuse an unknown config before it is fetched. Raises LayoutError."""
-    known = {mediatypes.CNCF_WASM_CONFIG, mediatypes.WASM_TO_OCI_CONFIG, *mediatypes.IMAGE_CONFIGS}
+    known = {
+        mediatypes.CNCF_WASM_CONFIG,
+        mediatypes.WASM_TO_OCI_CONFIG,
+        mediatypes.SPIN_CONFIG,
+        *mediatypes.IMAGE_CONFIGS,
+    }
     if manifest.config.media_type not in known:
         raise LayoutError(
             f"the image's config media type {_show(manifest.config.media_type)} is not that of a wasm or container"
@@ -182,7 +194,73 @@ def _plan_cncf(manifest: ImageManifest, config_body: bytes) -> Plan:
     platform = _platform(config.get("os"), config.get("architecture"))
     if platform and not _is_wasm(platform):
         raise LayoutError(f"wrong architecture: the wasm artifact's config says {_show(platform)}, not wasip1/wasm")
-    return _plan_artifact(manifest, Layout.CNCF, {mediatypes.CNCF_WASM_LAYER})
+    planned = _plan_artifact(manifest, Layout.CNCF, {mediatypes.CNCF_WASM_LAYER})
+    return replace(planned, interfaces=_interfaces(config.get("component")))
+
+
+def _interfaces(component: object) -> Interfaces | None:
+    """``component.imports`` and ``exports`` of the CNCF config. One without imports (null, as some tools write where
+    they did not look) says nothing."""
+    if not isinstance(component, dict) or not isinstance(component.get("imports"), list):
+        return None
+    return Interfaces(
+        imports=_strings(component["imports"], "component.imports"),
+        exports=_strings(component.get("exports"), "component.exports"),
+    )
+
+
+def _plan_spin(manifest: ImageManifest, config_body: bytes) -> Plan:
+    """Spin's locked application: one component behind HTTP, with nothing that only Spin's runtime has."""
+    app = _object(_decode(config_body, "config"), "the config")
+    kinds = sorted({str(item.get("trigger_type")) for item in _objects(app.get("triggers"), "triggers")})
+    components = _objects(app.get("components"), "components")
+    if len(components) != 1:
+        raise LayoutError(f"the Spin application has {len(components)} components; this node runs one per container")
+    if kinds != ["http"]:
+        raise LayoutError(f"the Spin application is started by {_some(kinds) or 'nothing'}; this node serves HTTP only")
+    component = components[0]
+    metadata = component.get("metadata") or {}
+    needs = [what for key, what in _SPIN_NEEDS.items() if isinstance(metadata, dict) and metadata.get(key)]
+    needs += [what for key, what in _SPIN_PARTS.items() if component.get(key)]
+    if needs:
+        raise LayoutError(
+            f"the Spin application needs {', '.join(needs)}, which this node does not offer: build it without, or run "
+            "it by SpinKube"
+        )
+    source = _object(component.get("source"), "the component's source")
+    layer = next((layer for layer in manifest.layers if layer.digest == source.get("digest")), None)
+    if layer is None:
+        raise LayoutError("the Spin application's component is not among the image's layers")
+    variables = component.get("env") or {}
+    env = _object(variables, "the component's env")
+    if len(env) > _MAX_STRINGS or not all(isinstance(value, str) for value in env.values()):
+        raise LayoutError("the Spin application's env is not a list of strings")
+    identity = component.get("id")
+    return Plan(
+        layout=Layout.SPIN,
+        layers=(layer,),
+        config=ImageConfig(env=tuple((str(name), value) for name, value in env.items())),
+        module_name=_base_name(identity) if isinstance(identity, str) else "",
+    )
+
+
+_SPIN_NEEDS: Final = {
+    "key_value_stores": "a key-value store",
+    "sqlite_databases": "an SQLite database",
+    "databases": "an SQLite database",
+    "ai_models": "an AI model",
+}
+_SPIN_PARTS: Final = {
+    "files": "files that Spin mounts",
+    "config": "variables of the application",
+    "dependencies": "components that Spin composes",
+}
+
+
+def _objects(value: object, what: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or len(value) > _MAX_ENTRIES:
+        raise LayoutError(f"the Spin application's {what} are not a list")
+    return [_object(item, f"one of the Spin application's {what}") for item in value]
 
 
 def _plan_artifact(manifest: ImageManifest, layout: Layout, allowed: set[str]) -> Plan:

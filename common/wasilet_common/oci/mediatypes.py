@@ -27,6 +27,8 @@ WASM_TO_OCI_CONFIG: Final = "application/vnd.wasm.config.v1+json"
 WASM_TO_OCI_LAYER: Final = "application/vnd.wasm.content.layer.v1+wasm"
 RUNWASI_LAYER: Final = "application/vnd.bytecodealliance.wasm.component.layer.v0+wasm"
 
+SPIN_CONFIG: Final = "application/vnd.fermyon.spin.application.v1+config"
+
 TITLE_ANNOTATION: Final = "org.opencontainers.image.title"
 
 INDEXES: Final = frozenset({OCI_INDEX, DOCKER_INDEX})

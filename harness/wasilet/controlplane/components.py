@@ -20,6 +20,7 @@ from pathlib import Path
 from wasilet.cluster.state import RUN_ID_VARIABLE, ComponentRecord, State, port_is_free, port_taken
 from wasilet.controlplane.pki import CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA, Pki
 from wasilet.errors import ComponentError, WaitTimeoutError
+from wasilet.kube.manifests import manifests_folder
 from wasilet.process import check_cancelled, is_alive, spawn, stop, tail_of
 from wasilet.settings import Settings
 from wasilet.steps import Finding, Progress, Step
@@ -28,6 +29,9 @@ SERVICE_CIDR = "10.96.0.0/16"
 SERVICE_IP = "10.96.0.1"
 LOOPBACK = "127.0.0.1"
 PROBE_TIMEOUT_SECONDS = 2.0
+AUDIT_POLICY = "audit-policy.yaml"
+AUDIT_FILE_MEGABYTES = 20
+AUDIT_FILES = 4
 PORT_RELEASE_SECONDS = 3.0
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "XDG_RUNTIME_DIR", "USER", "LOGNAME")
@@ -383,6 +387,11 @@ class ControlPlane:
             "--enable-bootstrap-token-auth=true",
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction",
+            f"--audit-policy-file={manifests_folder() / AUDIT_POLICY}",
+            f"--audit-log-path={self.state.logs / 'audit.log'}",
+            "--audit-log-mode=batch",
+            f"--audit-log-maxsize={AUDIT_FILE_MEGABYTES}",
+            f"--audit-log-maxbackup={AUDIT_FILES - 1}",
             "--allow-privileged=true",
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
             f"--service-account-key-file={self.state.pki / 'sa.pub'}",
@@ -410,6 +419,7 @@ class ControlPlane:
                 *self._pairs("apiserver", "apiserver-etcd-client", "apiserver-kubelet-client", "front-proxy-client"),
                 *(self.pki.certificate(name) for name in (CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA)),
                 self.pki.key("sa"),
+                manifests_folder() / AUDIT_POLICY,
             ),
             ready=self._apiserver_answers("/readyz"),
             # The default roles come a second later than all else (the hook polls); who is an administrator need not

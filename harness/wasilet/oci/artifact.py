@@ -15,12 +15,13 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.components import ComponentError, interfaces_of
 from wasilet_common.oci import mediatypes
 from wasilet_common.time_format import NANOSECONDS, rfc3339
 
@@ -136,8 +137,13 @@ def _cncf(data: bytes, name: str, version: str, created: str) -> _Parts:
         "layerDigests": [layer.digest],
     }
     if version == "wasip2":
-        imports, exports = component_interfaces(data)
-        config["component"] = {"exports": exports, "imports": imports}
+        try:
+            found = interfaces_of(data)
+        except ComponentError as error:
+            raise HarnessError(f"the component is damaged: {error}") from error
+        config["component"] = {"exports": list(found.exports), "imports": list(found.imports)}
+        if found.target:
+            config["component"]["target"] = found.target
     return Blob(media_type=mediatypes.CNCF_WASM_CONFIG, data=_json(config)), layer, {}
 
 
@@ -188,101 +194,3 @@ def _created(modified: float, environ: Mapping[str, str]) -> str:
 
 def _json(data: dict[str, Any]) -> bytes:
     return json.dumps(data, separators=(",", ":"), sort_keys=True).encode()
-
-
-# --- what a component asks for and offers ----------------------------------------------------------------------------
-
-_IMPORTS, _EXPORTS = 10, 11
-
-
-def component_interfaces(data: bytes) -> tuple[list[str], list[str]]:
-    """The names of a component's imports and exports, such as ``wasi:cli/run@0.2.0``, in their order.
-
-    Reads the component model's binary format only as far as names need it: the sections of the outermost component.
-    Raises HarnessError when the bytes end early or an encoding is unknown.
-    """
-    names: dict[int, list[str]] = {_IMPORTS: [], _EXPORTS: []}
-    try:
-        for section, reader in _sections(data):
-            if section in names:
-                for _ in range(reader.number()):
-                    names[section].append(reader.name())
-                    if section == _EXPORTS:
-                        reader.sort_index()
-                        if reader.byte() == 1:
-                            reader.extern_description()
-                    else:
-                        reader.extern_description()
-    except (IndexError, UnicodeDecodeError) as error:
-        raise HarnessError("the component is damaged: its imports and exports cannot be read") from error
-    return names[_IMPORTS], names[_EXPORTS]
-
-
-def _sections(data: bytes) -> Iterator[tuple[int, _Reader]]:
-    reader = _Reader(data, 8)
-    while reader.position < len(data):
-        section = reader.byte()
-        size = reader.number()
-        end = reader.position + size
-        if end > len(data):
-            raise IndexError
-        yield section, _Reader(data, reader.position)
-        reader.position = end
-
-
-class _Reader:
-    """A cursor over the binary format."""
-
-    def __init__(self, data: bytes, position: int) -> None:
-        self.data = data
-        self.position = position
-
-    def byte(self) -> int:
-        """One byte; IndexError at the end."""
-        value = self.data[self.position]
-        self.position += 1
-        return value
-
-    def number(self) -> int:
-        """An unsigned LEB128 of at most 32 bits."""
-        value = shift = 0
-        while True:
-            byte = self.byte()
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-            if shift > 28:
-                raise IndexError
-
-    def name(self) -> str:
-        """An import's or export's name: a kind byte (0 to 2; 2 is followed by attributes, which no tool writes yet)."""
-        if self.byte() > 1:
-            raise IndexError
-        length = self.number()
-        text = self.data[self.position : self.position + length]
-        if len(text) != length:
-            raise IndexError
-        self.position += length
-        return text.decode()
-
-    def sort_index(self) -> None:
-        """``sortidx``: the sort 0 (core) has a second byte."""
-        if self.byte() == 0:
-            self.byte()
-        self.number()
-
-    def extern_description(self) -> None:
-        """``externdesc``: core module, function, value, type, component or instance."""
-        kind = self.byte()
-        if kind == 0:
-            self.byte()
-            self.number()
-        elif kind in {2, 3}:
-            # A value's or type's bound: equality names an index, a sub-resource bound (of a type) nothing.
-            if self.byte() == 0:
-                self.number()
-            elif kind == 2:
-                raise IndexError
-        else:
-            self.number()

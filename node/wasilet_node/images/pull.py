@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from wasilet_common.components import ComponentError, Interfaces, read_interfaces
 from wasilet_common.oci import layouts, tarball
 from wasilet_common.oci.choice import choose
 from wasilet_common.oci.credentials import Credential
@@ -36,8 +37,10 @@ from wasilet_common.oci.registry import (
 from wasilet_common.oci.repository import MAX_MANIFEST_BYTES, Manifest, Repository
 
 from wasilet_node.images.kinds import detect_kind
+from wasilet_node.images.preflight import refusal
 from wasilet_node.images.singleflight import uninterrupted
 from wasilet_node.images.store import ImageRecord, Store, open_private
+from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
 
 logger = logging.getLogger(__name__)
@@ -78,11 +81,13 @@ class Puller:
         registry: RegistryClient,
         settings: ImageSettings,
         monotonic: Callable[[], float] = time.monotonic,
+        preflight: Callable[[Interfaces], str] = refusal,
     ) -> None:
         self._store = store
         self._registry = registry
         self._settings = settings
         self._monotonic = monotonic
+        self._preflight = preflight
         self._slots = asyncio.Semaphore(max(settings.max_parallel_pulls, 1))
         self._blob_locks: dict[str, _Locked] = {}
 
@@ -121,6 +126,8 @@ class Puller:
             top = manifest or await repository.manifest(digest)
             chosen = await choose(repository, top)
             plan = await self._plan(repository, chosen.image)
+            if plan.interfaces is not None:
+                self._check_interfaces(plan.interfaces)
             size = chosen.size_bytes + chosen.image.size_bytes
             record = await self._fetch(repository, plan, reference, digest, size)
         return Pulled(record=record, seconds=self._monotonic() - began - waited)
@@ -173,11 +180,16 @@ class Puller:
                 await self._blob(repository, plan.layers[0])
             module = self._store.blob_path(module_digest)
             length, preamble = await asyncio.to_thread(_look_at, module)
+            kind = detect_kind(preamble)
+            if kind is GuestKind.COMPONENT and plan.interfaces is None:
+                interfaces = await asyncio.to_thread(_interfaces_of, module)
+                if interfaces is not None:
+                    self._check_interfaces(interfaces)
             record = ImageRecord(
                 digest=digest,
                 module_digest=module_digest,
                 module_size_bytes=length,
-                kind=detect_kind(preamble),
+                kind=kind,
                 size_bytes=size,
                 entrypoint=plan.config.entrypoint,
                 cmd=plan.config.cmd,
@@ -187,6 +199,12 @@ class Puller:
             )
             await self._store.add(reference, record)
         return record
+
+    def _check_interfaces(self, interfaces: Interfaces) -> None:
+        """Raises LayoutError."""
+        why = self._preflight(interfaces)
+        if why:
+            raise LayoutError(why)
 
     async def _unwrap(self, repository: Repository, plan: Plan) -> str:
         """The module of a container image, from the topmost layer that has it."""
@@ -338,6 +356,15 @@ def _digest_into(file: BinaryIO, hasher: hashlib._Hash, size: int) -> int:
 def _rewind(file: BinaryIO) -> None:
     file.seek(0)
     file.truncate()
+
+
+def _interfaces_of(component: Path) -> Interfaces | None:
+    """None: its names cannot be read; whoever compiles it says what is wrong with it."""
+    try:
+        with component.open("rb") as file:
+            return read_interfaces(file)
+    except ComponentError:
+        return None
 
 
 def _look_at(module: Path) -> tuple[int, bytes]:

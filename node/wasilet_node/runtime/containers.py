@@ -71,6 +71,9 @@ class Container:
     framers: dict[str, LineFramer] = field(default_factory=dict)
     started_waiters: list[Callable[[], None]] = field(default_factory=list)
     exit_waiters: list[Callable[[], None]] = field(default_factory=list)
+    execs: int = 0
+    """Instances that run beside it."""
+
     output_listeners: list[OutputListener] = field(default_factory=list)
     stop_requested: bool = False
     oom_by_watch: bool = False

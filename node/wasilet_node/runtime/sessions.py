@@ -29,6 +29,8 @@ MAX_CONTROL_BUFFER_BYTES = 128 * 1024 * 1024
 SESSION_HIGH_WATER_BYTES = 1024 * 1024
 ATTACH_LIMIT_BYTES = 8 * 1024 * 1024
 MAX_EXEC_SECONDS = 24 * 3600.0
+MAX_EXECS = 32
+"""Per container, probes included. Each may use as much memory as the container itself."""
 
 
 class Hub(Protocol):
@@ -295,6 +297,8 @@ class ExecSession:
         self._container = container
         self._timed_out = False
         self._deadline: Timer | None = None
+        if container.execs >= MAX_EXECS:
+            raise RequestError("StartError", f"{MAX_EXECS} commands run in this container already: end one first")
         try:
             self._process: SandboxProcess = containers.make_process(
                 container,
@@ -310,6 +314,7 @@ class ExecSession:
         self._stdin = _Stdin(connection, self._guest)
         self._deadline = loop.call_later(min(timeout_seconds or MAX_EXEC_SECONDS, MAX_EXEC_SECONDS), self._expire)
         self._kill: Callable[[], None] = self._process.kill
+        container.execs += 1
         container.exit_waiters.append(self._kill)
 
     def on_message(self, message: wire.Message) -> None:
@@ -346,6 +351,7 @@ class ExecSession:
         self._process.kill()
 
     def _ended(self, outcome: Outcome) -> None:
+        self._container.execs -= 1
         if self._deadline is not None:
             self._deadline.cancel()
         self._guest.end()

@@ -14,6 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from wasilet_node.server.logwatch import LogWatcher
 from wasilet_node.server.metrics import MetricsViews, ProbeMetrics
 from wasilet_node.server.pods import PodSource, PodViews
 from wasilet_node.server.stats import SummaryView, UsageReader
+from wasilet_node.server.streams.limits import StreamLimits
 from wasilet_node.server.streams.portforward import PortForwardView
 from wasilet_node.server.streams.remotecommand import RemoteCommandViews, StreamRuntime
 from wasilet_node.server.streams.turns import Turns
-from wasilet_node.server.streams.upgrade import ACCEPTED_HEADER, TURNS
+from wasilet_node.server.streams.upgrade import ACCEPTED_HEADER, LIMITS, TURNS
 from wasilet_node.server.tls import Acceptor, ServerError, bind, listen, server_context
 from wasilet_node.settings import NodeSettings
 
@@ -52,6 +54,8 @@ SHUTDOWN_TIMEOUT_SECONDS = 0.5
 """Twice this is given to requests in progress; those who follow logs would never end by themselves."""
 
 REBIND_SECONDS = 5.0
+SERVER = "kubelet"
+"""The header of that name."""
 
 _KEPT_HEADERS = frozenset({"Allow", "Retry-After", ACCEPTED_HEADER})
 
@@ -187,7 +191,7 @@ class KubeletServer:
         if factory is None:
             raise ServerError("the HTTP server was not set up")
         acceptor = Acceptor(
-            protocol_factory=factory,
+            protocol_factory=lambda: _quiet(factory()),
             context=self._current_context,
             established=lambda: len(self._connections()),
             make_room=self._make_room,
@@ -255,6 +259,8 @@ class KubeletServer:
     def _routes(self, pods: PodViews, logs: LogViews, health: HealthViews, stats: SummaryView) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=64 * 1024)
         app[TURNS] = Turns()
+        app[LIMITS] = StreamLimits()
+        app.on_response_prepare.append(_unnamed)
         for path, handler in (
             ("/healthz", health.healthz),
             ("/healthz/{check}", health.check),
@@ -364,6 +370,33 @@ class KubeletServer:
             # A second answer would be read as a part of the one that has begun; a cut connection is an error to all.
             raise ConnectionAbortedError("the answer broke off")
         return answer
+
+
+class _QuietHandler(web.RequestHandler):
+    """Answers what is no HTTP with a status alone: the parser's text quotes what came in and names the library."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """As aiohttp's, without its text."""
+        answer = super().handle_error(request, status, exc, message)
+        if isinstance(answer, web.Response):
+            answer.text = f"{status} {HTTPStatus(status).phrase}\n"
+        answer.headers["Server"] = SERVER
+        return answer
+
+
+def _quiet(handler: web.RequestHandler) -> web.RequestHandler:
+    # aiohttp's server makes its handlers itself; the class adds no field, so one can become the other.
+    handler.__class__ = _QuietHandler
+    return handler
+
+
+async def _unnamed(_: web.Request, response: web.StreamResponse) -> None:
+    """Unauthenticated clients need not know which server of which version this is."""
+    response.headers["Server"] = SERVER
 
 
 class _HttpLogger(logging.Logger):

@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Sequence
@@ -82,6 +83,15 @@ def _is_tmpfs(folder: Path) -> bool:
     return False
 
 
+def _is_taken(folder: Path) -> bool:
+    """Whether a name is there and is no folder of this user."""
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid()
+
+
 class Areas:
     """``pods`` is NodePaths.pods. ``shared_memory`` is where the memory area's private folder is made; None: no memory
     area, all on disk."""
@@ -107,7 +117,8 @@ class Areas:
     def memory_root(self) -> Path | None:
         """The private folder in memory, made when missing; None when there can be none.
 
-        Raises VolumeError when somebody else holds its name: ``/dev/shm`` is writable by all.
+        Anybody may make names in ``/dev/shm``: where somebody else holds the folder's, another one is used, which is
+        found again after a restart. Raises VolumeError when none can be had.
         """
         if self._memory is None:
             return None
@@ -121,6 +132,7 @@ class Areas:
         if not self._usable:
             return None
         try:
+            self._memory = self._unsquatted(self._memory)
             self._memory.mkdir(mode=0o700, exist_ok=True)
             status = self._memory.lstat()
         except OSError as error:
@@ -131,6 +143,18 @@ class Areas:
             self._memory.chmod(0o700)
         self._mark(self._memory / _OWNER)
         return self._memory
+
+    def _unsquatted(self, wanted: Path) -> Path:
+        """A folder that is this user's, or that does not exist yet."""
+        if not _is_taken(wanted):
+            return wanted
+        for other in sorted(wanted.parent.glob(f"{wanted.name}-*")):
+            with contextlib.suppress(OSError):
+                if not _is_taken(other) and str((other / _OWNER).readlink()) == self._owner:
+                    return other
+        other = wanted.with_name(f"{wanted.name}-{secrets.token_hex(8)}")
+        logger.warning("%s is somebody else's: Secrets and in-memory volumes are kept in %s", wanted, other)
+        return other
 
     def _mark(self, link: Path) -> None:
         with contextlib.suppress(OSError):  # a full tmpfs: then it is not told whose the folder is, and it stays

@@ -22,8 +22,11 @@ from wasilet_node.runtime.safe_path import open_root, opened
 
 _BATCH = 4096
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MAX_PASSES = 1000
-"""Passes over one folder before giving up: something goes on making files in it."""
+_MAX_PASSES = 100_000
+"""Passes over one folder, of 4,096 names each, before giving up: something goes on making files in it."""
+
+_MOST_PENDING = 16 * _BATCH
+"""Names of folders that are held at a time; the rest is found again by the next pass over the root."""
 
 
 def _open_folder(name: str, dir_fd: int) -> int:
@@ -49,7 +52,7 @@ def _empty(fd: int, root_fd: int, names: Iterator[str], device: int) -> list[str
     moved: list[str] = []
     for _ in range(_MAX_PASSES):
         entries = _entries(fd)
-        if not entries:
+        if not entries or len(moved) > _MOST_PENDING:
             return moved
         for entry in entries:
             # A name that changed its kind meanwhile is met again in the next pass.
@@ -71,19 +74,22 @@ def _empty(fd: int, root_fd: int, names: Iterator[str], device: int) -> list[str
 
 
 def _empty_root(root_fd: int, device: int) -> list[str]:
-    """Unlink the files of the root; the names of its folders, which stay where they are."""
+    """Unlink the files of the root; the names of its folders, which stay where they are. Of very many folders these
+    are the first: a guest may have made ten million names."""
     if os.fstat(root_fd).st_mode & stat.S_IRWXU != stat.S_IRWXU:
         os.fchmod(root_fd, 0o700)
-    with os.scandir(root_fd) as found:
-        entries = list(found)
     folders: list[str] = []
-    for entry in entries:
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.name, dir_fd=root_fd)
-                continue
-            _refuse_mount(entry.name, root_fd, device)
-            folders.append(entry.name)
+    # A name that the kernel passes over because its neighbour goes meanwhile is met by the next pass.
+    with os.scandir(root_fd) as found:
+        for entry in found:
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=root_fd)
+                    continue
+                _refuse_mount(entry.name, root_fd, device)
+                folders.append(entry.name)
+                if len(folders) >= _MOST_PENDING:
+                    break
     return folders
 
 
@@ -118,7 +124,7 @@ def remove_tree(parent: Path, name: str) -> None:
 def _empty_tree(root_fd: int, names: Iterator[str]) -> None:
     device = os.fstat(root_fd).st_dev
     pending = _empty_root(root_fd, device)
-    while pending:
+    while pending and len(pending) <= 2 * _MOST_PENDING:
         folder = pending.pop()
         try:
             with opened(_open_folder(folder, root_fd)) as fd:

@@ -19,6 +19,7 @@ from wasilet_node.server.streams import frames
 from wasilet_node.server.streams.remotecommand import find_pod
 from wasilet_node.server.streams.spdy import SpdyConnection, Stream, chunks
 from wasilet_node.server.streams.upgrade import (
+    LIMITS,
     TURNS,
     Upgraded,
     negotiate,
@@ -51,6 +52,10 @@ class PortForwardView:
     async def port_forward(self, request: web.Request) -> web.StreamResponse:
         """``GET|POST /portForward/{namespace}/{pod}[/{uid}]``."""
         pod = find_pod(self._pods, request)
+        with request.app[LIMITS].stream(full_name(pod)[2]):
+            return await self._forward(request, pod)
+
+    async def _forward(self, request: web.Request, pod: Pod) -> web.StreamResponse:
         if wants_websocket(request):
             return await self._websocket(request, pod)
         if not wants_spdy(request):

@@ -28,7 +28,7 @@ from wasilet_node.runtime.protocol import (
 from wasilet_node.server.pods import Pod, PodSource, containers, full_name, known_pod
 from wasilet_node.server.streams.channels import Channels, StreamOptions, open_channels
 from wasilet_node.server.streams.terminal import LineDiscipline, to_screen
-from wasilet_node.server.streams.upgrade import Upgraded
+from wasilet_node.server.streams.upgrade import LIMITS, Upgraded
 
 logger = logging.getLogger(__name__)
 
@@ -130,26 +130,43 @@ class RemoteCommandViews:
         input_: Input,
         with_exit_code: bool,
     ) -> web.StreamResponse:
+        _, _, uid = full_name(find_pod(self._pods, request))
         try:
-            async with open_channels(request, options) as channels:
-                try:
-                    guest = await start()
-                except (StartError, UnknownContainerError, RuntimeUnavailableError) as error:
-                    await channels.finish(internal_error(f"error {verb}: {error}"))
-                    return Upgraded()
-                session = Session(channels, guest, tty=options.tty, input_=input_)
-                try:
-                    code = await session.run()
-                    if code is None and guest.exit_code is None and guest.error:
-                        await channels.finish(internal_error(f"error {verb}: {guest.error}"))
-                    else:
-                        await channels.finish(exit_status(code or 0) if with_exit_code else SUCCESS)
-                except RuntimeUnavailableError as error:
-                    await channels.finish(internal_error(f"error {verb}: {error}"))
-                finally:
-                    await asyncio.shield(guest.close())
+            with request.app[LIMITS].stream(uid):
+                return await self._stream(
+                    request, options, verb=verb, start=start, input_=input_, with_exit_code=with_exit_code
+                )
         except TimeoutError:
             logger.debug("a client opened no streams in time")
+        return Upgraded()
+
+    async def _stream(
+        self,
+        request: web.Request,
+        options: StreamOptions,
+        *,
+        verb: str,
+        start: Callable[[], Awaitable[ExecStream]],
+        input_: Input,
+        with_exit_code: bool,
+    ) -> web.StreamResponse:
+        async with open_channels(request, options) as channels:
+            try:
+                guest = await start()
+            except (StartError, UnknownContainerError, RuntimeUnavailableError) as error:
+                await channels.finish(internal_error(f"error {verb}: {error}"))
+                return Upgraded()
+            session = Session(channels, guest, tty=options.tty, input_=input_)
+            try:
+                code = await session.run()
+                if code is None and guest.exit_code is None and guest.error:
+                    await channels.finish(internal_error(f"error {verb}: {guest.error}"))
+                else:
+                    await channels.finish(exit_status(code or 0) if with_exit_code else SUCCESS)
+            except RuntimeUnavailableError as error:
+                await channels.finish(internal_error(f"error {verb}: {error}"))
+            finally:
+                await asyncio.shield(guest.close())
         return Upgraded()
 
 

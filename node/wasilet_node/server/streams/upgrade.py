@@ -18,6 +18,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from wasilet_node.server.streams.frames import SpdyError
+from wasilet_node.server.streams.limits import StreamLimits
 from wasilet_node.server.streams.spdy import SpdyConnection, Stream
 from wasilet_node.server.streams.turns import Connection, Turns
 from wasilet_node.server.streams.websocket import WebSocketConnection, WebSocketError, handshake
@@ -38,6 +39,8 @@ INBOX_BYTES = 64 * 1024
 
 TURNS: web.AppKey[Turns] = web.AppKey("turns", Turns)
 """The turns of the server that the streams belong to."""
+
+LIMITS: web.AppKey[StreamLimits] = web.AppKey("limits", StreamLimits)
 
 
 class Upgraded(web.StreamResponse):

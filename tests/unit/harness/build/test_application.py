@@ -14,7 +14,7 @@ from wasilet.build.toolchain import OVERRIDE, RustToolchain
 from wasilet.demo.new_app import new_app
 from wasilet.demo.samples import App, Demo, find_app
 from wasilet.errors import HarnessError, UsageError
-from wasilet.oci.artifact import Layout, component_interfaces, layout_named, make_artifact
+from wasilet.oci.artifact import Layout, layout_named, make_artifact
 
 pytestmark = pytest.mark.unit
 
@@ -312,14 +312,18 @@ def test_a_components_interfaces_are_in_its_config(tmp_path: Path) -> None:
         (export "wasi:cli/run@0.2.0" (instance $run-i))
         (export "again" (func $run)))"""
     data = wasmtime.wat2wasm(text)
-    assert component_interfaces(bytes(data)) == (["wasi:io/error@0.2.0", "plain"], ["wasi:cli/run@0.2.0", "again"])
     module = tmp_path / "c.wasm"
     module.write_bytes(data)
     config = json.loads(make_artifact(module, environ={}).config.data)
     assert config["os"] == "wasip2"
-    assert config["component"]["exports"] == ["wasi:cli/run@0.2.0", "again"]
+    assert config["component"] == {
+        "exports": ["wasi:cli/run@0.2.0", "again"],
+        "imports": ["wasi:io/error@0.2.0", "plain"],
+        "target": "wasi:cli/command@0.2.0",
+    }
+    module.write_bytes(bytes(data)[:-1])
     with pytest.raises(HarnessError, match="damaged"):
-        component_interfaces(bytes(data)[:-1])
+        make_artifact(module, environ={})
 
 
 def test_an_unknown_layout_lists_the_known_ones() -> None:

@@ -21,6 +21,7 @@ from wasilet_node.runtime.protocol import (
     StartError,
     UnknownContainerError,
 )
+from wasilet_node.runtime.sessions import MAX_EXECS
 from wasilet_node.runtime.zygote import SANDBOX_NAME
 from wasilet_node.settings import LogSettings, NodePaths
 
@@ -118,6 +119,25 @@ async def test_an_exec_reads_its_stdin(rig: Rig, knife: ContainerStatus) -> None
 async def test_without_stdin_a_guest_reads_nothing(rig: Rig, knife: ContainerStatus) -> None:
     result = await rig.client.exec(knife.id, ["x", "cat"], timeout_seconds=10)
     assert (result.exit_code, result.output) == (0, b"")
+
+
+async def test_a_container_runs_so_many_commands_beside_itself_and_no_more(rig: Rig, knife: ContainerStatus) -> None:
+    streams = [await rig.client.exec_stream(knife.id, ("main", "s")) for _ in range(MAX_EXECS)]
+    with pytest.raises(StartError, match=f"{MAX_EXECS} commands run in this container already"):
+        await rig.client.exec_stream(knife.id, ("main", "x"))
+    await streams[0].close()
+
+    async def again() -> bool:
+        try:
+            return (await rig.client.exec(knife.id, ("main", "x"), timeout_seconds=10)).exit_code == 42
+        except StartError:
+            return False
+
+    async with asyncio.timeout(10):
+        while not await again():  # noqa: ASYNC110 - an ended process is reported by nothing else
+            await asyncio.sleep(0.02)
+    for stream in streams[1:]:
+        await stream.close()
 
 
 async def test_exec_in_what_does_not_run_is_refused(rig: Rig) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from wasilet_node.network.attachment import MachineNetwork
 from wasilet_node.runtime.protocol import ContainerState, RuntimeUnavailableError
-from wasilet_node.server.streams import frames
+from wasilet_node.server.streams import frames, limits
 from wasilet_node.server.streams.frames import ControlFrame, DataFrame, FrameDecoder, FrameEncoder
 from wasilet_node.server.streams.portforward import MAX_PAIRS
 
@@ -439,3 +440,25 @@ async def test_an_attached_terminal(rig: Rig, *, once: bool, keys: bytes, shown:
                     await socket.send_bytes(b"\x00\x03")  # it is still read: this ends the guest
     assert seen[1].removesuffix(b"^C\r\n") == shown.removesuffix(b"^C\r\n")
     assert json.loads(seen[3])["status"] == "Success"
+
+
+@pytest.mark.parametrize("path", [f"{EXEC}&command=x", "/portForward/default/web"])
+async def test_a_pod_has_so_many_streams_and_no_more(rig: Rig, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_OPEN", 1)
+    async with websocket(rig, f"{EXEC}&command=hang", "v5.channel.k8s.io") as socket:
+        await socket.receive()
+        assert await rig.get(path) == (429, "1 streams of this pod are open already: end one first")
+    async with asyncio.timeout(5):
+        while (await rig.get(path))[0] == 429:  # noqa: ASYNC110 - the end of a stream is reported by nothing else
+            await asyncio.sleep(0.01)
+
+
+async def test_streams_of_a_pod_begin_no_faster_than_allowed_and_other_pods_do_not_notice() -> None:
+    known = limits.StreamLimits()
+    for _ in range(limits.OPENED_AT_ONCE):
+        with known.stream("a"):
+            pass
+    with pytest.raises(web.HTTPTooManyRequests, match="Too Many"), known.stream("a"):
+        pass
+    with known.stream("b"):
+        pass

@@ -16,6 +16,7 @@ import pytest
 from wasilet_node.kube.base import ApiUnavailableError
 from wasilet_node.volumes import removal
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
+from wasilet_node.volumes.pod_dirs import Areas
 
 from tests.unit.node.volumes.rig import Guest, Rig, make_container, make_pod
 
@@ -474,12 +475,19 @@ async def test_a_folder_in_memory_says_whose_it_is(rig: Rig) -> None:
     assert str(link.readlink()) == owner
 
 
-async def test_somebody_elses_folder_in_shared_memory_is_not_trusted(rig: Rig) -> None:
+async def test_somebody_elses_folder_in_shared_memory_is_not_trusted_and_another_is_used(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
     rig.kube.secret("s", {"k": b"secret"})
     (rig.folder / "trap").mkdir()
     area = rig.volumes._areas._memory
     assert area is not None
     area.symlink_to(rig.folder / "trap")
-    with pytest.raises(VolumeError, match="not this user's folder"):
-        await rig.volumes.setup(pod_with({"secret": {"secretName": "s"}}))
+    pod = pod_with({"secret": {"secretName": "s"}})
+    with caplog.at_level("WARNING"):
+        await rig.volumes.setup(pod)
     assert list((rig.folder / "trap").iterdir()) == []
+    assert f"{area} is somebody else's" in caplog.text
+    (own,) = rig.memory.glob(f"{area.name}-*")
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert Areas(rig.pods, shared_memory=rig.memory).memory_root() == own, "found again after a restart"
