@@ -113,7 +113,7 @@ def end_node(cluster: Cluster, name: str) -> str:
                 sys.executable,
                 "-P",
                 "-m",
-                "node",
+                "wasilet_node",
                 "shutdown",
                 "--data-dir",
                 state.node(name),
