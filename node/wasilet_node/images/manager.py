@@ -47,7 +47,7 @@ _STATUS_IMAGES: Final = 50
 class ModuleCompiler(Protocol):
     """What is needed of ``wasilet_node.images.compile.Compiler``. Who made it closes it."""
 
-    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind) -> Path: ...
+    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind, *, owner: str = "") -> Path: ...
 
     async def prune(self, keep_digests: Collection[str]) -> None: ...
 
@@ -183,13 +183,15 @@ class ImageManager:
         self._backoff.forget_expired()
         return self._image(name, reference, pulled.record)
 
-    async def compiled(self, image: Image) -> Path:
+    async def compiled(self, image: Image, *, owner: str = "") -> Path:
         """See ``Images``."""
         self._store.touch(image.manifest_digest)
         try:
             return await self._compiles.join(
                 image.module_digest,
-                lambda: self._compiler.compile(image.module_path, _cache_key(image.module_digest), image.kind),
+                lambda: self._compiler.compile(
+                    image.module_path, _cache_key(image.module_digest), image.kind, owner=owner
+                ),
             )
         except CompileError as error:
             raise ImageError("CreateContainerError", str(error)) from error

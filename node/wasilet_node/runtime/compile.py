@@ -22,6 +22,7 @@ from pathlib import Path
 
 from wasilet_node.runtime.compile_worker import EXIT_MEMORY
 from wasilet_node.runtime.engine import engine_key
+from wasilet_node.runtime.fair_slots import FairSlots
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
 
@@ -40,15 +41,16 @@ class Compiler:
     def __init__(self, directory: Path, settings: ImageSettings) -> None:
         self._directory = directory
         self._settings = settings
-        self._slots = asyncio.Semaphore(max(settings.max_parallel_compiles, 1))
+        self._slots = FairSlots(max(settings.max_parallel_compiles, 1))
         self._running: dict[str, asyncio.Task[Path]] = {}
         self._verified: dict[Path, tuple[int, int, int]] = {}
         self._key = engine_key()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
 
-    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind) -> Path:
-        """The precompiled file of a module (``sha256:<hex>``), compiled once for however many callers.
+    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind, *, owner: str = "") -> Path:
+        """The precompiled file of a module (``sha256:<hex>``), compiled once for however many callers. ``owner``: the
+        namespace that asks first; those that wait take turns.
 
         Raises CompileError.
         """
@@ -57,7 +59,7 @@ class Compiler:
             return target
         task = self._running.get(module_digest)
         if task is None:
-            task = asyncio.create_task(self._compile(module_path, target, kind), name=f"compile {module_digest}")
+            task = asyncio.create_task(self._compile(module_path, target, kind, owner), name=f"compile {module_digest}")
             self._running[module_digest] = task
             task.add_done_callback(lambda task: self._ended(module_digest, task))
         # Shielded: a pod that is deleted meanwhile must not take the compilation from the others.
@@ -102,8 +104,8 @@ class Compiler:
         self._verified[target] = identity
         return True
 
-    async def _compile(self, module_path: Path, target: Path, kind: GuestKind) -> Path:
-        async with self._slots:
+    async def _compile(self, module_path: Path, target: Path, kind: GuestKind, owner: str) -> Path:
+        async with self._slots.slot(owner):
             if await asyncio.to_thread(self._usable, target):
                 return target
             try:
