@@ -194,6 +194,63 @@ def test_a_container_that_is_started_again_before_it_is_asked_for(run_pod, wasm_
     passed(project.pytest())
 
 
+def test_services_their_endpoints_and_http(project: Project) -> None:
+    """A Service of pods, and one of addresses with a server of this machine behind it."""
+    project.write("""
+import http.server
+import threading
+import pytest
+from wasilet.testing import AssertHttp, HttpLoad, MakeService, RunPod, WasmApp, WasmCluster
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        status = 503 if self.path == "/broken" else 200
+        self.send_response(status)
+        self.send_header("X-Path", self.path)
+        self.end_headers()
+        self.wfile.write(b"hello from a server")
+
+    def log_message(self, *_):
+        pass
+
+@pytest.fixture
+def address(cluster: WasmCluster):
+    (node, *_) = cluster.kube.get("/api/v1/nodes")["items"]
+    host = next(a["address"] for a in node["status"]["addresses"] if a["type"] == "InternalIP")
+    server = http.server.ThreadingHTTPServer((host, 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server.server_address
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+def test_of_addresses(address, service: MakeService, assert_http: AssertHttp, http_load: HttpLoad) -> None:
+    host, port = address
+    web = service("web", port=80, target_port=port, endpoints=[host])
+    assert web.wait_endpoints() == [host]
+    answer = assert_http(web, "/a", contains="hello from", headers={"X-Path": "/a"})
+    assert (answer.status, web.get("/broken").status) == (200, 503)
+    assert service("web").cluster_ip == web.cluster_ip
+    assert_http(f"http://{host}:{port}", "/a", matches="^hello")
+    with http_load(web, per_second=100, max_seconds=20) as load:
+        while load.result.sent < 20:
+            pass
+    assert load.result.failed == 0, str(load.result)
+    with pytest.raises(AssertionError, match=r"status 503, not 200[\\s\\S]*HTTP 503[\\s\\S]*hello from a server"):
+        assert_http(web, "/broken", within_seconds=0.3)
+
+def test_of_pods(run_pod: RunPod, wasm_app: WasmApp, service: MakeService) -> None:
+    web = service("pods", selector={"app": "x"})
+    with pytest.raises(AssertionError, match="1 ready endpoints did not come within 0.3 s; there are: none"):
+        web.wait_endpoints(within_seconds=0.3)
+    pod = run_pod(wasm_app("hello-world"), labels={"app": "x"})
+    assert pod.wait_phase("Running")
+    assert web.wait_endpoints() == [pod.ip]
+""")
+    passed(project.pytest())
+
+
 def test_a_failure_shows_the_log_the_status_and_the_events_and_names_the_artifacts(project: Project) -> None:
     project.write(FAILING)
     done = project.pytest(GITHUB_ACTIONS="true", GITHUB_WORKSPACE=str(project.folder))

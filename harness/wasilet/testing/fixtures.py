@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,14 @@ import pytest
 from wasilet.errors import CommandError, HarnessError
 from wasilet.kube.client import KubeObject
 from wasilet.testing.cluster import WasmCluster
+from wasilet.testing.http import Answer, WantedAnswer
+from wasilet.testing.http_assertion import assert_answer, sender
 from wasilet.testing.images import Images
-from wasilet.testing.log_match import Text
+from wasilet.testing.load import Load
+from wasilet.testing.log_match import Text, texts
 from wasilet.testing.merged_log import LogLines
 from wasilet.testing.objects import pod_object, read_objects
+from wasilet.testing.service import Service, service_objects
 from wasilet.testing.test_namespace import Pod, Scene
 
 
@@ -155,6 +159,101 @@ class AssertLogs:
                 absent=absent,
                 container=container,
                 within_seconds=within_seconds,
+            )
+
+
+class MakeService:
+    """The fixture ``service``."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+
+    def __call__(
+        self,
+        name: str,
+        *,
+        port: int = 80,
+        target_port: int | str | None = None,
+        selector: Mapping[str, str] | None = None,
+        endpoints: Sequence[str] = (),
+        spec: Mapping[str, Any] | None = None,
+    ) -> Service:
+        """A Service of the test's namespace: created when it has a ``selector`` of pods' labels, or the addresses of
+        its ``endpoints``; else found. ``spec`` holds any further field of it."""
+        __tracebackhide__ = True
+        with clear_failures():
+            objects = service_objects(
+                name, port=port, target_port=target_port, selector=selector, endpoints=endpoints, spec=spec
+            )
+            return self._scene.service(name, objects if selector or endpoints else [])
+
+
+class AssertHttp:
+    """The fixture ``assert_http``."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+
+    def __call__(
+        self,
+        target: str | Pod | Service,
+        path: str = "/",
+        *,
+        port: int = 0,
+        method: str = "GET",
+        status: int | Collection[int] | None = 200,
+        headers: Mapping[str, Text | None] | None = None,
+        contains: Text | Iterable[Text] | None = None,
+        matches: Text | Iterable[Text] | None = None,
+        absent: Text | Iterable[Text] | None = None,
+        send_headers: Mapping[str, str] | None = None,
+        body: bytes | str | None = None,
+        within_seconds: float | None = None,
+    ) -> Answer:
+        """Ask until the answer is as it must be, and return it. Raises AssertionError with the last answer, the pods'
+        status, events and logs.
+
+        ``target``: a URL, a pod (with ``port``) or a Service. ``status``: one, several, or None for any. ``headers``:
+        the value, a regular expression, or None for one that must not be there. ``contains``, ``matches`` and
+        ``absent``: of the body."""
+        __tracebackhide__ = True
+        wanted = WantedAnswer(
+            status=status,
+            headers=dict(headers or {}),
+            contains=(*texts(contains), *texts(matches, pattern=True)),
+            absent=texts(absent),
+        )
+        with clear_failures():
+            send = sender(target, path, port=port, method=method, headers=send_headers, body=body)
+            return assert_answer(self._scene, target, send, wanted, within_seconds=within_seconds)
+
+
+class HttpLoad:
+    """The fixture ``http_load``."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+
+    def __call__(
+        self,
+        target: str | Pod | Service,
+        path: str = "/",
+        *,
+        port: int = 0,
+        status: int | Collection[int] | None = 200,
+        per_second: float = 50.0,
+        workers: int = 8,
+        max_seconds: float = 60.0,
+    ) -> Load:
+        """A context in which requests are sent at that rate, for ``max_seconds`` at most; ``load.result`` counts those
+        that failed."""
+        with clear_failures():
+            return Load(
+                sender(target, path, port=port),
+                per_second=per_second,
+                workers=workers,
+                max_seconds=max_seconds,
+                wanted=WantedAnswer(status=status),
             )
 
 

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from wasilet.testing.cluster import WasmCluster, Wish
-    from wasilet.testing.fixtures import Apply, AssertLogs, GetPod, Kubectl, RunPod, WasmApp
+    from wasilet.testing.fixtures import (
+        Apply,
+        AssertHttp,
+        AssertLogs,
+        GetPod,
+        HttpLoad,
+        Kubectl,
+        MakeService,
+        RunPod,
+        WasmApp,
+    )
     from wasilet.testing.test_namespace import Scene
 
 CONTROLLER_KEY = "wasilet_controller_pid"
@@ -381,3 +391,34 @@ def kubectl(cluster: WasmCluster, namespace: str) -> Kubectl:
     from wasilet.testing.fixtures import Kubectl
 
     return Kubectl(cluster, namespace)
+
+
+@pytest.fixture
+def service(wasilet_scene: Scene) -> MakeService:
+    """``service("web", selector={"app": "web"}, port=80, target_port=8080)``: a Service of the test's namespace.
+
+    Without ``selector`` and ``endpoints`` the one that is there. It has ``wait_endpoints()`` and ``get("/path")``."""
+    from wasilet.testing.fixtures import MakeService
+
+    return MakeService(wasilet_scene)
+
+
+@pytest.fixture
+def assert_http(wasilet_scene: Scene) -> AssertHttp:
+    """``assert_http(target, "/path", status=200, contains="x")``: ask until the answer is as it must be; the answer.
+
+    ``target``: a URL, a pod (with ``port=``) or what ``service`` gives. Also ``headers``, ``matches``, ``absent``,
+    ``method``, ``send_headers``, ``body``, ``within_seconds``."""
+    from wasilet.testing.fixtures import AssertHttp
+
+    return AssertHttp(wasilet_scene)
+
+
+@pytest.fixture
+def http_load(wasilet_scene: Scene) -> HttpLoad:
+    """``with http_load(target, per_second=100) as load: ...``: requests meanwhile; then ``load.result.failed``.
+
+    It ends with its block, and after ``max_seconds`` (60)."""
+    from wasilet.testing.fixtures import HttpLoad
+
+    return HttpLoad(wasilet_scene)

@@ -12,10 +12,12 @@ from wasilet.errors import ApiError, UsageError, WaitTimeoutError
 from wasilet.kube.client import KubeObject, api_path
 from wasilet.testing.cluster import RUN_LABEL, WasmCluster
 from wasilet.testing.expectation import Expectation, Subject, Wait
+from wasilet.testing.http import REQUEST_SECONDS, Answer, ask
 from wasilet.testing.log_match import Judge, Text, explain, numbered, printable, texts
 from wasilet.testing.merged_log import LogLines
 from wasilet.testing.observe import Observer, PodView
 from wasilet.testing.pod_status import TERMINAL_PHASES, describe, ends_of, events_of
+from wasilet.testing.service import Service
 
 SERVICE_ACCOUNT_SECONDS = 30.0
 DEFAULT_WITHIN_SECONDS = 30.0
@@ -228,6 +230,15 @@ class Scene:
         with self.observer.changed:
             return sorted(f"pod/{view.name}" for view in self.observer.pods.values() if not view.deleted)
 
+    # --- HTTP ------------------------------------------------------------------------------------------------------
+
+    def service(self, name: str, objects: Sequence[KubeObject]) -> Service:
+        """Create a Service of such objects, or find the one that is there. Raises ApiError."""
+        for obj in objects:
+            self.apply([obj])
+        body = self.cluster.kube.get(api_path("services", name, namespace=self.namespace))
+        return Service(self.cluster.kube, body, within_seconds=self.within_seconds)
+
     def events_of(self, view: PodView) -> list[str]:
         """``Type Reason: message``, oldest first; never raises."""
         return events_of(self.cluster.kube, self.namespace, view.uid)
@@ -268,6 +279,30 @@ class Pod:
     def phase(self) -> str:
         """``status.phase`` as last seen."""
         return self._view.phase
+
+    @property
+    def ip(self) -> str:
+        """``status.podIP`` as last seen; empty while it has none."""
+        return str((self._view.object.get("status") or {}).get("podIP") or "")
+
+    def url(self, port: int, path: str = "/") -> str:
+        """The URL of a port of it. Waits for its address. Raises AssertionError, and UsageError where pods have no
+        network of their own: its address is the node's then, and another process may listen there."""
+        __tracebackhide__ = True
+        self.wait_for(lambda _: self.ip, words="its address")
+        status, spec = self._view.object["status"], self._view.object["spec"]
+        if self.ip == status.get("hostIP") and not spec.get("hostNetwork"):
+            raise UsageError(
+                f"pod/{self.name} has no address of its own: {self.ip} is its node's",
+                hint="its node gives pods no network; `invoke status` says why",
+            )
+        host = f"[{self.ip}]" if ":" in self.ip else self.ip
+        return f"http://{host}:{port}{path}"
+
+    def get(self, path: str = "/", *, port: int, timeout_seconds: float = REQUEST_SECONDS) -> Answer:
+        """One GET at its address, whatever its answer. Raises NoAnswerError, and as :meth:`url` does."""
+        __tracebackhide__ = True
+        return ask(self.url(port, path), timeout_seconds=timeout_seconds)
 
     @property
     def exit_code(self) -> int | None:
