@@ -418,7 +418,7 @@ class FakeImages:
             module_name="hello.wasm",
         )
 
-    async def compiled(self, image: Image) -> Path:
+    async def compiled(self, image: Image, *, owner: str = "") -> Path:
         return Path("/compiled")
 
     async def list(self) -> Sequence[dict[str, object]]:
