@@ -58,6 +58,7 @@ def doctor(settings: Settings) -> list[Check]:
         _go(go),
         _rust(settings.environ),
         *_other_compilers(settings.environ),
+        _component_host(settings.environ),
         *_providers(settings),
     ]
 
@@ -200,6 +201,25 @@ def _other_compilers(environ: Mapping[str, str]) -> Iterator[Check]:
             yield Check(name=name, status="ok", detail=found)
         else:
             yield Check(name=name, status="optional", detail=f"only for {purpose}", hint=hint)
+
+
+def _component_host(environ: Mapping[str, str]) -> Check:
+    from wasilet_node.runtime.component_host import build, locate
+    from wasilet_node.runtime.component_host.library import HostUnavailableError
+
+    name = "component host"
+    try:
+        return Check(name=name, status="ok", detail=str(locate.load(environ).path))
+    except HostUnavailableError as error:
+        reason = str(error)
+    if environ.get(locate.VARIABLE):
+        return Check(name=name, status="optional", detail=reason, hint=f"unset {locate.VARIABLE}, or name a library")
+    purpose = "only for components that serve HTTP, open sockets or use WASI 0.3"
+    try:
+        detail = f"{purpose}; {build.find_rust(environ)} can build it"
+    except HostUnavailableError as error:
+        detail = f"{purpose}; {error}"
+    return Check(name=name, status="optional", detail=detail, hint=locate.COMMAND)
 
 
 def _providers(settings: Settings) -> Iterator[Check]:

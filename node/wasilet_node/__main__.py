@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from wasilet_common.process_start import prepare_process, silence_stdout
 
 from wasilet_node import __version__
-from wasilet_node.commandline import RunCommand, UsageError, parse, terminal_error
+from wasilet_node.commandline import ComponentHostCommand, RunCommand, UsageError, parse, terminal_error
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -40,9 +40,25 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         except OSError as error:
             terminal_error(f"{command.settings.paths.data}: {error.strerror or error}")
             return EXIT_FAILED
+    if isinstance(command, ComponentHostCommand):
+        return component_host(check=command.check)
     from wasilet_node.shutdown import shutdown
 
     return shutdown(command.data, timeout_seconds=command.timeout_seconds)
+
+
+def component_host(*, check: bool) -> int:
+    """Its path on stdout, progress on stderr."""
+    from wasilet_node.runtime.component_host import build, locate
+    from wasilet_node.runtime.component_host.library import HostUnavailableError
+
+    try:
+        path = locate.load().path if check else build.ensure(say=lambda text: print(text, file=sys.stderr))  # noqa: T201
+    except HostUnavailableError as error:
+        terminal_error(str(error))
+        return EXIT_FAILED
+    print(path)  # noqa: T201
+    return 0
 
 
 def configure_logging(level: str) -> None:

@@ -64,6 +64,8 @@ examples:
       --taint kubernetes.io/arch=wasm32-wasi:NoSchedule --taint kubernetes.io/arch=wasm32-wasi:NoExecute
   stop the agent and all its containers:
     python -P -m wasilet_node shutdown
+  build what runs components that serve HTTP, once:
+    python -P -m wasilet_node component-host
 
 SIGTERM (or Ctrl-C) ends the agent only: containers run on, and the next agent with the same --data-dir finds them.
 The bootstrap file is needed until the node holds a client certificate; that one renews itself. The serving
@@ -98,7 +100,17 @@ class ShutdownCommand:
     log_level: str
 
 
-Command = RunCommand | ShutdownCommand
+@dataclass(frozen=True, kw_only=True)
+class ComponentHostCommand:
+    """Have the component host: find it, or build it."""
+
+    check: bool
+    """Only look."""
+
+    log_level: str
+
+
+Command = RunCommand | ShutdownCommand | ComponentHostCommand
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,6 +142,8 @@ def parse(
     if values.command == "shutdown":
         timeout = options.get("timeout", (), _seconds) or 10.0
         return ShutdownCommand(data=data, timeout_seconds=timeout, log_level=log_level)
+    if values.command == "component-host":
+        return ComponentHostCommand(check=values.check, log_level=log_level)
     return RunCommand(
         settings=_settings(options, data, hostname), kubeconfig=_kubeconfig(options, environ), log_level=log_level
     )
@@ -149,7 +163,8 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
 def _parser(version: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -P -m wasilet_node",
-        usage="%(prog)s [options]\n       %(prog)s shutdown [--data-dir DIR] [--timeout SECONDS]",
+        usage="%(prog)s [options]\n       %(prog)s shutdown [--data-dir DIR] [--timeout SECONDS]\n"
+        "       %(prog)s component-host [--check]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -251,7 +266,9 @@ def _parser(version: str) -> argparse.ArgumentParser:
         help="a docker config.json with logins that serve every pod, after the pod's own pull secrets "
         "(default: none) [WASILET_NODE_REGISTRY_CONFIG]",
     )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", metavar="shutdown", title="commands", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="shutdown|component-host", title="commands", parser_class=_Parser
+    )
     shutdown = commands.add_parser(
         "shutdown",
         parents=[common],
@@ -260,6 +277,14 @@ def _parser(version: str) -> argparse.ArgumentParser:
         description="Stop the agent of a data folder, then all containers, then the supervisors.",
     )
     shutdown.add_argument("--timeout", metavar="SECONDS", help="how long it may take in all (default: 10)")
+    host = commands.add_parser(
+        "component-host",
+        parents=[common],
+        allow_abbrev=False,
+        help="find or build the library that runs components which serve HTTP, open sockets or use WASI 0.3",
+        description="Print where the component host is; build it with this machine's Rust when there is none.",
+    )
+    host.add_argument("--check", action="store_true", help="only look, build nothing")
     return parser
 
 

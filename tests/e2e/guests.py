@@ -229,7 +229,7 @@ _TEXTS: Mapping[str, str] = {
     "component-fails": component_guest("(i32.const 1)"),
     "component-exit-7": component_guest("(call $exit_code (i32.const 7)) (i32.const 0)"),
     "component-traps": component_guest("unreachable"),
-    "component-http": component_guest(
-        "(i32.const 0)", imports='(import "wasi:http/outgoing-handler@0.2.3" (instance (export "handle" (func))))'
+    "component-keyvalue": component_guest(
+        "(i32.const 0)", imports='(import "wasi:keyvalue/store@0.2.0-draft" (instance (export "handle" (func))))'
     ),
 }

@@ -29,7 +29,8 @@ from wasilet_node.images.backoff import Backoff
 from wasilet_node.images.compile import CompileError
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
 from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
-from wasilet_node.images.pull import Pulled, Puller, PullError
+from wasilet_node.images.offer import is_server, offered
+from wasilet_node.images.pull import Pulled, Puller, PullError, interfaces_of
 from wasilet_node.images.singleflight import Flights
 from wasilet_node.images.store import ImageRecord, Store, StoreError
 from wasilet_node.runtime.protocol import GuestKind
@@ -47,7 +48,9 @@ _STATUS_IMAGES: Final = 50
 class ModuleCompiler(Protocol):
     """What is needed of ``wasilet_node.images.compile.Compiler``. Who made it closes it."""
 
-    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind) -> Path: ...
+    async def compile(
+        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False
+    ) -> Path: ...
 
     async def prune(self, keep_digests: Collection[str]) -> None: ...
 
@@ -73,9 +76,12 @@ class ImageManager:
         self._monotonic = monotonic
         self._registry = registry or RegistryClient(settings=settings)
         self._store = Store(directory=directory, clock=clock)
-        self._puller = Puller(store=self._store, registry=self._registry, settings=settings, monotonic=monotonic)
+        self._puller = Puller(
+            store=self._store, registry=self._registry, settings=settings, monotonic=monotonic, preflight=offered
+        )
         self._backoff = Backoff(clock=monotonic)
         self._in_use: frozenset[str] = frozenset()
+        self._servers: dict[str, bool] = {}
         self._pulls: Flights[Pulled] = Flights()
         self._compiles: Flights[Path] = Flights()
         self._collector = GarbageCollector(
@@ -151,7 +157,7 @@ class ImageManager:
             record = await self._present(reference, quoted, event)
             if record is not None:
                 await _emit(event, "Normal", "Pulled", f"Container image {quoted} already present on machine")
-                return self._image(name, reference, record)
+                return await self._image(name, reference, record)
             if policy is PullPolicy.NEVER:
                 message = f"Container image {quoted} is not present with pull policy of Never"
                 await _emit(event, "Warning", "ErrImageNeverPull", message)
@@ -181,7 +187,7 @@ class ImageManager:
             f" waiting). Image size: {pulled.record.size_bytes} bytes.",
         )
         self._backoff.forget_expired()
-        return self._image(name, reference, pulled.record)
+        return await self._image(name, reference, pulled.record)
 
     async def compiled(self, image: Image) -> Path:
         """See ``Images``."""
@@ -189,7 +195,9 @@ class ImageManager:
         try:
             return await self._compiles.join(
                 image.module_digest,
-                lambda: self._compiler.compile(image.module_path, _cache_key(image.module_digest), image.kind),
+                lambda: self._compiler.compile(
+                    image.module_path, _cache_key(image.module_digest), image.kind, server=image.server
+                ),
             )
         except CompileError as error:
             raise ImageError("CreateContainerError", str(error)) from error
@@ -237,14 +245,16 @@ class ImageManager:
 
         return await self._pulls.join((str(reference), _fingerprint(fitting), _fingerprint(logins)), work)
 
-    def _image(self, name: str, reference: Reference, record: ImageRecord) -> Image:
+    async def _image(self, name: str, reference: Reference, record: ImageRecord) -> Image:
+        path = self._store.blob_path(record.module_digest)
         return Image(
             reference=name,
             image_id=reference.at(record.digest),
             manifest_digest=record.digest,
             module_digest=record.module_digest,
-            module_path=self._store.blob_path(record.module_digest),
+            module_path=path,
             kind=record.kind,
+            server=record.kind is GuestKind.COMPONENT and await self._is_server(record.module_digest, path),
             size_bytes=record.size_bytes,
             entrypoint=record.entrypoint,
             cmd=record.cmd,
@@ -252,6 +262,14 @@ class ImageManager:
             working_dir=record.working_dir,
             module_name=record.module_name,
         )
+
+    async def _is_server(self, digest: str, path: Path) -> bool:
+        """Read from the component once per agent: which world it has is in no manifest of older images."""
+        if digest not in self._servers:
+            interfaces = await asyncio.to_thread(interfaces_of, path)
+            # What cannot be read is named by whoever compiles it.
+            self._servers[digest] = interfaces is not None and is_server(interfaces)
+        return self._servers[digest]
 
 
 def _cache_key(module_digest: str) -> str:

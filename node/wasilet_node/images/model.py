@@ -37,6 +37,9 @@ class Image:
     """The wasm binary in the store."""
 
     kind: GuestKind
+    server: bool = False
+    """A component that answers HTTP requests."""
+
     size_bytes: int
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()

@@ -182,7 +182,7 @@ class Puller:
             length, preamble = await asyncio.to_thread(_look_at, module)
             kind = detect_kind(preamble)
             if kind is GuestKind.COMPONENT and plan.interfaces is None:
-                interfaces = await asyncio.to_thread(_interfaces_of, module)
+                interfaces = await asyncio.to_thread(interfaces_of, module)
                 if interfaces is not None:
                     self._check_interfaces(interfaces)
             record = ImageRecord(
@@ -358,7 +358,7 @@ def _rewind(file: BinaryIO) -> None:
     file.truncate()
 
 
-def _interfaces_of(component: Path) -> Interfaces | None:
+def interfaces_of(component: Path) -> Interfaces | None:
     """None: its names cannot be read; whoever compiles it says what is wrong with it."""
     try:
         with component.open("rb") as file:

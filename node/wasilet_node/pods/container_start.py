@@ -24,12 +24,14 @@ from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.environment import expand_command, process_environment
 from wasilet_node.pods.resources import ANNOTATION_RESOURCES
 from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX
+from wasilet_node.pods.server_settings import server_settings
 from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import (
     ContainerConfig,
     ContainerStatus,
     GuestKind,
     RuntimeUnavailableError,
+    ServerSettings,
     StartError,
 )
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError
@@ -145,6 +147,7 @@ async def _prepare(
 
     # Read before the image is pulled: a mistake in an annotation should not cost a download.
     policy = await services.outbound.policy(pod)
+    server = server_settings(pod, container)
     image = await services.images.ensure(
         container.get("image", ""),
         policy=_pull_policy(container),
@@ -188,6 +191,7 @@ async def _prepare(
         cpu_limit_millicores=resources.enforced_limit(pod, container, "cpu"),
         cpu_request_millicores=resources.request(container, "cpu"),
         http=policy,
+        server=_server(pod, server, network) if image.server else None,
         network=_network_key(network, image.kind),
         etc_files=network.etc_files if network is not None and image.kind is GuestKind.COMPONENT else (),
         stdin=bool(container.get("stdin")),
@@ -199,6 +203,15 @@ async def _prepare(
             ANNOTATION_SANDBOX: sandbox,
         },
     )
+
+
+def _server(pod: Pod, settings: ServerSettings, network: Attachment | None) -> ServerSettings:
+    if network is None and not pod["spec"].get("hostNetwork"):
+        raise ContainerConfigError(
+            "the component answers HTTP requests, but pods of this node have no network of their own to be reached "
+            "by: set hostNetwork to listen on the node's addresses"
+        )
+    return settings
 
 
 def _network_key(network: Attachment | None, kind: GuestKind) -> str:

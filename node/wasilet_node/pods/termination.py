@@ -8,6 +8,7 @@ reverse order of the spec; when the grace is over all that is left is killed at 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
@@ -115,7 +116,23 @@ async def kill_container(
     finally:
         if turn is not None:
             turn.close()
-    return await stop_instance(services, instance.id)
+    drained: list[ContainerStatus] = []
+    await grace.run(_drain(services, instance.id, grace, drained))
+    return drained[0] if drained else await stop_instance(services, instance.id)
+
+
+async def _drain(services: PodDependencies, container_id: str, grace: Grace, drained: list[ContainerStatus]) -> None:
+    """A server ends when its requests are answered; everything else does at once. A grace that is shortened ends this,
+    and so does a runtime that does not answer: killing follows."""
+    seconds = grace.remaining
+    if seconds <= 0:
+        return
+    with contextlib.suppress(RuntimeUnavailableError):
+        stopped = await services.runtime.stop(
+            container_id, timeout_seconds=services.timing.stop_timeout, grace_seconds=seconds
+        )
+        if stopped is not None:
+            drained.append(stopped)
 
 
 async def stop_instance(services: PodDependencies, container_id: str) -> ContainerStatus | None:

@@ -153,10 +153,13 @@ class RuntimeClient:
         answer = await main.call({"op": "start", "config": wire.dump_config(config)})
         return wire.load_status(answer)
 
-    async def stop(self, container_id: str, *, timeout_seconds: float = 10.0) -> ContainerStatus | None:
+    async def stop(
+        self, container_id: str, *, timeout_seconds: float = 10.0, grace_seconds: float = 0.0
+    ) -> ContainerStatus | None:
         """See ``Runtime``. Raises RuntimeUnavailableError, also when it was not reaped in time."""
+        request = {"op": "stop", "id": container_id, "grace_seconds": grace_seconds}
         for link in await self._all():
-            answer = await link.call({"op": "stop", "id": container_id}, timeout_seconds=timeout_seconds)
+            answer = await link.call(request, timeout_seconds=timeout_seconds + grace_seconds)
             if answer is not None:
                 return wire.load_status(answer)
         return None

@@ -20,7 +20,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from wasilet_node.runtime.compile_worker import EXIT_MEMORY
+from wasilet_node.runtime.compile_worker import EXIT_MEMORY, SERVER
 from wasilet_node.runtime.engine import engine_key
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
@@ -43,21 +43,23 @@ class Compiler:
         self._slots = asyncio.Semaphore(max(settings.max_parallel_compiles, 1))
         self._running: dict[str, asyncio.Task[Path]] = {}
         self._verified: dict[Path, tuple[int, int, int]] = {}
-        self._key = engine_key()
+        self._keys = {server: engine_key(server=server) for server in (False, True)}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
 
-    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind) -> Path:
-        """The precompiled file of a module (``sha256:<hex>``), compiled once for however many callers.
+    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False) -> Path:
+        """The precompiled file of a module (``sha256:<hex>``), compiled once for however many callers. ``server``: it
+        is a component that answers requests.
 
         Raises CompileError.
         """
-        target = self._target(module_digest)
+        target = self._target(module_digest, server=server)
         if await asyncio.to_thread(self._usable, target):
             return target
         task = self._running.get(module_digest)
         if task is None:
-            task = asyncio.create_task(self._compile(module_path, target, kind), name=f"compile {module_digest}")
+            worker_kind = SERVER if server else kind.value
+            task = asyncio.create_task(self._compile(module_path, target, worker_kind), name=f"compile {module_digest}")
             self._running[module_digest] = task
             task.add_done_callback(lambda task: self._ended(module_digest, task))
         # Shielded: a pod that is deleted meanwhile must not take the compilation from the others.
@@ -72,7 +74,8 @@ class Compiler:
     async def prune(self, keep_digests: Collection[str]) -> None:
         """Remove what no module in ``keep_digests`` needs, older engines' files included. Running guests keep theirs:
         a file that is mapped lives on without its name."""
-        await asyncio.to_thread(self._prune, {self._target(digest).name for digest in keep_digests})
+        keep = {self._target(digest, server=server).name for digest in keep_digests for server in (False, True)}
+        await asyncio.to_thread(self._prune, keep)
 
     async def close(self) -> None:
         """End the compilations under way."""
@@ -81,11 +84,11 @@ class Compiler:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _target(self, module_digest: str) -> Path:
+    def _target(self, module_digest: str, *, server: bool = False) -> Path:
         hexadecimal = module_digest.removeprefix("sha256:")
         if not hexadecimal.isalnum():
             raise CompileError(f"{module_digest!r} is no digest")
-        return self._directory / f"{hexadecimal}-{self._key}{SUFFIX}"
+        return self._directory / f"{hexadecimal}-{self._keys[server]}{SUFFIX}"
 
     def _usable(self, target: Path) -> bool:
         try:
@@ -102,7 +105,7 @@ class Compiler:
         self._verified[target] = identity
         return True
 
-    async def _compile(self, module_path: Path, target: Path, kind: GuestKind) -> Path:
+    async def _compile(self, module_path: Path, target: Path, kind: str) -> Path:
         async with self._slots:
             if await asyncio.to_thread(self._usable, target):
                 return target
@@ -115,7 +118,7 @@ class Compiler:
                 raise CompileError(f"the compiled module cannot be kept: {error.strerror or error}") from error
             return target
 
-    async def _run_worker(self, module_path: Path, output: Path, kind: GuestKind) -> None:
+    async def _run_worker(self, module_path: Path, output: Path, kind: str) -> None:
         memory = self._settings.compile_memory_bytes
         try:
             process = await asyncio.create_subprocess_exec(
@@ -125,7 +128,7 @@ class Compiler:
                 "wasilet_node.runtime.compile_worker",
                 str(module_path),
                 str(output),
-                kind.value,
+                kind,
                 str(memory),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,

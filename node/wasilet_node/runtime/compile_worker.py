@@ -1,6 +1,8 @@
 """One compilation in a process of its own: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND
 MEMORY_BYTES``.
 
+KIND is ``module``, ``component`` or ``server``, which is a component that answers requests.
+
 Cranelift parses what an image gives it, so it runs under limits, away from the agent and the supervisor, and behind a
 sandbox's fences: the binary is read and the output file opened first; then root becomes an unprivileged user, Landlock
 leaves no file and no TCP, and seccomp no socket, no process and no other system call than a sandbox has. The result is
@@ -19,6 +21,7 @@ from wasilet_node.runtime import landlock, linux, seccomp
 NICE = 10
 EXIT_REFUSED = 1
 EXIT_MEMORY = 3
+SERVER = "server"
 UNPRIVILEGED_ID = 65534
 """``nobody``: what root becomes."""
 
@@ -56,11 +59,11 @@ def _compile(source: str, target: str, kind: str) -> int:
     except OSError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_REFUSED
-    engine = make_engine()
+    engine = make_engine(server=kind == SERVER)
     _enter_fence()
     try:
         found = "component" if is_component(binary) else "module"
-        if found != kind:
+        if found != ("component" if kind == SERVER else kind):
             sys.stderr.write(f"the image says it is a {kind}, but the binary is a {found}\n")
             return EXIT_REFUSED
         compiled: wasmtime.Module | component.Component

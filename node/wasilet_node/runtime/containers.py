@@ -16,8 +16,9 @@ from pathlib import Path
 
 from wasilet_common.time_format import rfc3339_nano
 
-from wasilet_node.runtime import linux, sandbox
+from wasilet_node.runtime import linux, sandbox, wire
 from wasilet_node.runtime.cgroups import CgroupManager, Group
+from wasilet_node.runtime.component_host.counters import CountersPage
 from wasilet_node.runtime.logs import LineFramer, LogFile
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.pod_namespaces import PodNamespaces
@@ -75,6 +76,9 @@ class Container:
     """Instances that run beside it."""
 
     output_listeners: list[OutputListener] = field(default_factory=list)
+    counters: CountersPage | None = None
+    """Of a server that runs."""
+
     stop_requested: bool = False
     oom_by_watch: bool = False
     decided: bool = False
@@ -168,14 +172,20 @@ class Containers:
         finally:
             os.close(record)
 
-    def stop(self, container: Container, done: Callable[[], None]) -> None:
-        """Kill; ``done`` is called when it is reaped and its log is complete."""
+    def stop(self, container: Container, done: Callable[[], None], *, grace_seconds: float = 0.0) -> None:
+        """Kill; ``done`` is called when it is reaped and its log is complete. A server drains first, within the grace;
+        being asked again without one ends that."""
         if container.process is None:
             done()
             return
         container.stop_requested = True
         container.exit_waiters.append(done)
-        container.process.kill()
+        process = container.process
+        if container.config.server is not None and grace_seconds > 0 and process.started:
+            process.terminate()
+            self._loop.call_later(grace_seconds, process.kill)
+        else:
+            process.kill()
 
     def remove(self, container_id: str, done: Callable[[], None]) -> None:
         """Forget; a running one is killed first, as CRI's RemoveContainer does. Unknown ids are fine."""
@@ -212,6 +222,7 @@ class Containers:
                     cpu_nanoseconds=cpu,
                     memory_bytes=memory if memory is not None else linux.private_bytes(pid),
                     timestamp_ns=time.time_ns(),
+                    http=wire.load_counters(container.counters.read()) if container.counters is not None else None,
                 )
             )
         return found
@@ -238,6 +249,7 @@ class Containers:
             group=container.group,
             backstop_bytes=memory_backstop(config.memory_limit_bytes, kernel=kernel),
             record=record,
+            counters=container.counters.descriptor if config.server is not None and container.counters else -1,
         )
         return process
 
@@ -266,6 +278,8 @@ class Containers:
             )
         except OSError as error:
             logger.warning("no control group for container %s: %s", config.id, error)
+        if config.server is not None:
+            container.counters = CountersPage()
         container.process = self.make_process(
             container,
             config,
@@ -275,6 +289,8 @@ class Containers:
             on_exit=lambda outcome: self._ended(container, outcome),
             record=record,
         )
+        if container.counters is not None:
+            container.counters.close_descriptor()
         if config.stdin:
             container.input = GuestInput(self._loop, container.process)
         self._loop.call_later(START_REPORT_SECONDS, lambda: self._running(container))
@@ -340,6 +356,9 @@ class Containers:
         if outcome.bad_artifact:
             self._drop_artifact(container.config.artifact)
         container.process = None
+        if container.counters is not None:
+            container.counters.close()
+            container.counters = None
         if container.group is not None:
             self._remove_group(container.group, GROUP_REMOVE_ATTEMPTS)
             container.group = None

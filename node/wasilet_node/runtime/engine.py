@@ -2,7 +2,9 @@
 
 A precompiled file loads only into an engine with the settings it was compiled with, so the compile worker, the
 supervisor and ``invoke run`` must never differ: they all come here. No fuel and no epochs: both cost guest speed, and
-neither can wake a module that sleeps in ``poll_oneoff``; a sandbox is a process and is ended by a signal.
+neither can wake a module that sleeps in ``poll_oneoff``; a sandbox is a process and is ended by a signal. Servers are
+the exception: they answer many requests in one process, so one that computes without end must be interrupted without
+the others' end. They are compiled with epochs, have a key of their own, and only the component host loads them.
 
 Nothing here builds a ``Module``: that starts threads, and the supervisor forks. wasmtime itself is imported where an
 engine is made: the agent needs the key alone, and is spared the library.
@@ -32,6 +34,8 @@ _SETTINGS: tuple[tuple[str, object], ...] = (
 )
 """Attributes of ``wasmtime.Config``; part of the key of the compile cache."""
 
+_SERVER_SETTINGS: tuple[tuple[str, object], ...] = (*_SETTINGS, ("epoch_interruption", True))
+
 
 @dataclass(frozen=True)
 class Linkers:
@@ -42,12 +46,12 @@ class Linkers:
     component: wasmtime_component.Linker
 
 
-def make_engine() -> wasmtime.Engine:
-    """An engine with the project's settings."""
+def make_engine(*, server: bool = False) -> wasmtime.Engine:
+    """An engine with the project's settings; ``server``: with those of components that answer requests."""
     import wasmtime
 
     config: Any = wasmtime.Config()
-    for name, value in _SETTINGS:
+    for name, value in _SERVER_SETTINGS if server else _SETTINGS:
         setattr(config, name, value)
     return wasmtime.Engine(config)
 
@@ -83,12 +87,13 @@ def cpu_features() -> str:
     return f"{platform.machine()}:{' '.join(sorted(flags))}"
 
 
-def engine_key() -> str:
+def engine_key(*, server: bool = False) -> str:
     """16 hex digits that name wasmtime's version, the engine's settings and the processor's features.
 
     Two engines with one key load each other's precompiled files.
     """
-    parts = [wasmtime_version(), cpu_features(), *(f"{name}={value}" for name, value in _SETTINGS)]
+    settings = _SERVER_SETTINGS if server else _SETTINGS
+    parts = [wasmtime_version(), cpu_features(), *(f"{name}={value}" for name, value in settings)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

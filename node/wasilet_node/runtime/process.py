@@ -80,6 +80,7 @@ class SandboxProcess:
         group: Group | None,
         backstop_bytes: int | None,
         record: int = -1,
+        counters: int = -1,
         network: int = -1,
     ) -> None:
         """Take a sandbox of the zygote's. Raises ForkRefusedError; nothing is left behind then."""
@@ -116,6 +117,7 @@ class SandboxProcess:
                 cgroup_files=tuple(groups),
                 memory_backstop_bytes=backstop_bytes,
                 record=record,
+                counters=counters,
                 network=network,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
@@ -153,6 +155,12 @@ class SandboxProcess:
         if not self.finished and self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """SIGTERM, on which a server drains and ends."""
+        if not self.finished and self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def interrupt(self) -> None:
         """SIGINT, of which a guest dies: it can handle no signal."""

@@ -5,7 +5,7 @@ first message, so that an agent that was upgraded can still talk to the supervis
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -67,6 +67,60 @@ class HttpPolicy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How a component that answers HTTP requests (``wasi:http``) is served. The defaults are what is safe for most."""
+
+    port: int = 8080
+    """TCP, on all addresses of the network that the container runs in."""
+
+    reuse: int | None = None
+    """Requests that one instance answers; None: 1 for WASI 0.2, whose guests do not expect to keep state between
+    requests, and 128 for 0.3, whose do."""
+
+    max_concurrent_requests: int = 128
+    """More wait for their turn, and get 503 when ``request_timeout_seconds`` has passed."""
+
+    max_connections: int = 1000
+    """The one that was idle longest is closed for one more."""
+
+    request_timeout_seconds: float = 30.0
+    """From a request's head to the head of its answer."""
+
+    idle_timeout_seconds: float = 60.0
+    """Between two pieces of a body, and of a connection without a request."""
+
+    header_timeout_seconds: float = 10.0
+    """From a request's first byte to the end of its head."""
+
+    max_header_bytes: int = 32 * 1024
+    max_body_bytes: int = 8 * 1024 * 1024
+    """Of a request."""
+
+    linger_seconds: float = 5.0
+    """Once a stop was asked for, connections are still taken while they come, this long at most: those who send
+    requests here learn of the end a moment later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpCounters:
+    """What a server has counted since its start."""
+
+    in_flight: int
+    connections: int
+    instances: int
+    """Made so far."""
+
+    seconds: float
+    """Of all requests together."""
+
+    buckets: tuple[int, ...]
+    """Requests by duration: ``component_host.counters.BUCKET_SECONDS``, and one more for those that took longer."""
+
+    statuses: Mapping[int, int]
+    """Requests by status; 499: the client had gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContainerConfig:
     """All that is needed to run one instance of a container. Serialisable to JSON; secrets in ``env`` stay off argv."""
 
@@ -96,6 +150,9 @@ class ContainerConfig:
     cpu_limit_millicores: int | None = None
     cpu_request_millicores: int | None = None
     http: HttpPolicy | None = None
+    server: ServerSettings | None = None
+    """None: it runs and ends. Otherwise the component answers HTTP requests, and was compiled with epochs."""
+
     network: str = ""
     """The key of the pod's network namespace, which the guest runs in and may open sockets in; empty: it runs in the
     machine's, without sockets."""
@@ -157,6 +214,8 @@ class ContainerUsage:
     cpu_nanoseconds: int
     memory_bytes: int
     timestamp_ns: int
+    http: HttpCounters | None = None
+    """Of a server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +299,13 @@ class Runtime(Protocol):
     async def start(self, config: ContainerConfig) -> ContainerStatus:
         """Start an instance; the same id twice starts it once (a start record is written before the fork)."""
 
-    async def stop(self, container_id: str, *, timeout_seconds: float = 10.0) -> ContainerStatus | None:
-        """Kill an instance and wait until it is reaped and its log is drained. None: unknown id."""
+    async def stop(
+        self, container_id: str, *, timeout_seconds: float = 10.0, grace_seconds: float = 0.0
+    ) -> ContainerStatus | None:
+        """End an instance and wait until it is reaped and its log is drained. None: unknown id.
+
+        A server drains for ``grace_seconds`` before it is killed; nothing else hears of its end beforehand.
+        """
 
     async def list(self) -> Sequence[ContainerStatus]:
         """All instances that were not removed, exited ones included."""

@@ -22,6 +22,7 @@ import json
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -30,6 +31,9 @@ import wasmtime
 from wasmtime import component as wasmtime_component
 
 from wasilet_node.runtime import landlock, linux, netns, resolving, seccomp
+from wasilet_node.runtime.component_host import entry
+from wasilet_node.runtime.component_host.entry import ComponentHost
+from wasilet_node.runtime.component_host.library import Library
 from wasilet_node.runtime.engine import Linkers
 from wasilet_node.runtime.hostcalls import sockets
 from wasilet_node.runtime.hostcalls.http import HttpHost
@@ -83,6 +87,8 @@ class GuestTools:
 
     linkers: Linkers
     http: HttpHost
+    components: ComponentHost
+    """Runs components where it is there; else wasmtime's Python bindings run those that they can."""
     sockets: SocketSwitch | None = None
     """None: guests cannot open sockets."""
 
@@ -111,12 +117,16 @@ class ChildPlan:
     record: int = -1
     """A file that has to be on disk before guest code runs; -1: none."""
 
+    counters: int = -1
+    """Where a server counts; -1: nowhere."""
+
     network: int = -1
     """The pod's network namespace; -1: the guest stays in the machine's."""
 
     def descriptors(self) -> dict[str, int]:
         """Those that it names, by field; ``cgroup_files`` are numbered."""
-        named = {name: getattr(self, name) for name in ("stdin", "stdout", "stderr", "report", "record", "network")}
+        names = ("stdin", "stdout", "stderr", "report", "record", "counters", "network")
+        named = {name: getattr(self, name) for name in names}
         groups = {f"cgroup{index}": descriptor for index, descriptor in enumerate(self.cgroup_files)}
         return {name: descriptor for name, descriptor in (named | groups).items() if descriptor >= 0}
 
@@ -129,7 +139,15 @@ def make_tools(linkers: Linkers) -> GuestTools:
     # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
     module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
-    return GuestTools(linkers=linkers, sockets=sockets.find(), http=http, network_files=resolving.readable_paths())
+    components = ComponentHost()
+    components.open()  # here, so that all sandboxes share it
+    return GuestTools(
+        linkers=linkers,
+        sockets=sockets.find(),
+        http=http,
+        components=components,
+        network_files=resolving.readable_paths(),
+    )
 
 
 def check_config(config: ContainerConfig) -> None:
@@ -176,9 +194,12 @@ def run_here(config: ContainerConfig, tools: GuestTools, *, report: int) -> NoRe
     def run() -> int:
         check_config(config)
         linux.close_range_except((report,))
-        _limit()
-        seccomp.confine(seccomp.Network.NONE if config.http is None else seccomp.Network.CLIENT)
-        return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report)
+        _limit(config)
+        if config.kind is GuestKind.COMPONENT:
+            tools.components.open()
+        listener = _listen(config)
+        seccomp.confine(_network(config))
+        return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report, listener=listener)
 
     _exit_with(report, run)
 
@@ -204,7 +225,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
             os.dup2(source, target)
         else:
             os.set_inheritable(target, True)  # noqa: FBT003
-    linux.close_range_except((plan.report, plan.record, plan.network, *plan.cgroup_files))
+    linux.close_range_except((plan.report, plan.record, plan.counters, plan.network, *plan.cgroup_files))
     linux.set_parent_death_signal()
     if os.getppid() != plan.parent_pid:
         os._exit(START_ERROR_EXIT_CODE)
@@ -218,7 +239,10 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         os.write(file, b"0")
         os.close(file)
     _enter_network(plan)
-    _limit()
+    _limit(plan.config)
+    if plan.config.kind is GuestKind.COMPONENT:
+        tools.components.open()  # it may have been built since
+    listener = _listen(plan.config)
     _confine(plan.config, tools)
     return run_guest(
         plan.config,
@@ -227,6 +251,8 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         memory_backstop_bytes=plan.memory_backstop_bytes,
         report=plan.report,
         nice=plan.nice,
+        listener=listener,
+        counters=plan.counters,
     )
 
 
@@ -253,11 +279,29 @@ def _confine(config: ContainerConfig, tools: GuestTools) -> None:
     network = config.http is not None or bool(config.network)
     files = (config.artifact, *tools.network_files) if network else (config.artifact,)
     landlock.confine(config.mounts, files=files, tcp=network)
-    outward = seccomp.Network.CLIENT if network else seccomp.Network.NONE
-    seccomp.confine(seccomp.Network.SERVER if config.network else outward)
+    seccomp.confine(_network(config))
 
 
-def _limit() -> None:
+def _network(config: ContainerConfig) -> seccomp.Network:
+    outward = config.http is not None
+    if config.network:
+        return seccomp.Network.SERVER
+    if config.server is not None:
+        return seccomp.Network.SERVER if outward else seccomp.Network.ACCEPT
+    return seccomp.Network.CLIENT if outward else seccomp.Network.NONE
+
+
+def _listen(config: ContainerConfig) -> socket.socket | None:
+    """A server's socket, made before the fences. Raises LoadError."""
+    if config.server is None:
+        return None
+    try:
+        return entry.listen(config.server)
+    except OSError as error:
+        raise LoadError(str(error.strerror)) from error
+
+
+def _limit(config: ContainerConfig) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
@@ -265,7 +309,8 @@ def _limit() -> None:
     # All containers would die with the supervisor, which would otherwise be as good a victim as any of them.
     linux.set_oom_score(linux.MOST_EXPENDABLE)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(hard, MAX_OPEN_FILES)
+    wanted = MAX_OPEN_FILES if config.server is None else entry.SERVER_OPEN_FILES
+    limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     limit = MAX_USER_PROCESSES if hard == resource.RLIM_INFINITY else min(hard, MAX_USER_PROCESSES)
@@ -280,8 +325,25 @@ def run_guest(
     memory_backstop_bytes: int | None,
     report: int,
     nice: int = 0,
+    listener: socket.socket | None = None,
+    counters: int = -1,
 ) -> int:
     """Load and run a guest on this process's standard descriptors; the exit code. Raises LoadError before it runs."""
+    if config.kind is GuestKind.COMPONENT:
+        library = tools.components.library
+        if library is not None:
+            _Started(report, nice).give_way()
+            return _run_in_host(
+                library,
+                config,
+                report=report,
+                stdin=guest_stdin,
+                memory_bytes=entry.instance_memory(config, memory_backstop_bytes),
+                listener=listener,
+                counters=counters,
+            )
+        if config.server is not None:
+            raise LoadError(tools.components.why_not)
     tools.http.configure(config.http)
     store = wasmtime.Store(tools.linkers.engine)
     if memory_backstop_bytes is not None:
@@ -303,6 +365,31 @@ def run_guest(
         return TRAP_EXIT_CODE
     _report(report, {"exit": code})
     return code
+
+
+def _run_in_host(
+    library: Library,
+    config: ContainerConfig,
+    *,
+    report: int,
+    stdin: bool,
+    memory_bytes: int | None,
+    listener: socket.socket | None,
+    counters: int,
+) -> int:
+    """The library writes the report itself. Raises LoadError."""
+    try:
+        with entry.spec(
+            config,
+            report=report,
+            stdin=stdin,
+            memory_bytes=memory_bytes,
+            listener=listener.detach() if listener is not None else -1,
+            counters=counters,
+        ) as text:
+            return library.run(text)
+    except OSError as error:
+        raise LoadError(str(error.strerror)) from error
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ class Network(Enum):
     NONE = "none"
     """Not even ``socket``."""
 
+    ACCEPT = "accept"
+    """No socket of its own, but it may accept connections on one that it was given, and speak on them."""
+
     CLIENT = "client"
     """TCP and UDP over IPv4 and IPv6, outward: requests and name look-ups."""
 
@@ -160,6 +163,11 @@ CLIENT_ALLOWED: Mapping[str, tuple[int, int]] = {
     "access": (21, _ABSENT),
     "faccessat": (269, 48),
 }
+_TALK = ("recvfrom", "recvmsg", "shutdown", "getsockname", "getpeername", "getsockopt")
+ACCEPT_ALLOWED: Mapping[str, tuple[int, int]] = {
+    "accept4": (288, 242),
+    **{name: CLIENT_ALLOWED[name] for name in _TALK},
+}
 SERVER_ALLOWED: Mapping[str, tuple[int, int]] = {
     "bind": (49, 200),
     "listen": (50, 201),
@@ -269,7 +277,9 @@ class _Program(ctypes.Structure):
 def allowed_calls(network: Network) -> Mapping[str, tuple[int, int]]:
     """The calls that pass with any arguments."""
     calls = dict(ALLOWED)
-    if network is not Network.NONE:
+    if network is Network.ACCEPT:
+        calls |= ACCEPT_ALLOWED
+    elif network is not Network.NONE:
         calls |= CLIENT_ALLOWED
     if network is Network.SERVER:
         calls |= SERVER_ALLOWED
@@ -278,7 +288,10 @@ def allowed_calls(network: Network) -> Mapping[str, tuple[int, int]]:
 
 def guarded_calls(network: Network) -> Mapping[str, Guarded]:
     """The calls whose arguments are looked at."""
-    return GUARDED if network is Network.NONE else {**GUARDED, **CLIENT_GUARDED}
+    if network is Network.NONE:
+        return GUARDED
+    guarded = {name: rule for name, rule in CLIENT_GUARDED.items() if network is not Network.ACCEPT or name != "socket"}
+    return {**GUARDED, **guarded}
 
 
 def program(architecture: Architecture, network: Network) -> list[Instruction]:

@@ -230,7 +230,10 @@ class Supervisor:
             connection.answer(seq, None)
             return
         known = container
-        self._containers.stop(known, lambda: connection.answer(seq, wire.dump_status(known.status)))
+        grace = float(message.get("grace_seconds") or 0)
+        self._containers.stop(
+            known, lambda: connection.answer(seq, wire.dump_status(known.status)), grace_seconds=grace
+        )
 
     def _remove(self, connection: Connection, message: wire.Message, seq: object) -> None:
         def done() -> None:
@@ -259,6 +262,8 @@ class Supervisor:
     def _exec(self, connection: Connection, message: wire.Message, seq: object) -> None:
         container = self._running_container(message)
         argv = tuple(str(argument) for argument in message["argv"])
+        if container.config.server is not None:
+            raise RequestError("StartError", "the component answers HTTP requests: it has no command that could be run")
         config = dataclasses.replace(container.config, argv=argv)
         try:
             sandbox.check_config(config)

@@ -148,6 +148,9 @@ def _environment() -> dict[str, str]:
             "SSL_CERT_FILE",
             "SSL_CERT_DIR",
             "PYTHONPATH",
+            "XDG_CACHE_HOME",
+            "WASILET_CACHE",
+            "WASILET_COMPONENT_HOST",
         ),
         "WASILET_RUN_ID",  # by which the harness finds what it started, whoever started it in between
     ]

@@ -20,8 +20,10 @@ from wasilet_node.runtime.protocol import (
     ContainerStatus,
     ContainerUsage,
     GuestKind,
+    HttpCounters,
     HttpPolicy,
     Mount,
+    ServerSettings,
 )
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -93,9 +95,9 @@ def peer(connection: socket.socket) -> Peer:
 
 
 # dataclasses.fields and asdict are slow, and a supervisor lists a thousand containers twice a minute.
-_CONFIG_FIELDS, _STATUS_FIELDS, _MOUNT_FIELDS, _HTTP_FIELDS = (
+_CONFIG_FIELDS, _STATUS_FIELDS, _MOUNT_FIELDS, _HTTP_FIELDS, _SERVER_FIELDS = (
     frozenset(field.name for field in dataclasses.fields(cls))
-    for cls in (ContainerConfig, ContainerStatus, Mount, HttpPolicy)
+    for cls in (ContainerConfig, ContainerStatus, Mount, HttpPolicy, ServerSettings)
 )
 
 
@@ -110,8 +112,15 @@ def _flat(names: frozenset[str], instance: object) -> Message:
 def dump_config(config: ContainerConfig) -> Message:
     """A config as JSON."""
     http = _flat(_HTTP_FIELDS, config.http) if config.http is not None else None
+    server = _flat(_SERVER_FIELDS, config.server) if config.server is not None else None
     mounts = [_flat(_MOUNT_FIELDS, mount) for mount in config.mounts]
-    return {**_flat(_CONFIG_FIELDS, config), "http": http, "mounts": mounts, "annotations": dict(config.annotations)}
+    return {
+        **_flat(_CONFIG_FIELDS, config),
+        "http": http,
+        "server": server,
+        "mounts": mounts,
+        "annotations": dict(config.annotations),
+    }
 
 
 def load_config(data: Message) -> ContainerConfig:
@@ -129,6 +138,8 @@ def load_config(data: Message) -> ContainerConfig:
                 http[name] = tuple(http.get(name, ()))
             http["api_servers"] = tuple((str(host), int(port)) for host, port in http.get("api_servers", ()))
             fields["http"] = HttpPolicy(**http)
+        if fields.get("server") is not None:
+            fields["server"] = ServerSettings(**_known(_SERVER_FIELDS, fields["server"]))
         return ContainerConfig(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"a container's config is incomplete: {error!r}") from error
@@ -157,6 +168,21 @@ def load_usage(data: Message) -> ContainerUsage:
             cpu_nanoseconds=int(data["cpu_nanoseconds"]),
             memory_bytes=int(data["memory_bytes"]),
             timestamp_ns=int(data["timestamp_ns"]),
+            http=load_counters(data.get("http")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"a container's usage is incomplete: {error!r}") from error
+
+
+def load_counters(data: Message | None) -> HttpCounters | None:
+    """What ``component_host.counters`` read. Raises KeyError, TypeError, ValueError."""
+    if data is None:
+        return None
+    return HttpCounters(
+        in_flight=int(data["in_flight"]),
+        connections=int(data["connections"]),
+        instances=int(data["instances"]),
+        seconds=float(data["seconds"]),
+        buckets=tuple(int(count) for count in data["buckets"]),
+        statuses={int(status): int(count) for status, count in data["statuses"].items()},
+    )

@@ -13,7 +13,9 @@ from wasilet_common.components import Interfaces
 from wasilet_common.oci import mediatypes
 from wasilet_node.images.manager import ImageManager
 from wasilet_node.images.model import ImageError, PullPolicy
+from wasilet_node.images.offer import is_server, offered
 from wasilet_node.images.preflight import COMMAND_OFFER, refusal
+from wasilet_node.runtime.component_host.library import HostUnavailableError
 from wasilet_node.settings import ImageSettings
 
 from tests.unit.node.images.fakes import Events, FakeCompiler, FakeRegistry, digest_of, serving
@@ -193,3 +195,43 @@ async def test_other_spin_applications_are_refused_by_what_they_need(
     assert needs in message
     assert compiled == []
     assert not [path for path in registry.paths() if path.endswith(digest_of(COMMAND))]
+
+
+def _no_host() -> None:
+    raise HostUnavailableError("no component host; COMMAND builds it")
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "with_host", "without"),
+    [
+        (Interfaces(imports=("wasi:cli/exit@0.2.3",), exports=("wasi:cli/run@0.2.3",)), "", ""),
+        (Interfaces(imports=("wasi:http/types@0.2.3",), exports=("wasi:http/incoming-handler@0.2.3",)), "", "COMMAND"),
+        (Interfaces(exports=("wasi:http/handler@0.3.0",)), "", "COMMAND"),
+        (Interfaces(imports=("wasi:config/store@0.2.0-rc.1",), exports=("wasi:cli/run@0.2.3",)), "", "COMMAND"),
+        (Interfaces(imports=("wasi:cli/stdout@0.3.0",), exports=("wasi:cli/run@0.3.0",)), "", "COMMAND"),
+        (Interfaces(imports=("wasi:http/types@0.2.3", "wasi:nn/graph@0.2.0-rc-2024-10-28")), "inference", "inference"),
+    ],
+)
+def test_what_needs_the_component_host_is_told_how_to_have_it(
+    interfaces: Interfaces, with_host: str, without: str
+) -> None:
+    for find, why in ((lambda: None, with_host), (_no_host, without)):
+        refused = offered(interfaces, find=find)
+        assert (why in refused) if why else refused == ""
+
+
+@pytest.mark.parametrize(
+    ("exports", "server"),
+    [
+        (("wasi:http/incoming-handler@0.2.3",), True),
+        (("wasi:http/handler@0.3.1",), True),
+        (("wasi:http/incoming-handler@0.2.3", "wasi:cli/run@0.2.3"), False),
+        (("wasi:cli/run@0.2.3",), False),
+        ((), False),
+    ],
+)
+def test_a_component_with_a_handler_is_a_server_unless_it_is_a_command(
+    exports: tuple[str, ...],
+    server: bool,  # noqa: FBT001
+) -> None:
+    assert is_server(Interfaces(exports=exports)) is server

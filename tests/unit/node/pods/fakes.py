@@ -333,7 +333,9 @@ class FakeRuntime:
         self._change(status)
         return status
 
-    async def stop(self, container_id: str, *, timeout_seconds: float = 10.0) -> ContainerStatus | None:
+    async def stop(
+        self, container_id: str, *, timeout_seconds: float = 10.0, grace_seconds: float = 0.0
+    ) -> ContainerStatus | None:
         await asyncio.sleep(self.stop_delay)
         instance = self.known.get(container_id)
         if instance is None:

@@ -1,4 +1,4 @@
-"""Components as the supervisor runs them: exit codes, refusals, and no network."""
+"""Components as the supervisor runs them without a component host: exit codes, refusals, and no network."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("components") / "data"
-    yield path
-    asyncio.run(end_supervisors(NodePaths(data=path)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WASILET_COMPONENT_HOST", str(path / "none"))  # test_component_host.py has the other way
+        yield path
+        asyncio.run(end_supervisors(NodePaths(data=path)))
 
 
 @pytest.fixture

@@ -279,7 +279,9 @@ class FakeRuntime:
     async def start(self, config: ContainerConfig) -> ContainerStatus:
         raise NotImplementedError
 
-    async def stop(self, container_id: str, *, timeout_seconds: float = 10.0) -> ContainerStatus | None:
+    async def stop(
+        self, container_id: str, *, timeout_seconds: float = 10.0, grace_seconds: float = 0.0
+    ) -> ContainerStatus | None:
         raise NotImplementedError
 
     async def list(self) -> Sequence[ContainerStatus]:
