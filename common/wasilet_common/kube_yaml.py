@@ -201,6 +201,9 @@ class _Builder:
         if self._count > MAX_NODES:
             raise YamlError(f"stands for more than {MAX_NODES} values: its anchors are used too often", line=line)
         kind = node.id
+        if node.tag.startswith(_TAG + "python/"):
+            # kubectl takes no notice of tags that it does not know; one that asks for an object is no accident.
+            raise YamlError(f"{field_name(path)}: the tag {node.tag} is refused", line=line)
         self._marks[path] = Mark(line, node.value if kind == "scalar" else "")
         if kind == "scalar":
             return _field_value(node, path)

@@ -253,6 +253,11 @@ def _parser(version: str) -> argparse.ArgumentParser:
             "--kube-proxy-kubeconfig", "FILE",
             "its credential, with an address that is reached by the uplink [WASILET_NODE_KUBE_PROXY_KUBECONFIG]",
         ),
+        ("--network-policies", "FILE", "the program that keeps NetworkPolicies [WASILET_NODE_NETWORK_POLICIES]"),
+        (
+            "--network-policies-kubeconfig", "FILE",
+            "its credential, likewise [WASILET_NODE_NETWORK_POLICIES_KUBECONFIG]",
+        ),
     ):  # fmt: skip
         network.add_argument(flag, metavar=metavar, help=text)
     images = parser.add_argument_group("images")
@@ -387,6 +392,12 @@ def _network(options: _Options) -> NetworkSettings | None:
     kubeconfig = options.get("kube_proxy_kubeconfig", ("WASILET_NODE_KUBE_PROXY_KUBECONFIG",), _absolute)
     if (proxy is None) != (kubeconfig is None):
         raise UsageError("--kube-proxy and --kube-proxy-kubeconfig go together")
+    policies = options.get("network_policies", ("WASILET_NODE_NETWORK_POLICIES",), _absolute)
+    policies_kubeconfig = options.get(
+        "network_policies_kubeconfig", ("WASILET_NODE_NETWORK_POLICIES_KUBECONFIG",), _absolute
+    )
+    if (policies is None) != (policies_kubeconfig is None):
+        raise UsageError("--network-policies and --network-policies-kubeconfig go together")
     return NetworkSettings(
         cluster_cidr=cluster,
         service_cidr=service,
@@ -395,6 +406,8 @@ def _network(options: _Options) -> NetworkSettings | None:
         cluster_domain=options.get("cluster_domain", ("WASILET_NODE_CLUSTER_DOMAIN",), str) or "cluster.local",
         kube_proxy=proxy,
         kube_proxy_kubeconfig=kubeconfig,
+        network_policies=policies,
+        network_policies_kubeconfig=policies_kubeconfig,
     )
 
 

@@ -108,6 +108,11 @@ class NetworkSettings:
     kube_proxy_kubeconfig: Path | None = None
     """Its credential, with an address of the API server that is reached from the node's network."""
 
+    network_policies: Path | None = None
+    """The executable that keeps NetworkPolicies; None: they have no effect."""
+
+    network_policies_kubeconfig: Path | None = None
+
     @property
     def machine_address(self) -> ipaddress.IPv4Address:
         """The machine's end of the link."""

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wasilet_common.kubeconfig import SECTIONS
+
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import ComponentRecord, State, clusters
 from wasilet.cluster.up import node_component
@@ -111,7 +113,7 @@ def end_node(cluster: Cluster, name: str) -> str:
                 sys.executable,
                 "-P",
                 "-m",
-                "node",
+                "wasilet_node",
                 "shutdown",
                 "--data-dir",
                 state.node(name),
@@ -194,7 +196,7 @@ def _kubeconfig_step(cluster: Cluster) -> Step:
         if recorded is None or not recorded.path.exists():
             return Finding.ok("no entry")
         data = files.read_config(recorded.path)
-        names = [e.get("name") for section in files.SECTIONS for e in data.get(section) or [] if isinstance(e, dict)]
+        names = [e.get("name") for section in SECTIONS for e in data.get(section) or [] if isinstance(e, dict)]
         if recorded.context not in names:
             return Finding.ok("no entry")
         return Finding.differs(f"remove context {recorded.context}", [f"- context {recorded.context}"])

@@ -83,6 +83,21 @@ def why_absent(state: State) -> str:
     return str((state.read().get("pod_network") or {}).get("absent") or "")
 
 
+def described(state: State) -> dict[str, str | None]:
+    """For ``status``: the ranges, and where pods reach this machine and the cluster's DNS; or why there are none."""
+    plan = plan_of(state)
+    if plan is None:
+        reason = why_absent(state) or "the cluster has none"
+        return {"pods": None, "services": None, "machine_address": None, "dns": None, "absent": reason}
+    return {
+        "pods": str(plan.pods),
+        "services": str(plan.services),
+        "machine_address": plan.machine_address,
+        "dns": plan.dns_ip,
+        "absent": None,
+    }
+
+
 def service_cidr(state: State) -> str:
     """Of a cluster, with a pod network or without."""
     plan = plan_of(state)
@@ -206,16 +221,26 @@ def door_component(plan: NetworkPlan, apiserver_port: int) -> Component:
     )
 
 
-def node_arguments(plan: NetworkPlan, *, index: int, kube_proxy: str, kubeconfig: Path) -> list[str]:
-    """What a node's command line says of the network."""
+def node_arguments(
+    plan: NetworkPlan, *, index: int, folder: Path, kube_proxy: Path, network_policies: Path
+) -> list[str]:
+    """What a node's command line says of the network; ``folder`` holds the kubeconfigs."""
     return [
         *("--cluster-cidr", str(plan.pods), "--service-cidr", str(plan.services), "--uplink", plan.uplink(index)),
-        *("--kube-proxy", kube_proxy, "--kube-proxy-kubeconfig", str(kubeconfig), "--cluster-dns", plan.dns_ip),
+        *("--kube-proxy", str(kube_proxy), "--kube-proxy-kubeconfig", str(folder / "kube-proxy.conf")),
+        *("--network-policies", str(network_policies), "--network-policies-kubeconfig", str(folder / "netpol.conf")),
+        *("--cluster-dns", plan.dns_ip),
     ]
 
 
-def objects(plan: NetworkPlan, apiserver_port: int) -> list[dict[str, Any]]:
-    """What makes ``kubernetes.default`` lead to the API server."""
+def objects(plan: NetworkPlan, ports: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What makes ``kubernetes.default`` and ``kube-dns`` lead somewhere, and the rights of the cluster's DNS."""
     from wasilet.kube.manifests import render_objects
 
-    return render_objects("pod-network.yaml.j2", address=plan.machine_address, port=apiserver_port)
+    return render_objects(
+        "pod-network.yaml.j2",
+        address=plan.machine_address,
+        port=ports["apiserver"],
+        dns_ip=plan.dns_ip,
+        dns_port=ports["dns"],
+    )

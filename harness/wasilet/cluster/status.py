@@ -1,8 +1,9 @@
 """``status``: what runs, and whether it is well. The JSON is a contract: other programs build on it (docs/harness.md).
 
-``name, provider, kubeconfig, context, server, registry, registry_login, components[], nodes[], ready``; each component
-``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid is null
-when the process does not run. Fields are only ever added.
+``name, provider, kubeconfig, context, server, registry, registry_login, pod_network, components[], nodes[], ready``;
+``pod_network`` is ``pods, services, machine_address, dns, absent``, either the first four or the last null; each
+component ``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid
+is null when the process does not run. Fields are only ever added.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from wasilet.cluster import pod_network
 from wasilet.cluster.down import unknown_cluster
 from wasilet.cluster.local_registry import login_file, registry_address
 from wasilet.cluster.opening import open_cluster
@@ -49,6 +51,7 @@ def status(settings: Settings) -> dict[str, Any]:
         "registry": registry_address(record.ports["registry"]) if "registry" in record.ports else None,
         "registry_login": str(login_file(state)) if login_file(state).is_file() else None,
         "state_dir": str(state.path),
+        "pod_network": pod_network.described(state),
         "components": components,
         "nodes": nodes,
         "ready": all(entry["ready"] for entry in (*components, *nodes)),
@@ -138,6 +141,8 @@ def status_lines(data: dict[str, Any]) -> Iterator[str]:
     yield f"  registry    {data['registry'] or '-'}"
     if data["registry_login"]:
         yield f"  its login   DOCKER_CONFIG={Path(data['registry_login']).parent}  for docker, crane, wkg and others"
+    network = data["pod_network"]
+    yield f"  pod network {network['absent'] or network['pods'] + ', Services ' + network['services']}"
     for entry in data["components"]:
         yield _line(entry["name"], entry)
     for entry in data["nodes"]:

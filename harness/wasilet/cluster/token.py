@@ -18,22 +18,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wasilet_common.kubeconfig import (
+    BOOTSTRAP_CONTEXT,
+    BOOTSTRAP_USER,
+    CLUSTER_NAME,
+    KubeconfigError,
+    client_ca_extension,
+    document,
+    read,
+)
 from wasilet_common.time_format import rfc3339_of
 
 from wasilet.cluster.state import write_file
 from wasilet.errors import ApiError, StateError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
-from wasilet.kube.credentials import load_yaml
 from wasilet.kube.manifests import object_path, render_objects
 from wasilet.settings import Settings
 
 if TYPE_CHECKING:
     from wasilet.providers.base import Cluster
 
-CLIENT_CA_EXTENSION = "wasilet.dev/client-ca"
 ACTIONS = ("create", "list", "delete")
-BOOTSTRAP_USER = "tls-bootstrap-token-user"
-BOOTSTRAP_CLUSTER = "kubernetes"
 _ALPHABET = string.ascii_lowercase + string.digits
 _SECRET_PREFIX = "bootstrap-token-"  # noqa: S105  (a name, no secret)
 _SECRETS = api_path("secrets", namespace="kube-system")
@@ -192,21 +197,14 @@ def bootstrap_config(
     if ca:
         cluster["certificate-authority-data"] = base64.b64encode(ca).decode()
     if client_ca:
-        extension = {
-            "apiVersion": "wasilet.dev/v1",
-            "kind": "ClientCA",
-            "certificate-authority-data": base64.b64encode(client_ca).decode(),
-        }
-        cluster["extensions"] = [{"name": CLIENT_CA_EXTENSION, "extension": extension}]
-    context = f"{BOOTSTRAP_USER}@{BOOTSTRAP_CLUSTER}"
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": BOOTSTRAP_CLUSTER, "cluster": cluster}],
-        "users": [{"name": BOOTSTRAP_USER, "user": {"token": token.text}}],
-        "contexts": [{"name": context, "context": {"cluster": BOOTSTRAP_CLUSTER, "user": BOOTSTRAP_USER}}],
-        "current-context": context,
-    }
+        cluster["extensions"] = [client_ca_extension(client_ca)]
+    return document(
+        cluster=cluster,
+        user={"token": token.text},
+        context=BOOTSTRAP_CONTEXT,
+        cluster_name=CLUSTER_NAME,
+        user_name=BOOTSTRAP_USER,
+    )
 
 
 def write_bootstrap_file(path: Path, config: KubeObject) -> None:
@@ -218,13 +216,10 @@ def write_bootstrap_file(path: Path, config: KubeObject) -> None:
 
 def read_bootstrap_file(path: Path) -> KubeObject:
     """The parsed file; empty when it is absent or damaged."""
-    import yaml
-
     try:
-        data: Any = load_yaml(path.read_bytes())
-    except (OSError, yaml.YAMLError):
+        return dict(read(path).data)
+    except (OSError, KubeconfigError):
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def bootstrap_token_id(path: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasilet.cluster import pod_network
+from wasilet.cluster import cluster_dns, pod_network
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.local_registry import COMPONENT as REGISTRY
 from wasilet.cluster.local_registry import login_file, registry_address, registry_component
@@ -36,8 +36,9 @@ NEEDED_BYTES = 250_000_000
 NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovider.kubernetes.io/uninitialized"})
 
 
-def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
-    """Bring a cluster up, or mend what is missing of it. Raises UsageError and StateError before anything is changed;
+def up(settings: Settings, *, reporter: Reporter, check: bool = False, services: bool = True) -> Recap:
+    """Bring a cluster up, or mend what is missing of it. Without ``services`` a caller that has something more urgent
+    calls :func:`bring_services` when that is done. Raises UsageError and StateError before anything is changed;
     a failed step is in the recap."""
     check_provider(settings)
     with open_cluster(settings) as cluster:
@@ -57,11 +58,26 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False) -> Recap:
         ):
             new = not cluster.state.exists()
             try:
-                return play.run(reporter=reporter)
+                recap = play.run(reporter=reporter)
+                if services and recap.succeeded:
+                    bring_services(cluster, reporter=reporter)
+                return recap
             finally:
                 if new and not _left_something(cluster):
                     # It failed before anything was started: there is no cluster, so there is no folder of one.
                     cluster.state.remove()
+
+
+def bring_services(cluster: Cluster, *, reporter: Reporter) -> None:
+    """Have kube-proxy and CoreDNS brought in the background, where they are still missing, and say so."""
+    plan, state, settings = pod_network.plan_of(cluster.state), cluster.state, cluster.settings
+    if plan is None or state.alive(cluster_dns.COMPONENT) is not None:
+        return
+    ensure_running(cluster_dns.component(plan, settings, state), state=state, settings=settings)
+    reporter.notice(
+        "Services, names and NetworkPolicies work in some minutes: what they need is brought in the background, "
+        f"once per machine (`invoke logs {cluster_dns.COMPONENT}`)"
+    )
 
 
 def check_provider(settings: Settings) -> None:
@@ -150,6 +166,8 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     made.update(doors(cluster))
     if (plan := pod_network.plan_of(cluster.state)) is not None:
         made[pod_network.DOOR] = lambda: pod_network.door_component(plan, cluster.ports()["apiserver"])
+        if cluster.state.record(cluster_dns.COMPONENT) is not None:
+            made[cluster_dns.COMPONENT] = lambda: cluster_dns.component(plan, cluster.settings, cluster.state)
     for index, node in enumerate(cluster.node_names()):
         made[node_component(node)] = lambda node=node, index=index: _node_component(cluster, node, index)  # type: ignore[misc]
     return made
@@ -167,6 +185,8 @@ def _preparation_step(cluster: Cluster) -> Step:
         }
         # The demos' own API, which the nodes are told of when they start: a port of its own, kept for it.
         asked["cat_facts"] = 0
+        if cluster.provider.name == "host":
+            asked |= {cluster_dns.DNS_PORT: 0, cluster_dns.READY_PORT: 0}
         return asked | {f"kubelet_{number}": 0 for number in range(2, cluster.node_count() + 1)}
 
     def look() -> Finding:
@@ -367,7 +387,11 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         argv += ["--allow-local-origins", origin]
     if (plan := pod_network.plan_of(state)) is not None:
         argv += pod_network.node_arguments(
-            plan, index=index, kube_proxy=str(kube_proxy_path(cluster)), kubeconfig=state.etc / "kube-proxy.conf"
+            plan,
+            index=index,
+            folder=state.etc,
+            kube_proxy=_late_binary(cluster, "kube-proxy"),
+            network_policies=_late_binary(cluster, "netpol"),
         )
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
@@ -392,11 +416,11 @@ def local_origins(cluster: Cluster) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*own, *cluster.state.cluster.local_origins)))
 
 
-def kube_proxy_path(cluster: Cluster) -> Path:
+def _late_binary(cluster: Cluster, name: str) -> Path:
     """Where it is, or will be."""
     from wasilet.controlplane.acquire import expected
 
-    return expected("kube-proxy", cache=cluster.settings.cache, environ=cluster.settings.environ)
+    return expected(name, cache=cluster.settings.cache, environ=cluster.settings.environ)
 
 
 def _pod_network_steps(cluster: Cluster) -> list[Step]:
@@ -416,17 +440,23 @@ def _pod_network_steps(cluster: Cluster) -> list[Step]:
         text = f"pods {plan.pods}, Services {plan.services}"
         if record is None or not _api_answers(cluster):
             return Finding.differs(text, [f"+ {pod_network.DOOR}"])
-        wanted = pod_network.objects(plan, cluster.ports()["apiserver"])
+        if cluster_dns.has_binaries(cluster.settings) and state.alive(cluster_dns.COMPONENT) is None:
+            return Finding.differs(text, [f"+ {cluster_dns.COMPONENT}"])
+        wanted = pod_network.objects(plan, cluster.ports())
         return Finding.differs(text) if missing_objects(cluster.admin(), wanted) else Finding.ok(text)
 
     def change(_: Progress) -> str:
         plan = pod_network.plan_of(state)
         if plan is None:
             return f"none: {pod_network.why_absent(state)}"
-        port = cluster.ports()["apiserver"]
-        ensure_running(pod_network.door_component(plan, port), state=state, settings=cluster.settings)
-        create_missing(cluster.admin(), pod_network.objects(plan, port))
-        return f"pods {plan.pods}, Services {plan.services}"
+        ports, settings = cluster.ports(), cluster.settings
+        ensure_running(pod_network.door_component(plan, ports["apiserver"]), state=state, settings=settings)
+        create_missing(cluster.admin(), pod_network.objects(plan, ports))
+        text = f"pods {plan.pods}, Services {plan.services}"
+        if not cluster_dns.has_binaries(settings):
+            return f"{text}; what makes Services and names work comes after all else"
+        ensure_running(cluster_dns.component(plan, settings, state), state=state, settings=settings)
+        return text
 
     return [Step(name="pod network", look=look, change=change, after=(API_SERVER_STEP,))]
 

@@ -130,6 +130,29 @@ _ALL = (
         archive_member="registry",
     ),
     Binary(
+        name="coredns",
+        pin="coredns",
+        module="github.com/coredns/coredns",
+        package="wasilet.dev/coredns",
+        version_argv=("-version",),
+        version_pattern=r"CoreDNS-(\d+\.\d+\.\d+)",
+        release_url=(
+            "https://github.com/coredns/coredns/releases/download/{version}/coredns_{number}_linux_{arch}.tgz"
+        ),
+        checksum_url=(
+            "https://github.com/coredns/coredns/releases/download/{version}/coredns_{number}_linux_{arch}.tgz.sha256"
+        ),
+        archive_member="coredns",
+    ),
+    Binary(
+        name="netpol",
+        pin="netpol",
+        module="sigs.k8s.io/kube-network-policies",
+        package="wasilet.dev/netpol",
+        version_argv=("-version",),
+        version_pattern=r"kube-network-policies v(\d+\.\d+\.\d+)",
+    ),
+    Binary(
         name="kind",
         pin="kind",
         module="sigs.k8s.io/kind",

@@ -81,6 +81,7 @@ def host_specs(*, addresses: Sequence[str], service_ip: str) -> tuple[Certificat
         ),
         CertificateSpec(name="scheduler", authority=CLUSTER_CA, common_name="system:kube-scheduler", sans=loopback),
         CertificateSpec(name="kube-proxy", authority=CLUSTER_CA, common_name="system:kube-proxy"),
+        CertificateSpec(name="netpol", authority=CLUSTER_CA, common_name="wasilet:network-policies"),
         CertificateSpec(name="coredns", authority=CLUSTER_CA, common_name="system:coredns"),
         CertificateSpec(name="approver", authority=CLUSTER_CA, common_name="wasilet:approver"),
         CertificateSpec(

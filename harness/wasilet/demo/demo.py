@@ -91,6 +91,7 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
     Raises UsageError before anything is changed when the app or its ``demo.yaml`` makes no sense; HarnessError when
     the cluster cannot be had. A failed step is in the recap.
     """
+    from wasilet.cluster.up import bring_services
     from wasilet.demo.render import render
 
     app = find_app(name, environ=settings.environ)
@@ -110,6 +111,7 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
     with running_cluster(settings, reporter=reporter) as cluster:
         run = Run(app=app, cluster=cluster, options=options, push_environ=settings.environ)
         recap = Play(f"demo {app.name}", steps(run)).run(reporter=reporter)
+        bring_services(cluster, reporter=reporter)
     return DemoResult(
         recap=recap,
         image=str(run.variables.get("image", "")),
@@ -155,7 +157,7 @@ def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
     from wasilet.cluster.up import up
 
     if not is_running(settings):
-        up(settings, reporter=reporter).raise_for_failure()
+        up(settings, reporter=reporter, services=False).raise_for_failure()
     return open_cluster(settings)
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wasilet_common import kube_yaml, kubeconfig
+from wasilet_common.kubeconfig import Entry, KubeconfigError, KubeconfigFile
+
 from wasilet.errors import UsageError
 
 EXEC_PLUGIN_TIMEOUT_SECONDS = 60.0
@@ -33,70 +36,45 @@ class Credentials:
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """Parse YAML safely, by libyaml where it is there (ten times as fast)."""
-    import yaml
-
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(text, Loader=loader)  # noqa: S506  (both are safe loaders)
+    """The first document of a YAML text, as kubectl reads it. Raises UsageError."""
+    try:
+        return kube_yaml.load(text)
+    except kube_yaml.YamlError as error:
+        raise UsageError(f"not YAML: {error}") from error
 
 
 def read_credentials(path: Path, *, context: str = "") -> Credentials:
     """What a context of a kubeconfig file says, exec plugins and token files included. Raises UsageError."""
-    import yaml
-
     try:
-        data = load_yaml(path.read_bytes())
+        file = kubeconfig.read(path)
+        if not file.data:
+            raise UsageError(f"kubeconfig {path} is empty")
+        return _credentials(file, context or file.current_context)
     except OSError as error:
         raise UsageError(f"cannot read kubeconfig {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"kubeconfig {path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"kubeconfig {path} is empty")
-    name = context or str(data.get("current-context") or "")
-    chosen = _entry(data, "contexts", name, path).get("context") or {}
-    cluster = _entry(data, "clusters", str(chosen.get("cluster")), path).get("cluster") or {}
-    user = _entry(data, "users", str(chosen.get("user")), path).get("user") or {}
-    user = user | _exec_credential(user["exec"], path) if user.get("exec") else user
-    token = str(user.get("token") or "")
-    if not token and user.get("tokenFile"):
-        token = _file(str(user["tokenFile"]), path).decode().strip()
+    except KubeconfigError as error:
+        raise UsageError(str(error)) from error
+
+
+def _credentials(file: KubeconfigFile, context: str) -> Credentials:
+    contexts = file.entries("contexts")
+    if context not in contexts:
+        raise UsageError(
+            f"kubeconfig {file.origin} has no context {context!r}",
+            hint=f"its contexts: {', '.join(contexts) or 'none'}",
+        )
+    cluster, user = file.resolve(context)
+    if user.values.get("exec"):
+        user = Entry(file.origin, {**user.values, **_exec_credential(user.values["exec"], file.origin)})
     return Credentials(
-        server=str(cluster.get("server") or ""),
-        ca=_bytes(cluster, "certificate-authority", path),
-        certificate=_bytes(user, "client-certificate", path),
-        key=_bytes(user, "client-key", path),
-        token=token,
-        verify=not cluster.get("insecure-skip-tls-verify"),
-        server_name=str(cluster.get("tls-server-name") or ""),
+        server=cluster.text("server") or "",
+        ca=cluster.data("certificate-authority"),
+        certificate=user.data("client-certificate"),
+        key=user.data("client-key"),
+        token=user.token() or "",
+        verify=not cluster.values.get("insecure-skip-tls-verify"),
+        server_name=cluster.text("tls-server-name") or "",
     )
-
-
-def _entry(data: dict[str, Any], section: str, name: str, path: Path) -> dict[str, Any]:
-    for entry in data.get(section) or []:
-        if isinstance(entry, dict) and entry.get("name") == name:
-            return entry
-    names = ", ".join(str(e.get("name")) for e in data.get("contexts") or [] if isinstance(e, dict))
-    raise UsageError(
-        f"kubeconfig {path} has no {section.removesuffix('s')} {name!r}", hint=f"its contexts: {names or 'none'}"
-    )
-
-
-def _bytes(data: dict[str, Any], key: str, path: Path) -> bytes | None:
-    if embedded := data.get(f"{key}-data"):
-        try:
-            return base64.b64decode(embedded, validate=False)
-        except ValueError as error:
-            raise UsageError(f"kubeconfig {path}: {key}-data is not base64") from error
-    return _file(str(data[key]), path) if data.get(key) else None
-
-
-def _file(name: str, kubeconfig: Path) -> bytes:
-    """Relative names are relative to the kubeconfig, as kubectl has it."""
-    target = kubeconfig.parent / name
-    try:
-        return target.read_bytes()
-    except OSError as error:
-        raise UsageError(f"kubeconfig {kubeconfig} names {target}, which cannot be read: {error.strerror}") from error
 
 
 def _exec_credential(plugin: dict[str, Any], path: Path) -> dict[str, Any]:

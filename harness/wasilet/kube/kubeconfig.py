@@ -13,20 +13,22 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from wasilet_common import kube_yaml, kubeconfig
+from wasilet_common.kubeconfig import SECTIONS, KubeconfigError
+
 from wasilet.cluster.state import storage_errors, write_file
 from wasilet.errors import StateError
 from wasilet.kube.client import KubeObject
-from wasilet.kube.credentials import load_yaml
 from wasilet.process import check_cancelled
 
 LOCK_TIMEOUT_SECONDS = 10.0
-SECTIONS = ("clusters", "contexts", "users")
 
 
 def build(
@@ -46,14 +48,7 @@ def build(
     if certificate and key:
         user["client-certificate-data"] = base64.b64encode(certificate).decode()
         user["client-key-data"] = base64.b64encode(key).decode()
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": name, "cluster": cluster}],
-        "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
-        "users": [{"name": name, "user": user}],
-        "current-context": name,
-    }
+    return kubeconfig.document(cluster=cluster, user=user, context=name, cluster_name=name, user_name=name)
 
 
 def renamed(path: Path, name: str) -> KubeObject:
@@ -105,21 +100,17 @@ def user_kubeconfig(environ: Mapping[str, str]) -> Path:
 
 def read_config(path: Path) -> KubeObject:
     """The file's data; empty when there is none. Raises StateError when it is no kubeconfig."""
-    import yaml
-
     try:
-        data = load_yaml(path.read_bytes())
+        data = kubeconfig.read(path).data
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise StateError(f"cannot read kubeconfig {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise StateError(f"kubeconfig {path} is not YAML", hint="mend it, or use --kubeconfig PATH") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(data.get(s) or [], list) for s in SECTIONS):
+    except KubeconfigError as error:
+        raise StateError(str(error), hint="mend it, or use --kubeconfig PATH") from error
+    if not all(isinstance(data.get(s) or [], list) for s in SECTIONS):
         raise StateError(f"{path} is no kubeconfig", hint="mend it, or use --kubeconfig PATH")
-    return data
+    return dict(data)
 
 
 def check_changeable(path: Path) -> None:
@@ -274,8 +265,8 @@ def _edited(text: str, wanted: KubeObject, name: str) -> str | None:
         for key in ("apiVersion", "kind"):
             lines = _edit_scalar(lines, key, wanted, end)
         edited = "\n".join(lines) + "\n"
-        return edited if _same(load_yaml(edited), wanted) else None
-    except (yaml.YAMLError, _NotByLinesError):
+        return edited if _same(kube_yaml.load(edited), wanted) else None
+    except (yaml.YAMLError, kube_yaml.YamlError, _NotByLinesError):
         return None
 
 
@@ -393,4 +384,5 @@ def _dump(data: Any) -> str:
 
     dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     text: str = yaml.dump(data, Dumper=dumper, sort_keys=False, width=10**9)
-    return text
+    # PyYAML leaves out quotes that kubectl needs, as those of "1e3": then JSON, which is YAML too.
+    return text if kube_yaml.load(text) == data else json.dumps(data, indent=2) + "\n"

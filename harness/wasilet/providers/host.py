@@ -135,7 +135,7 @@ class HostProvider:
             configs = {state.etc / f"{file}.conf": (self._server(cluster), name) for file, name in _CLIENTS.items()}
             if (plan := pod_network.plan_of(state)) is not None:
                 server = f"https://{plan.machine_address}:{cluster.ports()['apiserver']}"
-                configs[state.etc / "kube-proxy.conf"] = (server, "kube-proxy")
+                configs |= {state.etc / f"{name}.conf": (server, name) for name in ("kube-proxy", "netpol")}
             return configs
 
         def service_ip() -> str:

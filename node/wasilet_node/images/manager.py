@@ -49,7 +49,7 @@ class ModuleCompiler(Protocol):
     """What is needed of ``wasilet_node.images.compile.Compiler``. Who made it closes it."""
 
     async def compile(
-        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False
+        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False, owner: str = ""
     ) -> Path: ...
 
     async def prune(self, keep_digests: Collection[str]) -> None: ...
@@ -189,14 +189,14 @@ class ImageManager:
         self._backoff.forget_expired()
         return await self._image(name, reference, pulled.record)
 
-    async def compiled(self, image: Image) -> Path:
+    async def compiled(self, image: Image, *, owner: str = "") -> Path:
         """See ``Images``."""
         self._store.touch(image.manifest_digest)
         try:
             return await self._compiles.join(
                 image.module_digest,
                 lambda: self._compiler.compile(
-                    image.module_path, _cache_key(image.module_digest), image.kind, server=image.server
+                    image.module_path, _cache_key(image.module_digest), image.kind, server=image.server, owner=owner
                 ),
             )
         except CompileError as error:

@@ -81,7 +81,7 @@ class Images(Protocol):
         tries at once: within it ImagePullBackOff is raised without asking the registry.
         """
 
-    async def compiled(self, image: Image) -> Path:
+    async def compiled(self, image: Image, *, owner: str = "") -> Path:
         """The precompiled file for this engine, made in a worker process when it is missing. Raises ImageError
         (reason CreateContainerError) with the compiler's message."""
 

@@ -21,24 +21,45 @@ not read ``kube-system/extension-apiserver-authentication``::
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
+from wasilet_common import kubeconfig
+from wasilet_common.kubeconfig import (
+    BOOTSTRAP_CONTEXT,
+    BOOTSTRAP_USER,
+    CLIENT_CA_EXTENSION,
+    CLUSTER_NAME,
+    Entry,
+    KubeconfigError,
+    KubeconfigFile,
+    client_ca_extension,
+)
+
+__all__ = [
+    "BOOTSTRAP_CONTEXT",
+    "BOOTSTRAP_USER",
+    "CLIENT_CA_EXTENSION",
+    "Cluster",
+    "Credentials",
+    "Kubeconfig",
+    "KubeconfigError",
+    "is_node_kubeconfig",
+    "load",
+    "load_cluster",
+    "parse",
+    "render_node_kubeconfig",
+]
 
 logger = logging.getLogger(__name__)
 
-BOOTSTRAP_USER = "tls-bootstrap-token-user"
-BOOTSTRAP_CONTEXT = f"{BOOTSTRAP_USER}@kubernetes"
-CLIENT_CA_EXTENSION = "wasilet.dev/client-ca"
 
-_MAX_FILE_BYTES = 1024 * 1024
+_CERTIFICATE = "-----BEGIN CERTIFICATE-----"
 _REFUSED_USER_FIELDS = {
     "exec": "runs a command",
     "auth-provider": "needs a plugin",
@@ -46,10 +67,6 @@ _REFUSED_USER_FIELDS = {
     "password": "uses basic authentication, which Kubernetes no longer has",
     "as": "impersonates somebody",
 }
-
-
-class KubeconfigError(Exception):
-    """A kubeconfig cannot be read or used; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,41 +105,38 @@ class Kubeconfig:
 
 def load(path: Path) -> Kubeconfig:
     """Read the current context of a kubeconfig. Raises KubeconfigError."""
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(_MAX_FILE_BYTES + 1)
-            mode = path.stat().st_mode
-    except OSError as error:
-        raise KubeconfigError(f"{path}: {error.strerror or error}") from error
-    if len(data) > _MAX_FILE_BYTES:
-        raise KubeconfigError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
-    if mode & 0o077:
-        logger.warning("%s holds a credential and can be read by others; type: chmod 600 %s", path, path)
-    return parse(data, origin=path)
+    file = _read(path)
+    with contextlib.suppress(OSError):
+        if path.stat().st_mode & 0o077:
+            logger.warning("%s holds a credential and can be read by others; type: chmod 600 %s", path, path)
+    return _resolved(file)
 
 
 def parse(data: bytes, *, origin: Path) -> Kubeconfig:
     """Parse the current context; ``origin`` is for messages and for relative file names. Raises KubeconfigError."""
+    return _resolved(kubeconfig.parse(data, origin=origin))
+
+
+def _read(path: Path) -> KubeconfigFile:
     try:
-        document = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise KubeconfigError(f"{origin}: not YAML: {_first_line(error)}") from error
-    reader = _Reader(origin)
-    config = reader.mapping(document, "the file")
-    if config.get("kind", "Config") != "Config":
-        raise KubeconfigError(f"{origin}: kind is {config['kind']!r}, not Config")
-    contexts = reader.named(config, "contexts", "context")
-    current = config.get("current-context")
+        return kubeconfig.read(path)
+    except OSError as error:
+        raise KubeconfigError(f"{path}: {error.strerror or error}") from error
+
+
+def _resolved(file: KubeconfigFile) -> Kubeconfig:
+    if file.data.get("kind", "Config") != "Config":
+        raise KubeconfigError(f"{file.origin}: kind is {file.data['kind']!r}, not Config")
+    contexts = file.entries("contexts")
+    current = file.data.get("current-context")
     if not current:
         if len(contexts) != 1:
-            raise KubeconfigError(f"{origin}: no current-context")
+            raise KubeconfigError(f"{file.origin}: no current-context")
         current = next(iter(contexts))
     if not isinstance(current, str) or current not in contexts:
-        raise KubeconfigError(f"{origin}: current-context {current!r} is not among its contexts")
-    context = contexts[current]
-    cluster = reader.pick(reader.named(config, "clusters", "cluster"), context, "cluster", current)
-    user = reader.pick(reader.named(config, "users", "user"), context, "user", current)
-    return Kubeconfig(cluster=reader.cluster(cluster), credentials=reader.credentials(user))
+        raise KubeconfigError(f"{file.origin}: current-context {current!r} is not among its contexts")
+    cluster, user = file.resolve(current)
+    return Kubeconfig(cluster=_cluster(cluster), credentials=_credentials(user))
 
 
 def render_node_kubeconfig(cluster: Cluster, *, node_name: str, pair_path: Path) -> bytes:
@@ -140,22 +154,15 @@ def render_node_kubeconfig(cluster: Cluster, *, node_name: str, pair_path: Path)
     if cluster.proxy_url is not None:
         entry["proxy-url"] = cluster.proxy_url
     if cluster.client_ca_data is not None:
-        extension = {
-            "apiVersion": "wasilet.dev/v1",
-            "kind": "ClientCA",
-            "certificate-authority-data": base64.b64encode(cluster.client_ca_data.encode()).decode(),
-        }
-        entry["extensions"] = [{"name": CLIENT_CA_EXTENSION, "extension": extension}]
+        entry["extensions"] = [client_ca_extension(cluster.client_ca_data.encode())]
     user = f"system:node:{node_name}"
-    context = f"{user}@kubernetes"
-    document = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "kubernetes", "cluster": entry}],
-        "users": [{"name": user, "user": {"client-certificate": str(pair_path), "client-key": str(pair_path)}}],
-        "contexts": [{"name": context, "context": {"cluster": "kubernetes", "user": user}}],
-        "current-context": context,
-    }
+    document = kubeconfig.document(
+        cluster=entry,
+        user={"client-certificate": str(pair_path), "client-key": str(pair_path)},
+        context=f"{user}@{CLUSTER_NAME}",
+        cluster_name=CLUSTER_NAME,
+        user_name=user,
+    )
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
@@ -173,144 +180,79 @@ def load_cluster(path: Path) -> Cluster:
 
     Raises KubeconfigError.
     """
-    try:
-        document = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise KubeconfigError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise KubeconfigError(f"{path}: not YAML: {_first_line(error)}") from error
-    reader = _Reader(path)
-    config = reader.mapping(document, "the file")
-    clusters = reader.named(config, "clusters", "cluster")
+    clusters = _read(path).entries("clusters")
     if len(clusters) != 1:
         raise KubeconfigError(f"{path}: has {len(clusters)} clusters, not one")
-    return reader.cluster(next(iter(clusters.values())))
+    return _cluster(next(iter(clusters.values())))
 
 
-class _Reader:
-    """Walks a decoded kubeconfig; every complaint names the file."""
-
-    def __init__(self, origin: Path) -> None:
-        self._origin = origin
-
-    def mapping(self, value: object, what: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise KubeconfigError(f"{self._origin}: {what} is not a mapping")
-        return value
-
-    def named(self, config: Mapping[str, Any], plural: str, singular: str) -> dict[str, dict[str, Any]]:
-        entries = config.get(plural) or []
-        if not isinstance(entries, list):
-            raise KubeconfigError(f"{self._origin}: {plural} is not a list")
-        result: dict[str, dict[str, Any]] = {}
-        for entry in entries:
-            item = self.mapping(entry, f"an entry of {plural}")
-            name = item.get("name")
-            if not isinstance(name, str):
-                raise KubeconfigError(f"{self._origin}: an entry of {plural} has no name")
-            result.setdefault(name, self.mapping(item.get(singular) or {}, f"{singular} {name!r}"))
-        return result
-
-    def pick(
-        self, entries: Mapping[str, dict[str, Any]], context: Mapping[str, Any], what: str, current: str
-    ) -> dict[str, Any]:
-        name = context.get(what)
-        if not isinstance(name, str) or name not in entries:
-            raise KubeconfigError(f"{self._origin}: context {current!r} names {what} {name!r}, which is not there")
-        return entries[name]
-
-    def cluster(self, entry: Mapping[str, Any]) -> Cluster:
-        server = self._text(entry, "server")
-        if server is None:
-            raise KubeconfigError(f"{self._origin}: the cluster has no server")
+def _cluster(entry: Entry) -> Cluster:
+    server = entry.text("server")
+    if server is None:
+        raise KubeconfigError(f"{entry.origin}: the cluster has no server")
+    try:
         parts = urlsplit(server)
-        if parts.scheme != "https" or not parts.hostname:
-            raise KubeconfigError(
-                f"{self._origin}: server {server!r} is not an https:// address; a credential is never sent in the clear"
-            )
-        insecure = entry.get("insecure-skip-tls-verify") is True
-        ca_data = self._certificate(entry, "certificate-authority")
-        if insecure and ca_data is not None:
-            raise KubeconfigError(f"{self._origin}: both insecure-skip-tls-verify and a certificate authority are set")
-        return Cluster(
-            server=server.rstrip("/"),
-            ca_data=ca_data,
-            tls_server_name=self._text(entry, "tls-server-name"),
-            insecure_skip_tls_verify=insecure,
-            proxy_url=self._text(entry, "proxy-url"),
-            client_ca_data=self._client_ca(entry),
+    except ValueError as error:
+        raise KubeconfigError(f"{entry.origin}: server {server!r} is not an address: {error}") from error
+    if parts.scheme != "https" or not parts.hostname:
+        raise KubeconfigError(
+            f"{entry.origin}: server {server!r} is not an https:// address; a credential is never sent in the clear"
         )
+    insecure = entry.values.get("insecure-skip-tls-verify") is True
+    ca_data = _pem(entry, "certificate-authority", _CERTIFICATE)
+    if insecure and ca_data is not None:
+        raise KubeconfigError(f"{entry.origin}: both insecure-skip-tls-verify and a certificate authority are set")
+    return Cluster(
+        server=server.rstrip("/"),
+        ca_data=ca_data,
+        tls_server_name=entry.text("tls-server-name"),
+        insecure_skip_tls_verify=insecure,
+        proxy_url=entry.text("proxy-url"),
+        client_ca_data=_client_ca(entry),
+    )
 
-    def credentials(self, entry: Mapping[str, Any]) -> Credentials:
-        for name, why in _REFUSED_USER_FIELDS.items():
-            if entry.get(name):
-                raise KubeconfigError(
-                    f"{self._origin}: its user has {name!r}, which {why}; a token or client certificate is needed"
-                )
-        certificate = self._certificate(entry, "client-certificate")
-        key = self._pem(entry, "client-key", "PRIVATE KEY-----")
-        if (certificate is None) != (key is None):
-            raise KubeconfigError(f"{self._origin}: a client certificate and its key go together; one is missing")
-        if key is not None and "ENCRYPTED" in key:
-            raise KubeconfigError(f"{self._origin}: the client key is encrypted")
-        token = self._text(entry, "token")
-        token_file = self._text(entry, "tokenFile")
-        if token is None and token_file is not None:
-            token = self._file(token_file).strip()
-        if token is not None and (not token.isascii() or not token.isprintable() or " " in token):
-            raise KubeconfigError(f"{self._origin}: the token has characters that no token has")
-        if not token and certificate is None:
-            raise KubeconfigError(f"{self._origin}: its user has neither a token nor a client certificate")
-        return Credentials(token=token or None, certificate=certificate, key=key)
 
-    def _client_ca(self, entry: Mapping[str, Any]) -> str | None:
-        extensions = entry.get("extensions") or []
-        if not isinstance(extensions, list):
-            raise KubeconfigError(f"{self._origin}: extensions of the cluster is not a list")
-        for item in extensions:
-            if isinstance(item, dict) and item.get("name") == CLIENT_CA_EXTENSION:
-                extension = self.mapping(item.get("extension"), CLIENT_CA_EXTENSION)
-                data = self._certificate(extension, "certificate-authority")
-                if data is None:
-                    raise KubeconfigError(f"{self._origin}: {CLIENT_CA_EXTENSION} has no certificate-authority-data")
-                return data
+def _credentials(entry: Entry) -> Credentials:
+    for name, why in _REFUSED_USER_FIELDS.items():
+        if entry.values.get(name):
+            raise KubeconfigError(
+                f"{entry.origin}: its user has {name!r}, which {why}; a token or client certificate is needed"
+            )
+    certificate = _pem(entry, "client-certificate", _CERTIFICATE)
+    key = _pem(entry, "client-key", "PRIVATE KEY-----")
+    if (certificate is None) != (key is None):
+        raise KubeconfigError(f"{entry.origin}: a client certificate and its key go together; one is missing")
+    if key is not None and "ENCRYPTED" in key:
+        raise KubeconfigError(f"{entry.origin}: the client key is encrypted")
+    token = entry.token()
+    if token is not None and (not token.isascii() or not token.isprintable() or " " in token):
+        raise KubeconfigError(f"{entry.origin}: the token has characters that no token has")
+    if not token and certificate is None:
+        raise KubeconfigError(f"{entry.origin}: its user has neither a token nor a client certificate")
+    return Credentials(token=token or None, certificate=certificate, key=key)
+
+
+def _client_ca(entry: Entry) -> str | None:
+    extensions = entry.values.get("extensions") or []
+    if not isinstance(extensions, list):
+        raise KubeconfigError(f"{entry.origin}: extensions of the cluster is not a list")
+    for item in extensions:
+        if isinstance(item, dict) and item.get("name") == CLIENT_CA_EXTENSION:
+            extension = item.get("extension")
+            if not isinstance(extension, dict):
+                raise KubeconfigError(f"{entry.origin}: {CLIENT_CA_EXTENSION} is not a mapping")
+            data = _pem(Entry(entry.origin, extension), "certificate-authority", _CERTIFICATE)
+            if data is None:
+                raise KubeconfigError(f"{entry.origin}: {CLIENT_CA_EXTENSION} has no certificate-authority-data")
+            return data
+    return None
+
+
+def _pem(entry: Entry, name: str, marker: str) -> str | None:
+    data = entry.data(name)
+    if data is None:
         return None
-
-    def _certificate(self, entry: Mapping[str, Any], name: str) -> str | None:
-        return self._pem(entry, name, "-----BEGIN CERTIFICATE-----")
-
-    def _pem(self, entry: Mapping[str, Any], name: str, marker: str) -> str | None:
-        encoded = self._text(entry, f"{name}-data")
-        path = self._text(entry, name)
-        if encoded is not None:
-            try:
-                text = base64.b64decode("".join(encoded.split()), validate=True).decode("ascii")
-            except (binascii.Error, ValueError) as error:
-                raise KubeconfigError(f"{self._origin}: {name}-data is not base64 of PEM text") from error
-        elif path is not None:
-            text = self._file(path)
-        else:
-            return None
-        if marker not in text:
-            raise KubeconfigError(f"{self._origin}: {name} is not PEM")
-        return text
-
-    def _file(self, name: str) -> str:
-        path = self._origin.parent / name
-        try:
-            with path.open("rb") as stream:
-                return stream.read(_MAX_FILE_BYTES).decode("ascii")
-        except (OSError, ValueError) as error:
-            raise KubeconfigError(f"{self._origin}: cannot read {path}: {_first_line(error)}") from error
-
-    def _text(self, entry: Mapping[str, Any], name: str) -> str | None:
-        value = entry.get(name)
-        if value is None or value == "":
-            return None
-        if not isinstance(value, str):
-            raise KubeconfigError(f"{self._origin}: {name} is not text")
-        return value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    text = data.decode("ascii", errors="replace")
+    if marker not in text or "\ufffd" in text:
+        raise KubeconfigError(f"{entry.origin}: {name} is not PEM")
+    return text

@@ -48,7 +48,8 @@ def interface_prefix(data: Path) -> str:
 def base_rules(pod_cidr: ipaddress.IPv4Network, settings: NetworkSettings) -> str:
     """Pods keep their address towards the cluster's pods and the machine; elsewhere they go by the node's. What is
     link-local, a cloud's metadata address above all, is no pod's business. What still goes to a Service's address when
-    kube-proxy's rules are behind it has none, and must not go back and forth between the node and the machine."""
+    kube-proxy's rules are behind it has none, and must not go back and forth between the node and the machine. And what
+    the machine sends to a Service whose pod is on another node must come back the way it went."""
     return f"""
 table ip wasilet {{
     chain forward {{
@@ -59,6 +60,7 @@ table ip wasilet {{
     chain postrouting {{
         type nat hook postrouting priority 100; policy accept;
         oifname "{UPLINK}" ip saddr {pod_cidr} ip daddr != {settings.cluster_cidr} masquerade
+        oifname "{UPLINK}" ip saddr {settings.machine_address} masquerade
     }}
 }}
 """

@@ -25,8 +25,8 @@ from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
-from wasilet_node.network.kube_proxy import KubeProxy
 from wasilet_node.network.node_network import NodeNetwork
+from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies
 from wasilet_node.network.pod_networks import NODE_KEY, PodNetworks
 from wasilet_node.runtime import netns, supervisor_registry
 from wasilet_node.settings import NetworkSettings, NodePaths
@@ -59,9 +59,11 @@ class PodNetwork:
         self._paths = paths
         self._hosts_of = hosts_of
         self._pod_cidr: ipaddress.IPv4Network | None = None
-        self.kube_proxy = KubeProxy(
-            settings, node_name=node_name, log=paths.network / "kube-proxy.log", spawn=self._in_namespace
-        )
+        wanted = [
+            *([kube_proxy(settings, node_name)] if settings.kube_proxy is not None else []),
+            *([network_policies(settings, node_name)] if settings.network_policies is not None else []),
+        ]
+        self._processes = [Kept(program, folder=paths.network, spawn=self._in_namespace) for program in wanted]
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
         self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
@@ -98,12 +100,13 @@ class PodNetwork:
                 await self._ready.wait()
 
     async def run(self) -> None:
-        """For ever: make the network, keep the pool full, and kube-proxy running. Cancel it to end; the network
+        """For ever: make the network, keep the pool full, and its processes running. Cancel it to end; the network
         stays."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_network(), name="pod network")
-                group.create_task(self._keep_proxy(), name="kube-proxy")
+                for process in self._processes:
+                    group.create_task(self._keep_process(process), name=process.name)
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_SECONDS):
@@ -122,10 +125,10 @@ class PodNetwork:
                 async with asyncio.timeout(timeout):
                     await self._wake.wait()
 
-    async def _keep_proxy(self) -> None:
+    async def _keep_process(self, process: Kept) -> None:
         await self._ready.wait()
         if self.absent is None:
-            await self.kube_proxy.run()
+            await process.run()
 
     async def _in_namespace(self, work: Callable[[], _T]) -> _T:
         if self._dial is None:

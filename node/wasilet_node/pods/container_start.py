@@ -155,6 +155,7 @@ async def _prepare(
         event=event,
         pod_uid=spec.uid(pod),
     )
+    _tell_ports(container, image.kind, attempt, event)
     node = services.node()
     try:
         network = await services.networks.attach(pod)
@@ -171,7 +172,7 @@ async def _prepare(
     argv = expand_command(container, environment, image)
     if not argv:
         raise ContainerConfigError("no command specified")
-    artifact = await services.images.compiled(image)
+    artifact = await services.images.compiled(image, owner=pod["metadata"]["namespace"])
     return ContainerConfig(
         id=secrets.token_hex(32),
         pod_uid=spec.uid(pod),
@@ -203,6 +204,17 @@ async def _prepare(
             ANNOTATION_SANDBOX: sandbox,
         },
     )
+
+
+def _tell_ports(container: Container, kind: GuestKind, attempt: int, event: Callable[[str, str, str], None]) -> None:
+    """Once: nothing will ever answer on the ports of a core module, and nothing else would say so."""
+    if kind is GuestKind.MODULE and container.get("ports") and attempt == 0:
+        event(
+            "Warning",
+            "CannotListen",
+            f"container {container['name']} names ports, but its image is a core module (WASI preview 1), which cannot "
+            "listen: a component (WASI 0.2) can",
+        )
 
 
 def _server(pod: Pod, settings: ServerSettings, network: Attachment | None) -> ServerSettings:

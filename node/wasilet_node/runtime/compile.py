@@ -22,6 +22,7 @@ from pathlib import Path
 
 from wasilet_node.runtime.compile_worker import EXIT_MEMORY, SERVER
 from wasilet_node.runtime.engine import engine_key
+from wasilet_node.runtime.fair_slots import FairSlots
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
 
@@ -40,16 +41,18 @@ class Compiler:
     def __init__(self, directory: Path, settings: ImageSettings) -> None:
         self._directory = directory
         self._settings = settings
-        self._slots = asyncio.Semaphore(max(settings.max_parallel_compiles, 1))
+        self._slots = FairSlots(max(settings.max_parallel_compiles, 1))
         self._running: dict[str, asyncio.Task[Path]] = {}
         self._verified: dict[Path, tuple[int, int, int]] = {}
         self._keys = {server: engine_key(server=server) for server in (False, True)}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
 
-    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False) -> Path:
+    async def compile(
+        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False, owner: str = ""
+    ) -> Path:
         """The precompiled file of a module (``sha256:<hex>``), compiled once for however many callers. ``server``: it
-        is a component that answers requests.
+        is a component that answers requests. ``owner``: the namespace that asks first; those that wait take turns.
 
         Raises CompileError.
         """
@@ -59,7 +62,8 @@ class Compiler:
         task = self._running.get(module_digest)
         if task is None:
             worker_kind = SERVER if server else kind.value
-            task = asyncio.create_task(self._compile(module_path, target, worker_kind), name=f"compile {module_digest}")
+            compiling = self._compile(module_path, target, worker_kind, owner)
+            task = asyncio.create_task(compiling, name=f"compile {module_digest}")
             self._running[module_digest] = task
             task.add_done_callback(lambda task: self._ended(module_digest, task))
         # Shielded: a pod that is deleted meanwhile must not take the compilation from the others.
@@ -105,8 +109,8 @@ class Compiler:
         self._verified[target] = identity
         return True
 
-    async def _compile(self, module_path: Path, target: Path, kind: str) -> Path:
-        async with self._slots:
+    async def _compile(self, module_path: Path, target: Path, kind: str, owner: str) -> Path:
+        async with self._slots.slot(owner):
             if await asyncio.to_thread(self._usable, target):
                 return target
             try:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from wasilet.cluster.down import down
+from wasilet.cluster.down import down, end_node
+from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.state import ComponentRecord, State
 from wasilet.errors import StateError
 from wasilet.process import is_alive, spawn, stop
@@ -64,3 +65,10 @@ def test_who_waits_for_another_run_is_told_at_once_whom_for(settings: Settings) 
     ):
         down(impatient, reporter=PlainReporter(log))
     assert log.getvalue() == f"waiting for pid {os.getpid()} (invoke up), which works on cluster 'wasilet'\n"
+
+
+def test_a_node_is_ended_by_its_own_command(settings: Settings) -> None:
+    """The module of that name must be there: what is not ended in an orderly way is ended without a word otherwise."""
+    State.of(settings).node("wasilet-1").mkdir(parents=True)
+    with open_cluster(settings) as cluster:
+        assert end_node(cluster, "wasilet-1") == "ended"

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wasilet.errors import StateError
 from wasilet.kube.kubeconfig import add, build, check_changeable, holds, locked, read_config, remove, user_kubeconfig
+from wasilet_common import kube_yaml
 
 pytestmark = pytest.mark.unit
 
@@ -118,6 +119,18 @@ def test_any_kubeconfig_gets_the_context_and_keeps_its_meaning(tmp_path: Path, t
     assert remove(path, "wasilet", previous=previous)
     after = yaml.safe_load(path.read_text())
     assert normal(after) == normal({"apiVersion": "v1", "kind": "Config", **before})
+
+
+@pytest.mark.parametrize("name", ["1e3", "0o17", "1_000", "y", "2026-01-02", "12:30:45", "="])
+def test_a_name_that_looks_like_something_else_stays_a_text(tmp_path: Path, name: str) -> None:
+    """Also where the file has to be written anew from its data: PyYAML would leave out quotes that kubectl needs."""
+    path = tmp_path / "config"
+    path.write_text(FLOW_FILE.replace('"name": "a"', f'"name": "{name}"'))
+    add(path, OURS)
+    assert holds(path, OURS)
+    assert [entry["name"] for entry in read_config(path)["clusters"]] == [name, "wasilet"]
+    remove(path, "wasilet", previous="a")
+    assert [entry["name"] for entry in read_config(path)["contexts"]] == [name]
 
 
 def test_adding_twice_is_as_once(tmp_path: Path) -> None:
@@ -299,7 +312,10 @@ def test_lines_that_end_in_both_ways_stay_as_they_are(tmp_path: Path) -> None:
     assert path.read_bytes() == written
 
 
-NAMES = st.text(alphabet="abcxyz019-_.:@ ñ#'\"", min_size=1, max_size=12)
+NAMES = st.text(alphabet="abcxyz019-_.:@ ñ#'\"", min_size=1, max_size=12).filter(
+    # PyYAML writes the files here, and without quotes that kubectl needs: y would be true.
+    lambda name: kube_yaml.load(yaml.safe_dump([name])) == [name]
+)
 
 
 @given(

@@ -260,7 +260,9 @@ class FakeCompiler:
         self.kept: frozenset[str] | None = None
         self.error: Exception | None = None
 
-    async def compile(self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False) -> Path:
+    async def compile(
+        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False, owner: str = ""
+    ) -> Path:
         self.compiled.append(module_digest)
         await asyncio.sleep(0)
         if self.error is not None:

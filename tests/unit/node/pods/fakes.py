@@ -392,6 +392,7 @@ class FakeImages:
         self.delay: dict[str, float] = {}
         self.asked: list[tuple[str, tuple[Credential, ...]]] = []
         self.in_use: frozenset[str] = frozenset()
+        self.kind = GuestKind.MODULE
 
     async def ensure(
         self,
@@ -412,12 +413,12 @@ class FakeImages:
             manifest_digest="sha256:1",
             module_digest="sha256:2",
             module_path=Path("/m.wasm"),
-            kind=GuestKind.MODULE,
+            kind=self.kind,
             size_bytes=1,
             module_name="hello.wasm",
         )
 
-    async def compiled(self, image: Image) -> Path:
+    async def compiled(self, image: Image, *, owner: str = "") -> Path:
         return Path("/compiled")
 
     async def list(self) -> Sequence[dict[str, object]]:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet_node.network.attachment import Attachment, MachineNetwork
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods.container_start import LaunchError, launch
-from wasilet_node.runtime.protocol import Mount
+from wasilet_node.runtime.protocol import GuestKind, Mount
 from wasilet_node.volumes.host_threads import HostThreads
 
 from tests.unit.node.pods.fakes import Fakes, FakeVolumes, make_pod
@@ -64,3 +66,49 @@ async def test_volumes_that_hang_make_the_container_wait_and_nothing_else(
         assert await asyncio.to_thread(lambda: True)
     assert {error.reason for error in errors} == {"CreateContainerConfigError"}
     assert errors[0].message == 'the volumes of container "c" did not answer within 0.2 s'
+
+
+class Network(MachineNetwork):
+    """Every pod has an address and a namespace of its own."""
+
+    async def attach(self, pod: dict[str, Any]) -> Attachment | None:
+        return Attachment(key="k", addresses=("10.9.0.7",), etc_files=(("/etc/hosts", "/pod/hosts"),))
+
+
+async def started(fakes: Fakes, container: dict[str, Any], *, attempt: int = 0) -> Any:
+    services = dataclasses.replace(fakes.dependencies(), networks=Network())
+    pod = make_pod(containers=[container])
+    await launch(services, pod, container, attempt=attempt, sandbox="s", late=lambda _: None)
+    return fakes.runtime.configs[-1]
+
+
+async def test_a_core_module_stays_in_the_machines_network_and_its_ports_are_told_once(tmp_path: Path) -> None:
+    fakes = Fakes(data=tmp_path)
+    container = {"name": "c", "image": "x", "ports": [{"containerPort": 80}]}
+    config = await started(fakes, container)
+    await started(fakes, container, attempt=1)
+    assert (config.network, config.etc_files) == ("", ())
+    said = [text for text in fakes.events.said if text.startswith("CannotListen")]
+    assert len(said) == 1
+    assert "container c names ports, but its image is a core module" in said[0]
+
+
+async def test_a_component_runs_in_its_pods_network(tmp_path: Path) -> None:
+    fakes = Fakes(data=tmp_path)
+    fakes.images.kind = GuestKind.COMPONENT
+    config = await started(fakes, {"name": "c", "image": "x", "ports": [{"containerPort": 80}]})
+    assert (config.network, config.etc_files) == ("k", (("/etc/hosts", "/pod/hosts"),))
+    assert not [text for text in fakes.events.said if text.startswith("CannotListen")]
+
+
+async def test_a_network_that_cannot_be_had_is_the_pods_reason_to_wait(tmp_path: Path) -> None:
+    class Exhausted(MachineNetwork):
+        async def attach(self, pod: dict[str, Any]) -> Attachment | None:
+            raise NetworkError("no free address in 10.9.0.0/29: 5 are in use")
+
+    fakes = Fakes(data=tmp_path)
+    services = dataclasses.replace(fakes.dependencies(), networks=Exhausted())
+    pod = make_pod()
+    with pytest.raises(LaunchError, match="no free address in") as caught:
+        await launch(services, pod, pod["spec"]["containers"][0], attempt=0, sandbox="s", late=lambda _: None)
+    assert caught.value.reason == "CreatePodSandboxError"

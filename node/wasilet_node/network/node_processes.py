@@ -1,8 +1,9 @@
-"""The cluster's own kube-proxy, kept running in the node's network namespace.
+"""What keeps rules of the cluster in the node's network namespace: its own kube-proxy, and kube-network-policies.
 
-It is a process with its own credential. It ends with the agent, and the next agent starts another: its rules stay in
-the namespace meanwhile, so no connection notices. Its executable may come later than the node (the harness builds it
-when nothing more urgent is to be done), so that is waited for.
+Each is a process with its own credential. It ends with the agent, and the next agent starts another: kube-proxy's rules
+stay in the namespace meanwhile, so no connection notices; new connections of pods that a policy selects wait until its
+process is back. An executable may come later than the node (the harness builds it when nothing more urgent is to be
+done), so that is waited for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from wasilet_node.settings import NetworkSettings
@@ -36,32 +38,59 @@ Spawn = Callable[[Callable[[], "subprocess.Popen[bytes]"]], Awaitable["subproces
 """Runs something in a thread that stays in the node's namespace for as long as the agent lives."""
 
 
-def arguments(settings: NetworkSettings, node_name: str) -> list[str]:
-    """Its command line. What it would set for the whole machine (conntrack's sizes) is left alone."""
-    return [
-        str(settings.kube_proxy),
-        f"--kubeconfig={settings.kube_proxy_kubeconfig}",
-        f"--hostname-override={node_name}",
-        "--proxy-mode=nftables",
-        f"--cluster-cidr={settings.cluster_cidr}",
-        f"--nodeport-addresses={settings.uplink.network}",
-        "--healthz-bind-address=127.0.0.1:10256",
-        "--metrics-bind-address=127.0.0.1:10249",
-        "--conntrack-max-per-core=0",
-        "--conntrack-tcp-timeout-established=0s",
-        "--conntrack-tcp-timeout-close-wait=0s",
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One of them."""
+
+    name: str
+    argv: tuple[str, ...]
 
 
-class KubeProxy:
+def kube_proxy(settings: NetworkSettings, node_name: str) -> Program:
+    """Services. What it would set for the whole machine (conntrack's sizes) is left alone."""
+    return Program(
+        name="kube-proxy",
+        argv=(
+            str(settings.kube_proxy),
+            f"--kubeconfig={settings.kube_proxy_kubeconfig}",
+            f"--hostname-override={node_name}",
+            "--proxy-mode=nftables",
+            f"--cluster-cidr={settings.cluster_cidr}",
+            f"--nodeport-addresses={settings.uplink.network}",
+            "--healthz-bind-address=127.0.0.1:10256",
+            "--metrics-bind-address=127.0.0.1:10249",
+            "--conntrack-max-per-core=0",
+            "--conntrack-tcp-timeout-established=0s",
+            "--conntrack-tcp-timeout-close-wait=0s",
+        ),
+    )
+
+
+def network_policies(settings: NetworkSettings, node_name: str) -> Program:
+    """NetworkPolicies: the first packet of each connection of a selected pod is judged."""
+    return Program(
+        name="network-policies",
+        argv=(
+            str(settings.network_policies),
+            f"--kubeconfig={settings.network_policies_kubeconfig}",
+            f"--hostname-override={node_name}",
+        ),
+    )
+
+
+class Kept:
     """``run`` for ever; cancel it to end the process."""
 
-    def __init__(self, settings: NetworkSettings, *, node_name: str, log: Path, spawn: Spawn) -> None:
-        self._settings = settings
-        self._node_name = node_name
-        self._log = log
+    def __init__(self, program: Program, *, folder: Path, spawn: Spawn) -> None:
+        self._program = program
+        self._log = folder / f"{program.name}.log"
         self._spawn = spawn
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the log."""
+        return self._program.name
 
     @property
     def pid(self) -> int | None:
@@ -70,9 +99,7 @@ class KubeProxy:
 
     async def run(self) -> None:
         """Start it whenever it does not run."""
-        executable = self._settings.kube_proxy
-        if executable is None:
-            return
+        executable = self._program.argv[0]
         retry = FIRST_RETRY_SECONDS
         loop = asyncio.get_running_loop()
         while True:
@@ -90,12 +117,12 @@ class KubeProxy:
         try:
             process = self._process = await self._spawn(self._start)
         except OSError as error:
-            logger.warning("kube-proxy does not start: %s", error)
+            logger.warning("%s does not start: %s", self._program.name, error)
             return
-        logger.info("kube-proxy runs, pid %d; its log is %s", process.pid, self._log)
+        logger.info("%s runs, pid %d; its log is %s", self._program.name, process.pid, self._log)
         try:
             await _ended(process)
-            logger.warning("kube-proxy ended with %s; see %s", process.returncode, self._log)
+            logger.warning("%s ended with %s; see %s", self._program.name, process.returncode, self._log)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -111,7 +138,7 @@ class KubeProxy:
             return subprocess.Popen(
                 [
                     *(sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid())),
-                    *arguments(self._settings, self._node_name),
+                    *self._program.argv,
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,

@@ -1,0 +1,256 @@
+"""Pods with addresses, Services and names, on a real cluster of two nodes: what is asked, by guests, of guests.
+
+The guest is the sample ``tcp-echo``: a server on wasi:sockets, and a client that looks names up by the pod's own
+resolv.conf. Nothing here reaches a pod by any way but those that users have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from wasilet.cluster import pod_network
+from wasilet.cluster.down import down
+from wasilet.controlplane.acquire import expected
+from wasilet.kube.client import Kube, api_path
+from wasilet.process import is_alive
+from wasilet.terminal.console import PlainReporter
+from wasilet_node.network.node_network import interface_prefix
+from wasilet_node.runtime import supervisor_registry
+
+from tests.clusters import TestCluster, whole_cluster
+from tests.e2e import componentize
+from tests.e2e.guests import Guests, build_guest
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nft"), reason="a pod network needs root and nft"),
+    pytest.mark.skipif(bool(componentize.why_not()), reason="components are made by npm's jco"),
+]
+
+SECONDS = 60.0
+NAMESPACE = "default"
+PORT = 7777
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net:
+    """A cluster of two nodes with a server on each, behind one Service."""
+
+    cluster: TestCluster
+    image: str
+
+    @property
+    def kube(self) -> Kube:
+        return self.cluster.kube
+
+    def pod(self, name: str) -> dict[str, Any]:
+        return self.kube.get(api_path("pods", name, namespace=NAMESPACE))
+
+    def run(self, name: str, *args: str, node: int | None = None, **fields: Any) -> None:
+        """Create a pod of the echo guest."""
+        container = {"name": "main", "image": self.image, "args": list(args), **fields.pop("container", {})}
+        spec = {"containers": [container], **fields}
+        if node is not None:
+            spec["nodeName"] = self.cluster.cluster.node_names()[node]
+        labels = {"app": "echo"} if args[:1] == ("serve",) else {}
+        metadata = {"name": name, "namespace": NAMESPACE, "labels": labels}
+        self.kube.create(
+            api_path("pods", namespace=NAMESPACE),
+            {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec},
+        )
+
+    def said(self, name: str, *args: str, node: int | None = None, **fields: Any) -> str:
+        """What a client pod that ran to its end wrote, and remove it."""
+        self.run(name, *args, node=node, restartPolicy="Never", **fields)
+        path = api_path("pods", name, namespace=NAMESPACE)
+        wait(lambda: self.pod(name)["status"].get("phase") in {"Succeeded", "Failed"}, f"the end of {name}")
+        text = self.kube.body(f"{path}/log").decode()
+        self.kube.delete(path)
+        return text.strip()
+
+
+def wait(holds: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not come in {SECONDS} s"
+        time.sleep(0.05)
+
+
+def echo(address: str, port: int, text: str) -> str:
+    """What comes back from a server, from this machine."""
+    with socket.create_connection((address, port), timeout=5) as connection:
+        connection.sendall(f"{text}\n".encode())
+        return connection.makefile().readline().strip()
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    with whole_cluster("podnet", nodes=2) as cluster:
+        guests = Guests(str(cluster.status()["registry"]), cluster.settings.environ)
+        image = guests.add_bytes("tcp-echo", componentize.as_component(build_guest("tcp-echo")))
+        net = Net(cluster=cluster, image=image)
+        assert pod_network.plan_of(cluster.cluster.state) is not None, pod_network.why_absent(cluster.cluster.state)
+        probe = {"readinessProbe": {"tcpSocket": {"port": "echo"}, "periodSeconds": 1}}
+        ports = {"ports": [{"name": "echo", "containerPort": PORT}]}
+        for node in (0, 1):
+            net.run(f"server-{node}", "serve", str(PORT), node=node, container={**probe, **ports})
+        spec = {"type": "NodePort", "selector": {"app": "echo"}, "ports": [{"port": 80, "targetPort": "echo"}]}
+        service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "echo"}, "spec": spec}
+        net.kube.create(api_path("services", namespace=NAMESPACE), service)
+        for node in (0, 1):
+            wait(lambda node=node: ready(net.pod(f"server-{node}")), f"server-{node}")  # type: ignore[misc]
+        wait(lambda: net.cluster.status()["ready"], "CoreDNS")
+        yield net
+
+
+def ready(pod: dict[str, Any]) -> bool:
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ()))
+
+
+def test_each_pod_has_an_address_of_its_nodes_share(net: Net) -> None:
+    addresses = {net.pod(f"server-{node}")["status"]["podIP"] for node in (0, 1)}
+    assert len(addresses) == 2
+    for node, name in enumerate(net.cluster.cluster.node_names()):
+        cidr = net.kube.get(api_path("nodes", name))["spec"]["podCIDR"]
+        assert net.pod(f"server-{node}")["status"]["podIP"].rpartition(".")[0].startswith(cidr.split(".")[0])
+        assert net.pod(f"server-{node}")["status"]["hostIP"] == net.cluster.access.node_address
+
+
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("name", ["echo", "echo.default", "echo.default.svc.cluster.local"])
+def test_a_service_answers_by_its_names_from_every_node(net: Net, node: int, name: str) -> None:
+    address = net.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]["clusterIP"]
+    said = net.said(f"client-{node}-{name.count('.')}", "connect", name, "80", "hello", node=node)
+    assert said == f"{address} answered hello"
+
+
+@pytest.mark.parametrize(("client", "server"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_pods_reach_each_other_within_and_across_nodes(net: Net, client: int, server: int) -> None:
+    address = net.pod(f"server-{server}")["status"]["podIP"]
+    said = net.said(f"direct-{client}-{server}", "connect", address, str(PORT), "hello", node=client)
+    assert said == f"{address} answered hello"
+
+
+def test_names_that_are_not_there_are_not_found(net: Net) -> None:
+    assert "name-unresolvable" in net.said("nobody", "resolve", "nobody.default.svc.cluster.local")
+
+
+def test_dns_policy_and_host_aliases_are_what_a_guest_resolves_by(net: Net) -> None:
+    aliases = [{"ip": "192.0.2.77", "hostnames": ["aliased.example"]}]
+    assert net.said("aliased", "resolve", "aliased.example", hostAliases=aliases) == "192.0.2.77"
+    config = {
+        "nameservers": ["192.0.2.53"],
+        "options": [{"name": "timeout", "value": "1"}, {"name": "attempts", "value": "1"}],
+    }
+    said = net.said("alone", "resolve", "echo.default.svc.cluster.local", dnsPolicy="None", dnsConfig=config)
+    assert "lookup echo.default.svc.cluster.local" in said
+
+
+def test_the_api_server_is_reached_by_the_name_that_every_client_knows(net: Net) -> None:
+    plan = pod_network.plan_of(net.cluster.cluster.state)
+    assert plan is not None
+    assert net.said("api-name", "resolve", "kubernetes.default.svc") == plan.service_ip
+    # TLS is not this guest's business: the connection stands, and the server hangs up on what it is sent.
+    assert "connection-refused" not in net.said("api", "connect", "kubernetes.default.svc", "443", "hello")
+
+
+def test_the_machine_reaches_pods_services_and_node_ports(net: Net) -> None:
+    service = net.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]
+    plan = pod_network.plan_of(net.cluster.cluster.state)
+    assert plan is not None
+    for attempt in range(8):
+        # Whichever of the two pods, on this node or the other, it leads to.
+        assert echo(service["clusterIP"], 80, f"by service {attempt}") == f"by service {attempt}"
+    for node in (0, 1):
+        assert echo(net.pod(f"server-{node}")["status"]["podIP"], PORT, "by pod") == "by pod"
+        assert echo(plan.uplink(node).partition("/")[0], service["ports"][0]["nodePort"], "by port") == "by port"
+
+
+def test_port_forward_reaches_the_pod_many_times_at_once(net: Net) -> None:
+    kubectl = expected("kubectl", cache=net.cluster.settings.cache, environ=net.cluster.settings.environ)
+    command = [str(kubectl), "--kubeconfig", str(net.cluster.admin_kubeconfig), "port-forward", "svc/echo", ":80"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forwarding:
+        try:
+            assert forwarding.stdout is not None
+            port = int(forwarding.stdout.readline().split(" -> ")[0].rpartition(":")[2])
+            with contextlib.ExitStack() as stack:
+                connections = [
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)) for _ in range(20)
+                ]
+                for number, connection in enumerate(connections):
+                    connection.sendall(f"forward {number}\n".encode())
+                for number, connection in enumerate(connections):
+                    assert connection.makefile().readline() == f"forward {number}\n"
+        finally:
+            forwarding.terminate()
+            forwarding.wait(10)
+
+
+def test_connections_outlive_the_agent_and_kube_proxy(net: Net) -> None:
+    service = net.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]
+    node = net.cluster.cluster.node_names()[0]
+    data = net.cluster.cluster.state.node(node)
+    with socket.create_connection((service["clusterIP"], 80), timeout=10) as connection:
+        lines = connection.makefile()
+        connection.sendall(b"before\n")
+        assert lines.readline() == "before\n"
+        agent = net.cluster.cluster.state.alive(f"node-{node}")
+        assert agent is not None
+        os.kill(agent.process.pid, signal.SIGKILL)
+        wait(lambda: not is_alive(agent.process), "the agent's end")
+        connection.sendall(b"without an agent\n")
+        assert lines.readline() == "without an agent\n"
+        recap = bring_up(net)
+        assert recap
+        connection.sendall(b"after\n")
+        assert lines.readline() == "after\n"
+    assert echo(service["clusterIP"], 80, "anew") == "anew"
+    assert (data / "network" / "pods").is_dir()
+
+
+def bring_up(net: Net) -> bool:
+    from wasilet.cluster.up import up
+
+    return up(net.cluster.settings, reporter=PlainReporter(io.StringIO())).succeeded
+
+
+def test_a_pod_whose_supervisor_is_killed_begins_again_with_an_address(net: Net) -> None:
+    node = net.cluster.cluster.node_names()[0]
+    pointer = supervisor_registry.current(net.cluster.cluster.state.node(node))
+    assert pointer is not None
+    os.kill(pointer.pid, signal.SIGKILL)
+    wait(lambda: not pointer.alive(), "the supervisor's end")
+
+    def back() -> bool:
+        pod = net.pod("server-0")
+        restarts = pod["status"]["containerStatuses"][0]["restartCount"]
+        return ready(pod) and restarts >= 1
+
+    wait(back, "server-0, anew")
+    address = net.pod("server-0")["status"]["podIP"]
+    assert echo(address, PORT, "again") == "again"
+    assert net.said("after-loss", "connect", address, str(PORT), "hello", node=1) == f"{address} answered hello"
+
+
+def test_down_leaves_nothing_of_the_network(net: Net) -> None:
+    """Last: it ends the cluster."""
+    plan = pod_network.plan_of(net.cluster.cluster.state)
+    assert plan is not None
+    assert any(network.overlaps(plan.pods) for network in pod_network.machine_networks())
+    state = net.cluster.cluster.state
+    ours = tuple(interface_prefix(state.node(name)) for name in net.cluster.cluster.node_names())
+    assert [name for _, name in socket.if_nameindex() if name.startswith(ours)]
+    down(net.cluster.settings, reporter=PlainReporter(io.StringIO()), purge=True).raise_for_failure()
+    wait(lambda: not any(network.overlaps(plan.pods) for network in pod_network.machine_networks()), "the routes' end")
+    wait(lambda: not [name for _, name in socket.if_nameindex() if name.startswith(ours)], "the interfaces' end")
