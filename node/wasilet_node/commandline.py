@@ -253,10 +253,9 @@ def _parser(version: str) -> argparse.ArgumentParser:
             "--kube-proxy-kubeconfig", "FILE",
             "its credential, with an address that is reached by the uplink [WASILET_NODE_KUBE_PROXY_KUBECONFIG]",
         ),
-        ("--network-policies", "FILE", "the program that keeps NetworkPolicies [WASILET_NODE_NETWORK_POLICIES]"),
         (
             "--network-policies-kubeconfig", "FILE",
-            "its credential, likewise [WASILET_NODE_NETWORK_POLICIES_KUBECONFIG]",
+            "credential of what keeps NetworkPolicies, likewise [WASILET_NODE_NETWORK_POLICIES_KUBECONFIG]",
         ),
     ):  # fmt: skip
         network.add_argument(flag, metavar=metavar, help=text)
@@ -392,12 +391,7 @@ def _network(options: _Options) -> NetworkSettings | None:
     kubeconfig = options.get("kube_proxy_kubeconfig", ("WASILET_NODE_KUBE_PROXY_KUBECONFIG",), _absolute)
     if (proxy is None) != (kubeconfig is None):
         raise UsageError("--kube-proxy and --kube-proxy-kubeconfig go together")
-    policies = options.get("network_policies", ("WASILET_NODE_NETWORK_POLICIES",), _absolute)
-    policies_kubeconfig = options.get(
-        "network_policies_kubeconfig", ("WASILET_NODE_NETWORK_POLICIES_KUBECONFIG",), _absolute
-    )
-    if (policies is None) != (policies_kubeconfig is None):
-        raise UsageError("--network-policies and --network-policies-kubeconfig go together")
+    policies = options.get("network_policies_kubeconfig", ("WASILET_NODE_NETWORK_POLICIES_KUBECONFIG",), _absolute)
     return NetworkSettings(
         cluster_cidr=cluster,
         service_cidr=service,
@@ -406,8 +400,7 @@ def _network(options: _Options) -> NetworkSettings | None:
         cluster_domain=options.get("cluster_domain", ("WASILET_NODE_CLUSTER_DOMAIN",), str) or "cluster.local",
         kube_proxy=proxy,
         kube_proxy_kubeconfig=kubeconfig,
-        network_policies=policies,
-        network_policies_kubeconfig=policies_kubeconfig,
+        network_policies_kubeconfig=policies,
     )
 
 

@@ -57,13 +57,15 @@ class Net:
     def pod(self, name: str) -> dict[str, Any]:
         return self.kube.get(api_path("pods", name, namespace=NAMESPACE))
 
-    def run(self, name: str, *args: str, node: int | None = None, **fields: Any) -> None:
+    def run(
+        self, name: str, *args: str, node: int | None = None, labels: dict[str, str] | None = None, **fields: Any
+    ) -> None:
         """Create a pod of the echo guest."""
         container = {"name": "main", "image": self.image, "args": list(args), **fields.pop("container", {})}
         spec = {"containers": [container], **fields}
         if node is not None:
             spec["nodeName"] = self.cluster.cluster.node_names()[node]
-        labels = {"app": "echo"} if args[:1] == ("serve",) else {}
+        labels = labels or ({"app": "echo"} if args[:1] == ("serve",) else {})
         metadata = {"name": name, "namespace": NAMESPACE, "labels": labels}
         self.kube.create(
             api_path("pods", namespace=NAMESPACE),
@@ -175,6 +177,33 @@ def test_the_machine_reaches_pods_services_and_node_ports(net: Net) -> None:
     for node in (0, 1):
         assert echo(net.pod(f"server-{node}")["status"]["podIP"], PORT, "by pod") == "by pod"
         assert echo(plan.uplink(node).partition("/")[0], service["ports"][0]["nodePort"], "by port") == "by port"
+
+
+def test_a_network_policy_lets_friends_in_and_nobody_else(net: Net) -> None:
+    peer = {"podSelector": {"matchLabels": {"friend": "yes"}}}
+    spec = {
+        "podSelector": {"matchLabels": {"app": "echo"}},
+        "ingress": [{"from": [peer], "ports": [{"port": "echo"}]}],
+    }
+    path = api_path("networkpolicies", namespace=NAMESPACE, group="networking.k8s.io", version="v1")
+    net.kube.create(path, {"metadata": {"name": "friends"}, "spec": spec})
+    try:
+        for node in (0, 1):
+            address = net.pod(f"server-{node}")["status"]["podIP"]
+            wait(lambda address=address: not reached(net, address), "the policy")  # type: ignore[misc]
+            said = net.said(f"friend-{node}", "connect", address, str(PORT), "hi", labels={"friend": "yes"})
+            assert said == f"{address} answered hi"
+            assert ready(net.pod(f"server-{node}")), "probes come from the node itself"
+    finally:
+        net.kube.delete(f"{path}/friends")
+    wait(lambda: reached(net, net.pod("server-1")["status"]["podIP"]), "the policy's end")
+
+
+def reached(net: Net, address: str) -> bool:
+    """Whether a pod that is nobody's friend gets through, within the deadline that it is given."""
+    name = f"stranger-{time.monotonic_ns()}"
+    limits = {"activeDeadlineSeconds": 3}
+    return "answered" in net.said(name, "connect", address, str(PORT), "hi", **limits)
 
 
 def test_port_forward_reaches_the_pod_many_times_at_once(net: Net) -> None:

@@ -79,7 +79,7 @@ def bring_services(cluster: Cluster, *, reporter: Reporter) -> None:
         return
     ensure_running(cluster_dns.component(plan, settings, state), state=state, settings=settings)
     reporter.notice(
-        "Services, names and NetworkPolicies work in some minutes: what they need is brought in the background, "
+        "Services and names work in some minutes: what they need is brought in the background, "
         f"once per machine (`invoke logs {cluster_dns.COMPONENT}`)"
     )
 
@@ -390,7 +390,6 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
             index=index,
             folder=state.etc,
             kube_proxy=_late_binary(cluster, "kube-proxy"),
-            network_policies=_late_binary(cluster, "netpol"),
         )
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
