@@ -12,13 +12,13 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from wasilet.cluster import pod_network
-from wasilet.cluster.kubernetes_version import UPGRADE_STEP, upgrade_step
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import locate
 from wasilet.controlplane.components import LOOPBACK, SERVICE_IP, Component, ControlPlane, component_step
 from wasilet.controlplane.pki import CLUSTER_CA, Pki, host_specs
 from wasilet.kube.kubeconfig import write_kubeconfig
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
+from wasilet.providers.kubernetes_version import UPGRADE_STEP, upgrade_step
 from wasilet.settings import Settings
 from wasilet.steps import Finding, Progress, Step
 

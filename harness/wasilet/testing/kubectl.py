@@ -35,9 +35,9 @@ def run_kubectl(
 
 
 def _binary(cluster: WasmCluster) -> str:
-    from wasilet.cluster.state import State
     from wasilet.controlplane.acquire import locate
     from wasilet.controlplane.versions import minor_of, versions
+    from wasilet.state import State
 
     environ = cluster.settings.environ
     version = State.of(cluster.settings).cluster.kubernetes

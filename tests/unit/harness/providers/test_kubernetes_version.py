@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from wasilet.cluster.kubernetes_version import between, running, wanted
-from wasilet.cluster.state import State
 from wasilet.controlplane.binaries import binaries
 from wasilet.controlplane.versions import HERE, default_kubernetes, supported_kubernetes, versions
 from wasilet.errors import UsageError
 from wasilet.providers import by_name
 from wasilet.providers.base import Cluster
+from wasilet.providers.kubernetes_version import between, running, wanted
 from wasilet.settings import load
+from wasilet.state import State
 
 pytestmark = pytest.mark.unit
 
