@@ -169,8 +169,8 @@ def test_nothing_but_nodes_listens_beyond_loopback(own: TestCluster) -> None:
     seen: dict[str, set[tuple[str, int]]] = {}
     for entry in status(own.settings)["components"]:
         for connection in psutil.Process(entry["pid"]).net_connections("inet"):
-            connected = connection.type == socket.SOCK_STREAM and connection.status != psutil.CONN_LISTEN
-            if not connected and not connection.raddr:
+            open_to_all = connection.type == socket.SOCK_DGRAM and len(connection.raddr) == 0
+            if connection.status == psutil.CONN_LISTEN or open_to_all:
                 seen.setdefault(entry["name"], set()).add((connection.laddr.ip, connection.laddr.port))
     for name, places in seen.items():
         beyond = {place for place in places if place[0] not in {"127.0.0.1", "::ffff:127.0.0.1"}}
@@ -485,9 +485,9 @@ def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_pat
         ours = state.stray_processes()
         by_name: dict[str, list[int]] = {}
         for record in ours:
-            process = psutil.Process(record.pid)
-            argv = process.cmdline()
-            if _is_fork_of(process.parent(), process, {record.pid for record in ours}):
+            running = psutil.Process(record.pid)
+            argv = running.cmdline()
+            if _is_fork_of(running.parent(), running, {record.pid for record in ours}):
                 continue
             by_name.setdefault(Path(argv[0]).name if "-m" not in argv else argv[argv.index("-m") + 1], []).append(
                 record.pid
