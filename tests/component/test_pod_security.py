@@ -13,7 +13,7 @@ from wasilet.apps.samples import find_app, sample_names
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.up import control_plane_steps
 from wasilet.errors import ApiError
-from wasilet.kube.client import api_path
+from wasilet.kube.client import Kube, api_path
 from wasilet.steps import Play, Status
 
 from tests.clusters import TestCluster, control_plane, run_play
@@ -36,10 +36,14 @@ def plane() -> Iterator[TestCluster]:
 def refusal(plane: TestCluster, namespace: str, spec: dict[str, Any]) -> str:
     """Why admission would not let the pod in; empty: it would. Nothing is created."""
     body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asked"}, "spec": spec}
+    # A connection of its own: the API server may have been started again.
+    kube = Kube.from_kubeconfig(plane.admin_kubeconfig)
     try:
-        plane.kube.create(api_path("pods", namespace=namespace) + "?dryRun=All", body)
+        kube.create(api_path("pods", namespace=namespace) + "?dryRun=All", body)
     except ApiError as error:
         return f"{error.code} {error}"
+    finally:
+        kube.close()
     return ""
 
 
