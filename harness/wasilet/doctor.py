@@ -128,7 +128,7 @@ def _address(settings: Settings) -> Check:
 
 
 def _pod_network(settings: Settings) -> Check:
-    from wasilet.cluster import pod_network
+    from wasilet.controlplane import pod_network
 
     absent = pod_network.obstacle(settings)
     if not absent:

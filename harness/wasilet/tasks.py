@@ -9,6 +9,7 @@ from pathlib import Path
 from invoke.context import Context
 from invoke.tasks import task
 
+from wasilet.settings import invocation_path
 from wasilet.terminal.cli import (
     checked_output,
     command,
@@ -17,7 +18,6 @@ from wasilet.terminal.cli import (
     exec_program,
     finish,
     finish_with,
-    invocation_path,
     remainder,
     reporter,
     settings_of,
@@ -685,7 +685,7 @@ def new(c: Context, app: str, folder: str = "") -> None:
     Example:
       invoke new my-app                 then: invoke demo ./my-app, and: pytest ./my-app
     """
-    from wasilet.demo.new_app import new_app
+    from wasilet.apps.new_app import new_app
 
     for line in new_app(app, invocation_path(folder or ".")):
         emit(line)

@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 from wasilet.cluster import join
 from wasilet.cluster.down import down
-from wasilet.cluster.state import port_is_free
-from wasilet.cluster.up import node_is_ready, up
+from wasilet.cluster.up import up
 from wasilet.errors import ApiError
 from wasilet.kube.client import api_path
+from wasilet.kube.resources import node_is_ready
 from wasilet.oci.publish import push_app
+from wasilet.ports import port_is_free
 from wasilet.process import is_alive
-from wasilet.steps import Status
-from wasilet.terminal.console import SilentReporter
+from wasilet.steps import SilentReporter, Status
 
 from tests.clusters import TestCluster, whole_cluster
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from wasilet.cluster import pod_network
 from wasilet.cluster.down import down
+from wasilet.console import PlainReporter
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import expected
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import is_alive
-from wasilet.terminal.console import PlainReporter
 from wasilet_node.network.node_network import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 

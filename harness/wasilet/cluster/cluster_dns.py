@@ -15,12 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from wasilet.cluster.pod_network import NetworkPlan
-from wasilet.cluster.state import State, write_file
 from wasilet.controlplane.acquire import Found, acquire, locate
 from wasilet.controlplane.components import Component, Probe
+from wasilet.controlplane.pod_network import NetworkPlan
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings
+from wasilet.state import State
+from wasilet.storage import write_file
 
 COMPONENT = "coredns"
 BINARIES = ("kube-proxy", "coredns")
