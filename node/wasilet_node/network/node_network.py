@@ -63,11 +63,15 @@ table ip wasilet {{
     set {MACHINE_SET} {{
         type ipv4_addr
     }}
+    chain refuse {{
+        meta l4proto tcp reject with tcp reset
+        reject
+    }}
     chain forward {{
         type filter hook forward priority 0; policy accept;
-        iifname "{BRIDGE}" ip daddr 169.254.0.0/16 reject
-        ip daddr {settings.service_cidr} reject
-        iifname "{BRIDGE}" oifname "{UPLINK}" ip daddr != {settings.cluster_cidr} ip daddr != @{MACHINE_SET} reject
+        iifname "{BRIDGE}" ip daddr 169.254.0.0/16 jump refuse
+        ip daddr {settings.service_cidr} jump refuse
+        iifname "{BRIDGE}" oifname "{UPLINK}" ip daddr != {settings.cluster_cidr} ip daddr != @{MACHINE_SET} jump refuse
     }}
     chain postrouting {{
         type nat hook postrouting priority 100; policy accept;

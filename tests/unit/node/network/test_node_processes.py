@@ -1,4 +1,4 @@
-"""What is kept running in the node's namespace: started when it can be, again when it ended, and ended with the agent."""
+"""What is kept running in the node's namespace: started when it can be, again when it ended, gone with the agent."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 from wasilet_node.network import node_processes
 from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies
 from wasilet_node.settings import NetworkSettings
+
+from tests.unit.node.runtime.guests import eventually
 
 pytestmark = pytest.mark.unit
 
@@ -29,9 +31,10 @@ def script(folder: Path, body: str) -> Path:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.02)
+    async def probe() -> bool | None:
+        return True if condition() else None
+
+    await eventually(probe, timeout_seconds=30)
 
 
 def lines(path: Path) -> list[str]:
