@@ -94,7 +94,17 @@ def joined(own: TestCluster, machine: Machine) -> Iterator[join.Joining]:
 def _joined(own: TestCluster, machine: Machine, folder: Path) -> Iterator[join.Joining]:
     data = folder / "data"
     made = join.bootstrap(own.cluster, node="other-1", file=folder / "b.conf", address=HERE, registry=True)
-    command = [sys.executable, *made.command[1:], "--node-ip", THERE, "--data-dir", str(data)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "wasilet_node",
+        *made.command[1:],
+        "--node-ip",
+        THERE,
+        "--data-dir",
+        str(data),
+    ]
     command[command.index("b.conf")] = str(made.file)
     env = {key: value for key, value in os.environ.items() if key in {"PATH", "HOME"}}
     with (folder / "log").open("wb") as log:

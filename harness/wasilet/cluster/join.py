@@ -130,7 +130,7 @@ def bootstrap(
     )
     hand_over(cluster.admin(), token, file, config)
     pull_from = f"{_host_of_url(address)}:{cluster.ports()[_PORTS[REGISTRY_DOOR]]}" if registry else ""
-    command = ["python3", "-P", "-m", "wasilet_node", "--bootstrap-file", file.name, "--node-name", node]
+    command = ["wasilet-node", "--bootstrap-file", file.name, "--node-name", node]
     for taint in cluster.taints():
         command += ["--taint", taint]
     if pull_from:

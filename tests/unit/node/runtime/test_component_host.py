@@ -1,6 +1,6 @@
 """Components in the component host, as the supervisor runs them: commands keep their contract, servers answer.
 
-Needs the library, which is found or skipped: ``python -P -m wasilet_node component-host`` builds it.
+Needs the library, which is found or skipped: ``wasilet-node component-host`` builds it.
 """
 
 from __future__ import annotations
