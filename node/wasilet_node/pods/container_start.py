@@ -22,7 +22,6 @@ from wasilet_node.pods import log_layout, resources, spec
 from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.environment import expand_command, process_environment
-from wasilet_node.pods.resources import ANNOTATION_RESOURCES
 from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX
 from wasilet_node.pods.server_settings import server_settings
 from wasilet_node.pods.spec import Container, Pod
@@ -200,8 +199,8 @@ async def _prepare(
         tty=bool(container.get("tty")),
         annotations={
             ANNOTATION_MODULE: image.module_digest,
-            ANNOTATION_RESOURCES: resources.encoded(container),
             ANNOTATION_SANDBOX: sandbox,
+            **resources.annotations(pod, container),
         },
     )
 

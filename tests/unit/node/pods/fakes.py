@@ -24,6 +24,7 @@ from wasilet_node.runtime.protocol import (
     ExecResult,
     GuestKind,
     Mount,
+    Resources,
     RuntimeCapabilities,
     RuntimeUnavailableError,
     StartError,
@@ -85,6 +86,9 @@ def _merge_status(status: Pod, patch: Mapping[str, Any]) -> None:
         elif name == "conditions":
             listed = status.setdefault("conditions", [])
             for change in value:
+                if change.get("$patch") == "delete":
+                    listed[:] = [each for each in listed if each["type"] != change["type"]]
+                    continue
                 for condition in listed:
                     if condition["type"] == change["type"]:
                         condition.update(change)
@@ -255,6 +259,8 @@ class FakeRuntime:
         self.stop_delay = 0.0
         self.lost_answers = 0
         self.capabilities: RuntimeCapabilities | None = None
+        self.resized: list[Resources] = []
+        self.resize_error: Exception | None = None
         self.memory: dict[str, int] = {}
         self._listeners: list[asyncio.Queue[ContainerStatus]] = []
 
@@ -343,6 +349,17 @@ class FakeRuntime:
         if instance.state is ContainerState.RUNNING:
             self.stopped.append(instance.container_name)
             self._end(instance, 137)
+        return self.known[container_id]
+
+    async def resize(
+        self, container_id: str, resources: Resources, *, annotations: Mapping[str, str]
+    ) -> ContainerStatus:
+        await asyncio.sleep(0)
+        if self.resize_error is not None:
+            raise self.resize_error
+        self.resized.append(resources)
+        before = self.known[container_id]
+        self._change(dataclasses.replace(before, annotations={**before.annotations, **annotations}))
         return self.known[container_id]
 
     async def list(self) -> Sequence[ContainerStatus]:
