@@ -1,9 +1,8 @@
 """Images as the pod workers see them: kubelet's image manager, with its pull policies, words, events and back-off.
 
-Texts and order of events are those of Kubernetes 1.34's pkg/kubelet/images/image_manager.go and, for the closing
-``Error: ...``, of kuberuntime_container.go. An image that is present may be used by any pod under IfNotPresent and
-Never, as on a 1.34 kubelet, whose KubeletEnsureSecretPulledImages (KEP-2535) is alpha and off; who wants each pod's
-credentials checked uses ``imagePullPolicy: Always``, which asks the registry every time but moves no bytes twice.
+Texts and order of events are those of Kubernetes 1.37's pkg/kubelet/images/image_manager.go and, for the closing
+``Error: ...``, of kuberuntime_container.go. Who may use an image that is present is said in
+``wasilet_node.images.access``; ``imagePullPolicy: Always`` asks the registry every time but moves no bytes twice.
 """
 
 from __future__ import annotations
@@ -155,9 +154,12 @@ class ImageManager:
 
         if policy is not PullPolicy.ALWAYS:
             record = await self._present(reference, quoted, event)
-            if record is not None:
-                await _emit(event, "Normal", "Pulled", f"Container image {quoted} already present on machine")
+            fitting = pull_credentials.matching(reference, credentials)
+            if record is not None and self._store.access.may_use(record.digest, reference, fitting):
+                message = f"Container image {quoted} already present on machine and can be accessed by the pod"
+                await _emit(event, "Normal", "Pulled", message)
                 return await self._image(name, reference, record)
+            # Whether the image is here is not told to those who may not use it.
             if policy is PullPolicy.NEVER:
                 message = f"Container image {quoted} is not present with pull policy of Never"
                 await _emit(event, "Warning", "ErrImageNeverPull", message)
@@ -174,6 +176,7 @@ class ImageManager:
         began = self._monotonic()
         try:
             pulled = await self._pull(reference, credentials)
+            await self._grant(reference, pulled, credentials)
         except (PullError, StoreError) as error:
             await _emit(event, "Warning", "Failed", f"Failed to pull image {quoted}: {error}")
             self._backoff.failed(key, str(error))
@@ -231,6 +234,13 @@ class ImageManager:
             message = f"Failed to inspect image {quoted}: {error}"
             await _emit(event, "Warning", "InspectFailed", message)
             raise ImageError("ImageInspectError", message) from error
+
+    async def _grant(self, reference: Reference, pulled: Pulled, credentials: Sequence[Credential]) -> None:
+        """A pull may have been shared by pods that bring one login in different Secrets."""
+        used = pulled.credential
+        own = next((each for each in credentials if each == used), None)
+        if self._store.access.granted(pulled.record.digest, reference, own):
+            await self._store.save()
 
     async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
         """Pods share a pull only when they bring the same credentials, or one would use what another may see."""

@@ -59,6 +59,8 @@ class Pulled:
 
     record: ImageRecord
     seconds: float
+    credential: Credential | None = None
+    """The login that the registry took; None: it wanted none."""
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Puller:
             async with self._store.pinned(known.module_digest):
                 if await self._store.has(known.module_digest, known.module_size_bytes):
                     await self._store.add(reference, known)
-                    return Pulled(record=known, seconds=self._monotonic() - began)
+                    return Pulled(record=known, seconds=self._monotonic() - began, credential=repository.credential)
         queued = self._monotonic()
         async with self._slots:
             waited = self._monotonic() - queued
@@ -130,7 +132,7 @@ class Puller:
                 self._check_interfaces(plan.interfaces)
             size = chosen.size_bytes + chosen.image.size_bytes
             record = await self._fetch(repository, plan, reference, digest, size)
-        return Pulled(record=record, seconds=self._monotonic() - began - waited)
+        return Pulled(record=record, seconds=self._monotonic() - began - waited, credential=repository.credential)
 
     async def _resolve(
         self, reference: Reference, credentials: Sequence[Credential], logins: Sequence[Credential]

@@ -200,7 +200,7 @@ async def _prepare(
         annotations={
             ANNOTATION_MODULE: image.module_digest,
             ANNOTATION_SANDBOX: sandbox,
-            **resources.annotations(pod, container),
+            **resources.held_to(pod, container),
         },
     )
 

@@ -230,7 +230,7 @@ class Resizes:
                     cpu_limit_millicores=wanted.cpu_limit,
                     cpu_request_millicores=wanted.cpu_request,
                 ),
-                annotations=resources.annotations(accepted, change.container),
+                annotations=resources.held_to(accepted, change.container),
             )
         except UnknownContainerError:
             return None  # it has just ended

@@ -25,7 +25,7 @@ def encoded(container: Container) -> str:
     return json.dumps(container.get("resources") or {}, separators=(",", ":"), sort_keys=True)
 
 
-def annotations(pod: Pod, container: Container) -> dict[str, str]:
+def held_to(pod: Pod, container: Container) -> dict[str, str]:
     """Both annotations of an instance that is held to what the pod says now."""
     return {ANNOTATION_RESOURCES: encoded(container), ANNOTATION_POD_RESOURCES: encoded(pod["spec"])}
 
