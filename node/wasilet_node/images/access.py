@@ -1,7 +1,7 @@
 """Who may use an image that is on the node already (KEP-2535, on by default in kubelets from 1.35 on).
 
 An image that was pulled with a pull secret is not for every pod of the node: a pod may use it as it is when it brings
-the same login or the same Secret, and otherwise the registry is asked with what the pod brings, which moves no byte twice.
+the same login or the same Secret; otherwise the registry is asked with what the pod brings, which moves no byte twice.
 An image that was pulled without a login, or with the node's own, is for all. The rules are those of kubelet's
 ``MustAttemptImagePull`` under its default policy, NeverVerifyPreloadedImages; preloaded are the images that an agent
 pulled which kept no such records.

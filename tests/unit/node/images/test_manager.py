@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from wasilet_common.oci import mediatypes as media
 from wasilet_common.oci.credentials import Credential, SecretSource
+from wasilet_common.oci.file_tree import unpack
 from wasilet_common.oci.registry import RegistryClient
 from wasilet_common.time_format import go_duration
 from wasilet_node.images.compile import CompileError
@@ -703,3 +704,66 @@ async def test_hundreds_of_hostile_images_end_in_nothing_but_image_errors(tmp_pa
                 assert digest_of(image.module_path.read_bytes()) == image.module_digest
         assert not list((rig.directory / "tmp").iterdir())
     assert min(outcomes.values()) > 20, outcomes
+
+
+async def files_of(rig: Rig, folder: Path, image: str, events: Events | None = None) -> dict[str, bytes]:
+    found = await rig.manager.ensure_files(
+        rig.name(image), policy=IF_NOT_PRESENT, credentials=[], event=events or Events(), pod_uid="pod"
+    )
+    folder.mkdir()
+    unpack(found.module_path, folder, limit_bytes=1 << 20)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+async def test_the_files_of_images_and_artifacts_are_had_as_one_archive(rig: Rig, tmp_path: Path) -> None:
+    low = tar_of([("a/x", b"low"), ("y", b"1")])
+    high = tar_of([("a/x", b"high"), (".wh.y", b"")], compress=False)
+    rig.registry.add_image(
+        "a/data:v1",
+        config={"os": "linux", "architecture": "amd64"},
+        config_type=media.OCI_CONFIG,
+        layers=[(low, media.OCI_LAYER_TAR_GZIP), (high, media.OCI_LAYER_TAR)],
+    )
+    events = Events()
+    assert await files_of(rig, tmp_path / "1", "a/data:v1", events) == {"a/x": b"high"}
+    assert [event[1] for event in events.seen] == ["Pulling", "Pulled"]
+    rig.registry.add_image(
+        "a/model:v1",
+        config=b"{}",
+        config_type="application/vnd.oci.empty.v1+json",
+        layers=[(b"weights", "application/octet-stream"), (b"more", "text/plain")],
+        titles=["models/w.bin"],
+    )
+    more = digest_of(b"more").partition(":")[2]
+    assert await files_of(rig, tmp_path / "2", "a/model:v1") == {"models/w.bin": b"weights", more: b"more"}
+    # What can be run is had as files, too, and stays what it is.
+    rig.registry.add_cncf("a/hello:v1")
+    assert await files_of(rig, tmp_path / "3", "a/hello:v1") == {"hello.wasm": MODULE}
+    assert (await rig.ensure()).module_path.read_bytes() == MODULE
+    assert len(list((rig.directory / "volumes" / "blobs" / "sha256").iterdir())) == 3, "layers do not stay"
+    assert len(await rig.manager.list()) == 4
+    await rig.restart()
+    events = Events()
+    assert await files_of(rig, tmp_path / "4", "a/data:v1", events) == {"a/x": b"high"}
+    assert "already present on machine" in events.seen[0][2]
+
+
+REFUSED_FILES = [
+    (media.OCI_CONFIG, [(b"x", "application/vnd.unknown")], [], "application/vnd.unknown"),
+    (media.OCI_CONFIG, [(b"no archive" * 60, media.OCI_LAYER_TAR)], [], "not a tar archive"),
+    (media.OCI_CONFIG, [], [], "no layers"),
+    ("application/x", [(b"x", "text/plain")], ["../../etc/cron.d/x"], "no path below a folder"),
+    ("application/x", [(b"x", "text/plain"), (b"y", "text/plain")], ["a", "./a"], "more than one file"),
+]
+
+
+@pytest.mark.parametrize(("config_type", "layers", "titles", "why"), REFUSED_FILES)
+async def test_files_that_cannot_be_are_refused_and_leave_nothing(
+    rig: Rig, config_type: str, layers: Any, titles: Any, why: str
+) -> None:
+    rig.registry.add_image("a/odd:v1", config=b"{}", config_type=config_type, layers=layers, titles=titles)
+    with pytest.raises(ImageError, match=why) as caught:
+        await rig.manager.ensure_files(rig.name("a/odd:v1"), policy=ALWAYS, credentials=[], event=Events())
+    assert caught.value.reason == "ErrImagePull"
+    left = [path for path in (rig.directory / "volumes").rglob("*") if path.is_file() and path.name != "lock"]
+    assert left == []

@@ -435,6 +435,17 @@ class FakeImages:
             module_name="hello.wasm",
         )
 
+    async def ensure_files(
+        self,
+        reference: str,
+        *,
+        policy: PullPolicy,
+        credentials: Sequence[Credential],
+        event: EventSink,
+        pod_uid: str = "",
+    ) -> Image:
+        return await self.ensure(reference, policy=policy, credentials=credentials, event=event, pod_uid=pod_uid)
+
     async def compiled(self, image: Image, *, owner: str = "") -> Path:
         return Path("/compiled")
 
@@ -451,6 +462,8 @@ class FakeVolumes:
     def __init__(self) -> None:
         self.refuse: Exception | None = None
         self.setup_error: Exception | None = None
+        self.image_error: Exception | None = None
+        self.placed: list[tuple[str, str]] = []
         self.message = ""
         self.set_up: list[str] = []
         self.torn_down: list[str] = []
@@ -465,6 +478,11 @@ class FakeVolumes:
         if self.setup_error is not None:
             raise self.setup_error
         self.set_up.append(pod["metadata"]["uid"])
+
+    async def place_image(self, pod: Pod, volume: str, archive: Path, digest: str) -> None:
+        if self.image_error is not None:
+            raise self.image_error
+        self.placed.append((volume, digest))
 
     def mounts(
         self,
