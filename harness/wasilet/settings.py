@@ -368,3 +368,9 @@ def _checked(settings: Settings) -> Settings:
                 f"{taint!r} is no taint", hint="write key=value:NoSchedule (or PreferNoSchedule, NoExecute)"
             )
     return settings
+
+
+def invocation_path(path: str) -> str:
+    """A path as typed: relative to the folder that ``run`` was called in, which Invoke leaves."""
+    base = os.environ.get("WASILET_INVOCATION_DIR") or os.getcwd()  # noqa: PTH109
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))  # noqa: PTH111, PTH118

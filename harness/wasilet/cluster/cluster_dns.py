@@ -1,7 +1,7 @@
 """The cluster's DNS: the real CoreDNS as a process of this machine, behind the usual Service ``kube-dns``.
 
-``python -P -m wasilet.cluster.cluster_dns ...`` brings what Services, names and NetworkPolicies need (CoreDNS, and
-two more for the nodes), waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
+``python -P -m wasilet.cluster.cluster_dns ...`` brings what Services and names need (CoreDNS, and kube-proxy for the
+nodes), waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
 be built, that takes minutes, at the lowest priority: it begins when nothing that the user waits for is left to do.
 """
 
@@ -15,17 +15,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from wasilet.cluster.pod_network import NetworkPlan
-from wasilet.cluster.state import State, write_file
 from wasilet.controlplane.acquire import Found, acquire, locate
 from wasilet.controlplane.components import Component, Probe
+from wasilet.controlplane.pod_network import NetworkPlan
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings
+from wasilet.state import State
+from wasilet.storage import write_file
 
 COMPONENT = "coredns"
 BINARIES = ("kube-proxy", "coredns")
-LATER = ("netpol",)
-"""What nobody waits for."""
 
 DNS_PORT, READY_PORT = "dns", "dns_ready"
 """Names of the ports: for queries at the machine's end of the nodes' links, for health on loopback."""
@@ -134,19 +133,6 @@ def _bring(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found
             time.sleep(_RETRY_SECONDS)
 
 
-def _bring_later(options: argparse.Namespace) -> None:
-    """In a process of its own, whose parent is gone, since this one becomes CoreDNS, which reaps nobody."""
-    if all(locate(name, cache=options.cache, environ=dict(os.environ)) for name in LATER):
-        return
-    child = os.fork()
-    if child != 0:
-        os.waitpid(child, 0)
-        return
-    if os.fork() == 0:
-        _bring(options, LATER)
-    os._exit(0)
-
-
 def _wait_for(address: str) -> None:
     """Until this machine has an address, which the first node brings."""
     while True:
@@ -169,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-download", action="store_true")
     options = parser.parse_args(argv)
     path = _bring(options, BINARIES)[COMPONENT].path
-    _bring_later(options)
     _wait_for(options.address)
     os.execv(path, [str(path), "-conf", str(options.corefile)])  # noqa: S606 - no shell is wanted
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from wasilet.cluster.state import FULL_DISK_HINT, storage_errors
 from wasilet.controlplane.binaries import BINARIES, Binary, go_architecture
 from wasilet.controlplane.download import DownloadError, fetch
 from wasilet.controlplane.gobuild import BuildError, Go, build, find_go
 from wasilet.errors import HarnessError
 from wasilet.process import run
+from wasilet.storage import FULL_DISK_HINT, storage_errors
 
 VERSION_TIMEOUT_SECONDS = 30.0
 LOCK_TIMEOUT_SECONDS = 4500.0

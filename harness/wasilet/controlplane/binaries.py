@@ -145,14 +145,6 @@ _ALL = (
         archive_member="coredns",
     ),
     Binary(
-        name="netpol",
-        pin="netpol",
-        module="sigs.k8s.io/kube-network-policies",
-        package="wasilet.dev/netpol",
-        version_argv=("-version",),
-        version_pattern=r"kube-network-policies v(\d+\.\d+\.\d+)",
-    ),
-    Binary(
         name="kind",
         pin="kind",
         module="sigs.k8s.io/kind",

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from wasilet.cluster import pod_network
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import locate
 from wasilet.controlplane.components import LOOPBACK, SERVICE_IP, Component, ControlPlane, component_step
 from wasilet.controlplane.pki import CLUSTER_CA, Pki, host_specs

@@ -618,10 +618,10 @@ if child == 0:
     if os.fork() == 0:
         pointer = supervisor_registry.current(data)
         sock = supervisor_registry.connect(Path(pointer.socket), timeout_seconds=20)
-        sock.sendall(wire.encode({"op": "hello", "seq": 1, "versions": [2], "secret": pointer.secret}))
         try:
+            sock.sendall(wire.encode({"op": "hello", "seq": 1, "versions": [2], "secret": pointer.secret}))
             answer = sock.recv(100)
-        except ConnectionResetError:
+        except (ConnectionResetError, BrokenPipeError):
             answer = b""
         print("answered", answer, flush=True)
         os._exit(0)
