@@ -58,14 +58,14 @@ _DESCRIPTION = "A Kubernetes node that runs WebAssembly: joins a cluster, and ru
 _EPILOG = """\
 examples:
   join a cluster with a bootstrap token (the file is a kubeconfig):
-    python -P -m wasilet_node --bootstrap-file bootstrap.conf --node-name wasm-1
+    wasilet-node --bootstrap-file bootstrap.conf --node-name wasm-1
   keep pods away that were not made for wasm, as Krustlet did:
-    python -P -m wasilet_node --bootstrap-file bootstrap.conf \\
+    wasilet-node --bootstrap-file bootstrap.conf \\
       --taint kubernetes.io/arch=wasm32-wasi:NoSchedule --taint kubernetes.io/arch=wasm32-wasi:NoExecute
   stop the agent and all its containers:
-    python -P -m wasilet_node shutdown
+    wasilet-node shutdown
   build what runs components that serve HTTP, once:
-    python -P -m wasilet_node component-host
+    wasilet-node component-host
 
 SIGTERM (or Ctrl-C) ends the agent only: containers run on, and the next agent with the same --data-dir finds them.
 The bootstrap file is needed until the node holds a client certificate; that one renews itself. The serving
@@ -162,7 +162,7 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
 
 def _parser(version: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -P -m wasilet_node",
+        prog="wasilet-node",
         usage="%(prog)s [options]\n       %(prog)s shutdown [--data-dir DIR] [--timeout SECONDS]\n"
         "       %(prog)s component-host [--check]",
         description=_DESCRIPTION,

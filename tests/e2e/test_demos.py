@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.apps.new_app import new_app
+from wasilet.apps.samples import sample_names
 from wasilet.build.component_host import ensure_component_host, found_component_host
 from wasilet.build.toolchain import find_rust
+from wasilet.console import PlainReporter
 from wasilet.demo import demo as apps
-from wasilet.demo.new_app import new_app
-from wasilet.demo.samples import sample_names
 from wasilet.errors import HarnessError
 from wasilet.kube.client import api_path
 from wasilet.settings import Settings
-from wasilet.terminal.console import PlainReporter
 
 from tests.clusters import TestCluster
 

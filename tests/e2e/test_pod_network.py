@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from wasilet.cluster import pod_network
 from wasilet.cluster.down import down
+from wasilet.console import PlainReporter
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import expected
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import is_alive
-from wasilet.terminal.console import PlainReporter
 from wasilet_node.network.node_network import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
@@ -224,6 +224,28 @@ def test_port_forward_reaches_the_pod_many_times_at_once(net: Net) -> None:
         finally:
             forwarding.terminate()
             forwarding.wait(10)
+
+
+def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = int(probe.getsockname()[1])
+    ports = {"ports": [{"containerPort": PORT, "hostPort": port}]}
+    net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+    wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
+    assert echo("127.0.0.1", port, "by the machine") == "by the machine"
+    net.run("too-late", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+    wait(lambda: net.pod("too-late")["status"].get("phase") == "Failed", "the refusal")
+    assert net.pod("too-late")["status"]["reason"] == "NodePorts"
+    for name in ("too-late", "on-the-machine"):
+        net.kube.delete(api_path("pods", name, namespace=NAMESPACE))
+
+    def free() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return False
+        return True
+
+    wait(free, "the port's end")
 
 
 def test_connections_outlive_the_agent_and_kube_proxy(net: Net) -> None:

@@ -56,7 +56,8 @@ def diagnose(cluster: Cluster, *, namespace: str = "") -> Iterator[str]:
 
 def network_report(cluster: Cluster) -> Iterator[str]:
     """Of a cluster with a pod network: what is in each node's namespace, and the ends of what keeps its rules."""
-    from wasilet.cluster import cluster_dns, pod_network
+    from wasilet.cluster import cluster_dns
+    from wasilet.controlplane import pod_network
 
     state = cluster.state
     if pod_network.plan_of(state) is None:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from wasilet.apps.samples import Exchange, Expectation
 from wasilet.demo.expect import ExpectationError, Seen
-from wasilet.demo.samples import Exchange, Expectation
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.process import check_cancelled
 from wasilet.testing.http import Ask, Asked, WantedAnswer, ask_until

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wasilet_node.network import resolver_files
+from wasilet_node.network import host_ports, resolver_files
 from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import NamespaceChannel
@@ -60,6 +60,7 @@ class PodNetwork:
         self._hosts_of = hosts_of
         self._pod_cidr: ipaddress.IPv4Network | None = None
         self._node_name = node_name
+        self._host_ports = host_ports.HostPorts(self.connect)
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
         self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
@@ -105,6 +106,7 @@ class PodNetwork:
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._host_ports.close_all()
                     await self._in_thread(self._close)
             self._plug.shutdown(wait=False, cancel_futures=True)
             if self._dial is not None:
@@ -143,6 +145,7 @@ class PodNetwork:
         """Seconds until it is to be looked at again."""
         try:
             await self._in_thread(self._ensure)
+            await self._in_thread(self._know_machine)
             self._set_problem(None)
             while await self._in_thread(self._refill):
                 pass
@@ -183,6 +186,7 @@ class PodNetwork:
             record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
             self._wake.set()
             addresses = (record.address,)
+            await self._host_ports.open(record.uid, host_ports.wanted(pod), record.address)
             return Attachment(
                 key=record.key, addresses=addresses, etc_files=await asyncio.to_thread(self._files, pod, addresses)
             )
@@ -193,6 +197,7 @@ class PodNetwork:
 
     async def detach(self, uid: str) -> None:
         """Take a pod's network down; idempotent. Raises NetworkError."""
+        await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
         await asyncio.to_thread(shutil.rmtree, self._folder(uid), ignore_errors=True)
@@ -287,6 +292,10 @@ class PodNetwork:
             raise
         self._channel, self._pods = channel, pods
         return pods
+
+    def _know_machine(self) -> None:
+        if self._node is not None:
+            self._node.know_machine()
 
     def _have_node(self, channel: NamespaceChannel, pod_cidr: ipaddress.IPv4Network) -> NodeNetwork:
         """This thread in the node's namespace, and the supervisor holding it."""

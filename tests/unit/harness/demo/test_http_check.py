@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.apps.samples import Exchange, Line, LocalSpec
 from wasilet.demo import local_run
 from wasilet.demo.http_check import not_updated
-from wasilet.demo.samples import Exchange, Line, LocalSpec
 from wasilet.errors import HarnessError
 from wasilet_node.runtime.component_host import locate
 from wasilet_node.runtime.component_host.library import HostUnavailableError

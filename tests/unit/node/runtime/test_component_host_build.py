@@ -63,6 +63,7 @@ def test_no_rust_and_old_rust_are_told_apart(tmp_path: Path) -> None:
 def test_a_build_that_fails_says_cargos_last_words_and_leaves_nothing(tmp_path: Path) -> None:
     env = environment(tmp_path, cargo="echo '   Compiling a v1' >&2; echo 'error: no such crate' >&2; exit 101")
     said: list[str] = []
+    (locate.built(env).parent / ".build-of-one-that-was-killed" / "deps").mkdir(parents=True)
     with pytest.raises(HostUnavailableError, match=r"cannot be built:\n(.*\n)*error: no such crate"):
         build.ensure(say=said.append, env=env)
     assert "Compiling a v1" in said

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.build import apt
-from wasilet.cluster.state import State
 from wasilet.controlplane.components import SERVICE_CIDR, Component, accepts
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import Settings
+from wasilet.state import State
 from wasilet.steps import Progress
 
 Network = ipaddress.IPv4Network
