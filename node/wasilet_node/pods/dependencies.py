@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -90,7 +90,3 @@ class PodDependencies:
     """Where no pod's modules may connect to."""
 
     wall_clock: Callable[[], float] = time.time
-
-
-Wake = Callable[[], None]
-Sleep = Callable[[float], Awaitable[None]]

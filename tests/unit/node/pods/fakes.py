@@ -29,6 +29,7 @@ from wasilet_node.runtime.protocol import (
     StartError,
 )
 from wasilet_node.settings import NodePaths
+from wasilet_node.volumes.removal import Usage
 
 Pod = dict[str, Any]
 
@@ -254,7 +255,7 @@ class FakeRuntime:
         self.start_delay = 0.0
         self.stop_delay = 0.0
         self.lost_answers = 0
-        self.capabilities: RuntimeCapabilities | None = None
+        self.capabilities = RuntimeCapabilities(cpu_limits=True, memory_cgroup=True, wasmtime_version="1")
         self.memory: dict[str, int] = {}
         self._listeners: list[asyncio.Queue[ContainerStatus]] = []
 
@@ -424,6 +425,9 @@ class FakeImages:
     async def list(self) -> Sequence[dict[str, object]]:
         return []
 
+    async def delete_unused(self) -> int:
+        return 0
+
     def set_in_use(self, module_digests: frozenset[str]) -> None:
         self.in_use = module_digests
 
@@ -471,6 +475,15 @@ class FakeVolumes:
 
     async def teardown(self, pod_uid: str) -> None:
         self.torn_down.append(pod_uid)
+
+    async def usage(self, pod: Pod) -> Mapping[str, Usage]:
+        return {}
+
+    async def loose_usage(self, pod: Pod) -> Mapping[str, Usage]:
+        return {}
+
+    def instance_folder(self, pod: Pod, container: str, attempt: int) -> Path:
+        return Path("/nothing/is/here")
 
     async def orphans(self) -> Sequence[str]:
         return self.on_disk
