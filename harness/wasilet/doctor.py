@@ -20,7 +20,7 @@ from wasilet import process
 from wasilet.build import apt
 from wasilet.controlplane.acquire import locate
 from wasilet.controlplane.binaries import HOST_PROVIDER
-from wasilet.controlplane.gobuild import Go, find_go
+from wasilet.controlplane.gobuild import Go, find_go, minimum_go
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings
 
@@ -184,7 +184,7 @@ def _go(go: Go) -> Check:
         name="go",
         status="optional",
         detail=f"{go.problem}; only for building the binaries where they cannot be downloaded",
-        hint="install Go 1.24 or newer (Debian 12's own is too old)",
+        hint=f"install Go {'.'.join(map(str, minimum_go()))} or newer (Debian 12's own is too old)",
     )
 
 

@@ -43,7 +43,7 @@ APP_HELP = "a sample's name or the path of a folder"
         "pod-cidr": "range of the pods' addresses of a new cluster (host; default: one this machine has no route to)",
         "service-cidr": "range of the Services' addresses of a new cluster (host)",
         "image": "the node image of a new cluster (kind, k3d)",
-        "kubernetes-version": "of a new cluster, as 1.34.4 (kind, k3d, minikube)",
+        "kubernetes-version": "of the cluster, as 1.37.2; host: one of the three newest minors, as 1.36",
         "config": "the provider's own file: cluster configuration (kind, k3d), or the kubeconfig to read (existing)",
         "context": "existing: which context of that kubeconfig; must be named, the current one is never guessed",
         "yes": "existing: it may be changed; without, only what is missing is said",

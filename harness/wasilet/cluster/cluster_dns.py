@@ -36,7 +36,8 @@ _RETRY_SECONDS = 60.0
 
 def has_binaries(settings: Settings) -> bool:
     """Whether nothing has to be brought first."""
-    return all(locate(name, cache=settings.cache, environ=settings.environ) for name in BINARIES)
+    version = State.of(settings).cluster.kubernetes
+    return all(locate(name, cache=settings.cache, environ=settings.environ, kubernetes=version) for name in BINARIES)
 
 
 def corefile(plan: NetworkPlan, *, port: int, ready_port: int, kubeconfig: Path, resolv_conf: Path | None) -> str:
@@ -84,6 +85,8 @@ def component(plan: NetworkPlan, settings: Settings, state: State) -> Component:
         *(sys.executable, "-P", "-m", "wasilet.cluster.cluster_dns"),
         *("--cache", str(settings.cache), "--corefile", str(path), "--address", plan.machine_address),
     ]
+    if version := state.cluster.kubernetes:
+        argv += ["--kubernetes", version]
     if settings.mirror:
         argv += ["--mirror", settings.mirror]
     if not settings.download:
@@ -116,7 +119,8 @@ def _say(text: str) -> None:
 def _bring(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found]:
     """Have them, whatever it takes."""
     environ = dict(os.environ)
-    if not all(locate(name, cache=options.cache, environ=environ) for name in names):
+    version = options.kubernetes
+    if not all(locate(name, cache=options.cache, environ=environ, kubernetes=version) for name in names):
         os.nice(_NICE)
     while True:
         try:
@@ -127,6 +131,7 @@ def _bring(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found
                 progress=_say,
                 mirror=options.mirror,
                 allow_download=not options.no_download,
+                kubernetes=version,
             )
         except HarnessError as error:
             _say(f"error: {error}; trying again in {_RETRY_SECONDS:g} s")
@@ -152,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corefile", type=Path, required=True)
     parser.add_argument("--address", required=True)
     parser.add_argument("--mirror", default="")
+    parser.add_argument("--kubernetes", default="")
     parser.add_argument("--no-download", action="store_true")
     options = parser.parse_args(argv)
     path = _bring(options, BINARIES)[COMPONENT].path

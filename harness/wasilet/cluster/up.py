@@ -22,6 +22,7 @@ from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.resources import node_is_ready
 from wasilet.ports import EVERYWHERE
 from wasilet.process import check_cancelled, is_alive, tail_of
+from wasilet.providers import kubernetes_version
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
 from wasilet.providers.node_process import node_component
 from wasilet.settings import Settings
@@ -223,11 +224,12 @@ def _binaries_step(cluster: Cluster) -> Step:
 
     settings = cluster.settings
     names = (*cluster.provider.binaries, "registry", "kubectl")
+    version = kubernetes_version.wanted(cluster)
 
     def look() -> Finding:
         missing = []
         for name in names:
-            found = locate(name, cache=settings.cache, environ=settings.environ)
+            found = locate(name, cache=settings.cache, environ=settings.environ, kubernetes=version)
             if found is None:
                 missing.append(name)
             else:
@@ -244,6 +246,7 @@ def _binaries_step(cluster: Cluster) -> Step:
             progress=progress,
             mirror=settings.mirror,
             allow_download=settings.download,
+            kubernetes=version,
         )
         cluster.binaries.update({name: binary.path for name, binary in found.items()})
         return ", ".join(f"{name} ({binary.source})" for name, binary in found.items())
@@ -418,7 +421,12 @@ def _late_binary(cluster: Cluster, name: str) -> Path:
     """Where it is, or will be."""
     from wasilet.controlplane.acquire import expected
 
-    return expected(name, cache=cluster.settings.cache, environ=cluster.settings.environ)
+    return expected(
+        name,
+        cache=cluster.settings.cache,
+        environ=cluster.settings.environ,
+        kubernetes=kubernetes_version.wanted(cluster),
+    )
 
 
 def _pod_network_steps(cluster: Cluster) -> list[Step]:
