@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 
-from wasilet_node.kube.base import Kube, KubeError, NotFoundError
+from wasilet_node.kube.base import ForbiddenError, Kube, KubeError, NotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ _NUMBER = re.compile(r"\d+")
 
 
 def version_for(server: tuple[int, int] | None) -> str:
-    """The contract beside an API server of this major and minor; None: not known."""
-    fitting = [minor for minor in KEPT if server is None or minor <= server]
+    """The contract beside an API server of this major and minor; None: not known, so that the oldest is the safest."""
+    fitting = [minor for minor in KEPT if server is not None and minor <= server]
     return KEPT[max(fitting)] if fitting else KEPT[min(KEPT)]
 
 
@@ -54,8 +54,8 @@ class Contract:
         if self._clock() - self._asked_at >= _ASK_AGAIN_SECONDS:
             try:
                 self._learn(await self._kube.get("/version"))
-            except NotFoundError:
-                self._learn({})
+            except (ForbiddenError, NotFoundError):
+                self._learn({})  # somebody keeps it from nodes, which are to join all the same
             except KubeError:
                 if self._asked_at == float("-inf"):
                     raise

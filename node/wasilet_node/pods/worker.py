@@ -38,7 +38,7 @@ from wasilet_node.pods.results import ProbeResults
 from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.pods.start_attempts import Starter
 from wasilet_node.pods.status import Facts, Verdict, Waiting
-from wasilet_node.pods.status_writer import StatusPatcher
+from wasilet_node.pods.status_writer import StatusWriter
 from wasilet_node.pods.termination import Grace
 from wasilet_node.pods.termination_message import LastWords
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, RuntimeUnavailableError
@@ -86,7 +86,7 @@ class PodWorker:
         self._rejected = rejected is not None
         self._held = held
         self._wake = asyncio.Event()
-        self._patcher = StatusPatcher(services.kube, pod, on_gone=self.remove)
+        self._patcher = StatusWriter(services.kube, pod, on_gone=self.remove)
         self._probes = PodProbes(
             pod,
             runtime=services.runtime,
