@@ -506,7 +506,8 @@ def pull(c: Context, reference: str, file: str = "", insecure: list[str] | None 
         "app": APP_HELP + "; or a .wasm file",
         "e": "NAME=VALUE for the module's environment, or NAME to pass on yours; repeatable",
         "dir": "HOST::GUEST, a folder that the module gets (HOST::GUEST::ro: only to read); repeatable",
-        "allow": "an origin that wasi-experimental-http may ask, as https://api.example; repeatable",
+        "allow": "an origin that it may ask over HTTP, as https://api.example; repeatable",
+        "port": "where a component that answers HTTP listens, on loopback (default: 8080; 0: any that is free)",
     },
 )
 @command
@@ -516,23 +517,36 @@ def run(
     e: list[str] | None = None,
     dir: list[str] | None = None,  # noqa: A002
     allow: list[str] | None = None,
+    port: int = 8080,
 ) -> None:
     """Run a module here, in the node's own sandbox, without a cluster.
 
-    What follows -- are the module's arguments; its exit code is the task's (134 for a trap).
+    What follows -- are the module's arguments; its exit code is the task's (134 for a trap). A component that answers
+    HTTP requests is served until Ctrl-C; its URL is printed.
 
     Examples:
       invoke run hello-world -e INTERVAL_SECONDS=1
       invoke run cat-facts -e RUST_LOG=info --allow https://catfact.ninja
       invoke run ./tool.wasm --dir .::/work -- --help
+      invoke run http-rust --dir /tmp::/data
     """
+    from wasilet.build.component_host import bring_component_host
     from wasilet.demo.local_run import make_spec
     from wasilet.demo.local_run import run as run_module
     from wasilet.oci.publish import runnable
 
     settings = settings_of(c)
     module = runnable(app, settings, reporter=reporter())
-    spec = make_spec(module, args=remainder(), env=e or (), dirs=dir or (), allow=allow or (), environ=settings.environ)
+    spec = make_spec(
+        module,
+        args=remainder(),
+        env=e or (),
+        dirs=dir or (),
+        allow=allow or (),
+        port=port,
+        environ=settings.environ,
+    )
+    bring_component_host(module, settings.environ, say=reporter().notice)
     finish_with(run_module(spec, environ=settings.environ))
 
 

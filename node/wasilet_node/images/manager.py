@@ -30,7 +30,7 @@ from wasilet_node.images.compile import CompileError
 from wasilet_node.images.files import FilePuller
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
 from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
-from wasilet_node.images.offer import is_server, offered
+from wasilet_node.images.offer import offered
 from wasilet_node.images.pull import Pulled, Puller, PullError, interfaces_of
 from wasilet_node.images.store import ImageRecord, Store, StoreError
 from wasilet_node.runtime.protocol import GuestKind
@@ -316,7 +316,7 @@ class ImageManager:
         if digest not in self._servers:
             interfaces = await asyncio.to_thread(interfaces_of, path)
             # What cannot be read is named by whoever compiles it.
-            self._servers[digest] = interfaces is not None and is_server(interfaces)
+            self._servers[digest] = interfaces is not None and interfaces.is_server
         return self._servers[digest]
 
 
