@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -89,8 +89,7 @@ class PodDependencies:
     outbound: Outbound = field(default_factory=Outbound)
     """Where no pod's modules may connect to."""
 
+    room: Callable[[Pod], str] = lambda _pod: ""
+    """Why the node has no room for a pod that is here, as its spec would have it; empty: it has."""
+
     wall_clock: Callable[[], float] = time.time
-
-
-Wake = Callable[[], None]
-Sleep = Callable[[float], Awaitable[None]]

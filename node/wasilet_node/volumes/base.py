@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from wasilet_node.runtime.protocol import Mount
+from wasilet_node.volumes.removal import Usage
 
 Pod = dict[str, Any]
 Container = dict[str, Any]
@@ -31,7 +33,10 @@ class Volumes(Protocol):
         """Admission: raises VolumeRefusedError naming the volume and its kind. No I/O."""
 
     async def setup(self, pod: Pod) -> None:
-        """Make every volume that the pod's containers use; idempotent. Raises VolumeError."""
+        """Make every volume that the pod's containers use, but for image volumes; idempotent. Raises VolumeError."""
+
+    async def place_image(self, pod: Pod, volume: str, archive: Path, digest: str) -> None:
+        """Unpack an image volume from an archive with this digest; idempotent. Raises VolumeError."""
 
     def mounts(
         self,
@@ -63,6 +68,15 @@ class Volumes(Protocol):
 
     async def teardown(self, pod_uid: str) -> None:
         """Remove all that ``setup`` made. Idempotent; never leaves the pod's folder, never follows links."""
+
+    async def usage(self, pod: Pod) -> Mapping[str, Usage]:
+        """What the volumes of a pod that lie on the node hold, by name."""
+
+    async def loose_usage(self, pod: Pod) -> Mapping[str, Usage]:
+        """As :meth:`usage`, of the memory volumes with a size that the kernel does not hold."""
+
+    def instance_folder(self, pod: Pod, container: str, attempt: int) -> Path:
+        """Where one instance's root file system lies."""
 
     async def orphans(self) -> Sequence[str]:
         """Uids that have a folder on disk, for clean-up after a restart."""

@@ -28,7 +28,7 @@ from wasilet_node.kube.references import References
 from wasilet_node.runtime.protocol import Mount
 from wasilet_node.runtime.safe_path import open_root, opened, read_whole, resolve
 from wasilet_node.settings import NodePaths
-from wasilet_node.volumes import atomic, hosts
+from wasilet_node.volumes import atomic, hosts, image
 from wasilet_node.volumes.base import Container, ContainerConfigError, Pod, VolumeError, VolumeRefusedError
 from wasilet_node.volumes.claims import Claims, EphemeralClaims
 from wasilet_node.volumes.config_map import ConfigMaps
@@ -38,7 +38,7 @@ from wasilet_node.volumes.host_path import HostPaths
 from wasilet_node.volumes.host_threads import HostThreads
 from wasilet_node.volumes.kinds import Place, Placing, Projecting, Shared, Source
 from wasilet_node.volumes.mounts import Instance, plan_mounts
-from wasilet_node.volumes.pod_dirs import Areas, checked_name, checked_uid, make_private
+from wasilet_node.volumes.pod_dirs import PodDirs, checked_name, checked_uid, make_private
 from wasilet_node.volumes.projected import Projected
 from wasilet_node.volumes.removal import Usage, remove_tree, usage
 from wasilet_node.volumes.secret import Secrets
@@ -117,7 +117,7 @@ class VolumeManager:
         tokens: Tokens | None = None,
         host_threads: HostThreads | None = None,
     ) -> None:
-        self._areas = Areas(paths.pods, shared_memory=shared_memory)
+        self._pod_dirs = PodDirs(paths.pods, shared_memory=shared_memory)
         self._references = references
         self._tokens = tokens or Tokens(references)
         self._addresses = addresses
@@ -127,7 +127,7 @@ class VolumeManager:
         self._host_threads = host_threads or HostThreads()
         shared = Shared(
             references=references,
-            areas=self._areas,
+            pod_dirs=self._pod_dirs,
             tokens=self._tokens,
             allocatable=allocatable,
             host_threads=self._host_threads,
@@ -158,7 +158,9 @@ class VolumeManager:
         """See ``Volumes.check``."""
         for volume in _volumes(pod):
             kind = self._projecting.get(volume.kind) or self._placing.get(volume.kind)
-            if kind is None:
+            if volume.kind == image.KIND:
+                problem = image.check(volume.source)
+            elif kind is None:
                 problem = f"volumes of kind {volume.kind} are not supported by this node"
             else:
                 problem = kind.check(volume.source)
@@ -179,7 +181,9 @@ class VolumeManager:
             places = self._places.setdefault(uid, {})
             used = _used(pod)
             missing = [
-                volume for volume in _volumes(pod) if volume.name in used and not _is_ready(places.get(volume.name))
+                volume
+                for volume in _volumes(pod)
+                if volume.kind != image.KIND and volume.name in used and not _is_ready(places.get(volume.name))
             ]
             results = await asyncio.gather(*(self._set_up(pod, volume) for volume in missing), return_exceptions=True)
             problems: list[str] = []
@@ -192,6 +196,15 @@ class VolumeManager:
                     places[volume.name] = result
             if problems:
                 raise VolumeError("; ".join(problems))
+
+    async def place_image(self, pod: Pod, volume: str, archive: Path, digest: str) -> None:
+        """See ``Volumes.place_image``."""
+        uid = checked_uid(pod["metadata"]["uid"])
+        folder = self._pod_dirs.pod(uid) / "volumes" / checked_name(volume)
+        async with self._lock(uid):
+            places = self._places.setdefault(uid, {})
+            loop = asyncio.get_running_loop()
+            places[volume] = await loop.run_in_executor(self._slow_threads, image.place, folder, archive, digest)
 
     async def _set_up(self, pod: Pod, volume: _Volume) -> Place:
         if (placing := self._placing.get(volume.kind)) is not None:
@@ -210,7 +223,7 @@ class VolumeManager:
 
     def _folder(self, pod: Pod, name: str, kind: Projecting) -> Path:
         uid = pod["metadata"]["uid"]
-        root = self._areas.memory_pod(uid) if kind.in_memory else self._areas.pod(uid)
+        root = self._pod_dirs.memory_pod(uid) if kind.in_memory else self._pod_dirs.pod(uid)
         return root / "volumes" / checked_name(name)
 
     async def _publish(self, pod: Pod, volume: _Volume, kind: Projecting, *, max_age_seconds: float) -> bool:
@@ -271,7 +284,7 @@ class VolumeManager:
     def _instance(self, pod: Pod, container: Container, attempt: int) -> Instance:
         uid = pod["metadata"]["uid"]
         below = Path("containers", f"{checked_name(str(container['name']))}.{int(attempt)}")
-        return Instance(disk=self._areas.pod(uid) / below, memory=self._areas.memory_pod(uid) / below)
+        return Instance(disk=self._pod_dirs.pod(uid) / below, memory=self._pod_dirs.memory_pod(uid) / below)
 
     def mounts(
         self,
@@ -364,11 +377,11 @@ class VolumeManager:
             self._places.pop(uid, None)
             self._references.release(uid)
             self._tokens.release(uid)
-            roots = self._areas.roots()
+            roots = self._pod_dirs.roots()
 
             def remove() -> None:
                 for root in roots:
-                    if root != self._areas.disk:
+                    if root != self._pod_dirs.disk:
                         unmount_volumes(root / uid)
                     remove_tree(root, uid)
 
@@ -380,10 +393,10 @@ class VolumeManager:
 
     async def orphans(self) -> Sequence[str]:
         """See ``Volumes.orphans``."""
-        roots = self._areas.roots()
+        roots = self._pod_dirs.roots()
 
         def scan() -> list[str]:
-            self._areas.remove_strays()
+            self._pod_dirs.remove_strays()
             found: set[str] = set()
             for root in roots:
                 with contextlib.suppress(FileNotFoundError):

@@ -24,11 +24,13 @@ from wasilet_node.runtime.protocol import (
     ExecResult,
     GuestKind,
     Mount,
+    Resources,
     RuntimeCapabilities,
     RuntimeUnavailableError,
     StartError,
 )
 from wasilet_node.settings import NodePaths
+from wasilet_node.volumes.removal import Usage
 
 Pod = dict[str, Any]
 
@@ -85,6 +87,9 @@ def _merge_status(status: Pod, patch: Mapping[str, Any]) -> None:
         elif name == "conditions":
             listed = status.setdefault("conditions", [])
             for change in value:
+                if change.get("$patch") == "delete":
+                    listed[:] = [each for each in listed if each["type"] != change["type"]]
+                    continue
                 for condition in listed:
                     if condition["type"] == change["type"]:
                         condition.update(change)
@@ -254,7 +259,9 @@ class FakeRuntime:
         self.start_delay = 0.0
         self.stop_delay = 0.0
         self.lost_answers = 0
-        self.capabilities: RuntimeCapabilities | None = None
+        self.capabilities = RuntimeCapabilities(cpu_limits=True, memory_cgroup=True, wasmtime_version="1")
+        self.resized: list[Resources] = []
+        self.resize_error: Exception | None = None
         self.memory: dict[str, int] = {}
         self._listeners: list[asyncio.Queue[ContainerStatus]] = []
 
@@ -345,6 +352,17 @@ class FakeRuntime:
             self._end(instance, 137)
         return self.known[container_id]
 
+    async def resize(
+        self, container_id: str, resources: Resources, *, annotations: Mapping[str, str]
+    ) -> ContainerStatus:
+        await asyncio.sleep(0)
+        if self.resize_error is not None:
+            raise self.resize_error
+        self.resized.append(resources)
+        before = self.known[container_id]
+        self._change(dataclasses.replace(before, annotations={**before.annotations, **annotations}))
+        return self.known[container_id]
+
     async def list(self) -> Sequence[ContainerStatus]:
         await asyncio.sleep(0)
         return list(self.known.values())
@@ -418,11 +436,25 @@ class FakeImages:
             module_name="hello.wasm",
         )
 
+    async def ensure_files(
+        self,
+        reference: str,
+        *,
+        policy: PullPolicy,
+        credentials: Sequence[Credential],
+        event: EventSink,
+        pod_uid: str = "",
+    ) -> Image:
+        return await self.ensure(reference, policy=policy, credentials=credentials, event=event, pod_uid=pod_uid)
+
     async def compiled(self, image: Image, *, owner: str = "") -> Path:
         return Path("/compiled")
 
     async def list(self) -> Sequence[dict[str, object]]:
         return []
+
+    async def delete_unused(self) -> int:
+        return 0
 
     def set_in_use(self, module_digests: frozenset[str]) -> None:
         self.in_use = module_digests
@@ -434,6 +466,8 @@ class FakeVolumes:
     def __init__(self) -> None:
         self.refuse: Exception | None = None
         self.setup_error: Exception | None = None
+        self.image_error: Exception | None = None
+        self.placed: list[tuple[str, str]] = []
         self.message = ""
         self.set_up: list[str] = []
         self.torn_down: list[str] = []
@@ -448,6 +482,11 @@ class FakeVolumes:
         if self.setup_error is not None:
             raise self.setup_error
         self.set_up.append(pod["metadata"]["uid"])
+
+    async def place_image(self, pod: Pod, volume: str, archive: Path, digest: str) -> None:
+        if self.image_error is not None:
+            raise self.image_error
+        self.placed.append((volume, digest))
 
     def mounts(
         self,
@@ -471,6 +510,15 @@ class FakeVolumes:
 
     async def teardown(self, pod_uid: str) -> None:
         self.torn_down.append(pod_uid)
+
+    async def usage(self, pod: Pod) -> Mapping[str, Usage]:
+        return {}
+
+    async def loose_usage(self, pod: Pod) -> Mapping[str, Usage]:
+        return {}
+
+    def instance_folder(self, pod: Pod, container: str, attempt: int) -> Path:
+        return Path("/nothing/is/here")
 
     async def orphans(self) -> Sequence[str]:
         return self.on_disk

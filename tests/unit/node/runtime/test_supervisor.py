@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import resource
@@ -23,6 +24,8 @@ from wasilet_node.runtime.protocol import (
     ContainerStatus,
     GuestKind,
     Mount,
+    ResizeError,
+    Resources,
     RuntimeUnavailableError,
     StartError,
     UnknownContainerError,
@@ -409,8 +412,8 @@ async def test_a_memory_hog_is_oomkilled(rig: Rig) -> None:
     assert "memory limit" in status.message
 
 
-async def test_without_control_groups_the_supervisor_watches_memory_itself(tmp_path: Path) -> None:
-    data = tmp_path / "data"
+@contextlib.asynccontextmanager
+async def without_control_groups(data: Path) -> AsyncIterator[Rig]:
     data.mkdir()
     command = [sys.executable, "-P", "-m", "wasilet_node.runtime.supervisor", f"--data-dir={data}", "--no-cgroups"]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
@@ -421,6 +424,32 @@ async def test_without_control_groups_the_supervisor_watches_memory_itself(tmp_p
 
     await eventually(there)
     async with running_supervisor(data) as rig:
+        yield rig
+
+
+async def test_without_control_groups_the_commands_of_a_container_share_its_memory_limit(tmp_path: Path) -> None:
+    """The largest goes: a command, and not the container that has done nothing."""
+    fills_when_told = guest(
+        """
+        (drop (call $args_sizes (i32.const 16) (i32.const 20)))
+        (if (i32.ge_u (i32.load (i32.const 16)) (i32.const 2)) (then
+          (drop (memory.grow (i32.const 500)))
+          (memory.fill (i32.const 65536) (i32.const 1) (i32.const 30000000))))
+        (call $sleep_ms (i64.const 3600000))
+        """
+    )
+    async with without_control_groups(tmp_path / "data") as rig:
+        limit_bytes = 48 * 1024 * 1024
+        status = await rig.client.start(rig.config(rig.artifact(fills_when_told), memory_limit_bytes=limit_bytes))
+        filling = [rig.client.exec(status.id, ["x", "fill"], timeout_seconds=10) for _ in range(2)]
+        results = sorted(await asyncio.gather(*filling), key=lambda result: result.timed_out)
+        assert [(result.exit_code, result.timed_out) for result in results] == [(137, False), (137, True)]
+        (found,) = await rig.client.list()
+        assert found.state is ContainerState.RUNNING
+
+
+async def test_without_control_groups_the_supervisor_watches_memory_itself(tmp_path: Path) -> None:
+    async with without_control_groups(tmp_path / "data") as rig:
         assert not rig.client.capabilities.memory_cgroup
         assert not rig.client.capabilities.cpu_limits
         filled = guest(
@@ -453,6 +482,32 @@ async def test_a_failing_memory_grow_is_an_ordinary_trap(rig: Rig) -> None:
     refused = "(if (i32.eq (memory.grow (i32.const 65535)) (i32.const -1)) (then (unreachable)))"
     status = await rig.run(guest(refused), memory_limit_bytes=48 * 1024 * 1024)
     assert (status.exit_code, status.reason) == (134, "Error")
+
+
+async def test_limits_of_a_running_container_move(own_rig: Rig) -> None:
+    """In the kernel where the machine has groups; the agent does not ask for it elsewhere."""
+    pointer = next(pointer for _, pointer in supervisor_registry.pointers(own_rig.paths.data))
+    if not pointer.cgroups:
+        pytest.skip("this machine lets the supervisor make no control groups")
+    started = await own_rig.client.start(own_rig.config(own_rig.artifact(SLEEPER), memory_limit_bytes=64 << 20))
+    wanted = Resources(memory_limit_bytes=96 << 20, cpu_limit_millicores=250, cpu_request_millicores=100)
+    moved = await own_rig.client.resize(started.id, wanted, annotations={"x": "y"})
+    assert (moved.pid, moved.annotations["x"]) == (started.pid, "y")
+    listed = {status.id: status for status in await own_rig.client.list()}
+    assert listed[started.id].annotations["x"] == "y"
+    names = ("memory.limit_in_bytes", "memory.max")
+    limits = [Path(group) / started.id / name for group in pointer.cgroups for name in names]
+    assert {int(path.read_text()) for path in limits if path.exists()} == {96 << 20}
+    groups = [Path(group) / started.id for group in pointer.cgroups]
+    assert all(str(started.pid) in (group / "cgroup.procs").read_text().split() for group in groups)
+    too_little = dataclasses.replace(wanted, memory_limit_bytes=4096)
+    with pytest.raises(ResizeError, match="below current usage"):
+        await own_rig.client.resize(started.id, too_little, annotations={})
+    with pytest.raises(ResizeError, match="at a restart only"):
+        await own_rig.client.resize(started.id, dataclasses.replace(wanted, memory_limit_bytes=None), annotations={})
+    with pytest.raises(UnknownContainerError):
+        await own_rig.client.resize("0" * 64, wanted, annotations={})
+    await own_rig.client.remove(started.id)
 
 
 async def test_control_groups_are_removed_with_their_containers(own_rig: Rig) -> None:

@@ -28,6 +28,8 @@ from wasilet_node.runtime.protocol import (
     ContainerStatus,
     ContainerUsage,
     ExecResult,
+    Resources,
+    RuntimeCapabilities,
     StreamFrame,
 )
 from wasilet_node.server.app import KubeletServer
@@ -275,6 +277,9 @@ class FakeRuntime:
     error: Exception | None = None
     start_error: Exception | None = None
     guest: FakeGuest | None = None
+    capabilities: RuntimeCapabilities = field(
+        default_factory=lambda: RuntimeCapabilities(cpu_limits=True, memory_cgroup=True, wasmtime_version="1")
+    )
 
     async def start(self, config: ContainerConfig) -> ContainerStatus:
         raise NotImplementedError
@@ -282,6 +287,11 @@ class FakeRuntime:
     async def stop(
         self, container_id: str, *, timeout_seconds: float = 10.0, grace_seconds: float = 0.0
     ) -> ContainerStatus | None:
+        raise NotImplementedError
+
+    async def resize(
+        self, container_id: str, resources: Resources, *, annotations: Mapping[str, str]
+    ) -> ContainerStatus:
         raise NotImplementedError
 
     async def list(self) -> Sequence[ContainerStatus]:
