@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CONFLICT = 409
+INVALID = 422
 
 _COLLECTIONS = {
     "ClusterRole": ("clusterroles", "rbac.authorization.k8s.io", "v1"),
@@ -76,7 +77,8 @@ def create_missing(kube: Kube, objects: Iterable[KubeObject]) -> list[str]:
         try:
             kube.create(object_path(obj, collection=True), obj)
         except ApiError as error:
-            if error.code != CONFLICT:
+            # A Service's fixed address is found taken before the Service is found to be there.
+            if error.code != CONFLICT and (error.code != INVALID or kube.find(object_path(obj)) is None):
                 raise
         else:
             made.append(f"{obj['kind']}/{obj['metadata']['name']}")
