@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
 
-FATAL = frozenset({"processes", "listening ports", "mounts", "network links"})
+FATAL = frozenset({"processes", "listening ports", "mounts", "network links", "routes"})
 SETTLE_SECONDS = 10.0
 """A process that was told to end may take a moment to do so."""
 
 _OURS = re.compile(
-    r"wasilet|kube-|kubelet|etcd|registry serve|-m (wasilet\w*|pytest|invoke)\b|dockerd|containerd|runc|\bkind\b"
-    r"|chromium|cargo|rustc|go build|e2e\.test"
+    r"wasilet|kube-|kubelet|coredns|etcd|registry serve|-m (wasilet\w*|pytest|invoke)\b|dockerd|containerd"
+    r"|runc|\bkind\b|chromium|cargo|rustc|go build|e2e\.test"
 )
 """What the tests start, by command line: a machine has others that come and go."""
 
@@ -37,6 +39,12 @@ def facts() -> dict[str, list[str]]:
         ),
         "mounts": sorted(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()),
         "network links": sorted(path.name for path in Path("/sys/class/net").iterdir()),
+        "routes": sorted(" ".join(line.split()[:3]) for line in Path("/proc/net/route").read_text().splitlines()[1:]),
+        "packet filter": _rules(),
+        "forwarding": sorted(
+            f"{path.parent.name} {path.read_text().strip()}"
+            for path in Path("/proc/sys/net/ipv4/conf").glob("*/forwarding")
+        ),
         "control groups": sorted(
             str(path) for path in Path("/sys/fs/cgroup").glob("**/") if re.search(r"wasilet|docker|kubelet", path.name)
         ),
@@ -44,6 +52,15 @@ def facts() -> dict[str, list[str]]:
         "temporary folders": sorted(path.name for path in Path("/tmp").glob("wasilet*")),
         "kubeconfig contexts": _contexts(),
     }
+
+
+def _rules() -> list[str]:
+    """Of the machine's own namespace; none where there is no nft, or not the right to ask."""
+    nft = shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if nft is None or os.geteuid() != 0:
+        return []
+    done = subprocess.run([nft, "list", "ruleset"], capture_output=True, text=True, timeout=30, check=False)
+    return sorted(done.stdout.splitlines())
 
 
 def _processes() -> list[str]:

@@ -22,11 +22,11 @@ from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.status import status
 from wasilet.cluster.up import control_plane_steps, up
+from wasilet.console import PlainReporter
 from wasilet.kube.client import Kube, api_path
 from wasilet.providers.base import Access, Cluster
 from wasilet.settings import Settings, cache_root, load
 from wasilet.steps import Play, Recap
-from wasilet.terminal.console import PlainReporter
 
 SERVICE_ACCOUNT_SECONDS = 30.0
 

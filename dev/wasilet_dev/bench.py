@@ -27,7 +27,7 @@ from wasilet.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
 from wasilet.providers.base import Cluster
 from wasilet.settings import Settings
-from wasilet.terminal.console import Reporter, SilentReporter
+from wasilet.steps import Reporter, SilentReporter
 
 CLUSTER = "bench"
 NAMESPACE = "bench"
@@ -416,7 +416,7 @@ _WRITER = f"""(module {_IMPORTS}
 def _push_guests(cluster: Cluster) -> tuple[str, str, str]:
     """One that sleeps, one that ends at once, one that writes: references with digests."""
     import wasmtime
-    from wasilet.cluster.local_registry import registry_address
+    from wasilet.controlplane.local_registry import registry_address
     from wasilet.oci.artifact import make_artifact
     from wasilet.oci.push import push, reference_named
 

@@ -20,7 +20,7 @@ from wasilet_dev.docs_tasks import checkout, page, updated
 from wasilet_dev.docs_tasks import write as write_tasks
 
 if TYPE_CHECKING:
-    from wasilet.terminal.console import Reporter
+    from wasilet.steps import Reporter
 
 INSTALL_TIMEOUT_SECONDS = 600.0
 BUILD_TIMEOUT_SECONDS = 300.0

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wasilet.cluster.state import write_file
 from wasilet.errors import UsageError
+from wasilet.storage import write_file
 
 BEGIN = "<!-- made by python -P -m wasilet_dev.docs_tasks: begin -->"
 END = "<!-- made by python -P -m wasilet_dev.docs_tasks: end -->"

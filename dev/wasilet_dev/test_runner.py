@@ -18,7 +18,7 @@ from wasilet.settings import Settings, load
 from wasilet.steps import Finding, Play, Progress, Step
 
 if TYPE_CHECKING:
-    from wasilet.terminal.console import Reporter
+    from wasilet.steps import Reporter
 
 LINT_TIMEOUT_SECONDS = 600.0
 BINARIES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry", "kubectl")

@@ -20,7 +20,7 @@ from wasilet import process
 from wasilet.build import apt
 from wasilet.controlplane.acquire import locate
 from wasilet.controlplane.binaries import HOST_PROVIDER
-from wasilet.controlplane.gobuild import Go, find_go
+from wasilet.controlplane.gobuild import Go, find_go, minimum_go
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings
 
@@ -90,6 +90,7 @@ def _machine(settings: Settings) -> Iterator[Check]:
         yield _folder(name, folder, needed)
     yield _address(settings)
     yield _memory_limits()
+    yield _pod_network(settings)
     if apt.available(settings.environ):
         allowed = apt.may_install(settings.environ) and settings.install
         detail = "what is missing is installed, after saying so" if allowed else "not as this user; commands are shown"
@@ -124,6 +125,24 @@ def _address(settings: Settings) -> Check:
             detail=f"{address}: pods and their logs work; the API server's node and pod proxies refuse loopback",
         )
     return Check(name="node address", status="ok", detail=address)
+
+
+def _pod_network(settings: Settings) -> Check:
+    from wasilet.controlplane import pod_network
+
+    absent = pod_network.obstacle(settings)
+    if not absent:
+        return Check(name="pod network", status="ok", detail="pods of a new cluster (host) get addresses of their own")
+    detail = f"pods share this machine's: {absent}"
+    if pod_network.NFT_PACKAGE not in absent:
+        return Check(name="pod network", status="optional", detail=detail)
+    installs = settings.install and apt.may_install(settings.environ)
+    return Check(
+        name="pod network",
+        status="will" if installs else "optional",
+        detail=detail,
+        hint="" if installs else apt.command([pod_network.NFT_PACKAGE]),
+    )
 
 
 def _memory_limits() -> Check:
@@ -165,7 +184,7 @@ def _go(go: Go) -> Check:
         name="go",
         status="optional",
         detail=f"{go.problem}; only for building the binaries where they cannot be downloaded",
-        hint="install Go 1.24 or newer (Debian 12's own is too old)",
+        hint=f"install Go {'.'.join(map(str, minimum_go()))} or newer (Debian 12's own is too old)",
     )
 
 

@@ -125,7 +125,8 @@ class Settings:
     """The node image of a new cluster (kind, k3d); empty: the tool's own, or that of ``kubernetes_version``."""
 
     kubernetes_version: str = ""
-    """Of a new cluster, as ``1.34.4`` (kind, k3d, minikube); empty: the tool's own."""
+    """As ``1.37.2``; host: also a minor, as ``1.36``, of those that are brought. Empty: the newest (host), the tool's
+    own (kind, k3d, minikube)."""
 
     config: Path | None = None
     """The provider's own file: a cluster configuration of kind or k3d, the kubeconfig of an existing cluster."""
@@ -351,8 +352,9 @@ def _checked(settings: Settings) -> Settings:
             raise UsageError(f"setting ports.{port.name}: {value} is no TCP port")
     if not 60 <= settings.token_ttl_seconds <= 365 * 86400:
         raise UsageError("setting token_ttl_seconds: between a minute and a year")
-    if settings.kubernetes_version and not re.fullmatch(r"v?\d+\.\d+\.\d+", settings.kubernetes_version):
-        raise UsageError(f"{settings.kubernetes_version!r} is no version of Kubernetes", hint="write it as 1.34.4")
+    shape = r"v?\d+\.\d+(\.\d+)?" if settings.provider == "host" else r"v?\d+\.\d+\.\d+"
+    if settings.kubernetes_version and not re.fullmatch(shape, settings.kubernetes_version):
+        raise UsageError(f"{settings.kubernetes_version!r} is no version of Kubernetes", hint="write it as 1.37.2")
     if settings.image and settings.kubernetes_version:
         raise UsageError("--image and --kubernetes-version both say which version runs", hint="give one of them")
     if settings.config is not None and not settings.config.is_file():
@@ -368,3 +370,9 @@ def _checked(settings: Settings) -> Settings:
                 f"{taint!r} is no taint", hint="write key=value:NoSchedule (or PreferNoSchedule, NoExecute)"
             )
     return settings
+
+
+def invocation_path(path: str) -> str:
+    """A path as typed: relative to the folder that ``run`` was called in, which Invoke leaves."""
+    base = os.environ.get("WASILET_INVOCATION_DIR") or os.getcwd()  # noqa: PTH109
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))  # noqa: PTH111, PTH118

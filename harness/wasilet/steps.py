@@ -20,11 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from wasilet.errors import CancelledError, CommandError, ComponentError, HarnessError, PortTakenError
 from wasilet.process import cancelled_by, tail_of
-from wasilet.terminal.console import Reporter, SilentReporter
+from wasilet.storage import os_error_words
 
 GIVE_UP_SECONDS = 10.0
 """How long running steps get to notice that the play is given up."""
@@ -182,6 +182,39 @@ class Recap:
             )
 
 
+class Reporter(Protocol):
+    """Who is told about a play. Called from one thread at a time."""
+
+    def play_started(self, title: str) -> None: ...
+    def step_started(self, name: str) -> None: ...
+    def step_progress(self, name: str, message: str) -> None: ...
+    def step_finished(self, outcome: Outcome) -> None: ...
+    def play_finished(self, recap: Recap) -> None: ...
+    def notice(self, message: str) -> None: ...
+
+
+class SilentReporter:
+    """Says nothing: for fixtures and tests."""
+
+    def play_started(self, title: str) -> None:
+        """Nothing."""
+
+    def step_started(self, name: str) -> None:
+        """Nothing."""
+
+    def step_progress(self, name: str, message: str) -> None:
+        """Nothing."""
+
+    def step_finished(self, outcome: Outcome) -> None:
+        """Nothing."""
+
+    def play_finished(self, recap: Recap) -> None:
+        """Nothing."""
+
+    def notice(self, message: str) -> None:
+        """Nothing."""
+
+
 _Event = tuple[str, Step, "str | Outcome"]
 
 
@@ -319,7 +352,7 @@ def _attempt(step: Step, progress: Progress, *, check: bool) -> Outcome:
     except HarnessError as error:
         return _failed(step, error, diff)
     except OSError as error:
-        return _failed(step, HarnessError(_os_error_words(error)), diff)
+        return _failed(step, HarnessError(os_error_words(error)), diff)
     except Exception as error:  # noqa: BLE001  (a bug in a step must not hang the play; it is reported as what it is)
         failure = HarnessError(f"internal error: {type(error).__name__}: {error}")
         failure.__cause__ = error
@@ -353,12 +386,6 @@ def _failed(step: Step, error: HarnessError, diff: tuple[str, ...]) -> Outcome:
         log_tail=tail,
         error=error,
     )
-
-
-def _os_error_words(error: OSError) -> str:
-    from wasilet.cluster.state import os_error_words
-
-    return os_error_words(error)
 
 
 def _timed(outcome: Outcome, seconds: float) -> Outcome:

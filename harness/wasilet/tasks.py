@@ -9,6 +9,7 @@ from pathlib import Path
 from invoke.context import Context
 from invoke.tasks import task
 
+from wasilet.settings import invocation_path
 from wasilet.terminal.cli import (
     checked_output,
     command,
@@ -17,7 +18,6 @@ from wasilet.terminal.cli import (
     exec_program,
     finish,
     finish_with,
-    invocation_path,
     remainder,
     reporter,
     settings_of,
@@ -43,7 +43,7 @@ APP_HELP = "a sample's name or the path of a folder"
         "pod-cidr": "range of the pods' addresses of a new cluster (host; default: one this machine has no route to)",
         "service-cidr": "range of the Services' addresses of a new cluster (host)",
         "image": "the node image of a new cluster (kind, k3d)",
-        "kubernetes-version": "of a new cluster, as 1.34.4 (kind, k3d, minikube)",
+        "kubernetes-version": "of the cluster, as 1.37.2; host: one of the three newest minors, as 1.36",
         "config": "the provider's own file: cluster configuration (kind, k3d), or the kubeconfig to read (existing)",
         "context": "existing: which context of that kubeconfig; must be named, the current one is never guessed",
         "yes": "existing: it may be changed; without, only what is missing is said",
@@ -273,7 +273,7 @@ def token(
     A node of this machine shares its address with the cluster's own nodes; the approver lets it if --node names it.
 
     Examples:
-      invoke token create --node wasm-2 --file bootstrap.conf   for `python -P -m wasilet_node --node-name wasm-2 ...`
+      invoke token create --node wasm-2 --file bootstrap.conf   for `wasilet-node --node-name wasm-2 ...`
       invoke token list
       invoke token delete --id abc123
     """
@@ -363,8 +363,8 @@ def node(
 ) -> None:
     """Print how a node of this machine is run for good.
 
-    As a command line, or as a systemd unit. What follows -- are further options of the node; `python -P -m wasilet_node
-    --help` names them.
+    As a command line, or as a systemd unit. What follows -- are further options of the node; `wasilet-node --help`
+    names them.
 
     Examples:
       invoke node --node wasm-1 --systemd --file /etc/systemd/system/wasilet-node.service
@@ -685,7 +685,7 @@ def new(c: Context, app: str, folder: str = "") -> None:
     Example:
       invoke new my-app                 then: invoke demo ./my-app, and: pytest ./my-app
     """
-    from wasilet.demo.new_app import new_app
+    from wasilet.apps.new_app import new_app
 
     for line in new_app(app, invocation_path(folder or ".")):
         emit(line)

@@ -1,4 +1,4 @@
-"""``python -P -m wasilet_node``: the agent, and ``python -P -m wasilet_node shutdown``.
+"""``wasilet-node``: the agent, and ``wasilet-node shutdown``.
 
 Nothing heavy is imported before the command line is known to be right, so ``--help`` and a mistake answer at once.
 """

@@ -58,14 +58,14 @@ _DESCRIPTION = "A Kubernetes node that runs WebAssembly: joins a cluster, and ru
 _EPILOG = """\
 examples:
   join a cluster with a bootstrap token (the file is a kubeconfig):
-    python -P -m wasilet_node --bootstrap-file bootstrap.conf --node-name wasm-1
+    wasilet-node --bootstrap-file bootstrap.conf --node-name wasm-1
   keep pods away that were not made for wasm, as Krustlet did:
-    python -P -m wasilet_node --bootstrap-file bootstrap.conf \\
+    wasilet-node --bootstrap-file bootstrap.conf \\
       --taint kubernetes.io/arch=wasm32-wasi:NoSchedule --taint kubernetes.io/arch=wasm32-wasi:NoExecute
   stop the agent and all its containers:
-    python -P -m wasilet_node shutdown
+    wasilet-node shutdown
   build what runs components that serve HTTP, once:
-    python -P -m wasilet_node component-host
+    wasilet-node component-host
 
 SIGTERM (or Ctrl-C) ends the agent only: containers run on, and the next agent with the same --data-dir finds them.
 The bootstrap file is needed until the node holds a client certificate; that one renews itself. The serving
@@ -162,7 +162,7 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
 
 def _parser(version: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -P -m wasilet_node",
+        prog="wasilet-node",
         usage="%(prog)s [options]\n       %(prog)s shutdown [--data-dir DIR] [--timeout SECONDS]\n"
         "       %(prog)s component-host [--check]",
         description=_DESCRIPTION,
@@ -253,10 +253,9 @@ def _parser(version: str) -> argparse.ArgumentParser:
             "--kube-proxy-kubeconfig", "FILE",
             "its credential, with an address that is reached by the uplink [WASILET_NODE_KUBE_PROXY_KUBECONFIG]",
         ),
-        ("--network-policies", "FILE", "the program that keeps NetworkPolicies [WASILET_NODE_NETWORK_POLICIES]"),
         (
             "--network-policies-kubeconfig", "FILE",
-            "its credential, likewise [WASILET_NODE_NETWORK_POLICIES_KUBECONFIG]",
+            "credential of what keeps NetworkPolicies, likewise [WASILET_NODE_NETWORK_POLICIES_KUBECONFIG]",
         ),
     ):  # fmt: skip
         network.add_argument(flag, metavar=metavar, help=text)
@@ -392,12 +391,7 @@ def _network(options: _Options) -> NetworkSettings | None:
     kubeconfig = options.get("kube_proxy_kubeconfig", ("WASILET_NODE_KUBE_PROXY_KUBECONFIG",), _absolute)
     if (proxy is None) != (kubeconfig is None):
         raise UsageError("--kube-proxy and --kube-proxy-kubeconfig go together")
-    policies = options.get("network_policies", ("WASILET_NODE_NETWORK_POLICIES",), _absolute)
-    policies_kubeconfig = options.get(
-        "network_policies_kubeconfig", ("WASILET_NODE_NETWORK_POLICIES_KUBECONFIG",), _absolute
-    )
-    if (policies is None) != (policies_kubeconfig is None):
-        raise UsageError("--network-policies and --network-policies-kubeconfig go together")
+    policies = options.get("network_policies_kubeconfig", ("WASILET_NODE_NETWORK_POLICIES_KUBECONFIG",), _absolute)
     return NetworkSettings(
         cluster_cidr=cluster,
         service_cidr=service,
@@ -406,8 +400,7 @@ def _network(options: _Options) -> NetworkSettings | None:
         cluster_domain=options.get("cluster_domain", ("WASILET_NODE_CLUSTER_DOMAIN",), str) or "cluster.local",
         kube_proxy=proxy,
         kube_proxy_kubeconfig=kubeconfig,
-        network_policies=policies,
-        network_policies_kubeconfig=policies_kubeconfig,
+        network_policies_kubeconfig=policies,
     )
 
 

@@ -34,6 +34,7 @@ from wasilet_node.conditions import (
     pressures,
     with_times,
 )
+from wasilet_node.contract import DECLARED_FEATURES, Contract
 from wasilet_node.kube.base import (
     ApiStatusError,
     ConflictError,
@@ -51,16 +52,9 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURE_LABEL = "wasm32-wasi"
 ARCHITECTURE = "wasm-wasi"
-KUBERNETES_VERSION = "v1.34.4"
-"""Whose kubelet's contract this one keeps."""
-
 NODES_PATH = "/api/v1/nodes"
 
 _ATTACH_ANNOTATION = "volumes.kubernetes.io/controller-managed-attach-detach"
-DECLARED_FEATURES = ("ExtendWebSocketsToKubelet", "RestartAllContainersOnContainerExits")
-"""What the scheduler and the API server may count on, in kubelet's names and in order (KEP-5328, from 1.36 on; older
-servers drop the field). The first: exec, attach and port-forward come as WebSockets, the API server translates
-nothing."""
 
 _MAX_IMAGES = 50
 _NETWORK_SECONDS = 5.0
@@ -123,6 +117,7 @@ class Registration:
         ``instance_id``: see ``wasilet_node.identity``.
         ``problem``: why no pod can run, None when it can. ``on_names`` is called after the status holds them."""
         self._kube = kube
+        self._contract = Contract(kube)
         self._events = events
         self._settings = settings
         self._server = server
@@ -387,6 +382,7 @@ class Registration:
         """Node.status without conditions."""
         machine = replace(self._facts, disk_bytes=now_levels.disk_bytes)
         images = list(await self._images())[:_MAX_IMAGES]
+        kubernetes = await self._contract.version()
         return {
             "capacity": _capacity(machine, self._settings.max_pods),
             "allocatable": _allocatable(machine, self._settings.max_pods),
@@ -401,7 +397,7 @@ class Registration:
                 "containerRuntimeVersion": f"wasmtime://{self._runtime_version}",
                 "kernelVersion": machine.kernel_version,
                 "kubeProxyVersion": "",
-                "kubeletVersion": f"{KUBERNETES_VERSION}+wasilet-{self._agent_version}",
+                "kubeletVersion": f"{kubernetes}+wasilet-{self._agent_version}",
                 "machineID": machine.machine_id,
                 "operatingSystem": "linux",
                 "osImage": machine.os_image,

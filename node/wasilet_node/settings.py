@@ -108,10 +108,8 @@ class NetworkSettings:
     kube_proxy_kubeconfig: Path | None = None
     """Its credential, with an address of the API server that is reached from the node's network."""
 
-    network_policies: Path | None = None
-    """The executable that keeps NetworkPolicies; None: they have no effect."""
-
     network_policies_kubeconfig: Path | None = None
+    """The credential of what keeps NetworkPolicies; None: they have no effect."""
 
     @property
     def machine_address(self) -> ipaddress.IPv4Address:

@@ -1,4 +1,4 @@
-"""``python -P -m wasilet_node shutdown``: the explicit request to stop everything of one data folder.
+"""``wasilet-node shutdown``: the explicit request to stop everything of one data folder.
 
 Ending the agent leaves containers running, on purpose; this is the other thing. The agent goes first, or it would start
 a new supervisor for the containers that vanish. The folder's lock is held meanwhile, so that an agent that a service

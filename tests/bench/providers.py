@@ -17,9 +17,10 @@ from pathlib import Path
 
 from wasilet.cluster.down import down
 from wasilet.cluster.up import up
+from wasilet.console import PlainReporter
 from wasilet.providers.base import API_SERVER_STEP
 from wasilet.settings import Settings
-from wasilet.terminal.console import PlainReporter, SilentReporter
+from wasilet.steps import SilentReporter
 
 from tests.clusters import temporary_settings
 from tests.rigs.kind.session import kind_rig

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from wasilet.cluster.htpasswd import entry
 from wasilet.controlplane.acquire import acquire
+from wasilet.controlplane.htpasswd import entry
 from wasilet.settings import cache_root
 
 START_TIMEOUT_SECONDS = 20.0

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.state import State
 from wasilet.cluster.up import missing_for_pods, up
+from wasilet.console import PlainReporter
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import read_credentials
@@ -27,8 +27,8 @@ from wasilet.providers.existing import minified, routed_address
 from wasilet.providers.host import node_address
 from wasilet.providers.preflight import told_by_pods, try_bootstrap_token
 from wasilet.settings import Settings
-from wasilet.steps import Recap, Status
-from wasilet.terminal.console import PlainReporter, SilentReporter
+from wasilet.state import State
+from wasilet.steps import Recap, SilentReporter, Status
 
 from tests.clusters import TestCluster, temporary_settings
 from tests.rigs.standins.world import World

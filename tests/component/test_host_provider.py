@@ -24,22 +24,22 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from wasilet.cluster.approver import CSRS
 from wasilet.cluster.down import down
-from wasilet.cluster.local_registry import login_file
-from wasilet.cluster.state import State, port_is_free
 from wasilet.cluster.status import status
 from wasilet.cluster.up import up
+from wasilet.console import PlainReporter
+from wasilet.controlplane.local_registry import login_file
 from wasilet.controlplane.pki import Pki
 from wasilet.errors import ApiError, PortTakenError, StateError, UsageError
-from wasilet.kube.client import Kube, api_path
+from wasilet.kube.client import CSRS, Kube, api_path
 from wasilet.kube.credentials import Credentials, read_credentials
 from wasilet.oci.artifact import make_artifact
 from wasilet.oci.logins import basic_header, logins_for
 from wasilet.oci.push import RegistryError, holds, push, reference_named
+from wasilet.ports import port_is_free
 from wasilet.settings import Settings
+from wasilet.state import State
 from wasilet.steps import Recap, Status
-from wasilet.terminal.console import PlainReporter
 
 from tests.clusters import TestCluster, temporary_settings, whole_cluster
 
@@ -414,7 +414,7 @@ def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_pat
         script = tmp_path / "up.py"
         script.write_text(
             "import sys, os, io\n"
-            "from wasilet.terminal.console import PlainReporter\n"
+            "from wasilet.console import PlainReporter\n"
             "from wasilet.settings import load\n"
             "from wasilet.cluster.up import up\n"
             f"up(load(environ=os.environ, name='killed', kubeconfig={str(settings.kubeconfig)!r}),"

@@ -20,7 +20,7 @@ import pytest
 from cryptography import x509
 from wasilet.cluster.approver import examine
 from wasilet.cluster.approver_facts import policy_data, write_policy
-from wasilet.cluster.token import bootstrap_config, create_token, write_bootstrap_file
+from wasilet.kube.bootstrap_token import bootstrap_config, create_token, write_bootstrap_file
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet_node import instance
 from wasilet_node.certificates import Certificates

@@ -6,10 +6,10 @@ import io
 from pathlib import Path
 
 import pytest
+from wasilet.apps.samples import LocalSpec, find_app
+from wasilet.console import PlainReporter
 from wasilet.demo.local_run import check
-from wasilet.demo.samples import LocalSpec, find_app
 from wasilet.oci.publish import pull_artifact, push_app
-from wasilet.terminal.console import PlainReporter
 
 from tests.clusters import temporary_settings
 from tests.component.registry_rig import running_registry

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import wasmtime
+from wasilet.apps.samples import find_app
 from wasilet.build.application import build
 from wasilet.demo.demo_services import private_registry
-from wasilet.demo.samples import find_app
 from wasilet.oci.artifact import Artifact, Blob, Layout, make_artifact
 from wasilet.oci.logins import basic_header, logins_for
 from wasilet.oci.push import push, reference_named

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.apps.new_app import new_app
+from wasilet.apps.samples import sample_names
+from wasilet.console import PlainReporter
 from wasilet.demo import demo as apps
-from wasilet.demo.new_app import new_app
-from wasilet.demo.samples import sample_names
 from wasilet.kube.client import api_path
 from wasilet.settings import Settings
-from wasilet.terminal.console import PlainReporter
 
 from tests.clusters import TestCluster
 

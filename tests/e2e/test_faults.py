@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from wasilet import process
 from wasilet.cluster.up import up
+from wasilet.console import PlainReporter
 from wasilet.kube.client import Kube, api_path
 from wasilet.settings import TimeoutSettings
-from wasilet.terminal.console import PlainReporter
 
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e.churn import Churn, Creator, counting_pod, run_counts

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from wasilet.apps.samples import find_app
 from wasilet.build.application import build
-from wasilet.demo.samples import find_app
 from wasilet.kube.client import KubeObject, api_path
 
 from tests.clusters import TestCluster

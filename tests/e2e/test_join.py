@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 from wasilet.cluster import join
 from wasilet.cluster.down import down
-from wasilet.cluster.state import port_is_free
-from wasilet.cluster.up import node_is_ready, up
+from wasilet.cluster.up import up
 from wasilet.errors import ApiError
 from wasilet.kube.client import api_path
+from wasilet.kube.resources import node_is_ready
 from wasilet.oci.publish import push_app
+from wasilet.ports import port_is_free
 from wasilet.process import is_alive
-from wasilet.steps import Status
-from wasilet.terminal.console import SilentReporter
+from wasilet.steps import SilentReporter, Status
 
 from tests.clusters import TestCluster, whole_cluster
 
@@ -94,7 +94,17 @@ def joined(own: TestCluster, machine: Machine) -> Iterator[join.Joining]:
 def _joined(own: TestCluster, machine: Machine, folder: Path) -> Iterator[join.Joining]:
     data = folder / "data"
     made = join.bootstrap(own.cluster, node="other-1", file=folder / "b.conf", address=HERE, registry=True)
-    command = [sys.executable, *made.command[1:], "--node-ip", THERE, "--data-dir", str(data)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "wasilet_node",
+        *made.command[1:],
+        "--node-ip",
+        THERE,
+        "--data-dir",
+        str(data),
+    ]
     command[command.index("b.conf")] = str(made.file)
     env = {key: value for key, value in os.environ.items() if key in {"PATH", "HOME"}}
     with (folder / "log").open("wb") as log:

@@ -19,22 +19,21 @@ from typing import Any
 
 import pytest
 import yaml
-from wasilet.cluster.approver import CSRS
 from wasilet.cluster.down import down
-from wasilet.cluster.local_registry import login_file
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.state import port_is_free
 from wasilet.cluster.up import up
+from wasilet.console import PlainReporter
 from wasilet.controlplane.acquire import acquire
+from wasilet.controlplane.local_registry import login_file
 from wasilet.errors import ApiError
-from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.kube.client import CSRS, Kube, KubeObject, api_path
 from wasilet.oci.publish import push_app
+from wasilet.ports import port_is_free
 from wasilet.process import is_alive, stop
 from wasilet.providers.docker import Docker
 from wasilet.providers.kind import CLUSTER_LABEL
 from wasilet.settings import Settings, cache_root
-from wasilet.steps import Status
-from wasilet.terminal.console import PlainReporter, SilentReporter
+from wasilet.steps import SilentReporter, Status
 
 from tests.clusters import TestCluster, temporary_settings, whole_cluster
 from tests.rigs.kind.session import KindRig
@@ -358,7 +357,7 @@ def kill_while(settings: Settings, until: Any, folder: Path, *, after_seconds: f
     values = {"name": settings.name, "provider": "kind", "image": settings.image, "config": str(settings.config)}
     script.write_text(
         "import json, os, sys\n"
-        "from wasilet.terminal.console import PlainReporter\n"
+        "from wasilet.console import PlainReporter\n"
         "from wasilet.settings import load\n"
         "from wasilet.cluster.up import up\n"
         f"up(load(environ=os.environ, kubeconfig={str(settings.kubeconfig)!r}, **json.loads({json.dumps(values)!r})),"

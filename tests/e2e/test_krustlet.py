@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet.cluster.local_registry import login_file
+from wasilet.controlplane.local_registry import login_file
 from wasilet.kube.client import Kube, KubeObject, api_path
 
 from tests.clusters import TestCluster

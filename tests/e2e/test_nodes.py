@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet.cluster.up import node_is_ready
 from wasilet.controlplane.acquire import acquire
 from wasilet.kube.client import KubeObject, api_path
+from wasilet.kube.resources import node_is_ready
 from wasilet.oci.publish import push_app
 from wasilet.settings import cache_root
-from wasilet.terminal.console import SilentReporter
+from wasilet.steps import SilentReporter
 
 from tests.clusters import TestCluster, whole_cluster
 

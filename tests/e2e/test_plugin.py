@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import wasmtime
-from wasilet.cluster.local_registry import login_file
-from wasilet.demo.new_app import new_app
+from wasilet.apps.new_app import new_app
+from wasilet.controlplane.local_registry import login_file
 from wasilet.kube.client import api_path
 
 from tests.clusters import TestCluster, temporary_settings

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from wasilet.cluster import pod_network
 from wasilet.cluster.down import down
+from wasilet.console import PlainReporter
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import expected
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import is_alive
-from wasilet.terminal.console import PlainReporter
 from wasilet_node.network.node_network import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
@@ -57,13 +57,15 @@ class Net:
     def pod(self, name: str) -> dict[str, Any]:
         return self.kube.get(api_path("pods", name, namespace=NAMESPACE))
 
-    def run(self, name: str, *args: str, node: int | None = None, **fields: Any) -> None:
+    def run(
+        self, name: str, *args: str, node: int | None = None, labels: dict[str, str] | None = None, **fields: Any
+    ) -> None:
         """Create a pod of the echo guest."""
         container = {"name": "main", "image": self.image, "args": list(args), **fields.pop("container", {})}
         spec = {"containers": [container], **fields}
         if node is not None:
             spec["nodeName"] = self.cluster.cluster.node_names()[node]
-        labels = {"app": "echo"} if args[:1] == ("serve",) else {}
+        labels = labels or ({"app": "echo"} if args[:1] == ("serve",) else {})
         metadata = {"name": name, "namespace": NAMESPACE, "labels": labels}
         self.kube.create(
             api_path("pods", namespace=NAMESPACE),
@@ -177,6 +179,33 @@ def test_the_machine_reaches_pods_services_and_node_ports(net: Net) -> None:
         assert echo(plan.uplink(node).partition("/")[0], service["ports"][0]["nodePort"], "by port") == "by port"
 
 
+def test_a_network_policy_lets_friends_in_and_nobody_else(net: Net) -> None:
+    peer = {"podSelector": {"matchLabels": {"friend": "yes"}}}
+    spec = {
+        "podSelector": {"matchLabels": {"app": "echo"}},
+        "ingress": [{"from": [peer], "ports": [{"port": "echo"}]}],
+    }
+    path = api_path("networkpolicies", namespace=NAMESPACE, group="networking.k8s.io", version="v1")
+    net.kube.create(path, {"metadata": {"name": "friends"}, "spec": spec})
+    try:
+        for node in (0, 1):
+            address = net.pod(f"server-{node}")["status"]["podIP"]
+            wait(lambda address=address: not reached(net, address), "the policy")  # type: ignore[misc]
+            said = net.said(f"friend-{node}", "connect", address, str(PORT), "hi", labels={"friend": "yes"})
+            assert said == f"{address} answered hi"
+            assert ready(net.pod(f"server-{node}")), "probes come from the node itself"
+    finally:
+        net.kube.delete(f"{path}/friends")
+    wait(lambda: reached(net, net.pod("server-1")["status"]["podIP"]), "the policy's end")
+
+
+def reached(net: Net, address: str) -> bool:
+    """Whether a pod that is nobody's friend gets through, within the deadline that it is given."""
+    name = f"stranger-{time.monotonic_ns()}"
+    limits = {"activeDeadlineSeconds": 3}
+    return "answered" in net.said(name, "connect", address, str(PORT), "hi", **limits)
+
+
 def test_port_forward_reaches_the_pod_many_times_at_once(net: Net) -> None:
     kubectl = expected("kubectl", cache=net.cluster.settings.cache, environ=net.cluster.settings.environ)
     command = [str(kubectl), "--kubeconfig", str(net.cluster.admin_kubeconfig), "port-forward", "svc/echo", ":80"]
@@ -195,6 +224,28 @@ def test_port_forward_reaches_the_pod_many_times_at_once(net: Net) -> None:
         finally:
             forwarding.terminate()
             forwarding.wait(10)
+
+
+def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = int(probe.getsockname()[1])
+    ports = {"ports": [{"containerPort": PORT, "hostPort": port}]}
+    net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+    wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
+    assert echo("127.0.0.1", port, "by the machine") == "by the machine"
+    net.run("too-late", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+    wait(lambda: net.pod("too-late")["status"].get("phase") == "Failed", "the refusal")
+    assert net.pod("too-late")["status"]["reason"] == "NodePorts"
+    for name in ("too-late", "on-the-machine"):
+        net.kube.delete(api_path("pods", name, namespace=NAMESPACE))
+
+    def free() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return False
+        return True
+
+    wait(free, "the port's end")
 
 
 def test_connections_outlive_the_agent_and_kube_proxy(net: Net) -> None:

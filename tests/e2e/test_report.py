@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from wasilet.build import apt
+from wasilet.console import PlainReporter
 from wasilet.errors import HarnessError
-from wasilet.terminal.console import PlainReporter
 from wasilet.terminal.report import write_report
 
 from tests.clusters import TestCluster
@@ -101,7 +101,7 @@ def test_a_browser_shows_the_demo(cluster: TestCluster, chromium: str, tmp_path:
 
 def test_a_hostile_page_runs_nothing(chromium: str, tmp_path: Path) -> None:
     """The page's own policy, apart from the escaping: a script that got in would not run."""
-    from wasilet.terminal.report import page
+    from wasilet.testing.report_page import page
 
     file = tmp_path / "report.html"
     evil = "<script>document.title = 'taken over'</script>"

@@ -13,8 +13,8 @@ import pytest
 from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.up import up
+from wasilet.console import PlainReporter
 from wasilet.kube.client import api_path
-from wasilet.terminal.console import PlainReporter
 
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e.guests import Guests, build_toolbox

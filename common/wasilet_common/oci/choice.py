@@ -22,14 +22,15 @@ class Chosen:
     size_bytes: int
 
 
-async def choose(repository: Repository, top: Manifest) -> Chosen:
-    """Follow indexes to the wasm image manifest. Raises LayoutError, RegistryError."""
+async def choose(repository: Repository, top: Manifest, *, platform: str = "") -> Chosen:
+    """Follow indexes to the wasm image manifest, or where there is none to that of a platform (``os/architecture``).
+    Raises LayoutError, RegistryError."""
     manifest, size = top, len(top.body)
     document = layouts.parse_manifest(top.body, top.media_type)
     for _ in range(_MAX_INDEX_DEPTH):
         if not isinstance(document, Index):
             break
-        entry = document.choose()
+        entry = document.choose(platform)
         if entry.size > MAX_MANIFEST_BYTES:
             raise LayoutError(f"the manifest {entry.digest} has {entry.size} bytes, more than {MAX_MANIFEST_BYTES}")
         manifest = await repository.manifest(entry.digest)

@@ -15,7 +15,7 @@ import fnmatch
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +31,15 @@ _SECRET_KEYS: Final = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecretSource:
+    """Which Secret a credential stands in."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Credential:
     """One entry of a docker config, of the pod's or its service account's pull secrets."""
 
@@ -38,6 +47,8 @@ class Credential:
     username: str = ""
     password: str = ""
     identity_token: str = ""
+    source: SecretSource | None = field(default=None, compare=False)
+    """None: it is the node's own. Two Secrets may hold one and the same login."""
 
     def __repr__(self) -> str:
         """Never shows a secret."""
@@ -60,7 +71,10 @@ def from_secrets(secrets: Iterable[Mapping[str, Any]]) -> tuple[Credential, ...]
         try:
             document = json.loads(base64.b64decode(encoded, validate=True))
             entries = document.get("auths", {}) if key == ".dockerconfigjson" else document
-            credentials += [_credential(str(registry), entry) for registry, entry in entries.items()]
+            source = _source(secret)
+            credentials += [
+                replace(_credential(str(registry), entry), source=source) for registry, entry in entries.items()
+            ]
         except (ValueError, TypeError, AttributeError, RecursionError):
             metadata = secret.get("metadata")
             names = metadata if isinstance(metadata, Mapping) else {}
@@ -70,6 +84,12 @@ def from_secrets(secrets: Iterable[Mapping[str, Any]]) -> tuple[Credential, ...]
                 names.get("name"),
             )
     return tuple(credentials)
+
+
+def _source(secret: Mapping[str, Any]) -> SecretSource:
+    metadata = secret.get("metadata")
+    names = metadata if isinstance(metadata, Mapping) else {}
+    return SecretSource(**{field: str(names.get(field) or "") for field in ("namespace", "name", "uid")})
 
 
 def from_docker_config(file: Path) -> tuple[Credential, ...]:

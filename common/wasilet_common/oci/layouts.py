@@ -111,8 +111,9 @@ class Index:
 
     manifests: tuple[Descriptor, ...]
 
-    def choose(self) -> Descriptor:
-        """The wasm entry. Raises LayoutError naming what there is instead."""
+    def choose(self, otherwise: str = "") -> Descriptor:
+        """The wasm entry, or where there is none that of the platform ``otherwise``. Raises LayoutError naming what
+        there is instead."""
         for entry in self.manifests:
             if entry.is_wasm_platform:
                 return entry
@@ -123,6 +124,9 @@ class Index:
                 return entry
         if len(self.manifests) == 1 and not self.manifests[0].platform:
             return self.manifests[0]
+        for entry in self.manifests:
+            if otherwise and entry.platform == otherwise:
+                return entry
         platforms = sorted({entry.platform for entry in self.manifests} - {"", "unknown/unknown"})
         raise LayoutError(
             "wrong architecture: the index has no entry for platform wasi/wasm, only "

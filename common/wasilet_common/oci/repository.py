@@ -83,6 +83,7 @@ class Repository:
         denial: Denial = pod_denial,
     ) -> None:
         """For the last three see ``Authenticator``."""
+        self.credential = credential
         self._client = client
         self._reference = reference
         self._authenticator = Authenticator(

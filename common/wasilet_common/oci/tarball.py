@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -74,6 +74,17 @@ def extract(layer: Path, *, media_type: str, name: str, out: BinaryIO, budget: B
         return Found(deleted=True) if deleted else None
 
 
+def walk(layer: Path, *, media_type: str, budget: Budget) -> Iterator[tuple[Member, Content]]:
+    """Every member of a layer, in its order, with what to read its content by; what is not read is passed over.
+    Blocking. Raises LayerError, OSError."""
+    with layer.open("rb") as source:
+        stream = _Stream(_decompressed(source, media_type), budget)
+        for member in _members(stream):
+            content = Content(stream, member)
+            yield member, content
+            content.finish()
+
+
 def _deletions(name: str) -> frozenset[str]:
     """The whiteout files (OCI image specification, layer.md) that hide ``name`` in the layers below."""
     parts = name.split("/")
@@ -85,46 +96,106 @@ def _deletions(name: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Member:
+class Member:
+    """One entry of an archive. ``name`` is relative and clean but for ``..``; ``link`` is as it is written."""
+
     name: str
     kind: bytes
     size: int
+    link: str = ""
+    executable: bool = False
+
+    @property
+    def is_file(self) -> bool:
+        """A regular file."""
+        return self.kind in _REGULAR
+
+    @property
+    def is_folder(self) -> bool:
+        """A folder."""
+        return self.kind == b"5"
+
+    @property
+    def is_hard_link(self) -> bool:
+        """Another name for a member that came before."""
+        return self.kind == b"1"
+
+    @property
+    def is_symbolic_link(self) -> bool:
+        """A symbolic link."""
+        return self.kind == b"2"
 
     @property
     def padded(self) -> int:
+        """What its content takes in the archive."""
         return -(-self.size // _BLOCK) * _BLOCK
 
 
-def _members(stream: _Stream) -> Iterator[_Member]:
-    name = ""
-    size: int | None = None
+class Content:
+    """Of one member, while it is the current one."""
+
+    def __init__(self, stream: _Stream, member: Member) -> None:
+        self._stream = stream
+        self._member = member
+        self._left = member.padded
+
+    def copy(self, out: BinaryIO) -> None:
+        """Write the content to a file, once. Raises LayerError, OSError."""
+        self._stream.copy(self._member.size, out)
+        self._left -= self._member.size
+
+    def finish(self) -> None:
+        """Pass over what was not read."""
+        left, self._left = self._left, 0
+        self._stream.skip(left)
+
+
+def _members(stream: _Stream) -> Iterator[Member]:
+    extended = _Extended()
     for _ in range(_MAX_MEMBERS):
         header = stream.read(_BLOCK)
         if len(header) < _BLOCK or not header.strip(b"\0"):
             return
         member = _parse(header)
-        if member.kind in {b"x", b"L"}:
-            content = stream.read_padded(member.size)
-            if member.kind == b"L":
-                name = _text(content.rstrip(b"\0"))
-            else:
-                path, length = _pax(content)
-                name = path or name
-                size = length if length is not None else size
-        elif member.kind in {b"g", b"K"}:
+        if member.kind in {b"x", b"L", b"K"}:
+            extended = _extend(extended, member.kind, stream.read_padded(member.size))
+        elif member.kind == b"g":
             stream.read_padded(member.size)
         elif member.kind == b"S":
             raise LayerError("the image's layer holds a sparse file, which is not supported")
         else:
             # Links and folders have no content, whatever their header claims.
             length = 0 if member.kind in {b"1", b"2", b"3", b"4", b"5", b"6"} else member.size
-            length = size if size is not None and member.kind in _REGULAR else length
-            yield _Member(name=_relative(name or member.name), kind=member.kind, size=length)
-            name, size = "", None
+            length = extended.size if extended.size is not None and member.is_file else length
+            name = _relative(extended.name or member.name)
+            yield replace(member, name=name, size=length, link=extended.link or member.link)
+            extended = _Extended()
     raise LayerError(f"the image's layer has more than {_MAX_MEMBERS} members")
 
 
-def _parse(header: bytes) -> _Member:
+@dataclass(frozen=True, kw_only=True)
+class _Extended:
+    """What extended headers say of the member after them."""
+
+    name: str = ""
+    link: str = ""
+    size: int | None = None
+
+
+def _extend(known: _Extended, kind: bytes, content: bytes) -> _Extended:
+    if kind == b"L":
+        return replace(known, name=_text(content.rstrip(b"\0")))
+    if kind == b"K":
+        return replace(known, link=_text(content.rstrip(b"\0")))
+    found = _pax(content)
+    return _Extended(
+        name=found.name or known.name,
+        link=found.link or known.link,
+        size=found.size if found.size is not None else known.size,
+    )
+
+
+def _parse(header: bytes) -> Member:
     unsigned = sum(header) - sum(header[148:156]) + 8 * 0x20
     if _number(header[148:156]) != unsigned:
         raise LayerError("the image's layer is not a tar archive: a header's checksum is wrong")
@@ -132,7 +203,13 @@ def _parse(header: bytes) -> _Member:
     if header[257:262] == b"ustar" and header[262:263] == b"\0":
         prefix = header[345:500].split(b"\0", 1)[0]
         name = prefix + b"/" + name if prefix else name
-    return _Member(name=_text(name), kind=header[156:157], size=_number(header[124:136]))
+    return Member(
+        name=_text(name),
+        kind=header[156:157],
+        size=_number(header[124:136]),
+        link=_text(header[157:257].split(b"\0", 1)[0]),
+        executable=bool(_number(header[100:108]) & 0o100),
+    )
 
 
 def _number(field: bytes) -> int:
@@ -149,9 +226,9 @@ def _number(field: bytes) -> int:
     return number
 
 
-def _pax(content: bytes) -> tuple[str, int | None]:
-    """``path`` and ``size`` of the records ``<length> <key>=<value>\\n``."""
-    path, size = "", None
+def _pax(content: bytes) -> _Extended:
+    """``path``, ``linkpath`` and ``size`` of the records ``<length> <key>=<value>\\n``."""
+    path, link, size = "", "", None
     start = 0
     while start < len(content):
         digits, space, _ = content[start : start + 20].partition(b" ")
@@ -164,6 +241,8 @@ def _pax(content: bytes) -> tuple[str, int | None]:
         key, _, value = record[:-1].partition(b"=")
         if key == b"path":
             path = _text(value)
+        elif key == b"linkpath":
+            link = _text(value)
         elif key == b"size":
             if not value.isdigit() or len(value) > 18:
                 raise LayerError("the image's layer has a pax header that does not parse")
@@ -171,7 +250,7 @@ def _pax(content: bytes) -> tuple[str, int | None]:
         elif key.startswith(b"GNU.sparse."):
             raise LayerError("the image's layer holds a sparse file, which is not supported")
         start = end
-    return path, size
+    return _Extended(name=path, link=link, size=size)
 
 
 def _relative(name: str) -> str:

@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster.state import storage_errors, write_json
-from wasilet.demo.samples import App
+from wasilet.apps.samples import App
+from wasilet.build.builder import Made
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import cache_root
+from wasilet.storage import storage_errors, write_json
 
 Say = Callable[[str], None]
 
@@ -60,16 +61,6 @@ class Built:
         """``hello-world.wasm, 63 KiB, built in 1.2 s by Rust ...``."""
         how = "unchanged" if self.cached else f"built in {self.seconds:.1f} s by {self.toolchain}"
         return f"{self.module.name}, {self.size_bytes / 1024:.0f} KiB, {how}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """What a builder hands back."""
-
-    module: Path
-    toolchain: str
-    inputs: tuple[Path, ...]
-    """Files outside the folder that decided the result: the compiler, path dependencies."""
 
 
 def build(app: App, *, say: Say, environ: Mapping[str, str] = os.environ, force: bool = False) -> Built:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from wasilet import process
+from wasilet.apps.samples import App
 from wasilet.build import npm
-from wasilet.build.application import Made
+from wasilet.build.builder import Made
 from wasilet.build.cargo import CompileError
-from wasilet.demo.samples import App
 from wasilet.errors import UsageError
 
 Say = Callable[[str], None]

@@ -14,8 +14,8 @@ from typing import Any
 
 from wasilet.build.cargo_vendor import read_toml
 from wasilet.build.toolchain import TARGETS, RustToolchain, resolving_cargo
-from wasilet.cluster.state import FULL_DISK_HINT
 from wasilet.errors import HarnessError
+from wasilet.storage import FULL_DISK_HINT
 
 _TOO_OLD = (
     re.compile(r"package `(?P<name>\S+) v(?P<version>[^ `]+)[^`]*`.*? requires rustc (?P<rust>\d+\.\d+(\.\d+)?)"),

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from wasilet import process
+from wasilet.apps.samples import App
 from wasilet.build import apt
-from wasilet.build.application import Made
+from wasilet.build.builder import Made
 from wasilet.build.cargo import CompileError
-from wasilet.demo.samples import App
 from wasilet.errors import HarnessError, UsageError
 
 Say = Callable[[str], None]

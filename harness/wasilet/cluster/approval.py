@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from wasilet.cluster.approver import CSRS, approve, consider
+from wasilet.cluster.approver import approve, consider
 from wasilet.cluster.approver_rules import SIGNER, is_open, requesting_node
 from wasilet.errors import UsageError
-from wasilet.kube.client import Kube, KubeObject
+from wasilet.kube.client import CSRS, Kube, KubeObject
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,11 +34,10 @@ from pathlib import Path
 from wasilet.cluster.approver_facts import gather_facts, read_policy
 from wasilet.cluster.approver_rules import SIGNER, Verdict, is_open, judge, requesting_node
 from wasilet.errors import ApiError, HarnessError, StateError
-from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.kube.client import CSRS, Kube, KubeObject, api_path
 
 logger = logging.getLogger("wasilet.approver")
 
-CSRS = api_path("certificatesigningrequests", group="certificates.k8s.io")
 WATCH_SECONDS = 240
 RETRY_FIRST_SECONDS = 0.1
 RETRY_LAST_SECONDS = 15.0

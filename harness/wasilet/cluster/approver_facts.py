@@ -22,14 +22,14 @@ from wasilet.cluster.approver_rules import (
     parsed_address,
     parsed_network,
 )
-from wasilet.cluster.state import read_json, write_json
 from wasilet.errors import ApiError, StateError
 from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.storage import read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from wasilet.cluster.state import State
+    from wasilet.state import State
 
 _SERVICE_CIDRS = api_path("servicecidrs", group="networking.k8s.io", version="v1")
 _API_SLICE = api_path("endpointslices", "kubernetes", group="discovery.k8s.io", version="v1", namespace="default")

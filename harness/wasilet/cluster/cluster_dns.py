@@ -1,7 +1,7 @@
 """The cluster's DNS: the real CoreDNS as a process of this machine, behind the usual Service ``kube-dns``.
 
-``python -P -m wasilet.cluster.cluster_dns ...`` brings what Services, names and NetworkPolicies need (CoreDNS, and
-two more for the nodes), waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
+``python -P -m wasilet.cluster.cluster_dns ...`` brings what Services and names need (CoreDNS, and kube-proxy for the
+nodes), waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
 be built, that takes minutes, at the lowest priority: it begins when nothing that the user waits for is left to do.
 """
 
@@ -15,17 +15,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from wasilet.cluster.pod_network import NetworkPlan
-from wasilet.cluster.state import State, write_file
 from wasilet.controlplane.acquire import Found, acquire, locate
 from wasilet.controlplane.components import Component, Probe
+from wasilet.controlplane.pod_network import NetworkPlan
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings
+from wasilet.state import State
+from wasilet.storage import write_file
 
 COMPONENT = "coredns"
 BINARIES = ("kube-proxy", "coredns")
-LATER = ("netpol",)
-"""What nobody waits for."""
 
 DNS_PORT, READY_PORT = "dns", "dns_ready"
 """Names of the ports: for queries at the machine's end of the nodes' links, for health on loopback."""
@@ -37,7 +36,8 @@ _RETRY_SECONDS = 60.0
 
 def has_binaries(settings: Settings) -> bool:
     """Whether nothing has to be brought first."""
-    return all(locate(name, cache=settings.cache, environ=settings.environ) for name in BINARIES)
+    version = State.of(settings).cluster.kubernetes
+    return all(locate(name, cache=settings.cache, environ=settings.environ, kubernetes=version) for name in BINARIES)
 
 
 def corefile(plan: NetworkPlan, *, port: int, ready_port: int, kubeconfig: Path, resolv_conf: Path | None) -> str:
@@ -85,6 +85,8 @@ def component(plan: NetworkPlan, settings: Settings, state: State) -> Component:
         *(sys.executable, "-P", "-m", "wasilet.cluster.cluster_dns"),
         *("--cache", str(settings.cache), "--corefile", str(path), "--address", plan.machine_address),
     ]
+    if version := state.cluster.kubernetes:
+        argv += ["--kubernetes", version]
     if settings.mirror:
         argv += ["--mirror", settings.mirror]
     if not settings.download:
@@ -117,7 +119,8 @@ def _say(text: str) -> None:
 def _bring(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found]:
     """Have them, whatever it takes."""
     environ = dict(os.environ)
-    if not all(locate(name, cache=options.cache, environ=environ) for name in names):
+    version = options.kubernetes
+    if not all(locate(name, cache=options.cache, environ=environ, kubernetes=version) for name in names):
         os.nice(_NICE)
     while True:
         try:
@@ -128,23 +131,11 @@ def _bring(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found
                 progress=_say,
                 mirror=options.mirror,
                 allow_download=not options.no_download,
+                kubernetes=version,
             )
         except HarnessError as error:
             _say(f"error: {error}; trying again in {_RETRY_SECONDS:g} s")
             time.sleep(_RETRY_SECONDS)
-
-
-def _bring_later(options: argparse.Namespace) -> None:
-    """In a process of its own, whose parent is gone, since this one becomes CoreDNS, which reaps nobody."""
-    if all(locate(name, cache=options.cache, environ=dict(os.environ)) for name in LATER):
-        return
-    child = os.fork()
-    if child != 0:
-        os.waitpid(child, 0)
-        return
-    if os.fork() == 0:
-        _bring(options, LATER)
-    os._exit(0)
 
 
 def _wait_for(address: str) -> None:
@@ -166,10 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corefile", type=Path, required=True)
     parser.add_argument("--address", required=True)
     parser.add_argument("--mirror", default="")
+    parser.add_argument("--kubernetes", default="")
     parser.add_argument("--no-download", action="store_true")
     options = parser.parse_args(argv)
     path = _bring(options, BINARIES)[COMPONENT].path
-    _bring_later(options)
     _wait_for(options.address)
     os.execv(path, [str(path), "-conf", str(options.corefile)])  # noqa: S606 - no shell is wanted
 

@@ -3,15 +3,18 @@ of logs. Demos and fixtures add it to their failures; ``invoke diagnose`` prints
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from wasilet.errors import ApiError, HarnessError
 from wasilet.kube.client import Kube, KubeObject, api_path
-from wasilet.process import is_alive, tail_of
+from wasilet.process import is_alive, run, tail_of
 from wasilet.providers.base import Cluster
 from wasilet.settings import Settings
 
 MAX_EVENTS = 15
+MAX_RULES = 300
+INSPECT_SECONDS = 15.0
 
 
 def examine(settings: Settings, *, namespace: str = "") -> Iterator[str]:
@@ -44,10 +47,39 @@ def diagnose(cluster: Cluster, *, namespace: str = "") -> Iterator[str]:
     for pod in pods:
         if not _well(pod):
             yield from pod_report(kube, pod)
+    yield from network_report(cluster)
     for node_name in cluster.node_names():
         log = state.log(f"node-{node_name}")
         yield f"the end of {log}:"
         yield from (f"    {line}" for line in tail_of(log, 10))
+
+
+def network_report(cluster: Cluster) -> Iterator[str]:
+    """Of a cluster with a pod network: what is in each node's namespace, and the ends of what keeps its rules."""
+    from wasilet.cluster import cluster_dns
+    from wasilet.controlplane import pod_network
+
+    state = cluster.state
+    if pod_network.plan_of(state) is None:
+        reason = pod_network.why_absent(state) or "pods share the network of this machine"
+        yield f"no pod network: {reason}"
+        return
+    logs = [state.log(cluster_dns.COMPONENT)]
+    for name in cluster.node_names():
+        folder = state.node(name) / "network"
+        logs += [folder / "kube-proxy.log", folder / "network-policies.log"]
+        yield f"the network of node {name}:"
+        argv = [sys.executable, "-P", "-m", "wasilet_node.network.inspect", "--data-dir", str(state.node(name))]
+        try:
+            done = run(argv, timeout_seconds=INSPECT_SECONDS, check=False)
+        except HarnessError as error:
+            yield f"    {error}"
+            continue
+        yield from (f"    {line}" for line in (done.stdout or done.stderr).splitlines()[:MAX_RULES])
+    for log in logs:
+        if log.is_file():
+            yield f"the end of {log}:"
+            yield from (f"    {line}" for line in tail_of(log, 10))
 
 
 def node_report(node: KubeObject) -> Iterator[str]:

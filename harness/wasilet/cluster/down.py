@@ -11,24 +11,22 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wasilet_common.kubeconfig import SECTIONS
 
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.state import ComponentRecord, State, clusters
-from wasilet.cluster.up import node_component
-from wasilet.controlplane.components import environment_for_tools
-from wasilet.errors import CommandError, HarnessError, StateError, UsageError
-from wasilet.process import ProcessRecord, is_alive, run, stop
+from wasilet.errors import HarnessError, StateError, UsageError
+from wasilet.process import ProcessRecord, is_alive, stop
 from wasilet.providers.base import Cluster
+from wasilet.providers.node_process import end_node, node_component
 from wasilet.settings import Settings
+from wasilet.state import ComponentRecord, State, clusters
 from wasilet.steps import Finding, Play, Progress, Recap, Step
 
 if TYPE_CHECKING:
-    from wasilet.terminal.console import Reporter
+    from wasilet.steps import Reporter
 
 
 def down(settings: Settings, *, reporter: Reporter, purge: bool = False, check: bool = False) -> Recap:
@@ -101,34 +99,6 @@ def _node_step(cluster: Cluster, name: str, *, purge: bool) -> Step:
         return end_node(cluster, name)
 
     return Step(name=f"node {name}", look=look, change=change, after=(), log=state.log(node_component(name)))
-
-
-def end_node(cluster: Cluster, name: str) -> str:
-    """End a node's containers and its agent, in an orderly way; words for the report."""
-    settings, state = cluster.settings, cluster.state
-    limit = settings.timeouts.node_stop_seconds
-    try:
-        run(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "wasilet_node",
-                "shutdown",
-                "--data-dir",
-                state.node(name),
-                "--timeout",
-                f"{limit:g}",
-            ],
-            timeout_seconds=limit + 5,
-            cwd=Path("/"),
-            env=environment_for_tools(settings),
-        )
-    except CommandError as error:
-        # Whatever could not be ended in an orderly way is ended by the next step; nothing may stay behind.
-        return f"did not end by itself ({error.message})"
-    state.forget(node_component(name))
-    return "ended"
 
 
 def _components_step(cluster: Cluster) -> Step:
@@ -236,7 +206,7 @@ def _purge_step(cluster: Cluster) -> Step:
         return Finding.differs(f"remove {state.path}", [f"- {state.path}"])
 
     def change(_: Progress) -> str:
-        from wasilet.cluster.state import storage_errors
+        from wasilet.storage import storage_errors
 
         with storage_errors(state.path):
             for path in _runtime_folders(state):

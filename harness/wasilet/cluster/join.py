@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from wasilet.cluster.local_registry import registry_component
-from wasilet.cluster.state import write_file
-from wasilet.cluster.token import bootstrap_config, create_token, hand_over
 from wasilet.controlplane.acquire import locate
 from wasilet.controlplane.components import Component, accepts, component_step
+from wasilet.controlplane.local_registry import registry_component
 from wasilet.errors import UsageError
+from wasilet.kube.bootstrap_token import bootstrap_config, create_token, hand_over
 from wasilet.kube.manifests import manifests_folder
 from wasilet.providers.base import Cluster
 from wasilet.providers.docker import is_local
 from wasilet.providers.host import node_address
 from wasilet.steps import Play, Step
+from wasilet.storage import write_file
 
 API_SERVER_DOOR = "apiserver-door"
 REGISTRY_DOOR = "registry-door"
@@ -130,7 +130,7 @@ def bootstrap(
     )
     hand_over(cluster.admin(), token, file, config)
     pull_from = f"{_host_of_url(address)}:{cluster.ports()[_PORTS[REGISTRY_DOOR]]}" if registry else ""
-    command = ["python3", "-P", "-m", "wasilet_node", "--bootstrap-file", file.name, "--node-name", node]
+    command = ["wasilet-node", "--bootstrap-file", file.name, "--node-name", node]
     for taint in cluster.taints():
         command += ["--taint", taint]
     if pull_from:

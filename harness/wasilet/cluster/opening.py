@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from wasilet.cluster.state import State
 from wasilet.providers import by_name
 from wasilet.providers.base import Cluster
 from wasilet.settings import Settings
+from wasilet.state import State
 
 
 def open_cluster(settings: Settings) -> Cluster:

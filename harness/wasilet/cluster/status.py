@@ -15,18 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster import pod_network
 from wasilet.cluster.down import unknown_cluster
-from wasilet.cluster.local_registry import login_file, registry_address
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.state import State, read_json
-from wasilet.cluster.up import node_component, node_is_ready, own_components, steps
+from wasilet.cluster.up import own_components, steps
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.components import Component
+from wasilet.controlplane.local_registry import login_file, registry_address
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import KubeObject, api_path
+from wasilet.kube.resources import node_is_ready
 from wasilet.process import find, is_alive
 from wasilet.providers.base import BINARIES_STEP, Cluster
+from wasilet.providers.node_process import node_component
 from wasilet.settings import Settings
+from wasilet.state import State
+from wasilet.storage import read_json
 
 FOLLOW_POLL_SECONDS = 0.2
 

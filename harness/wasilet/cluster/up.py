@@ -9,23 +9,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasilet.cluster import cluster_dns, pod_network
+from wasilet.cluster import cluster_dns
 from wasilet.cluster.join import door_steps, doors
-from wasilet.cluster.local_registry import COMPONENT as REGISTRY
-from wasilet.cluster.local_registry import login_file, registry_address, registry_component
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.record import KubeconfigRecord
-from wasilet.cluster.state import EVERYWHERE, State
+from wasilet.cluster_record import KubeconfigRecord
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.components import Component, accepts, component_step, ensure_running
+from wasilet.controlplane.local_registry import COMPONENT as REGISTRY
+from wasilet.controlplane.local_registry import login_file, registry_address, registry_component
 from wasilet.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.kube.resources import node_is_ready
+from wasilet.ports import EVERYWHERE
 from wasilet.process import check_cancelled, is_alive, tail_of
+from wasilet.providers import kubernetes_version
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
+from wasilet.providers.node_process import node_component
 from wasilet.settings import Settings
+from wasilet.state import State
 from wasilet.steps import Finding, Play, Progress, Recap, Step
 
 if TYPE_CHECKING:
-    from wasilet.terminal.console import Reporter
+    from wasilet.steps import Reporter
 
 APPROVER = "approver"
 RBAC_STEP = "rbac"
@@ -75,7 +80,7 @@ def bring_services(cluster: Cluster, *, reporter: Reporter) -> None:
         return
     ensure_running(cluster_dns.component(plan, settings, state), state=state, settings=settings)
     reporter.notice(
-        "Services, names and NetworkPolicies work in some minutes: what they need is brought in the background, "
+        "Services and names work in some minutes: what they need is brought in the background, "
         f"once per machine (`invoke logs {cluster_dns.COMPONENT}`)"
     )
 
@@ -150,11 +155,6 @@ def steps(cluster: Cluster) -> list[Step]:
     ]  # fmt: skip
 
 
-def node_component(node: str) -> str:
-    """The component name of a node agent."""
-    return f"node-{node}"
-
-
 def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     """The long-lived processes that every provider's cluster has, by name, in the order of ``status``."""
     made: dict[str, Callable[[], Component]] = {
@@ -224,11 +224,12 @@ def _binaries_step(cluster: Cluster) -> Step:
 
     settings = cluster.settings
     names = (*cluster.provider.binaries, "registry", "kubectl")
+    version = kubernetes_version.wanted(cluster)
 
     def look() -> Finding:
         missing = []
         for name in names:
-            found = locate(name, cache=settings.cache, environ=settings.environ)
+            found = locate(name, cache=settings.cache, environ=settings.environ, kubernetes=version)
             if found is None:
                 missing.append(name)
             else:
@@ -245,6 +246,7 @@ def _binaries_step(cluster: Cluster) -> Step:
             progress=progress,
             mirror=settings.mirror,
             allow_download=settings.download,
+            kubernetes=version,
         )
         cluster.binaries.update({name: binary.path for name, binary in found.items()})
         return ", ".join(f"{name} ({binary.source})" for name, binary in found.items())
@@ -302,7 +304,7 @@ def _policy_step(cluster: Cluster) -> Step:
 
 
 def _token_step(cluster: Cluster) -> Step:
-    from wasilet.cluster.token import bootstrap_config, create_token, usable_token, write_bootstrap_file
+    from wasilet.kube.bootstrap_token import bootstrap_config, create_token, usable_token, write_bootstrap_file
 
     state, settings = cluster.state, cluster.settings
 
@@ -346,7 +348,7 @@ def node_has_certificate(data: Path) -> bool:
 
 def _approver_component(cluster: Cluster) -> Component:
     from wasilet.cluster.approver_facts import policy_file
-    from wasilet.cluster.state import read_json
+    from wasilet.storage import read_json
 
     state = cluster.state
     kubeconfig = cluster.provider.approver_kubeconfig(cluster)
@@ -391,7 +393,6 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
             index=index,
             folder=state.etc,
             kube_proxy=_late_binary(cluster, "kube-proxy"),
-            network_policies=_late_binary(cluster, "netpol"),
         )
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
@@ -409,7 +410,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
 
 def local_origins(cluster: Cluster) -> tuple[str, ...]:
     """What pods may call on this machine: the demos' own API, and what the user allowed."""
-    from wasilet.demo.demo_services import cat_facts_origin
+    from wasilet.controlplane.components import cat_facts_origin
 
     port = cluster.ports().get("cat_facts")
     own = (cat_facts_origin(port),) if port else ()
@@ -420,7 +421,12 @@ def _late_binary(cluster: Cluster, name: str) -> Path:
     """Where it is, or will be."""
     from wasilet.controlplane.acquire import expected
 
-    return expected(name, cache=cluster.settings.cache, environ=cluster.settings.environ)
+    return expected(
+        name,
+        cache=cluster.settings.cache,
+        environ=cluster.settings.environ,
+        kubernetes=kubernetes_version.wanted(cluster),
+    )
 
 
 def _pod_network_steps(cluster: Cluster) -> list[Step]:
@@ -583,12 +589,6 @@ def missing_for_pods(kube: Kube, nodes: tuple[str, ...]) -> str:
         if left := taints & NOT_READY_TAINTS:
             return f"the taint {min(left)} to go from node {name}"
     return ""
-
-
-def node_is_ready(node: KubeObject) -> bool:
-    """Its Ready condition."""
-    conditions = (node.get("status") or {}).get("conditions") or []
-    return any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)
 
 
 def _ready_words(cluster: Cluster) -> str:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from wasilet.cluster.state import FULL_DISK_HINT, storage_errors
-from wasilet.controlplane.binaries import BINARIES, Binary, go_architecture
+from wasilet.controlplane.binaries import Binary, go_architecture
+from wasilet.controlplane.binaries import binaries as all_binaries
 from wasilet.controlplane.download import DownloadError, fetch
-from wasilet.controlplane.gobuild import BuildError, Go, build, find_go
+from wasilet.controlplane.gobuild import BuildError, Go, build, find_go, minimum_go
 from wasilet.errors import HarnessError
 from wasilet.process import run
+from wasilet.storage import FULL_DISK_HINT, storage_errors
 
 VERSION_TIMEOUT_SECONDS = 30.0
 LOCK_TIMEOUT_SECONDS = 4500.0
@@ -46,9 +47,10 @@ class Found:
     """``KUBEBUILDER_ASSETS``, ``PATH``, ``cache``, ``download`` or ``go build``."""
 
 
-def locate(name: str, *, cache: Path, environ: Mapping[str, str]) -> Found | None:
-    """Where ``name`` is on this machine, without changing anything but the memory of versions already asked for."""
-    binary = BINARIES[name]
+def locate(name: str, *, cache: Path, environ: Mapping[str, str], kubernetes: str = "") -> Found | None:
+    """Where ``name`` is on this machine, without changing anything but the memory of versions already asked for.
+    ``kubernetes``: of which version or minor; empty: the newest."""
+    binary = all_binaries(kubernetes)[name]
     places = [("KUBEBUILDER_ASSETS", environ.get("KUBEBUILDER_ASSETS", "")), ("PATH", environ.get("PATH", ""))]
     for source, folders in places:
         found = shutil.which(name, path=folders) if folders else None
@@ -60,10 +62,10 @@ def locate(name: str, *, cache: Path, environ: Mapping[str, str]) -> Found | Non
     return None
 
 
-def expected(name: str, *, cache: Path, environ: Mapping[str, str]) -> Path:
+def expected(name: str, *, cache: Path, environ: Mapping[str, str], kubernetes: str = "") -> Path:
     """Where ``name`` is, else where :func:`acquire` will put it."""
-    found = locate(name, cache=cache, environ=environ)
-    return found.path if found is not None else _cached(BINARIES[name], cache)
+    found = locate(name, cache=cache, environ=environ, kubernetes=kubernetes)
+    return found.path if found is not None else _cached(all_binaries(kubernetes)[name], cache)
 
 
 def acquire(
@@ -75,9 +77,16 @@ def acquire(
     mirror: str = "",
     allow_download: bool = True,
     toolchain: Callable[[Mapping[str, str]], Go] = find_go,
+    kubernetes: str = "",
 ) -> dict[str, Found]:
-    """Have every binary of ``names``. Raises AcquireError."""
-    found = {name: place for name in names if (place := locate(name, cache=cache, environ=environ))}
+    """Have every binary of ``names``; those of Kubernetes of version or minor ``kubernetes`` (empty: the newest).
+    Raises AcquireError."""
+    known = all_binaries(kubernetes)
+
+    def look(name: str) -> Found | None:
+        return locate(name, cache=cache, environ=environ, kubernetes=kubernetes)
+
+    found = {name: place for name in names if (place := look(name))}
     missing = [name for name in names if name not in found]
     if missing:
         folder = cache / "binaries"
@@ -86,9 +95,9 @@ def acquire(
         with storage_errors(folder), _locked(folder / ".lock", progress):
             for leftover in folder.glob(".new-*"):
                 shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed: whoever lives holds the lock
-            found |= {name: place for name in missing if (place := locate(name, cache=cache, environ=environ))}
+            found |= {name: place for name in missing if (place := look(name))}
             found |= _bring(
-                [BINARIES[name] for name in names if name not in found],
+                [known[name] for name in names if name not in found],
                 cache=cache,
                 environ=environ,
                 progress=progress,
@@ -160,8 +169,8 @@ def _build(
         tried = "; ".join([*reasons, go.problem])
         raise AcquireError(
             f"cannot have {names}: {tried}",
-            hint="install Go 1.24 or newer, or put the binaries into a folder that KUBEBUILDER_ASSETS names, "
-            "or name a mirror of the releases in WASILET_MIRROR",
+            hint=f"install Go {'.'.join(map(str, minimum_go()))} or newer, or put the binaries into a folder that "
+            "KUBEBUILDER_ASSETS names, or name a mirror of the releases in WASILET_MIRROR",
         )
     built: dict[str, Found] = {}
     for pin in dict.fromkeys(binary.pin for binary in binaries):

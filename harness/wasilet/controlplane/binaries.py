@@ -1,7 +1,7 @@
 """What binaries the control plane needs: where each comes from and how its version is told.
 
-The versions are those of the ``go.mod`` files beside this module: one pin, used for every source, so that a binary
-found on PATH, one that was downloaded and one that was built are the same release.
+The versions are those of ``versions.toml``, to which the ``go.mod`` files beside it are held: one pin, used for every
+source, so that a binary found on PATH, one that was downloaded and one that was built are the same release.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
-HERE = Path(__file__).resolve().parent
+from wasilet.controlplane.versions import HERE, default_kubernetes, minor_of, versions
 
 _KUBERNETES_VERSION_VARIABLES = (
     "k8s.io/component-base/version.gitVersion={version}",
@@ -52,12 +51,18 @@ class Binary:
 
     @property
     def version(self) -> str:
-        """The pinned version, as ``1.34.4``. Raises ValueError when go.mod does not require the module."""
+        """The pinned version, as ``1.37.2``."""
+        pin, _, minor = self.pin.partition("/")
+        return versions().kubernetes[minor] if minor else versions().others[pin]
+
+    @property
+    def minimum_go(self) -> tuple[int, int]:
+        """What the pin's go.mod asks for. Raises ValueError when it asks for nothing."""
         text = (HERE / self.pin / "go.mod").read_text(encoding="utf-8")
-        found = re.search(rf"^\s*(?:require\s+)?{re.escape(self.module)}\s+v(\S+)", text, re.MULTILINE)
+        found = re.search(r"^go (\d+)\.(\d+)", text, re.MULTILINE)
         if found is None:
-            raise ValueError(f"{self.pin}/go.mod does not require {self.module}")
-        return found.group(1)
+            raise ValueError(f"{self.pin}/go.mod names no version of Go")
+        return int(found.group(1)), int(found.group(2))
 
     def fields(self, version: str, architecture: str) -> Mapping[str, str]:
         """What the templates above may name."""
@@ -82,10 +87,10 @@ def go_architecture(machine: str | None = None) -> str:
         raise ValueError(f"no binaries for {machine}: Wasilet runs on x86_64 and arm64") from None
 
 
-def _kubernetes(name: str, *, version_argv: tuple[str, ...] = ("--version",)) -> Binary:
+def _kubernetes(name: str, minor: str, *, version_argv: tuple[str, ...] = ("--version",)) -> Binary:
     return Binary(
         name=name,
-        pin="kubernetes",
+        pin=f"kubernetes/{minor}",
         module="k8s.io/kubernetes",
         package=f"k8s.io/kubernetes/cmd/{name}",
         version_argv=version_argv,
@@ -95,14 +100,19 @@ def _kubernetes(name: str, *, version_argv: tuple[str, ...] = ("--version",)) ->
     )
 
 
-_ALL = (
-    _kubernetes("kube-apiserver"),
-    _kubernetes("kube-controller-manager"),
-    _kubernetes("kube-scheduler"),
-    _kubernetes("kube-proxy"),
-    _kubernetes("kubelet"),
-    _kubernetes("kubeadm", version_argv=("version", "-o", "short")),
-    _kubernetes("kubectl", version_argv=("version", "--client")),
+def _all_of_kubernetes(minor: str) -> tuple[Binary, ...]:
+    return (
+        _kubernetes("kube-apiserver", minor),
+        _kubernetes("kube-controller-manager", minor),
+        _kubernetes("kube-scheduler", minor),
+        _kubernetes("kube-proxy", minor),
+        _kubernetes("kubelet", minor),
+        _kubernetes("kubeadm", minor, version_argv=("version", "-o", "short")),
+        _kubernetes("kubectl", minor, version_argv=("version", "--client")),
+    )
+
+
+_OTHERS = (
     Binary(
         name="etcd",
         pin="etcd",
@@ -145,14 +155,6 @@ _ALL = (
         archive_member="coredns",
     ),
     Binary(
-        name="netpol",
-        pin="netpol",
-        module="sigs.k8s.io/kube-network-policies",
-        package="wasilet.dev/netpol",
-        version_argv=("-version",),
-        version_pattern=r"kube-network-policies v(\d+\.\d+\.\d+)",
-    ),
-    Binary(
         name="kind",
         pin="kind",
         module="sigs.k8s.io/kind",
@@ -162,6 +164,15 @@ _ALL = (
     ),
 )
 
-BINARIES: Mapping[str, Binary] = MappingProxyType({binary.name: binary for binary in _ALL})
+
+def binaries(kubernetes: str = "") -> Mapping[str, Binary]:
+    """All of them by name, those of Kubernetes of that version or minor; empty: the newest. Raises KeyError for a
+    minor that is not brought."""
+    minor = minor_of(kubernetes or default_kubernetes())
+    versions().kubernetes[minor]
+    return MappingProxyType({binary.name: binary for binary in (*_all_of_kubernetes(minor), *_OTHERS)})
+
+
+BINARIES = binaries()
 HOST_PROVIDER = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry", "kubectl")
 """What ``up`` needs on the ``host`` provider."""

@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wasilet.cluster.state import RUN_ID_VARIABLE, ComponentRecord, State, port_is_free, port_taken
 from wasilet.controlplane.pki import CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA, Pki
 from wasilet.errors import ComponentError, WaitTimeoutError
 from wasilet.kube.manifests import manifests_folder
+from wasilet.ports import port_is_free, port_taken
 from wasilet.process import check_cancelled, is_alive, spawn, stop, tail_of
 from wasilet.settings import Settings
+from wasilet.state import RUN_ID_VARIABLE, ComponentRecord, State
 from wasilet.steps import Finding, Progress, Step
 
 SERVICE_CIDR = "10.96.0.0/16"
@@ -504,3 +505,8 @@ class ControlPlane:
             "--leader-elect=false",
             "--profiling=false",
         )
+
+
+def cat_facts_origin(port: int) -> str:
+    """The origin of the demos' own API, which the nodes allow pods to call on this machine."""
+    return f"http://{LOOPBACK}:{port}"

@@ -16,11 +16,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Self
 
-from wasilet.controlplane.binaries import HERE, Binary
+from wasilet.controlplane.binaries import BINARIES, Binary
+from wasilet.controlplane.versions import HERE
 from wasilet.errors import CommandError, HarnessError
 from wasilet.process import run
 
-MINIMUM_GO = (1, 24)
 BUILD_TIMEOUT_SECONDS = 3600.0
 FREE_BYTES_NEEDED = 3 * 1024**3
 """Go's build cache of all four components takes 2.1 GB."""
@@ -39,6 +39,11 @@ class BuildError(Exception):
     """``go build`` did not end well; the message holds its last lines."""
 
 
+def minimum_go() -> tuple[int, int]:
+    """What is needed to build all that is pinned."""
+    return max(binary.minimum_go for binary in BINARIES.values())
+
+
 def find_go(environ: Mapping[str, str]) -> Go:
     """The Go toolchain of PATH, else of its usual folder; says what is wrong with it when it can't be used."""
     found = shutil.which("go", path=environ.get("PATH")) or shutil.which("go", path="/usr/local/go/bin:/snap/bin")
@@ -52,8 +57,8 @@ def find_go(environ: Mapping[str, str]) -> Go:
     if match is None:
         return Go(path=None, problem=f"{found} tells no version")
     version = match.group(0).removeprefix("go")
-    if (int(match.group(1)), int(match.group(2))) < MINIMUM_GO:
-        wanted = ".".join(map(str, MINIMUM_GO))
+    if (int(match.group(1)), int(match.group(2))) < (minimum := minimum_go()):
+        wanted = ".".join(map(str, minimum))
         return Go(
             path=None, version=version, problem=f"Go {version} at {found} is too old: {wanted} or newer is needed"
         )

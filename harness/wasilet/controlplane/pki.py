@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wasilet.cluster.state import read_json, write_file, write_json
 from wasilet.errors import StateError
+from wasilet.storage import read_json, write_file, write_json
 
 if TYPE_CHECKING:
     from cryptography import x509

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wasilet.demo.samples import App, Expectation, find_app, sample_names
+from wasilet.apps.samples import App, Expectation, find_app, sample_names
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.providers.base import Cluster
 from wasilet.settings import Settings, checked_name
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wasilet.demo.expect import Seen
     from wasilet.kube.client import KubeObject
     from wasilet.oci.artifact import Artifact
-    from wasilet.terminal.console import Reporter
+    from wasilet.steps import Reporter
 
 DEFAULT_NAMESPACE = "default"
 TAG = "latest"
@@ -91,8 +91,8 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
     Raises UsageError before anything is changed when the app or its ``demo.yaml`` makes no sense; HarnessError when
     the cluster cannot be had. A failed step is in the recap.
     """
+    from wasilet.apps.render import render
     from wasilet.cluster.up import bring_services
-    from wasilet.demo.render import render
 
     app = find_app(name, environ=settings.environ)
     checked_name(options.namespace, what="namespace")
@@ -122,8 +122,8 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
 
 def remove(name: str, settings: Settings, *, options: DemoOptions) -> list[str]:
     """Delete what the demo of an app applied; the names of what is gone. Raises UsageError when no cluster runs."""
+    from wasilet.apps.render import render
     from wasilet.cluster.opening import open_cluster
-    from wasilet.demo.render import render
     from wasilet.kube.resources import Resources
 
     app = find_app(name, environ=settings.environ)
@@ -203,10 +203,10 @@ def _build_step(run: Run) -> Step:
 
 def _local_step(run: Run) -> Step:
     """Skipped when this very module has passed this very check before."""
+    from wasilet.apps.render import render_text
+    from wasilet.apps.samples import LocalSpec
     from wasilet.build.application import workspace
-    from wasilet.cluster.state import read_json, write_json
-    from wasilet.demo.render import render_text
-    from wasilet.demo.samples import LocalSpec
+    from wasilet.storage import read_json, write_json
 
     environ = run.cluster.settings.environ
     record = workspace(run.app, environ) / "checked.json"
@@ -284,7 +284,7 @@ def _push_step(run: Run) -> Step:
 
 
 def _apply_step(run: Run) -> Step:
-    from wasilet.demo.render import add_pull_secret, place, render
+    from wasilet.apps.render import add_pull_secret, place, render
     from wasilet.kube.resources import Resources
 
     def change(_: Progress) -> str:
@@ -321,7 +321,7 @@ def _built(run: Run) -> Built:
 
 def _next(run: Run) -> tuple[str, ...]:
     """The app's own commands, made to work as they are: with the namespace, and with a kubectl that is there."""
-    from wasilet.demo.render import render_text
+    from wasilet.apps.render import render_text
 
     environ = run.cluster.settings.environ
     namespace = "" if run.options.namespace == DEFAULT_NAMESPACE else f" -n {run.options.namespace}"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from wasilet.cluster.state import write_file
-from wasilet.controlplane.components import LOOPBACK, Component, Probe, ensure_running, wait_ready
+from wasilet.controlplane.components import LOOPBACK, Component, Probe, cat_facts_origin, ensure_running, wait_ready
 from wasilet.errors import UsageError
 from wasilet.kube.client import KubeObject
 from wasilet.providers.base import Cluster
 from wasilet.settings import environment_flag
+from wasilet.storage import write_file
 
 CAT_FACTS_URL = "https://catfact.ninja/fact"
 OFFLINE = "WASILET_OFFLINE"
@@ -74,11 +74,6 @@ def _local_cat_facts(cluster: Cluster, say: Say) -> str:
     return f"{cat_facts_origin(port)}/fact"
 
 
-def cat_facts_origin(port: int) -> str:
-    """What the nodes allow pods to call on this machine."""
-    return f"http://{LOOPBACK}:{port}"
-
-
 def pull_secret_name(app: str) -> str:
     """The name of an app's pull secret: its own, so that removing one demo leaves the others their login."""
     return f"{app}-pull"
@@ -89,8 +84,8 @@ def private_registry(cluster: Cluster, app: str, *, say: Say) -> tuple[str, Mapp
 
     Raises HarnessError when there is no registry binary or it does not start.
     """
-    from wasilet.cluster.local_registry import answers, write_login
     from wasilet.controlplane.acquire import acquire
+    from wasilet.controlplane.local_registry import answers, write_login
 
     state, settings = cluster.state, cluster.settings
     port = state.allocate_ports({"private_registry": 0})["private_registry"]

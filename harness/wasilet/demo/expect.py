@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from wasilet.demo.samples import Expectation, Line
+from wasilet.apps.samples import Expectation, Line
 from wasilet.errors import HarnessError
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import check_cancelled

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wasilet import process
-from wasilet.cluster.state import NO_ROOM, storage_errors
+from wasilet.apps.samples import LocalSpec
 from wasilet.demo.expect import judge_of, lacking
-from wasilet.demo.samples import LocalSpec
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import cache_root
+from wasilet.storage import NO_ROOM, storage_errors
 
 Say = Callable[[str], None]
 

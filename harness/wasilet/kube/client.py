@@ -394,6 +394,9 @@ def api_path(
     return "/".join(parts)
 
 
+CSRS = api_path("certificatesigningrequests", group="certificates.k8s.io")
+
+
 def _refused(status: int, answer: Any, what: str) -> ApiError:
     data = answer if isinstance(answer, dict) else {}
     message = str(data.get("message") or f"{what}: HTTP {status}")

@@ -23,10 +23,10 @@ from typing import Any
 from wasilet_common import kube_yaml, kubeconfig
 from wasilet_common.kubeconfig import SECTIONS, KubeconfigError
 
-from wasilet.cluster.state import storage_errors, write_file
 from wasilet.errors import StateError
 from wasilet.kube.client import KubeObject
 from wasilet.process import check_cancelled
+from wasilet.storage import storage_errors, write_file
 
 LOCK_TIMEOUT_SECONDS = 10.0
 

@@ -211,3 +211,9 @@ def is_ours(obj: KubeObject) -> bool:
     """Whether this module made it: its field manager is recorded."""
     managers = obj["metadata"].get("managedFields") or []
     return any(entry.get("manager") == FIELD_MANAGER for entry in managers)
+
+
+def node_is_ready(node: KubeObject) -> bool:
+    """Its Ready condition."""
+    conditions = (node.get("status") or {}).get("conditions") or []
+    return any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)

@@ -19,10 +19,9 @@ from typing import Any
 from wasilet_common.oci.credentials import Credential, from_docker_config, matching
 from wasilet_common.oci.reference import DEFAULT_REGISTRY, Reference, is_loopback
 
-HELPER_TIMEOUT_SECONDS = 20.0
-CLUSTER_LOGIN = "etc/registry-login/config.json"
-"""Within a cluster's folder: the login of its registry, as docker writes one."""
+from wasilet.state import CLUSTER_LOGIN
 
+HELPER_TIMEOUT_SECONDS = 20.0
 _HUB_SERVER = "https://index.docker.io/v1/"
 _IDENTITY_USER = "<token>"
 """What a helper says in place of a user name when the secret is an identity token."""

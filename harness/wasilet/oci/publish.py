@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasilet.demo.samples import find_app
+from wasilet.apps.samples import find_app
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import Settings
 from wasilet.steps import Finding, Play, Progress, Recap, Step
@@ -14,7 +14,7 @@ from wasilet.steps import Finding, Play, Progress, Recap, Step
 if TYPE_CHECKING:
     from wasilet.build.application import Built
     from wasilet.oci.push import Pulled, Pushed
-    from wasilet.terminal.console import Reporter
+    from wasilet.steps import Reporter
 
 
 def build_app(name: str, settings: Settings, *, reporter: Reporter, force: bool = False) -> tuple[Recap, Built | None]:
@@ -106,8 +106,8 @@ def module_file(name: str, settings: Settings) -> Path | None:
 
 def cluster_registry(settings: Settings) -> str:
     """``host:port`` of the cluster's registry. Raises UsageError when the cluster was never up."""
-    from wasilet.cluster.local_registry import registry_address
-    from wasilet.cluster.state import State
+    from wasilet.controlplane.local_registry import registry_address
+    from wasilet.state import State
 
     port = State.of(settings).cluster.ports.get("registry")
     if not port:

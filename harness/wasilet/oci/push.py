@@ -320,6 +320,6 @@ def _module(reference: Reference, image: ImageManifest, config: bytes, layers: l
 
 
 def _save(data: bytes, output: Path) -> None:
-    from wasilet.cluster.state import write_file
+    from wasilet.storage import write_file
 
     write_file(output, data, mode=0o644)

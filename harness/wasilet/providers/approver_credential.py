@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from wasilet.cluster.approver import CSRS
 from wasilet.errors import ApiError, HarnessError, UsageError
-from wasilet.kube.client import Kube
+from wasilet.kube.client import CSRS, Kube
 from wasilet.kube.credentials import Credentials, read_credentials
 from wasilet.kube.kubeconfig import write_kubeconfig
 from wasilet.process import check_cancelled

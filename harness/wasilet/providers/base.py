@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
-from wasilet.cluster.state import State
 from wasilet.errors import HarnessError, UsageError
 from wasilet.kube.client import Kube
 from wasilet.kube.credentials import Credentials, read_credentials
 from wasilet.settings import Settings
+from wasilet.state import State
 
 if TYPE_CHECKING:
     from wasilet.controlplane.components import Component

@@ -27,8 +27,7 @@ def is_ours(obj: KubeObject) -> bool:
 def forget_identities(cluster: Cluster) -> None:
     """Remove what belongs to one cluster only: certificates of nodes and the pods they had. Images and compiled
     modules stay, they are the same everywhere. Agents that still run are ended first."""
-    from wasilet.cluster.down import end_node
-    from wasilet.cluster.up import node_component
+    from wasilet.providers.node_process import end_node, node_component
 
     state = cluster.state
     for name in ("approver.conf", "bootstrap.conf"):
@@ -49,7 +48,7 @@ def forget_identities(cluster: Cluster) -> None:
 def withdraw(cluster: Cluster) -> int:
     """Delete from a cluster what the harness added: its Nodes, its token, the notice, and those roles and bindings
     that it created. Returns how many. Raises ApiError."""
-    from wasilet.cluster.token import bootstrap_token_id, delete_token
+    from wasilet.kube.bootstrap_token import bootstrap_token_id, delete_token
     from wasilet.kube.manifests import object_path
 
     kube = cluster.admin()

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Sequence
 
-from wasilet.cluster.state import write_file
 from wasilet.errors import ApiError, CommandError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject
 from wasilet.kube.credentials import read_credentials
@@ -30,6 +29,7 @@ from wasilet.providers.existing_base import (
     made_since,
     update_facts,
 )
+from wasilet.storage import write_file
 
 _ANSWER_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from wasilet.cluster.state import State
 from wasilet.errors import ApiError, CommandError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import Credentials, read_credentials
@@ -23,6 +22,7 @@ from wasilet.providers.existing_base import ExternalProvider, Found
 from wasilet.providers.host import node_address
 from wasilet.providers.preflight import check_node_names, inspect, try_bootstrap_token
 from wasilet.settings import Settings
+from wasilet.state import State
 from wasilet.steps import Progress
 
 _ANSWER_SECONDS = 5.0

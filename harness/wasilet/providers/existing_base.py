@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster.state import write_file
 from wasilet.controlplane.components import Component, component_step
 from wasilet.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
@@ -31,6 +30,7 @@ from wasilet.providers.detach import HOSTING, OURS, forget_identities, is_ours, 
 from wasilet.providers.preflight import check_node_names
 from wasilet.settings import KRUSTLET_TAINTS, Settings
 from wasilet.steps import Finding, Progress, Step
+from wasilet.storage import write_file
 
 REGISTRY_FOR_NODES = "registry-for-nodes"
 REGISTRY_FOR_NODES_STEP = "registry-for-nodes"
@@ -312,7 +312,7 @@ class ExternalProvider:
 
     def _hosting_step(self, cluster: Cluster) -> Step:
         """KEP-1755: how tools (Tilt, Skaffold, ctlptl) learn of a local registry."""
-        from wasilet.cluster.local_registry import registry_address
+        from wasilet.controlplane.local_registry import registry_address
 
         def wanted() -> KubeObject:
             host = registry_address(cluster.ports()["registry"])
@@ -386,7 +386,7 @@ class HalfMadeError(HarnessError):
 def registry_for_nodes(cluster: Cluster) -> Component:
     """The same blobs, to be read only, on the one address that the cluster's containers reach this machine by. The
     first door stays on loopback: what may write does not leave the machine."""
-    from wasilet.cluster.local_registry import registry_component
+    from wasilet.controlplane.local_registry import registry_component
 
     address = facts(cluster).get("registry_address")
     if not address:
@@ -409,7 +409,7 @@ def registry_for_nodes(cluster: Cluster) -> Component:
 def hosts_toml(cluster: Cluster) -> tuple[str, str]:
     """``(folder name, text)`` of containerd's registry host configuration: ``localhost:<port>`` means this machine's
     registry to the cluster's own nodes too, so one reference serves wasm nodes and Linux nodes."""
-    from wasilet.cluster.local_registry import registry_address
+    from wasilet.controlplane.local_registry import registry_address
 
     name = registry_address(cluster.ports()["registry"])
     url = f"http://{facts(cluster)['registry_address']}:{cluster.ports()['registry_for_nodes']}"

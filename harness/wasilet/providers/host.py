@@ -12,12 +12,13 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from wasilet.cluster import pod_network
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import locate
 from wasilet.controlplane.components import LOOPBACK, SERVICE_IP, Component, ControlPlane, component_step
 from wasilet.controlplane.pki import CLUSTER_CA, Pki, host_specs
 from wasilet.kube.kubeconfig import write_kubeconfig
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
+from wasilet.providers.kubernetes_version import UPGRADE_STEP, upgrade_step
 from wasilet.settings import Settings
 from wasilet.steps import Finding, Progress, Step
 
@@ -39,7 +40,7 @@ class HostProvider:
 
     name = "host"
     summary = "plain processes on this machine; no Docker, no root"
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("kubernetes_version",)
     default_taints: tuple[str, ...] = ()
     binaries = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
     wanted_ports = ("apiserver", "etcd", "etcd_peer", "controller_manager", "scheduler")
@@ -57,7 +58,7 @@ class HostProvider:
     def create_steps(self, cluster: Cluster) -> Sequence[Step]:
         """etcd and the API server start together (it waits for etcd by itself); the other two as soon as it answers,
         because they give up, or back off, when it is not there."""
-        both = (BINARIES_STEP, PKI_STEP)
+        both = (UPGRADE_STEP, PKI_STEP)
         made = self.components(cluster)
         settings, state = cluster.settings, cluster.state
 
@@ -66,6 +67,7 @@ class HostProvider:
 
         return (
             self._pki_step(cluster),
+            upgrade_step(cluster, self.components, after=(BINARIES_STEP, PKI_STEP)),
             step("etcd", "etcd", both),
             step("kube-apiserver", "API server", both, API_SERVER_STEP),
             step("kube-controller-manager", "controller-manager", (API_SERVER_STEP,)),

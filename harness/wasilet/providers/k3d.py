@@ -19,8 +19,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from wasilet.cluster.local_registry import registry_address
-from wasilet.cluster.state import RUN_ID_VARIABLE, write_file
+from wasilet.controlplane.local_registry import registry_address
 from wasilet.errors import CommandError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject
 from wasilet.kube.credentials import load_yaml, read_credentials
@@ -32,7 +31,9 @@ from wasilet.providers.existing_base import REGISTRY_FOR_NODES_STEP, Found, fact
 from wasilet.providers.k3s_config import EGRESS_FLAG, egress_disabled, registries_with
 from wasilet.providers.preflight import try_bootstrap_token
 from wasilet.settings import Settings
+from wasilet.state import RUN_ID_VARIABLE
 from wasilet.steps import Finding, Progress, Step
+from wasilet.storage import write_file
 
 OLDEST = (5, 0)
 """``--k3s-arg`` with node filters came with it."""

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from wasilet.cluster.state import RUN_ID_VARIABLE
 from wasilet.controlplane.acquire import acquire, locate
 from wasilet.errors import CommandError, HarnessError, UsageError
 from wasilet.kube.client import KubeObject
@@ -21,6 +20,7 @@ from wasilet.providers.docker import Container, Docker
 from wasilet.providers.docker_base import ContainedProvider
 from wasilet.providers.existing_base import REGISTRY_FOR_NODES_STEP, Found, facts, hosts_toml
 from wasilet.settings import Settings
+from wasilet.state import RUN_ID_VARIABLE
 from wasilet.steps import Finding, Progress, Step
 
 OLDEST = (0, 27)

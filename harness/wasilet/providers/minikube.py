@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster.state import RUN_ID_VARIABLE
 from wasilet.errors import ApiError, CommandError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import read_credentials
@@ -38,6 +37,7 @@ from wasilet.providers.existing_base import (
 )
 from wasilet.providers.preflight import try_bootstrap_token
 from wasilet.settings import Settings
+from wasilet.state import RUN_ID_VARIABLE
 from wasilet.steps import Finding, Progress, Step
 
 OLDEST = (1, 26)

@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from wasilet.cluster.token import create_token, delete_token
 from wasilet.errors import ApiError, HarnessError, UsageError
+from wasilet.kube.bootstrap_token import create_token, delete_token
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import Credentials
 from wasilet.kube.manifests import missing_objects, render_objects
@@ -97,7 +97,7 @@ def inspect(kube: Kube, *, what: str) -> list[str]:
 def check_node_names(kube: Kube, names: Sequence[str]) -> None:
     """See that nobody else runs nodes of these names: two agents on one Node would fight, and `down` would delete what
     is another's. One that is not Ready is of an agent that is gone. Raises UsageError."""
-    from wasilet.cluster.up import node_is_ready
+    from wasilet.kube.resources import node_is_ready
 
     for name in names:
         node = kube.find(api_path("nodes", name))

@@ -21,11 +21,12 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from wasilet_common.process_start import silence_stdout
 
-from wasilet.cluster.state import State, os_error_reason
+from wasilet.console import reporter_for
 from wasilet.errors import CommandError, ComponentError, HarnessError, StateError, UsageError
-from wasilet.settings import Settings, environment_flag, from_invoke_variables, load
+from wasilet.settings import Settings, environment_flag, from_invoke_variables, invocation_path, load
+from wasilet.state import State
 from wasilet.steps import Recap
-from wasilet.terminal.console import reporter_for
+from wasilet.storage import os_error_reason, os_error_words
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,8 +63,6 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
             silence_stdout()
             raise Exit(code=0) from None
         except OSError as error:
-            from wasilet.cluster.state import os_error_words
-
             raise Exit(f"error: {os_error_words(error)}", code=EXIT_FAILED) from error
         except Exit:
             raise
@@ -127,12 +126,6 @@ def _section(context: Context) -> Any:
         except TypeError as error:  # Invoke's AmbiguousMergeError: a section in one file, a number in the other
             raise UsageError(f"the settings in invoke.yaml files do not fit together: {error}") from error
     return section
-
-
-def invocation_path(path: str) -> str:
-    """A path as typed: relative to the folder that ``run`` was called in, which Invoke leaves."""
-    base = os.environ.get("WASILET_INVOCATION_DIR") or os.getcwd()  # noqa: PTH109
-    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))  # noqa: PTH111, PTH118
 
 
 def _plain(value: Any) -> Any:

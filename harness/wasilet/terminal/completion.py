@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from wasilet.demo.samples import samples_root
+from wasilet.apps.samples import samples_root
 from wasilet.errors import UsageError
 
 APP_TASKS = ("build", "demo", "push", "run")

@@ -53,7 +53,7 @@ def show(settings: Settings, *, namespace: str = "") -> None:
     does not answer."""
     from wasilet.cluster.down import unknown_cluster
     from wasilet.cluster.opening import open_cluster
-    from wasilet.cluster.state import State
+    from wasilet.state import State
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         raise UsageError(
@@ -244,7 +244,7 @@ def _event_line(event: KubeObject) -> str:
 
 
 def _short(seconds: float) -> str:
-    from wasilet.terminal.report import duration
+    from wasilet.testing.report_page import duration
 
     return duration(max(0.0, seconds))
 

@@ -80,7 +80,7 @@ def _items(scene: Scene, plural: str) -> Iterator[KubeObject]:
 
 
 def _wasm_nodes(scene: Scene) -> Iterator[KubeObject]:
-    from wasilet.demo.render import ARCHITECTURE_LABEL, WASM_ARCHITECTURE
+    from wasilet.apps.render import ARCHITECTURE_LABEL, WASM_ARCHITECTURE
 
     answer = scene.cluster.kube.get(
         api_path("nodes"), timeout_seconds=REQUEST_SECONDS, labelSelector=f"{ARCHITECTURE_LABEL}={WASM_ARCHITECTURE}"

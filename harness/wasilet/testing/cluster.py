@@ -20,12 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster.state import State, read_json, storage_errors, write_json
+from wasilet.console import PlainReporter
 from wasilet.errors import ApiError, HarnessError, StateError, UsageError
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import ProcessRecord, find, is_alive
 from wasilet.settings import Settings, load
-from wasilet.terminal.console import PlainReporter
+from wasilet.state import State
+from wasilet.storage import read_json, storage_errors, write_json
 
 LOCK_TIMEOUT_SECONDS = 1800.0
 """Another run may be building a control plane from source meanwhile."""
@@ -238,9 +239,9 @@ def _origin(settings: Settings) -> str:
 
 def _fit(settings: Settings) -> bool:
     """Whether pods can run and images can be pushed; a few milliseconds."""
-    from wasilet.cluster.local_registry import COMPONENT as REGISTRY
     from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import missing_for_pods
+    from wasilet.controlplane.local_registry import COMPONENT as REGISTRY
 
     with open_cluster(settings) as cluster:
         if cluster.state.alive(REGISTRY) is None:
@@ -299,9 +300,9 @@ def _take_down(settings: Settings, *, purge: bool) -> str:
 
 
 def _opened(settings: Settings, wish: Wish) -> WasmCluster:
-    from wasilet.cluster.local_registry import registry_address
     from wasilet.cluster.opening import open_cluster
-    from wasilet.cluster.up import node_component
+    from wasilet.controlplane.local_registry import registry_address
+    from wasilet.providers.node_process import node_component
 
     with open_cluster(settings) as cluster:
         port = cluster.ports().get("registry")
@@ -319,7 +320,7 @@ def _opened(settings: Settings, wish: Wish) -> WasmCluster:
 
 def _adopt(wish: Wish) -> WasmCluster:
     """The cluster of a kubeconfig: nothing is started there, and nothing ended."""
-    from wasilet.demo.render import WASM_ARCHITECTURE
+    from wasilet.apps.render import WASM_ARCHITECTURE
 
     path = Path(wish.kubeconfig).expanduser()
     kube = Kube.from_kubeconfig(path)
@@ -350,7 +351,7 @@ def _is_ready(node: Mapping[str, Any]) -> bool:
 
 def _registry_of(server: str, settings: Settings) -> str:
     """The registry of the cluster of ours that has this API server; empty when none of ours has."""
-    from wasilet.cluster.local_registry import registry_address
+    from wasilet.controlplane.local_registry import registry_address
 
     for file in settings.state_root.glob("*/cluster.json"):
         with contextlib.suppress(StateError):

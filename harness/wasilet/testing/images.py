@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wasilet.cluster.state import storage_errors
 from wasilet.errors import StateError, UsageError
 from wasilet.settings import cache_root
+from wasilet.storage import storage_errors
 from wasilet.testing.cluster import WasmCluster
 
 TAG = "latest"
@@ -44,7 +44,7 @@ class Images:
 
     def _place(self, given: str) -> Path | None:
         """The file or folder; None for a sample's name."""
-        from wasilet.demo.samples import samples_root
+        from wasilet.apps.samples import samples_root
 
         if "/" not in given and given not in {".", ".."} and (samples_root() / given).is_dir():
             return None
@@ -71,8 +71,8 @@ class Images:
                 raise UsageError(f"there is no file {place}")
             name, module = place.stem.lower(), place
         else:
+            from wasilet.apps.samples import find_app
             from wasilet.build.application import build
-            from wasilet.demo.samples import find_app
 
             found = find_app(given if place is None else str(place), environ=environ)
             name, module = found.name, build(found, say=lambda _: None, environ=environ).module

@@ -36,9 +36,13 @@ def run_kubectl(
 
 def _binary(cluster: WasmCluster) -> str:
     from wasilet.controlplane.acquire import locate
+    from wasilet.controlplane.versions import minor_of, versions
+    from wasilet.state import State
 
     environ = cluster.settings.environ
-    found = locate("kubectl", cache=cluster.settings.cache, environ=environ)
+    version = State.of(cluster.settings).cluster.kubernetes
+    known = version if minor_of(version) in versions().kubernetes else ""
+    found = locate("kubectl", cache=cluster.settings.cache, environ=environ, kubernetes=known)
     path = str(found.path) if found is not None else shutil.which("kubectl", path=environ.get("PATH"))
     if path is None:
         raise UsageError("there is no kubectl on this machine", hint="`invoke up` brings one")

@@ -48,7 +48,7 @@ def read_objects(source: Any, variables: Mapping[str, Any], folders: Sequence[Pa
     """What ``apply`` is given: an object, a list of them, YAML, or a file (``.j2``: a template). Raises UsageError."""
     import copy
 
-    from wasilet.demo.render import render_file
+    from wasilet.apps.render import render_file
     from wasilet.kube.manifest_file import parse_objects
 
     if isinstance(source, Mapping):

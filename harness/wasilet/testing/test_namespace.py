@@ -103,7 +103,7 @@ class Scene:
 
     def run_pod(self, body: KubeObject) -> Pod:
         """Create a pod where wasm runs. Raises ApiError."""
-        from wasilet.demo.render import place
+        from wasilet.apps.render import place
 
         if self.cluster.has_other_nodes:
             place([body])
@@ -120,7 +120,7 @@ class Scene:
 
     def apply(self, objects: Sequence[KubeObject]) -> list[Any]:
         """See the fixture ``apply``. Raises UsageError and ApiError; what exists already is an error too."""
-        from wasilet.demo.render import place
+        from wasilet.apps.render import place
         from wasilet.kube.manifest_file import manifest_errors
         from wasilet.kube.resources import Resources
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wasilet.errors import ApiError
 from wasilet.kube.client import api_path
-from wasilet.terminal.report import Chapter, chapter_of, page
+from wasilet.testing.report_page import Chapter, chapter_of, page
 from wasilet.testing.test_namespace import Scene
 
 

@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn it_ticks_while_somebody_needs_it() {
         let (sender, ticks) = channel();
-        let epochs = Epochs::with_tick(Duration::from_millis(1), move || drop(sender.send(()))).unwrap();
+        let epochs = Epochs::with_tick(Duration::from_millis(1), move || _ = sender.send(())).unwrap();
         assert!(ticks.recv_timeout(Duration::from_millis(50)).is_err());
         let running = epochs.run();
         for _ in 0..3 {

@@ -1,9 +1,8 @@
 """Images as the pod workers see them: kubelet's image manager, with its pull policies, words, events and back-off.
 
-Texts and order of events are those of Kubernetes 1.34's pkg/kubelet/images/image_manager.go and, for the closing
-``Error: ...``, of kuberuntime_container.go. An image that is present may be used by any pod under IfNotPresent and
-Never, as on a 1.34 kubelet, whose KubeletEnsureSecretPulledImages (KEP-2535) is alpha and off; who wants each pod's
-credentials checked uses ``imagePullPolicy: Always``, which asks the registry every time but moves no bytes twice.
+Texts and order of events are those of Kubernetes 1.37's pkg/kubelet/images/image_manager.go and, for the closing
+``Error: ...``, of kuberuntime_container.go. Who may use an image that is present is said in
+``wasilet_node.images.access``; ``imagePullPolicy: Always`` asks the registry every time but moves no bytes twice.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -27,6 +26,7 @@ from wasilet_common.time_format import go_duration
 
 from wasilet_node.images.backoff import Backoff
 from wasilet_node.images.compile import CompileError
+from wasilet_node.images.files import FilePuller
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
 from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
 from wasilet_node.images.offer import is_server, offered
@@ -69,16 +69,30 @@ class ImageManager:
         disk_usage: Callable[[Path], Usage] = shutil.disk_usage,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        of_files: bool = False,
     ) -> None:
-        """``directory`` is NodePaths.images. ``clock`` gives seconds since the epoch. No I/O happens here."""
+        """``directory`` is NodePaths.images. ``clock`` gives seconds since the epoch. ``of_files``: its images are not
+        run, but the files of image volumes. No I/O happens here."""
         self._settings = settings
         self._compiler = compiler
         self._monotonic = monotonic
         self._registry = registry or RegistryClient(settings=settings)
         self._store = Store(directory=directory, clock=clock)
-        self._puller = Puller(
+        self._puller = (FilePuller if of_files else Puller)(
             store=self._store, registry=self._registry, settings=settings, monotonic=monotonic, preflight=offered
         )
+        self._files: ImageManager | None = None
+        if not of_files:
+            self._files = ImageManager(
+                directory=directory / "volumes",
+                settings=settings,
+                compiler=compiler,
+                registry=self._registry,
+                disk_usage=disk_usage,
+                clock=clock,
+                monotonic=monotonic,
+                of_files=True,
+            )
         self._backoff = Backoff(clock=monotonic)
         self._in_use: frozenset[str] = frozenset()
         self._servers: dict[str, bool] = {}
@@ -99,6 +113,8 @@ class ImageManager:
 
     async def close(self) -> None:
         """Cancel what is under way, close connections, give the store back."""
+        if self._files is not None:
+            await self._files.close()
         await self._pulls.close()
         await self._compiles.close()
         await self._registry.close()
@@ -119,12 +135,15 @@ class ImageManager:
         self._backoff.forget_expired()
         collected = await self._collector.collect()
         await self._store.save()
+        if self._files is not None:
+            await self._files.collect_garbage()
         return collected
 
     async def delete_unused(self) -> int:
         """For eviction: delete every image that no running pod uses. Returns the bytes freed. Raises as above."""
         await self.start()
-        return await self._collector.delete_unused()
+        freed = await self._collector.delete_unused()
+        return freed if self._files is None else freed + await self._files.delete_unused()
 
     async def ensure(
         self,
@@ -142,6 +161,19 @@ class ImageManager:
             await _emit(event, "Warning", "Failed", f"Error: {error.reason}")
             raise
 
+    async def ensure_files(
+        self,
+        reference: str,
+        *,
+        policy: PullPolicy,
+        credentials: Sequence[Credential],
+        event: EventSink,
+        pod_uid: str = "",
+    ) -> Image:
+        """See ``Images``."""
+        files = self._files or self
+        return await files.ensure(reference, policy=policy, credentials=credentials, event=event, pod_uid=pod_uid)
+
     async def _ensure(
         self, name: str, policy: PullPolicy, credentials: Sequence[Credential], event: EventSink, pod_uid: str
     ) -> Image:
@@ -155,9 +187,12 @@ class ImageManager:
 
         if policy is not PullPolicy.ALWAYS:
             record = await self._present(reference, quoted, event)
-            if record is not None:
-                await _emit(event, "Normal", "Pulled", f"Container image {quoted} already present on machine")
+            fitting = pull_credentials.matching(reference, credentials)
+            if record is not None and self._store.access.may_use(record.digest, reference, fitting):
+                message = f"Container image {quoted} already present on machine and can be accessed by the pod"
+                await _emit(event, "Normal", "Pulled", message)
                 return await self._image(name, reference, record)
+            # Whether the image is here is not told to those who may not use it.
             if policy is PullPolicy.NEVER:
                 message = f"Container image {quoted} is not present with pull policy of Never"
                 await _emit(event, "Warning", "ErrImageNeverPull", message)
@@ -174,6 +209,7 @@ class ImageManager:
         began = self._monotonic()
         try:
             pulled = await self._pull(reference, credentials)
+            await self._grant(reference, pulled, credentials)
         except (PullError, StoreError) as error:
             await _emit(event, "Warning", "Failed", f"Failed to pull image {quoted}: {error}")
             self._backoff.failed(key, str(error))
@@ -207,7 +243,10 @@ class ImageManager:
     async def list(self) -> Sequence[dict[str, object]]:
         """See ``Images``."""
         await self.start()
-        return self._store.status(_STATUS_IMAGES)
+        found = self._store.status(_STATUS_IMAGES)
+        if self._files is not None:
+            found = sorted([*found, *await self._files.list()], key=_size, reverse=True)[:_STATUS_IMAGES]
+        return found
 
     def set_in_use(self, module_digests: frozenset[str]) -> None:
         """See ``Images``."""
@@ -217,6 +256,8 @@ class ImageManager:
         self._in_use = module_digests
 
     async def _prune(self, module_digests: Collection[str]) -> None:
+        if self._files is None:
+            return  # nothing of what it keeps is ever compiled
         await self._compiler.prune({_cache_key(digest) for digest in module_digests})
 
     async def _present(self, reference: Reference, quoted: str, event: EventSink) -> ImageRecord | None:
@@ -231,6 +272,13 @@ class ImageManager:
             message = f"Failed to inspect image {quoted}: {error}"
             await _emit(event, "Warning", "InspectFailed", message)
             raise ImageError("ImageInspectError", message) from error
+
+    async def _grant(self, reference: Reference, pulled: Pulled, credentials: Sequence[Credential]) -> None:
+        """A pull may have been shared by pods that bring one login in different Secrets."""
+        used = pulled.credential
+        own = next((each for each in credentials if each == used), None)
+        if self._store.access.granted(pulled.record.digest, reference, own):
+            await self._store.save()
 
     async def _pull(self, reference: Reference, credentials: Sequence[Credential]) -> Pulled:
         """Pods share a pull only when they bring the same credentials, or one would use what another may see."""
@@ -270,6 +318,11 @@ class ImageManager:
             # What cannot be read is named by whoever compiles it.
             self._servers[digest] = interfaces is not None and is_server(interfaces)
         return self._servers[digest]
+
+
+def _size(listed: Mapping[str, object]) -> int:
+    size = listed["sizeBytes"]
+    return size if isinstance(size, int) else 0
 
 
 def _cache_key(module_digest: str) -> str:

@@ -81,6 +81,18 @@ class Images(Protocol):
         tries at once: within it ImagePullBackOff is raised without asking the registry.
         """
 
+    async def ensure_files(
+        self,
+        reference: str,
+        *,
+        policy: PullPolicy,
+        credentials: Sequence[Credential],
+        event: EventSink,
+        pod_uid: str = "",
+    ) -> Image:
+        """As ``ensure``, for an image volume: ``module_path`` is one archive of the image's files, and
+        ``module_digest`` its digest. Raises ImageError."""
+
     async def compiled(self, image: Image, *, owner: str = "") -> Path:
         """The precompiled file for this engine, made in a worker process when it is missing. Raises ImageError
         (reason CreateContainerError) with the compiler's message."""

@@ -59,6 +59,8 @@ class Pulled:
 
     record: ImageRecord
     seconds: float
+    credential: Credential | None = None
+    """The login that the registry took; None: it wanted none."""
 
 
 @dataclass
@@ -119,18 +121,22 @@ class Puller:
             async with self._store.pinned(known.module_digest):
                 if await self._store.has(known.module_digest, known.module_size_bytes):
                     await self._store.add(reference, known)
-                    return Pulled(record=known, seconds=self._monotonic() - began)
+                    return Pulled(record=known, seconds=self._monotonic() - began, credential=repository.credential)
         queued = self._monotonic()
         async with self._slots:
             waited = self._monotonic() - queued
             top = manifest or await repository.manifest(digest)
-            chosen = await choose(repository, top)
-            plan = await self._plan(repository, chosen.image)
-            if plan.interfaces is not None:
-                self._check_interfaces(plan.interfaces)
-            size = chosen.size_bytes + chosen.image.size_bytes
-            record = await self._fetch(repository, plan, reference, digest, size)
-        return Pulled(record=record, seconds=self._monotonic() - began - waited)
+            record = await self._make(repository, top, reference, digest)
+        return Pulled(record=record, seconds=self._monotonic() - began - waited, credential=repository.credential)
+
+    async def _make(self, repository: Repository, top: Manifest, reference: Reference, digest: str) -> ImageRecord:
+        """Fetch what the manifest or index names, and record it. Raises RegistryError, LayoutError, LayerError."""
+        chosen = await choose(repository, top)
+        plan = await self._plan(repository, chosen.image)
+        if plan.interfaces is not None:
+            self._check_interfaces(plan.interfaces)
+        size = chosen.size_bytes + chosen.image.size_bytes
+        return await self._fetch(repository, plan, reference, digest, size)
 
     async def _resolve(
         self, reference: Reference, credentials: Sequence[Credential], logins: Sequence[Credential]

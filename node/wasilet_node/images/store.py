@@ -40,6 +40,7 @@ from typing import Any, BinaryIO, Final
 
 from wasilet_common.oci.reference import Reference, is_digest
 
+from wasilet_node.images.access import AccessRecords
 from wasilet_node.images.singleflight import Flights, uninterrupted
 from wasilet_node.runtime.protocol import GuestKind
 
@@ -83,6 +84,7 @@ class Store:
     def __init__(self, *, directory: Path, clock: Callable[[], float] = time.time) -> None:
         self.directory = directory
         self._clock = clock
+        self.access = AccessRecords()
         self._references: dict[str, str] = {}
         self._records: dict[str, ImageRecord] = {}
         self._last_used: dict[str, float] = {}
@@ -177,6 +179,7 @@ class Store:
         if gone is None:
             return 0
         self._last_used.pop(digest, None)
+        self.access.forget(digest)
         self._references = {name: target for name, target in self._references.items() if target != digest}
         await self.save()
         return await self.delete_blobs({gone.module_digest} - self.module_digests())
@@ -268,6 +271,7 @@ class Store:
             document = {
                 "version": _VERSION,
                 "references": self._references,
+                "access": self.access.dump(),
                 "images": [_to_json(record, self._last_used.get(record.digest, 0.0)) for record in self.records()],
             }
             data = json.dumps(document, indent=1).encode()
@@ -306,6 +310,10 @@ class Store:
                 continue
             self._records[record.digest] = record
             self._last_used[record.digest] = last_used
+        try:
+            self.access.load(document.get("access"), self._records)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            logger.warning("the records of who may use which image are unreadable; registries will be asked again")
         references = document.get("references")
         for name, digest in references.items() if isinstance(references, dict) else ():
             if digest in self._records:

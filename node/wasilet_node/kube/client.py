@@ -31,6 +31,7 @@ from wasilet_node.kube.base import (
 )
 from wasilet_node.kube.errors import from_response, seconds_of
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
+from wasilet_node.kube.watch import watch
 
 if TYPE_CHECKING:
     import aiohttp
@@ -170,8 +171,6 @@ class KubeClient:
         self, path: str, *, field_selector: str | None = None, label_selector: str | None = None
     ) -> AsyncIterator[WatchEvent]:
         """See ``wasilet_node.kube.base.Kube.watch``."""
-        from wasilet_node.kube.watch import watch
-
         return watch(self, path, field_selector=field_selector, label_selector=label_selector)
 
     @asynccontextmanager

@@ -16,8 +16,8 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-from typing import TYPE_CHECKING
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlencode
 
 from wasilet_node.kube.base import (
@@ -32,7 +32,7 @@ from wasilet_node.kube.base import (
 from wasilet_node.kube.errors import from_status
 
 if TYPE_CHECKING:
-    from wasilet_node.kube.client import KubeClient
+    import aiohttp
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,29 @@ _TOO_LARGE_RESOURCE_VERSION = 504
 _CHANGES = frozenset({"ADDED", "MODIFIED", "DELETED"})
 
 
+class Requests(Protocol):
+    """What a watch needs of ``wasilet_node.kube.client.KubeClient``, which offers watches itself."""
+
+    async def list(
+        self,
+        path: str,
+        *,
+        field_selector: str | None = None,
+        label_selector: str | None = None,
+        timeout_seconds: float = ...,
+    ) -> KubeObject: ...
+
+    def stream(
+        self, path: str, *, read_timeout_seconds: float
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]: ...
+
+    async def wait_back(self, *, timeout_seconds: float) -> bool: ...
+
+
 class _Delay:
     """Back-off with full jitter on its upper half, and one log line a minute."""
 
-    def __init__(self, client: KubeClient, what: str) -> None:
+    def __init__(self, client: Requests, what: str) -> None:
         self._client = client
         self._what = what
         self._next = _FIRST_DELAY_SECONDS
@@ -82,7 +101,7 @@ class _Delay:
 
 
 async def watch(
-    client: KubeClient, path: str, *, field_selector: str | None = None, label_selector: str | None = None
+    client: Requests, path: str, *, field_selector: str | None = None, label_selector: str | None = None
 ) -> AsyncIterator[WatchEvent]:
     """See ``wasilet_node.kube.base.Kube.watch``. Never ends and never raises a KubeError."""
     delay = _Delay(client, path + (f" ({field_selector})" if field_selector else ""))
@@ -137,9 +156,7 @@ def _items(listed: KubeObject) -> list[KubeObject]:
     return items
 
 
-async def _events(
-    client: KubeClient, path: str, query: dict[str, str], version: str
-) -> AsyncGenerator[WatchEvent, None]:
+async def _events(client: Requests, path: str, query: dict[str, str], version: str) -> AsyncGenerator[WatchEvent, None]:
     import aiohttp
 
     seconds = random.randint(_MINIMUM_WATCH_SECONDS, _MAXIMUM_WATCH_SECONDS)  # noqa: S311  # jitter, not a secret

@@ -1,14 +1,14 @@
-"""What keeps rules of the cluster in the node's network namespace: its own kube-proxy, and kube-network-policies.
+"""What keeps rules of the cluster in the node's network namespace: its own kube-proxy, and what keeps NetworkPolicies.
 
-Each is a process with its own credential. It ends with the agent, and the next agent starts another: kube-proxy's rules
-stay in the namespace meanwhile, so no connection notices; new connections of pods that a policy selects wait until its
-process is back. An executable may come later than the node (the harness builds it when nothing more urgent is to be
-done), so that is waited for.
+Each is a process with its own credential. It ends with the agent, and the next agent starts another: the rules stay in
+the namespace meanwhile, so no connection notices. An executable may come later than the node (the harness builds it
+when nothing more urgent is to be done), so that is waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import subprocess
@@ -66,14 +66,16 @@ def kube_proxy(settings: NetworkSettings, node_name: str) -> Program:
     )
 
 
-def network_policies(settings: NetworkSettings, node_name: str) -> Program:
-    """NetworkPolicies: the first packet of each connection of a selected pod is judged."""
+def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network) -> Program:
+    """NetworkPolicies, for the pods of ``pod_cidr``."""
     return Program(
         name="network-policies",
         argv=(
-            str(settings.network_policies),
+            *(sys.executable, "-P", "-m", "wasilet_node.network.policy_agent"),
             f"--kubeconfig={settings.network_policies_kubeconfig}",
-            f"--hostname-override={node_name}",
+            f"--pod-cidr={pod_cidr}",
+            f"--machine-address={settings.machine_address}",
+            *(f"--dns={address}" for address in settings.cluster_dns),
         ),
     )
 
@@ -166,5 +168,5 @@ async def _ended(process: subprocess.Popen[bytes]) -> None:
 def _environment() -> dict[str, str]:
     """Where ``nft`` is, and the harness' mark by which it finds what it started."""
     path = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin:/sbin"
-    marks = {name: os.environ[name] for name in ("WASILET_RUN_ID", "HOME") if name in os.environ}
+    marks = {name: os.environ[name] for name in ("WASILET_RUN_ID", "HOME", "PYTHONPATH") if name in os.environ}
     return {"PATH": path, **marks}

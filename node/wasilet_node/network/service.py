@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wasilet_node.network import resolver_files
+from wasilet_node.network import host_ports, resolver_files
 from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
-from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies
+from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies
 from wasilet_node.network.pod_networks import NODE_KEY, PodNetworks
 from wasilet_node.runtime import netns, supervisor_registry
 from wasilet_node.settings import NetworkSettings, NodePaths
@@ -59,11 +59,8 @@ class PodNetwork:
         self._paths = paths
         self._hosts_of = hosts_of
         self._pod_cidr: ipaddress.IPv4Network | None = None
-        wanted = [
-            *([kube_proxy(settings, node_name)] if settings.kube_proxy is not None else []),
-            *([network_policies(settings, node_name)] if settings.network_policies is not None else []),
-        ]
-        self._processes = [Kept(program, folder=paths.network, spawn=self._in_namespace) for program in wanted]
+        self._node_name = node_name
+        self._host_ports = host_ports.HostPorts(self.connect)
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
         self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
@@ -105,11 +102,11 @@ class PodNetwork:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_network(), name="pod network")
-                for process in self._processes:
-                    group.create_task(self._keep_process(process), name=process.name)
+                group.create_task(self._keep_processes(), name="node processes")
         finally:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._host_ports.close_all()
                     await self._in_thread(self._close)
             self._plug.shutdown(wait=False, cancel_futures=True)
             if self._dial is not None:
@@ -125,10 +122,19 @@ class PodNetwork:
                 async with asyncio.timeout(timeout):
                     await self._wake.wait()
 
-    async def _keep_process(self, process: Kept) -> None:
+    async def _keep_processes(self) -> None:
         await self._ready.wait()
-        if self.absent is None:
-            await process.run()
+        if self.absent is not None or self._pod_cidr is None:
+            return
+        settings, programs = self.settings, list[Program]()
+        if settings.kube_proxy is not None:
+            programs.append(kube_proxy(settings, self._node_name))
+        if settings.network_policies_kubeconfig is not None:
+            programs.append(network_policies(settings, self._pod_cidr))
+        async with asyncio.TaskGroup() as group:
+            for program in programs:
+                kept = Kept(program, folder=self._paths.network, spawn=self._in_namespace)
+                group.create_task(kept.run(), name=program.name)
 
     async def _in_namespace(self, work: Callable[[], _T]) -> _T:
         if self._dial is None:
@@ -179,6 +185,7 @@ class PodNetwork:
             record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
             self._wake.set()
             addresses = (record.address,)
+            await self._host_ports.open(record.uid, host_ports.wanted(pod), record.address)
             return Attachment(
                 key=record.key, addresses=addresses, etc_files=await asyncio.to_thread(self._files, pod, addresses)
             )
@@ -189,6 +196,7 @@ class PodNetwork:
 
     async def detach(self, uid: str) -> None:
         """Take a pod's network down; idempotent. Raises NetworkError."""
+        await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
         await asyncio.to_thread(shutil.rmtree, self._folder(uid), ignore_errors=True)

@@ -97,13 +97,13 @@ def admit(pod: Pod, *, node: NodeInfo, neighbours: Iterable[Neighbour]) -> Refus
     others = list(neighbours)
     try:
         under_pressure = _pressure(pod, node)
-        lacking = _lacking(resources.pod_requests(pod), others, node.allocatable)
+        short = lacking(resources.pod_requests(pod), others, node.allocatable)
     except QuantityError as error:
         return Refusal(verdict=Verdict(reason="UnexpectedAdmissionError", message=str(error)))
     if under_pressure is not None:
         return Refusal(verdict=under_pressure)
-    if lacking is not None:
-        return Refusal(verdict=lacking)
+    if short is not None:
+        return Refusal(verdict=short)
     if not _matches_node(pod, node):
         return _predicate("NodeAffinity", "node(s) didn't match Pod's node affinity/selector")
     if pod["spec"].get("nodeName", node.name) != node.name:
@@ -167,7 +167,8 @@ def _predicate(name: str, description: str) -> Refusal:
     return Refusal(verdict=Verdict(reason=name, message=f"Predicate {name} failed: {description}"))
 
 
-def _lacking(wanted: Requests, others: list[Neighbour], allocatable: Mapping[str, str]) -> Verdict | None:
+def lacking(wanted: Requests, others: list[Neighbour], allocatable: Mapping[str, str]) -> Verdict | None:
+    """What the node has too little of beside the pods that are on it. Raises QuantityError."""
     checks: list[tuple[str, int, Callable[[Requests], int]]] = [
         ("pods", 1, lambda _: 1),
         ("cpu", wanted.cpu, lambda each: each.cpu),

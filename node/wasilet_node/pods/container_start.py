@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from wasilet_common.oci.credentials import Credential
 
-from wasilet_node.images.model import ImageError, PullPolicy
+from wasilet_node.images.model import EventSink, ImageError, PullPolicy
 from wasilet_node.kube.base import KubeError
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.errors import NetworkError
@@ -22,7 +22,6 @@ from wasilet_node.pods import log_layout, resources, spec
 from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.environment import expand_command, process_environment
-from wasilet_node.pods.resources import ANNOTATION_RESOURCES
 from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX
 from wasilet_node.pods.server_settings import server_settings
 from wasilet_node.pods.spec import Container, Pod
@@ -148,10 +147,12 @@ async def _prepare(
     # Read before the image is pulled: a mistake in an annotation should not cost a download.
     policy = await services.outbound.policy(pod)
     server = server_settings(pod, container)
+    credentials = await _credentials(services, pod)
+    await _image_volumes(services, pod, container, credentials, event)
     image = await services.images.ensure(
         container.get("image", ""),
-        policy=_pull_policy(container),
-        credentials=await _credentials(services, pod),
+        policy=_pull_policy(container.get("imagePullPolicy")),
+        credentials=credentials,
         event=event,
         pod_uid=spec.uid(pod),
     )
@@ -200,8 +201,8 @@ async def _prepare(
         tty=bool(container.get("tty")),
         annotations={
             ANNOTATION_MODULE: image.module_digest,
-            ANNOTATION_RESOURCES: resources.encoded(container),
             ANNOTATION_SANDBOX: sandbox,
+            **resources.held_to(pod, container),
         },
     )
 
@@ -231,11 +232,34 @@ def _network_key(network: Attachment | None, kind: GuestKind) -> str:
     return network.key if network is not None and kind is GuestKind.COMPONENT else ""
 
 
-def _pull_policy(container: Container) -> PullPolicy:
+def _pull_policy(text: str | None) -> PullPolicy:
     try:
-        return PullPolicy(container.get("imagePullPolicy") or "IfNotPresent")
+        return PullPolicy(text or "IfNotPresent")
     except ValueError:
         return PullPolicy.IF_NOT_PRESENT
+
+
+async def _image_volumes(
+    services: PodDependencies, pod: Pod, container: Container, credentials: Sequence[Credential], event: EventSink
+) -> None:
+    """Have the images of those that this container mounts, each time that it starts, as kubelet does. Raises
+    ImageError."""
+    mounted = {mount["name"] for mount in container.get("volumeMounts") or ()}
+    for volume in pod["spec"].get("volumes") or ():
+        source = volume.get("image")
+        if source is None or volume["name"] not in mounted:
+            continue
+        files = await services.images.ensure_files(
+            source.get("reference", ""),
+            policy=_pull_policy(source.get("pullPolicy")),
+            credentials=credentials,
+            event=event,
+            pod_uid=spec.uid(pod),
+        )
+        try:
+            await services.volumes.place_image(pod, volume["name"], files.module_path, files.module_digest)
+        except VolumeError as error:
+            raise ImageError("CreateContainerError", f'volume "{volume["name"]}": {error}') from error
 
 
 async def _credentials(services: PodDependencies, pod: Pod) -> Sequence[Credential]:

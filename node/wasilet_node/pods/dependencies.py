@@ -89,6 +89,9 @@ class PodDependencies:
     outbound: Outbound = field(default_factory=Outbound)
     """Where no pod's modules may connect to."""
 
+    room: Callable[[Pod], str] = lambda _pod: ""
+    """Why the node has no room for a pod that is here, as its spec would have it; empty: it has."""
+
     wall_clock: Callable[[], float] = time.time
 
 

@@ -17,7 +17,7 @@ from wasilet_node.images.model import Images
 from wasilet_node.kube.base import EventRecorder, Kube, KubeObject
 from wasilet_node.network.attachment import MachineNetwork, Networks
 from wasilet_node.network.errors import NetworkError
-from wasilet_node.pods import admission, log_layout, spec, termination
+from wasilet_node.pods import admission, log_layout, resources, spec, termination
 from wasilet_node.pods.admission import Neighbour
 from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.container_start import ANNOTATION_MODULE
@@ -78,6 +78,7 @@ class PodManager:
             observe_probe=observe_probe,
             outbound=outbound or Outbound(),
             networks=networks or MachineNetwork(),
+            room=self.room,
         )
         self._node_name = settings.node_name
         self._evictor = Evictor(self._services)
@@ -208,10 +209,16 @@ class PodManager:
 
     def _neighbours(self) -> Iterable[Neighbour]:
         return [
-            Neighbour(pod=worker.pod, requests=worker.requests)
+            Neighbour(pod=worker.pod, requests=worker.requests())
             for worker in self._workers.values()
             if worker.holds_resources
         ]
+
+    def room(self, pod: Pod) -> str:
+        """See ``PodDependencies.room``. Raises QuantityError."""
+        others = [each for each in self._neighbours() if spec.uid(each.pod) != spec.uid(pod)]
+        short = admission.lacking(resources.pod_requests(pod), others, self._services.node().allocatable)
+        return "" if short is None else short.message
 
     def _worker_ended(self, uid: str, task: asyncio.Task[None]) -> None:
         self._workers.pop(uid, None)

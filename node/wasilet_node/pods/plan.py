@@ -27,6 +27,7 @@ class KillReason(StrEnum):
     DEFINITION_CHANGED = "DefinitionChanged"
     LIVENESS_PROBE = "LivenessProbe"
     STARTUP_PROBE = "StartupProbe"
+    RESIZE = "Resize"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,20 @@ from wasilet_node.pods import spec
 from wasilet_node.pods.spec import Container, Pod
 
 ANNOTATION_RESOURCES = "wasilet.dev/resources"
-"""On every instance: the resources it was started with, which a change of the pod does not alter."""
+"""On every instance: the resources that it is held to, which a change of the pod alters only once it is made."""
+
+ANNOTATION_POD_RESOURCES = "wasilet.dev/pod-resources"
+"""Beside it: those of the whole pod, which hold a container that has none of its own."""
 
 
 def encoded(container: Container) -> str:
     """A container's resources, for ``ANNOTATION_RESOURCES``."""
     return json.dumps(container.get("resources") or {}, separators=(",", ":"), sort_keys=True)
+
+
+def held_to(pod: Pod, container: Container) -> dict[str, str]:
+    """Both annotations of an instance that is held to what the pod says now."""
+    return {ANNOTATION_RESOURCES: encoded(container), ANNOTATION_POD_RESOURCES: encoded(pod["spec"])}
 
 
 def amount(name: str, text: Any) -> int:
@@ -99,21 +107,43 @@ def request(container: Container, name: str) -> int | None:
 
 
 def pod_limit(pod: Pod, name: str) -> str | None:
-    """The limits of all containers together, as a quantity; None: no container has one. ``PodLimits`` of
-    k8s.io/component-helpers: the larger of running and initializing, plus overhead. In bytes or other whole units."""
-    running = _total(limit_text(each, name) for each in spec.regular_containers(pod))
+    """The limits of all containers together, as a quantity; None: no container has one."""
+    return _pod_total(pod, "limits", name)
+
+
+def pod_status(pod: Pod) -> dict[str, dict[str, str]]:
+    """What a pod has as a whole, for ``status.resources`` (KEP-5419): the pod's own where it says so, else its
+    containers' together."""
+    found: dict[str, dict[str, str]] = {}
+    for field in ("requests", "limits"):
+        own = (pod["spec"].get("resources") or {}).get(field) or {}
+        names = {"cpu", "memory", *own} | {
+            name
+            for container in (*spec.regular_containers(pod), *spec.init_containers(pod))
+            for name in (container.get("resources") or {}).get(field) or {}
+        }
+        totals = {name: str(own[name]) if name in own else _pod_total(pod, field, name) for name in sorted(names)}
+        if listed := {name: total for name, total in totals.items() if total is not None}:
+            found[field] = listed
+    return found
+
+
+def _pod_total(pod: Pod, field: str, name: str) -> str | None:
+    """``PodRequests`` and ``PodLimits`` of k8s.io/component-helpers, but for what the pod itself says: the larger of
+    running and initializing, plus overhead."""
+    running = _total(name, *(_text(each, field, name) for each in spec.regular_containers(pod)))
     sidecars: str | None = None
     peak: str | None = None
     for container in spec.init_containers(pod):
-        own = limit_text(container, name)
+        own = _text(container, field, name)
         if spec.is_sidecar(container):
-            sidecars = _total((sidecars, own))
+            sidecars = _total(name, sidecars, own)
             own = sidecars
         else:
-            own = _total((own, sidecars))
+            own = _total(name, own, sidecars)
         peak = _larger(peak, own)
-    total = _larger(_total((running, sidecars)), peak)
-    return total if total is None else _total((total, (pod["spec"].get("overhead") or {}).get(name)))
+    total = _larger(_total(name, running, sidecars), peak)
+    return total if total is None else _total(name, total, (pod["spec"].get("overhead") or {}).get(name))
 
 
 def enforced_limit(pod: Pod, container: Container, name: str) -> int | None:
@@ -133,23 +163,30 @@ def enforced_limit_text(pod: Pod, container: Container, name: str) -> str | None
 
 def limit_text(container: Container, name: str) -> str | None:
     """A container's limit as it is written."""
-    value = ((container.get("resources") or {}).get("limits") or {}).get(name)
+    return _text(container, "limits", name)
+
+
+def _text(container: Container, field: str, name: str) -> str | None:
+    value = ((container.get("resources") or {}).get(field) or {}).get(name)
     return None if value is None else str(value)
 
 
-def _total(texts: Iterable[str | None]) -> str | None:
+def _total(name: str, *texts: str | None) -> str | None:
     """Written as the first that is not zero, as ``Quantity.Add`` has it."""
     present = [text for text in texts if text is not None]
     if not present:
         return None
-    like = next((text for text in present if quantity.value(text)), present[0])
-    return quantity.canonical(sum(quantity.value(text) for text in present), like=like)
+    like = next((text for text in present if quantity.parse(text)), present[0])
+    total = sum(amount(name, text) for text in present)
+    if name == "cpu" and total % 1000:
+        return f"{total}m"
+    return quantity.canonical(total // 1000 if name == "cpu" else total, like=like)
 
 
 def _larger(first: str | None, second: str | None) -> str | None:
     if first is None or second is None:
         return second if first is None else first
-    return second if quantity.value(second) > quantity.value(first) else first
+    return second if quantity.parse(second) > quantity.parse(first) else first
 
 
 def _compute_lists(pod: Pod) -> Iterable[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from wasilet_common.time_format import rfc3339
 
 from wasilet_node.pods import conditions, messages, spec
 from wasilet_node.pods.nodeinfo import NodeInfo
-from wasilet_node.pods.resources import ANNOTATION_RESOURCES, encoded, qos_class
+from wasilet_node.pods.resources import ANNOTATION_RESOURCES, pod_status, qos_class
 from wasilet_node.pods.results import ProbeResults
 from wasilet_node.pods.sandboxes import RESTARTING_MESSAGE, RESTARTING_REASON
 from wasilet_node.pods.spec import Container, Pod, Role
@@ -75,6 +75,9 @@ class Facts:
     restarting_all: bool = False
     """A container has ended in such a way, and not all others have been stopped yet."""
 
+    resize: Sequence[dict[str, Any]] = ()
+    """Conditions of a resize, as ``wasilet_node.pods.resize`` has them."""
+
     terminal: bool = False
     """Nothing of the pod runs, and nothing will be started again."""
 
@@ -110,6 +113,7 @@ def compute(facts: Facts) -> PodStatus:
     status["qosClass"] = old.get("qosClass") or qos_class(pod)
     status["startTime"] = old.get("startTime") or facts.now
     _set_addresses(status, facts)
+    _set_pod_resources(status, pod)
     limit = messages.bytes_per_container(pod)
     for field_name, statuses in (
         ("initContainerStatuses", init),
@@ -138,29 +142,10 @@ def compute(facts: Facts) -> PodStatus:
         old=old_conditions,
     )
     owned += conditions.all_containers_restarting(pod, phase, restarting=facts.restarting_all)
-    owned += _resize_pending(facts)
+    if phase not in spec.TERMINAL_PHASES:
+        owned += facts.resize
     status["conditions"] = foreign + conditions.with_transition_times(owned, old_conditions, facts.now)
     return status
-
-
-def _resize_pending(facts: Facts) -> list[dict[str, Any]]:
-    """A change of resources that running containers will not see before they are restarted (KEP-1287)."""
-    for _role, container in spec.every_container(facts.pod):
-        instances = facts.instances.get(container["name"]) or ()
-        running = instances[0] if instances and instances[0].state is ContainerState.RUNNING else None
-        started_with = running.annotations.get(ANNOTATION_RESOURCES) if running is not None else None
-        if started_with is not None and started_with != encoded(container):
-            condition = {
-                "type": "PodResizePending",
-                "status": "True",
-                "reason": "Infeasible",
-                "message": f"container {container['name']} keeps its resources until it restarts: "
-                "this node does not resize in place",
-            }
-            if facts.pod["metadata"].get("generation"):
-                condition["observedGeneration"] = facts.pod["metadata"]["generation"]
-            return [condition]
-    return []
 
 
 def rejected(pod: Pod, verdict: Verdict, now: str) -> PodStatus:
@@ -192,6 +177,15 @@ def rebased(computed: Mapping[str, Any], api: Mapping[str, Any]) -> PodStatus:
 
 
 _FOREIGN_FIELDS = frozenset({"nominatedNodeName", "resize", "resourceClaimStatuses", "extendedResourceClaimStatus"})
+
+
+def _set_pod_resources(status: PodStatus, pod: Pod) -> None:
+    """Of the pod as a whole (KEP-5419; API servers before 1.36 drop both)."""
+    whole = pod_status(pod)
+    if whole:
+        status["resources"] = whole
+    if whole.get("requests"):
+        status["allocatedResources"] = whole["requests"]
 
 
 def _name_of(status: Mapping[str, Any]) -> str:
@@ -338,10 +332,10 @@ def _set_resources(status: dict[str, Any], container: Container, latest: Contain
     if latest is not None:
         resources = container.get("resources") or {}
         if latest.state is ContainerState.RUNNING:
-            # What runs keeps what it was started with: this node does not resize in place.
-            started_with = latest.annotations.get(ANNOTATION_RESOURCES)
-            resources = json.loads(started_with) if started_with else resources
-        status["resources"] = resources
+            held_to = latest.annotations.get(ANNOTATION_RESOURCES)
+            status["resources"] = json.loads(held_to) if held_to else resources
+        else:
+            status["resources"] = resources
         if resources.get("requests"):
             status["allocatedResources"] = resources["requests"]
     mounts = []

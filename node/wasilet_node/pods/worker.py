@@ -28,10 +28,12 @@ from wasilet_node.pods import status as status_of
 from wasilet_node.pods.backoff import NotBefore, RetryBackoff
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
-from wasilet_node.pods.plan import Plan, has_ever_started, make_plan
+from wasilet_node.pods.plan import Kill, KillReason, Plan, has_ever_started, make_plan
 from wasilet_node.pods.probes import PodProbes
 from wasilet_node.pods.refresher import Refresher
 from wasilet_node.pods.renewal import Renewal
+from wasilet_node.pods.resize import Change, Resizes
+from wasilet_node.pods.resources import Requests
 from wasilet_node.pods.results import ProbeResults
 from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.pods.start_attempts import Starter
@@ -76,7 +78,6 @@ class PodWorker:
         self.services = services
         self.pod = pod
         self.uid = spec.uid(pod)
-        self.requests = resources.pod_requests(pod)
         self.stage = Stage.ACTIVE
         self.verdict = rejected
         self.results = ProbeResults()
@@ -112,6 +113,8 @@ class PodWorker:
             ended=lambda instance, newest: self._last_words.note(self.pod, instance, newest=newest),
         )
         self._renewal = Renewal(services, self.instances)
+        self._resizes = Resizes(services, pod, self.instances.running().values())
+        self._counted: tuple[Pod, Requests] | None = None
         if not self._renewal.is_lost():
             for name, latest in self.latest().items():
                 found = spec.find_container(pod, name)
@@ -125,8 +128,6 @@ class PodWorker:
         if not self._patcher.observed(pod, listed=listed):
             return
         before, self.pod = self.pod, pod
-        if before["metadata"].get("generation") != pod["metadata"].get("generation"):
-            self.requests = resources.pod_requests(pod)
         if any(before["metadata"].get(k) != pod["metadata"].get(k) for k in ("labels", "annotations")):
             self._refresher.at_once()
         if spec.is_deleted(pod) and self._grace is not None:
@@ -162,6 +163,13 @@ class PodWorker:
     def holds_resources(self) -> bool:
         """It counts against the node's capacity: it may run, or something of it still does."""
         return not (self._rejected or self._stopped or (spec.is_terminal(self.pod) and not self.instances.live()))
+
+    def requests(self) -> Requests:
+        """What counts against the node: of what has been accepted. Raises QuantityError."""
+        accepted = self._resizes.accepted(self.pod)
+        if self._counted is None or self._counted[0] is not accepted:
+            self._counted = (accepted, resources.pod_requests(accepted))
+        return self._counted[1]
 
     def pod_with_status(self) -> Pod:
         """The spec with the latest status, sent or not."""
@@ -326,6 +334,7 @@ class PodWorker:
             return
         if self._restart_all_is_due(now, delays):
             return
+        restarts = self._resize(now, delays)
         plan = make_plan(
             self.pod,
             latest,
@@ -334,6 +343,8 @@ class PodWorker:
             former=self._renewal.former(),
             reset=self._renewal.reset(self.pod),
         )
+        killed = {kill.container for kill in plan.kill}
+        plan.kill += [kill for kill in restarts if kill.container not in killed]
         if plan.finished and self._job is None:
             self._begin_to_end(spec.grace_seconds(self.pod))
             return
@@ -350,8 +361,42 @@ class PodWorker:
         if self._job is None and (begin or plan.kill or not self._volumes_ready):
             plan.start = begin
             self._spawn(self._carry_out(plan), now, delays)
-        if self._volumes_ready and self._job is None and (again := self._refresher.check(self.pod, now)) is not None:
+        if self._volumes_ready and self._job is None:
+            again = self._refresher.check(self._resizes.accepted(self.pod), now)
+            if again is not None:
+                delays.append(again)
+
+    def _resize(self, now: float, delays: list[float]) -> list[Kill]:
+        """Decide on a resize and begin to make it; what it restarts is for the plan."""
+        if self._resizes.consider(self.pod, self.instances.running()):
+            self._refresher.at_once()
+        restarts: list[Kill] = []
+        moves: list[Change] = []
+        for change in self._resizes.changes(self.pod, self.instances.running(), now):
+            name = change.container["name"]
+            if change.restart:
+                message = f"Container {name} resize requires restart"
+                kill = Kill(
+                    container=name,
+                    container_id=change.instance.id,
+                    reason=KillReason.RESIZE,
+                    message=message,
+                    restart=True,
+                )
+                restarts.append(kill)
+            else:
+                moves.append(change)
+        if moves and self._job is None:
+            self._spawn(self._move_limits(moves), now, delays)
+        if (again := self._resizes.retry_in(now)) is not None:
             delays.append(again)
+        return restarts
+
+    async def _move_limits(self, moves: list[Change]) -> None:
+        for change in moves:
+            moved = await self._resizes.make(self.pod, change, self.services.wall_clock())
+            if moved is not None:
+                self.observe(moved)
 
     def _restart_all_is_due(self, now: float, delays: list[float]) -> bool:
         """A container has ended in a way that restarts them all. False: none has, or it is in back-off, which an init
@@ -403,7 +448,7 @@ class PodWorker:
         """What all containers have in common, as a sandbox elsewhere: the host's name, and the volumes."""
         try:
             fields.process_hostname(self.pod)
-            await self.services.volumes.setup(self.pod)
+            await self.services.volumes.setup(self._resizes.accepted(self.pod))
             await self.services.networks.attach(self.pod)
         except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
@@ -425,7 +470,8 @@ class PodWorker:
         return True
 
     async def _start(self, name: str, *, fresh: bool = False) -> None:
-        found = spec.find_container(self.pod, name)
+        pod = self._resizes.accepted(self.pod)
+        found = spec.find_container(pod, name)
         if found is None:
             return
         role, container = found
@@ -436,7 +482,7 @@ class PodWorker:
             return
         await self._last_words.settle()
         fresh = fresh or (latest is not None and not self._renewal.has_crashed(role, container, latest))
-        started = await self._starter.start(self.pod, container, latest, sandbox=self._renewal.label, fresh=fresh)
+        started = await self._starter.start(pod, container, latest, sandbox=self._renewal.label, fresh=fresh)
         if started is None:
             self._wake.set()
             return
@@ -503,7 +549,7 @@ class PodWorker:
             waiting = {container["name"]: self._held for _role, container in spec.every_container(self.pod)}
         self.status = status_of.compute(
             Facts(
-                pod=self.pod,
+                pod=self._resizes.accepted(self.pod),
                 old=self._old_status(),
                 instances=self.instances.by_container,
                 probes=self.results,
@@ -514,6 +560,7 @@ class PodWorker:
                 sandbox_ready=self._volumes_ready or bool(self.instances.live()),
                 former=self._renewal.former(),
                 reset=self._renewal.reset(self.pod),
+                resize=self._resizes.conditions(self.pod),
                 restarting_all=bool(self._renewal.restarts_all(self.pod)),
                 terminal=self._stopped,
                 terminated=self._stopped,

@@ -87,13 +87,18 @@ class Group:
         self.oom_kills_seen = count
         return rose
 
+    def memory_bytes(self) -> int | None:
+        """All memory that counts against the limit; None: not known."""
+        if self.memory is None:
+            return None
+        return _read_int(self.memory / ("memory.usage_in_bytes" if self.version == 1 else "memory.current"))
+
     def working_set_bytes(self) -> int | None:
         """Memory in use less the file cache that is easily given back, as kubelet reports it; None: not known."""
         if self.memory is None:
             return None
-        usage_name = "memory.usage_in_bytes" if self.version == 1 else "memory.current"
         inactive_name = "total_inactive_file" if self.version == 1 else "inactive_file"
-        usage = _read_int(self.memory / usage_name)
+        usage = self.memory_bytes()
         if usage is None:
             return None
         return max(usage - _flat_keyed(self.memory / "memory.stat").get(inactive_name, 0), 0)
@@ -171,18 +176,13 @@ class CgroupManager:
                 memory = self._memory / name
                 memory.mkdir(mode=0o755, exist_ok=True)
                 directories.append(memory)
-                _write(memory / "memory.limit_in_bytes", str(memory_bytes))
-                with contextlib.suppress(OSError):  # only where the kernel accounts for swap
-                    _write(memory / "memory.memsw.limit_in_bytes", str(memory_bytes))
+                _write_memory(memory, memory_bytes, version=1)
                 procs.append(memory / "cgroup.procs")
             if self._cpu is not None and (cpu_limit is not None or cpu_request):
                 cpu = self._cpu / name
                 cpu.mkdir(mode=0o755, exist_ok=True)
                 directories.append(cpu)
-                _write(cpu / "cpu.shares", str(cpu_shares(cpu_request)))
-                if cpu_limit is not None:
-                    _write(cpu / "cpu.cfs_period_us", str(PERIOD_US))
-                    _write(cpu / "cpu.cfs_quota_us", str(cpu_quota_us(cpu_limit)))
+                _write_cpu(cpu, cpu_limit, cpu_request, version=1)
                 procs.append(cpu / "cgroup.procs")
         except OSError:
             Group(directories=tuple(directories), procs=()).remove()
@@ -196,6 +196,45 @@ class CgroupManager:
             cpu=cpu,
             cpu_managed=cpu is not None,
         )
+
+    def change(
+        self,
+        name: str,
+        group: Group | None,
+        *,
+        pid: int,
+        memory_bytes: int | None,
+        cpu_limit: int | None,
+        cpu_request: int | None,
+    ) -> Group | None:
+        """Move the limits of a running container; its groups as they then are. A container that had no cpu limit and no
+        request is put into a group now. A memory limit moves only where the container was started with one, since what
+        it has touched before would not count. Raises OSError."""
+        if group is not None and group.memory is not None and memory_bytes is not None:
+            _write_memory(group.memory, memory_bytes, version=group.version)
+        if self._cpu is None:
+            return group
+        if group is None or group.cpu is None:
+            made = self.make(name, memory_bytes=None, cpu_limit=cpu_limit, cpu_request=cpu_request)
+            return group if made is None else self._joined(group, made, pid)
+        _write_cpu(group.cpu, cpu_limit, cpu_request, version=group.version)
+        return group
+
+    @staticmethod
+    def _joined(group: Group | None, made: Group, pid: int) -> Group:
+        """Put a process into groups that it was not started in. Raises OSError."""
+        try:
+            for procs in made.procs:
+                _write(procs, str(pid))
+        except OSError:
+            made.remove()
+            raise
+        if group is None:
+            return made
+        group.directories += made.directories
+        group.procs += made.procs
+        group.cpu, group.cpu_managed = made.cpu, made.cpu_managed
+        return group
 
     def close(self) -> None:
         """Remove this supervisor's groups, when all containers are gone."""
@@ -297,15 +336,13 @@ class CgroupManager:
         directory.mkdir(mode=0o755, exist_ok=True)
         try:
             if self._memory is not None and memory_bytes is not None:
-                _write(directory / "memory.max", str(memory_bytes))
+                _write_memory(directory, memory_bytes, version=2)
                 with contextlib.suppress(OSError):
                     _write(directory / "memory.swap.max", "0")
                 with contextlib.suppress(OSError):
                     _write(directory / "memory.oom.group", "0")
             if self._cpu is not None:
-                _write(directory / "cpu.weight", str(cpu_weight(cpu_shares(cpu_request))))
-                if cpu_limit is not None:
-                    _write(directory / "cpu.max", f"{cpu_quota_us(cpu_limit)} {PERIOD_US}")
+                _write_cpu(directory, cpu_limit, cpu_request, version=2)
         except OSError:
             with contextlib.suppress(OSError):
                 directory.rmdir()
@@ -319,6 +356,32 @@ class CgroupManager:
             version=2,
             cpu_managed=self._cpu is not None,
         )
+
+
+def _write_memory(directory: Path, limit: int, *, version: int) -> None:
+    """Version 1 refuses a limit of memory that is over that of memory and swap, whichever way it moves."""
+    if version == 2:
+        _write(directory / "memory.max", str(limit))
+        return
+    both = directory / "memory.memsw.limit_in_bytes"  # there only where the kernel accounts for swap
+    with contextlib.suppress(OSError):
+        _write(both, str(limit))
+    _write(directory / "memory.limit_in_bytes", str(limit))
+    with contextlib.suppress(OSError):
+        _write(both, str(limit))
+
+
+def _write_cpu(directory: Path, limit: int | None, request: int | None, *, version: int) -> None:
+    """A new group has no limit, so that none need be written there."""
+    if version == 2:
+        _write(directory / "cpu.weight", str(cpu_weight(cpu_shares(request))))
+        if limit is not None:
+            _write(directory / "cpu.max", f"{cpu_quota_us(limit)} {PERIOD_US}")
+        return
+    _write(directory / "cpu.shares", str(cpu_shares(request)))
+    if limit is not None:
+        _write(directory / "cpu.cfs_period_us", str(PERIOD_US))
+        _write(directory / "cpu.cfs_quota_us", str(cpu_quota_us(limit)))
 
 
 def own_groups(process: Path) -> Mapping[str, str]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from wasilet_node.runtime import supervisor_registry, wire
 from wasilet_node.runtime.protocol import (
@@ -18,6 +19,7 @@ from wasilet_node.runtime.protocol import (
     ContainerStatus,
     ContainerUsage,
     ExecResult,
+    Resources,
     RuntimeCapabilities,
     RuntimeUnavailableError,
     StartError,
@@ -163,6 +165,24 @@ class RuntimeClient:
             if answer is not None:
                 return wire.load_status(answer)
         return None
+
+    async def resize(
+        self, container_id: str, resources: Resources, *, annotations: Mapping[str, str]
+    ) -> ContainerStatus:
+        """See ``Runtime``. Raises ResizeError, UnknownContainerError, RuntimeUnavailableError."""
+        request = {
+            "op": "resize",
+            "id": container_id,
+            "resources": dataclasses.asdict(resources),
+            "annotations": dict(annotations),
+        }
+        unknown = UnknownContainerError(f"container {container_id} is not running")
+        for link in await self._all():
+            try:
+                return wire.load_status(await link.call(request))
+            except UnknownContainerError as error:
+                unknown = error
+        raise unknown
 
     async def list(self) -> Sequence[ContainerStatus]:
         """See ``Runtime``. Raises RuntimeUnavailableError."""

@@ -7,10 +7,11 @@ between sees the state before.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from wasilet_node.runtime.logs import LineFramer, LogFile
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.pod_namespaces import PodNamespaces
 from wasilet_node.runtime.process import ForkRefusedError, Outcome, SandboxProcess
-from wasilet_node.runtime.protocol import ContainerConfig, ContainerState, ContainerStatus, ContainerUsage
+from wasilet_node.runtime.protocol import ContainerConfig, ContainerState, ContainerStatus, ContainerUsage, Resources
 from wasilet_node.runtime.records import Records, initial_status, valid_id
 from wasilet_node.runtime.stdin import GuestInput
 from wasilet_node.runtime.zygote import Zygote
@@ -206,6 +207,50 @@ class Containers:
             done()
 
         self.stop(container, forget)
+
+    def resize(self, container: Container, resources: Resources, annotations: Mapping[str, str]) -> None:
+        """Move the limits of a running container. Raises RequestError; then the old ones hold."""
+        if container.process is None:
+            raise RequestError("UnknownContainer", f"container {container.config.id} is not running")
+        self._check_memory(container, resources.memory_limit_bytes)
+        try:
+            container.group = self._cgroups.change(
+                container.config.id[:64],
+                container.group,
+                pid=container.process.pid,
+                memory_bytes=resources.memory_limit_bytes,
+                cpu_limit=resources.cpu_limit_millicores,
+                cpu_request=resources.cpu_request_millicores,
+            )
+        except OSError as error:
+            raise RequestError("ResizeError", f"the kernel refuses the limits: {error.strerror or error}") from error
+        container.config = dataclasses.replace(
+            container.config,
+            memory_limit_bytes=resources.memory_limit_bytes,
+            cpu_limit_millicores=resources.cpu_limit_millicores,
+            cpu_request_millicores=resources.cpu_request_millicores,
+        )
+        known = {**container.status.annotations, **annotations}
+        container.status = dataclasses.replace(container.status, annotations=known)
+        self._on_change(container.status)
+
+    @staticmethod
+    def _check_memory(container: Container, limit: int | None) -> None:
+        """A limit below what is in use would be the container's end, so it is refused, as kubelet does."""
+        before = container.config.memory_limit_bytes
+        if limit == before:
+            return
+        group = container.group
+        if limit is None or before is None or group is None or group.memory is None:
+            raise RequestError("ResizeError", "the memory limit belongs to the instance: it moves at a restart only")
+        in_use = group.memory_bytes()
+        if limit < before and (in_use is None or in_use >= limit):
+            name = container.config.container_name
+            raise RequestError(
+                "ResizeError",
+                f"cannot decrease memory limits: attempting to set container {json.dumps(name)} memory limit ({limit}) "
+                f"below current usage ({in_use})",
+            )
 
     def usage(self) -> list[ContainerUsage]:
         """Usage of all that run."""

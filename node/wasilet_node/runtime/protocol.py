@@ -219,6 +219,15 @@ class ContainerUsage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a running instance is held to from now on. None: no limit, no request."""
+
+    memory_limit_bytes: int | None
+    cpu_limit_millicores: int | None
+    cpu_request_millicores: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExecResult:
     """The outcome of a fresh instance run beside a container (exec probes, ``kubectl exec``)."""
 
@@ -259,6 +268,10 @@ class RuntimeUnavailableError(Exception):
 
 class StartError(Exception):
     """A container could not be started; the message is meant for status and event (``RunContainerError``)."""
+
+
+class ResizeError(Exception):
+    """The limits of a running container cannot be moved now; the message is meant for status and event."""
 
 
 class UnknownContainerError(Exception):
@@ -306,6 +319,12 @@ class Runtime(Protocol):
 
         A server drains for ``grace_seconds`` before it is killed; nothing else hears of its end beforehand.
         """
+
+    async def resize(
+        self, container_id: str, resources: Resources, *, annotations: Mapping[str, str]
+    ) -> ContainerStatus:
+        """Move the limits of a running instance without a restart, and note ``annotations`` beside those that it has.
+        Raises ResizeError, UnknownContainerError, RuntimeUnavailableError."""
 
     async def list(self) -> Sequence[ContainerStatus]:
         """All instances that were not removed, exited ones included."""

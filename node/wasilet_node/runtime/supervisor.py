@@ -109,6 +109,7 @@ class Supervisor:
             "start": self._start,
             "stop": self._stop,
             "remove": self._remove,
+            "resize": self._resize,
             "list": self._list,
             "usage": self._usage,
             "subscribe": self._subscribe,
@@ -241,6 +242,16 @@ class Supervisor:
             self._end_if_idle()
 
         self._containers.remove(str(message["id"]), done)
+
+    def _resize(self, connection: Connection, message: wire.Message, seq: object) -> None:
+        container = self._running_container(message)
+        annotations = {str(name): str(value) for name, value in (message.get("annotations") or {}).items()}
+        try:
+            resources = wire.load_resources(message.get("resources") or {})
+        except wire.WireError as error:
+            raise RequestError("ResizeError", str(error)) from error
+        self._containers.resize(container, resources, annotations)
+        connection.answer(seq, wire.dump_status(container.status))
 
     def _list(self, connection: Connection, _message: wire.Message, seq: object) -> None:
         connection.answer(seq, [wire.dump_status(status) for status in self._containers.statuses()])

@@ -15,6 +15,7 @@ from wasilet_node.runtime import supervisor_registry, wire
 from wasilet_node.runtime.protocol import (
     PROTOCOL_VERSION,
     ContainerStatus,
+    ResizeError,
     RuntimeCapabilities,
     RuntimeUnavailableError,
     StartError,
@@ -135,6 +136,8 @@ def error_of(error: wire.Message) -> Exception:
         return StartError(text)
     if kind == "UnknownContainer":
         return UnknownContainerError(text)
+    if kind == "ResizeError":
+        return ResizeError(text)
     return RuntimeUnavailableError(text)
 
 

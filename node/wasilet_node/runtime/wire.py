@@ -23,6 +23,7 @@ from wasilet_node.runtime.protocol import (
     HttpCounters,
     HttpPolicy,
     Mount,
+    Resources,
     ServerSettings,
 )
 
@@ -99,6 +100,7 @@ _CONFIG_FIELDS, _STATUS_FIELDS, _MOUNT_FIELDS, _HTTP_FIELDS, _SERVER_FIELDS = (
     frozenset(field.name for field in dataclasses.fields(cls))
     for cls in (ContainerConfig, ContainerStatus, Mount, HttpPolicy, ServerSettings)
 )
+_RESOURCES = dataclasses.fields(Resources)
 
 
 def _known(names: frozenset[str], data: Message) -> Message:
@@ -158,6 +160,16 @@ def load_status(data: Message) -> ContainerStatus:
         return ContainerStatus(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"a container's status is incomplete: {error!r}") from error
+
+
+def load_resources(data: Message) -> Resources:
+    """The resources in ``data``. Raises WireError."""
+    try:
+        return Resources(
+            **{field.name: None if data[field.name] is None else int(data[field.name]) for field in _RESOURCES}
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"a container's resources are incomplete: {error!r}") from error
 
 
 def load_usage(data: Message) -> ContainerUsage:

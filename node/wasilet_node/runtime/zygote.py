@@ -34,7 +34,7 @@ from wasilet_node.runtime.loop import Loop, Watch
 logger = logging.getLogger(__name__)
 
 READY_SANDBOXES = 6
-"""How many wait at most; each has about 1 MiB of its own."""
+"""How many wait; after a burst, twice as many. Each has about 1 MiB of its own."""
 
 REFILL_BELOW = 3
 """Then all that are missing are made at once, since the process between costs a fork of its own."""
@@ -141,6 +141,10 @@ class Zygote:
         except (ConnectionError, EOFError, TimeoutError):
             self._replace()
             self._wait_for_answer()
+        if self._loop is not None and not self._asked:
+            # None was left, so many are started at once: the next are made while these begin.
+            with contextlib.suppress(OSError):
+                self._ask(READY_SANDBOXES)
 
     def _wait_for_answer(self) -> None:
         if not self._asked:

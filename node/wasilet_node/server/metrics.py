@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from wasilet_node import __version__, machine
 from wasilet_node.runtime.protocol import ContainerState, Runtime, RuntimeUnavailableError
 from wasilet_node.server.pods import PodSource, full_name
+from wasilet_node.server.serving_metrics import serving
 from wasilet_node.server.stats import ContainerSample, PodSample, Snapshot, UsageReader
 from wasilet_node.settings import NodeSettings
 
@@ -211,7 +212,11 @@ class MetricsViews:
         pods.add_metric((), len(running))
         for state in ContainerState:
             containers.add_metric((state.value,), sum(1 for each in statuses if each.state is state))
-        return [desired, pods, containers]
+        try:
+            served = list(serving(await self._usage.snapshot()))
+        except RuntimeUnavailableError:
+            served = []
+        return [desired, pods, containers, *served]
 
     def _machine(self) -> Iterator[Metric]:
         facts = machine.facts(self._data)

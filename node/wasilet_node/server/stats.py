@@ -23,7 +23,7 @@ from wasilet_common.time_format import rfc3339
 from wasilet_node import machine
 from wasilet_node.logfolders import pod_folder
 from wasilet_node.runtime import linux
-from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, Runtime
+from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, HttpCounters, Runtime
 from wasilet_node.server.pods import PodSource, full_name
 from wasilet_node.settings import NodeSettings
 
@@ -47,6 +47,8 @@ class ContainerSample:
     working_set_bytes: int
     rss_bytes: int
     taken_at_ns: int
+    http: HttpCounters | None = None
+    """Of one that serves HTTP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,7 @@ class UsageReader:
                         working_set_bytes=max(usage.memory_bytes or rss, 1),
                         rss_bytes=rss,
                         taken_at_ns=usage.timestamp_ns,
+                        http=usage.http,
                     )
                 )
             start_times = {full_name(pod)[2]: pod.get("status", {}).get("startTime", "") for pod in self._pods.pods()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from wasilet_node.runtime.protocol import Mount
@@ -31,7 +32,10 @@ class Volumes(Protocol):
         """Admission: raises VolumeRefusedError naming the volume and its kind. No I/O."""
 
     async def setup(self, pod: Pod) -> None:
-        """Make every volume that the pod's containers use; idempotent. Raises VolumeError."""
+        """Make every volume that the pod's containers use, but for image volumes; idempotent. Raises VolumeError."""
+
+    async def place_image(self, pod: Pod, volume: str, archive: Path, digest: str) -> None:
+        """Unpack an image volume from an archive with this digest; idempotent. Raises VolumeError."""
 
     def mounts(
         self,

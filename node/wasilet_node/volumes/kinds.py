@@ -44,6 +44,9 @@ class Place:
     loose: bool = False
     """A memory volume with a size that the kernel does not hold, and that must be looked at often."""
 
+    fixed: bool = False
+    """Nothing is made in it, not even the folder of a subPath."""
+
     live: bool = False
     """Files are swapped as a whole by updates, so a single one is mounted as a copy."""
 

@@ -28,7 +28,7 @@ from wasilet_node.kube.references import References
 from wasilet_node.runtime.protocol import Mount
 from wasilet_node.runtime.safe_path import open_root, opened, read_whole, resolve
 from wasilet_node.settings import NodePaths
-from wasilet_node.volumes import atomic, hosts
+from wasilet_node.volumes import atomic, hosts, image
 from wasilet_node.volumes.base import Container, ContainerConfigError, Pod, VolumeError, VolumeRefusedError
 from wasilet_node.volumes.claims import Claims, EphemeralClaims
 from wasilet_node.volumes.config_map import ConfigMaps
@@ -158,7 +158,9 @@ class VolumeManager:
         """See ``Volumes.check``."""
         for volume in _volumes(pod):
             kind = self._projecting.get(volume.kind) or self._placing.get(volume.kind)
-            if kind is None:
+            if volume.kind == image.KIND:
+                problem = image.check(volume.source)
+            elif kind is None:
                 problem = f"volumes of kind {volume.kind} are not supported by this node"
             else:
                 problem = kind.check(volume.source)
@@ -179,7 +181,9 @@ class VolumeManager:
             places = self._places.setdefault(uid, {})
             used = _used(pod)
             missing = [
-                volume for volume in _volumes(pod) if volume.name in used and not _is_ready(places.get(volume.name))
+                volume
+                for volume in _volumes(pod)
+                if volume.kind != image.KIND and volume.name in used and not _is_ready(places.get(volume.name))
             ]
             results = await asyncio.gather(*(self._set_up(pod, volume) for volume in missing), return_exceptions=True)
             problems: list[str] = []
@@ -192,6 +196,15 @@ class VolumeManager:
                     places[volume.name] = result
             if problems:
                 raise VolumeError("; ".join(problems))
+
+    async def place_image(self, pod: Pod, volume: str, archive: Path, digest: str) -> None:
+        """See ``Volumes.place_image``."""
+        uid = checked_uid(pod["metadata"]["uid"])
+        folder = self._areas.pod(uid) / "volumes" / checked_name(volume)
+        async with self._lock(uid):
+            places = self._places.setdefault(uid, {})
+            loop = asyncio.get_running_loop()
+            places[volume] = await loop.run_in_executor(self._slow_threads, image.place, folder, archive, digest)
 
     async def _set_up(self, pod: Pod, volume: _Volume) -> Place:
         if (placing := self._placing.get(volume.kind)) is not None:

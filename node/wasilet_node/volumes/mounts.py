@@ -21,6 +21,7 @@ and ``/tmp``, and ends with the instance. With a ``workingDir`` there is none, s
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import posixpath
@@ -250,6 +251,8 @@ def _prepare_sub_path(plan: _Plan, place: Place, volume: str, sub_path: str) -> 
     with opened(open_root(place.path)) as root_fd:
         try:
             names, missing = resolve(root_fd, sub_path)
+            if missing is not None and place.fixed:
+                raise FileNotFoundError(errno.ENOENT, "no such file in the image", sub_path)
             if missing is not None:
                 mode = stat.S_IMODE(os.fstat(root_fd).st_mode)
                 try:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 from wasilet import process
+from wasilet.apps.samples import find_app
 from wasilet.build.application import build
-from wasilet.demo.samples import find_app
 from wasilet.oci.artifact import Artifact, Blob
 from wasilet.oci.push import push, reference_named
 from wasilet_common.oci import mediatypes

@@ -34,9 +34,9 @@ _PROGRAMS = (
     *("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy"),
     *("kubelet", "kubeadm", "kubectl", "etcd"),
 )
-_ETCD_TAG = "3.6.5-0"
-_PAUSE_TAG = "3.10.1"
-"""The tags that kubeadm 1.34 asks for; what is inside them is ours."""
+_ETCD_TAG = "3.7.0-0"
+_PAUSE_TAG = "3.10.2"
+"""The tags that kubeadm 1.37 asks for; what is inside them is ours."""
 
 
 def build_go_tool(name: str, *, cache: Path) -> Path:

@@ -34,7 +34,12 @@ nodes:
       - |
         kind: InitConfiguration
         skipPhases: [addon/coredns]
+{extra}      - |
+        kind: KubeletConfiguration
+        failCgroupV1: false
 """
+"""kubelet starts on control groups of version 1 only when told to (since 1.35), and this machine may have them."""
+
 _TAINTED = """\
         nodeRegistration:
           taints:
@@ -64,7 +69,8 @@ class KindRig:
         node with a taint (``key:Effect``), or with none."""
         key, _, effect = linux_taint.partition(":")
         path = self.folder / ("tainted.yaml" if key else "plain.yaml")
-        path.write_text(_WITHOUT_DNS + (_TAINTED.format(key=key, effect=effect) if key else ""), encoding="utf-8")
+        extra = _TAINTED.format(key=key, effect=effect) if key else ""
+        path.write_text(_WITHOUT_DNS.format(extra=extra), encoding="utf-8")
         return path
 
     def push_linux(self, registry: str, docker_config: Path) -> str:

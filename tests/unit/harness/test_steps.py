@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.console import PlainReporter, RichReporter, is_interactive
 from wasilet.errors import ComponentError, HarnessError, PortTakenError
 from wasilet.process import check_cancelled, run
 from wasilet.steps import Finding, Play, Progress, Recap, Status, Step
-from wasilet.terminal.console import PlainReporter, RichReporter, is_interactive
 
 pytestmark = pytest.mark.unit
 

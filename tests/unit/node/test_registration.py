@@ -119,6 +119,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def test_a_new_node_says_what_it_is(rig: Rig) -> None:
+    rig.store.objects["/version"] = {"major": "1", "minor": "36"}
     registration = rig.make()
     await registration.register()
 
@@ -133,7 +134,7 @@ async def test_a_new_node_says_what_it_is(rig: Rig) -> None:
     status = rig.node["status"]
     assert status["nodeInfo"]["architecture"] == "wasm-wasi"
     assert status["nodeInfo"]["containerRuntimeVersion"] == "wasmtime://50.0.1"
-    assert re.fullmatch(r"v1\.34\.\d+\+wasilet-0\.1\.0", status["nodeInfo"]["kubeletVersion"])
+    assert re.fullmatch(r"v1\.36\.\d+\+wasilet-0\.1\.0", status["nodeInfo"]["kubeletVersion"])
     assert all(status["nodeInfo"][key] for key in ("machineID", "systemUUID", "bootID", "kernelVersion", "osImage"))
     assert status["addresses"] == [
         {"type": "InternalIP", "address": "192.0.2.7"},

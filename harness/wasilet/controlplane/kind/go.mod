@@ -1,6 +1,8 @@
 module wasilet.dev/controlplane/kind
 
-go 1.24.0
+go 1.17
+
+require sigs.k8s.io/kind v0.33.0
 
 require (
 	al.essio.dev/pkg/shellescape v1.5.1 // indirect
@@ -14,8 +16,5 @@ require (
 	github.com/spf13/pflag v1.0.5 // indirect
 	go.yaml.in/yaml/v3 v3.0.4 // indirect
 	golang.org/x/sys v0.6.0 // indirect
-	sigs.k8s.io/kind v0.30.0 // indirect
 	sigs.k8s.io/yaml v1.4.0 // indirect
 )
-
-tool sigs.k8s.io/kind

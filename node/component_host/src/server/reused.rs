@@ -198,7 +198,8 @@ impl Worker {
                 let _ = exchange.failure.set(reason.to_owned());
             }
         }
-        if !told {
+        // Idle ones that end with the server are dropped with its runtime, which wasmtime takes for a panic.
+        if !told && reason != "worker panicked" {
             log("an instance ended", reason);
         }
     }

@@ -27,6 +27,7 @@ _VERSION_TIMEOUT_SECONDS = 30.0
 _VERSION = re.compile(r"rustc (\d+)\.(\d+)\.(\d+)")
 _PROGRESS = re.compile(r"^\s*(Compiling|Downloading|Finished) ")
 _LAST_LINES = 30
+_WORK_PREFIX = ".build-"
 _HINT = "install Rust from your distribution or with rustup, or set CARGO to a newer cargo"
 
 Say = Callable[[str], None]
@@ -104,8 +105,11 @@ def _build(target: Path, rust: Rust, say: Say, env: Mapping[str, str]) -> None:
     crate = locate.sources()
     if crate is None:
         raise HostUnavailableError("this installation has no sources of the component host")
+    # Under the lock: what is there belongs to a build that was killed.
+    for left in target.parent.glob(f"{_WORK_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
     say(f"building the component host with {rust}, once; this takes some minutes")
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=target.parent) as folder:
         _cargo(crate, Path(folder), rust, say, env)
         made = Path(folder) / "release" / locate.FILE_NAME
         Library(made)

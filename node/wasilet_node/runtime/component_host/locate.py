@@ -1,7 +1,7 @@
 """Where the component host is: a library given by hand, one inside the wheel, or one that was built into the cache.
 
 Nothing is built or fetched here, since a node must not compile Rust in the middle of a pod's start. ``build`` does it,
-by ``python -P -m wasilet_node component-host`` or by whatever of the harness first needs it.
+by ``wasilet-node component-host`` or by whatever of the harness first needs it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VARIABLE = "WASILET_COMPONENT_HOST"
 """Environment name: the library to use, and no other."""
 
 FILE_NAME = "libwasilet_component_host.so"
-COMMAND = "python -P -m wasilet_node component-host"
+COMMAND = "wasilet-node component-host"
 """What brings it."""
 
 _PACKAGED = Path(__file__).resolve().parent / FILE_NAME

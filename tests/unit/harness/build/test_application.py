@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from wasilet.apps.new_app import new_app
+from wasilet.apps.samples import App, Demo, find_app
 from wasilet.build import application as builds
-from wasilet.build.application import Made, build, built_already, wasi_version, workspace
+from wasilet.build.application import build, built_already, wasi_version, workspace
+from wasilet.build.builder import Made
 from wasilet.build.cargo import CompileError, compile_module
 from wasilet.build.toolchain import OVERRIDE, RustToolchain
-from wasilet.demo.new_app import new_app
-from wasilet.demo.samples import App, Demo, find_app
 from wasilet.errors import HarnessError, UsageError
 from wasilet.oci.artifact import Layout, layout_named, make_artifact
 

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from wasilet.cluster.down import down, end_node
+from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.state import ComponentRecord, State
+from wasilet.console import PlainReporter
 from wasilet.errors import StateError
 from wasilet.process import is_alive, spawn, stop
+from wasilet.providers.node_process import end_node
 from wasilet.settings import Settings, load
-from wasilet.terminal.console import PlainReporter, SilentReporter
+from wasilet.state import ComponentRecord, State
+from wasilet.steps import SilentReporter
 
 pytestmark = pytest.mark.unit
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from wasilet.cluster import join, tcp_proxy
-from wasilet.cluster.token import Token, bootstrap_config
 from wasilet.errors import UsageError
+from wasilet.kube.bootstrap_token import Token, bootstrap_config
 
 pytestmark = pytest.mark.unit
 

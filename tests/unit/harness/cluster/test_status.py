@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from wasilet.cluster import status as statuses
-from wasilet.cluster.state import State
 from wasilet.cluster.status import log_file, log_lines
 from wasilet.errors import UsageError
 from wasilet.settings import Settings, load
+from wasilet.state import State
 
 pytestmark = pytest.mark.unit
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wasilet.cluster.state import State
 from wasilet.controlplane.components import (
     Component,
     component_step,
@@ -20,6 +19,7 @@ from wasilet.controlplane.components import (
 from wasilet.errors import ComponentError
 from wasilet.process import ProcessRecord, is_alive, spawn, stop
 from wasilet.settings import Settings
+from wasilet.state import State
 from wasilet.steps import Play
 
 pytestmark = pytest.mark.unit

@@ -8,8 +8,7 @@ import pytest
 from wasilet.demo import demo
 from wasilet.errors import HarnessError
 from wasilet.settings import load
-from wasilet.steps import Finding, Play, Progress, Step
-from wasilet.terminal.console import SilentReporter
+from wasilet.steps import Finding, Play, Progress, SilentReporter, Step
 
 pytestmark = pytest.mark.unit
 

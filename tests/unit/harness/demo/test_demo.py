@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.apps.samples import Expectation, Line, LocalSpec, find_app, sample_names
 from wasilet.demo import local_run as runs
 from wasilet.demo.expect import ExpectationError, missing_line, wait_for
-from wasilet.demo.samples import Expectation, Line, LocalSpec, find_app, sample_names
 from wasilet.errors import ApiError, HarnessError, StateError, UsageError, WaitTimeoutError
 from wasilet.kube.manifest_file import parse_objects
 from wasilet.kube.resources import FIELD_MANAGER, Resources

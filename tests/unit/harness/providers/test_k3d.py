@@ -13,7 +13,6 @@ import pytest
 import yaml
 from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.state import State
 from wasilet.cluster.up import up
 from wasilet.errors import CommandError, UsageError
 from wasilet.providers.base import API_SERVER_STEP, Cluster
@@ -22,8 +21,8 @@ from wasilet.providers.existing_base import HalfMadeError, StoppedError, facts, 
 from wasilet.providers.k3d import K3dProvider, first_error, user_k3d
 from wasilet.providers.k3s_config import egress_disabled, registries_with
 from wasilet.settings import Settings
-from wasilet.steps import Play, Status
-from wasilet.terminal.console import SilentReporter
+from wasilet.state import State
+from wasilet.steps import Play, SilentReporter, Status
 
 from tests.rigs.standins.interruption import interrupt
 from tests.rigs.standins.settings import ADMIN, standin_settings
@@ -103,10 +102,11 @@ def test_a_container_that_comes_late_is_deleted_too(
     """An engine goes on with what it was asked for, when the tool that asked has been ended."""
     update_facts(cluster, creating="2026-01-01T00:00:00Z", ids=[], before={"networks": [], "volumes": []})
 
-    def comes_late(_: float) -> None:
+    def comes_late() -> None:
         add_node(world, "k3d-unit-tools", "noRole", created="2026-02-01T00:00:00.000000001Z")
 
-    monkeypatch.setattr("wasilet.providers.docker_base.time.sleep", comes_late)
+    # What is called between the first look, which finds nothing, and the pause before the second.
+    monkeypatch.setattr("wasilet.providers.docker_base.check_cancelled", comes_late)
     K3dProvider().destroy(cluster)
     assert_nothing_is_left(world)
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.state import State
 from wasilet.cluster.up import up
+from wasilet.console import PlainReporter
 from wasilet.errors import UsageError
 from wasilet.process import stop
 from wasilet.providers.base import Cluster
@@ -24,8 +24,8 @@ from wasilet.providers.docker import is_local
 from wasilet.providers.existing_base import StoppedError, made_since, update_facts
 from wasilet.providers.kind import KindProvider, first_error, node_image
 from wasilet.settings import Settings
-from wasilet.steps import Recap
-from wasilet.terminal.console import PlainReporter, SilentReporter
+from wasilet.state import State
+from wasilet.steps import Recap, SilentReporter
 
 from tests.rigs.standins.settings import ADMIN, standin_settings
 from tests.rigs.standins.world import ROOT, World

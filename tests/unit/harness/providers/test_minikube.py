@@ -12,15 +12,14 @@ import pytest
 import yaml
 from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.state import State
 from wasilet.cluster.up import up
 from wasilet.errors import CommandError, HarnessError, UsageError
 from wasilet.providers.base import API_SERVER_STEP, Cluster
 from wasilet.providers.existing_base import HalfMadeError, StoppedError, update_facts
 from wasilet.providers.minikube import RESERVED_NAMES, MinikubeProvider, exit_line
 from wasilet.settings import Settings
-from wasilet.steps import Play, Status
-from wasilet.terminal.console import SilentReporter
+from wasilet.state import State
+from wasilet.steps import Play, SilentReporter, Status
 
 from tests.rigs.standins.interruption import interrupt
 from tests.rigs.standins.settings import ADMIN, standin_settings

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from invoke.exceptions import Exit
 from wasilet.errors import UsageError
-from wasilet.settings import load
-from wasilet.terminal.cli import command, invocation_path
+from wasilet.settings import invocation_path, load
+from wasilet.terminal.cli import command
 from wasilet_common.process_start import tighten_umask
 from wasilet_dev import docs_tasks
 from wasilet_dev.test_runner import needs_binaries, pytest_command
@@ -339,7 +339,7 @@ def test_binaries_are_brought_only_for_tests_that_need_them(words: list[str], ne
 
 
 def test_pytest_gets_its_words_as_typed_and_the_provider_by_environment() -> None:
-    from wasilet.terminal.console import SilentReporter
+    from wasilet.steps import SilentReporter
 
     words = ["--provider", "host", "-m", "unit", "-k", "a and b", "tests/unit"]
     argv, env = pytest_command(load(environ={}), words, reporter=SilentReporter())

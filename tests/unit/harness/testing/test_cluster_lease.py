@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet.cluster.state import ComponentRecord, State
 from wasilet.errors import HarnessError, UsageError
 from wasilet.process import ProcessRecord, find
+from wasilet.state import ComponentRecord, State
 from wasilet.steps import Outcome, Recap, Status
 from wasilet.testing import cluster as leases
 from wasilet.testing.cluster import Users, Wish, join, leave, own_process

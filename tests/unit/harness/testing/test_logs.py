@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+from wasilet.apps.samples import Expectation, Line
 from wasilet.demo.expect import ExpectationError, wait_for
-from wasilet.demo.samples import Expectation, Line
 from wasilet.errors import ApiError
 from wasilet.testing import expectation
 from wasilet.testing.observe import Observer

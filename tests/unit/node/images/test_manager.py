@@ -8,14 +8,16 @@ import gzip
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from wasilet_common.oci import mediatypes as media
-from wasilet_common.oci.credentials import Credential
+from wasilet_common.oci.credentials import Credential, SecretSource
+from wasilet_common.oci.file_tree import unpack
 from wasilet_common.oci.registry import RegistryClient
 from wasilet_common.time_format import go_duration
 from wasilet_node.images.compile import CompileError
@@ -130,7 +132,11 @@ async def test_an_image_is_pulled_once_and_then_present(rig: Rig) -> None:
     assert await rig.ensure(policy=NEVER, events=events) == image
     assert len(rig.registry.requests) == asked
     name, size = rig.name(), image.size_bytes
-    present = ("Normal", "Pulled", f'Container image "{name}" already present on machine')
+    present = (
+        "Normal",
+        "Pulled",
+        f'Container image "{name}" already present on machine and can be accessed by the pod',
+    )
     assert events.seen == [
         ("Normal", "Pulling", f'Pulling image "{name}"'),
         (
@@ -466,7 +472,7 @@ async def test_pulls_wait_for_a_free_slot_but_present_images_do_not(tmp_path: Pa
 async def test_a_private_image_needs_the_secret_of_each_pod_under_always(rig: Rig) -> None:
     rig.registry.add_cncf("a/hello:v1")
     rig.registry.users = {"cat": "purr"}
-    mine = [credential("ghcr.io", "cat", "purr"), credential(rig.registry.host, "cat", "purr")]
+    mine = [credential("ghcr.io", "cat", "purr"), in_secret(rig.registry.host, "purr", "s")]
     allowed = rig.ensure(policy=ALWAYS, credentials=mine, pod_uid="mine")
     denied = rig.ensure(policy=ALWAYS, pod_uid="other")
     first, second = await asyncio.gather(allowed, denied, return_exceptions=True)
@@ -474,7 +480,91 @@ async def test_a_private_image_needs_the_secret_of_each_pod_under_always(rig: Ri
     assert isinstance(second, ImageError)
     assert "pull access denied" in second.message
     assert "imagePullSecrets" in second.message
-    assert await rig.ensure(pod_uid="third") == first
+    assert await rig.ensure(pod_uid="third", credentials=mine) == first
+
+
+def in_secret(host: str, password: str, name: str, namespace: str = "ns") -> Credential:
+    source = SecretSource(namespace=namespace, name=name, uid=f"uid-{namespace}-{name}")
+    return replace(credential(host, "cat", password), source=source)
+
+
+ACCESS = [
+    ("none at all", None, None, False),
+    ("the same secret", ("purr", "s", "ns"), None, True),
+    ("the same login in a secret of another namespace", ("purr", "t", "elsewhere"), None, True),
+    ("the same secret, whose login was changed since", ("hiss", "s", "ns"), None, True),
+    ("another login in another secret", ("hiss", "t", "ns"), None, False),
+    ("a login of another registry", ("purr", "s", "ns"), "ghcr.io", False),
+]
+
+
+@pytest.mark.parametrize("policy", [IF_NOT_PRESENT, NEVER])
+@pytest.mark.parametrize(("secret", "host", "allowed"), [row[1:] for row in ACCESS], ids=[row[0] for row in ACCESS])
+async def test_a_present_image_is_for_those_who_bring_what_it_was_pulled_with(
+    rig: Rig, secret: tuple[str, str, str] | None, host: str | None, *, allowed: bool, policy: PullPolicy
+) -> None:
+    rig.registry.users = {"cat": "purr"}
+    rig.registry.add_cncf("a/hello:v1")
+    here = rig.registry.host
+    await rig.ensure(credentials=[in_secret(here, "purr", "s")])
+    await rig.restart()
+    asked = len(rig.registry.requests)
+    bring = [] if secret is None else [in_secret(host or here, *secret)]
+    if allowed:
+        events = Events()
+        await rig.ensure(policy=policy, credentials=bring, pod_uid="other", events=events)
+        assert "can be accessed by the pod" in events.seen[0][2]
+        assert len(rig.registry.requests) == asked
+    elif policy is NEVER:
+        message = await rig.refused("ErrImageNeverPull", policy=policy, credentials=bring, pod_uid="other")
+        assert message == f'Container image "{rig.name()}" is not present with pull policy of Never'
+    else:
+        await rig.refused("ErrImagePull", policy=policy, credentials=bring, pod_uid="other")
+        assert len(rig.registry.requests) > asked
+    assert "purr" not in (rig.directory / "index.json").read_text()
+
+
+async def test_a_login_that_the_registry_takes_opens_a_present_image_without_moving_it_again(rig: Rig) -> None:
+    rig.registry.add_cncf("a/hello:v1")
+    host = rig.registry.host
+    await rig.ensure(credentials=[in_secret(host, "purr", "s")])
+    blobs = [path for path in rig.registry.paths() if "/blobs/" in path]
+    await rig.ensure(credentials=[in_secret(host, "meow", "t")], pod_uid="second")
+    assert [path for path in rig.registry.paths() if "/blobs/" in path] == blobs
+    asked = len(rig.registry.requests)
+    await rig.ensure(credentials=[in_secret(host, "meow", "t")], pod_uid="third")
+    assert len(rig.registry.requests) == asked
+    await rig.ensure(pod_uid="public")  # this registry wants no login: from now on the image is everybody's
+    asked = len(rig.registry.requests)
+    await rig.ensure(pod_uid="another", policy=NEVER)
+    assert len(rig.registry.requests) == asked
+
+
+async def change_index(rig: Rig, change: Callable[[dict[str, Any]], object]) -> None:
+    """As another agent, or a failing disk, left it."""
+    await rig.manager.close()
+    index = rig.directory / "index.json"
+    document = json.loads(index.read_text())
+    change(document)
+    index.write_text(json.dumps(document))
+    rig.manager = rig.new_manager()
+
+
+async def test_images_of_an_agent_that_kept_no_records_are_preloaded(rig: Rig) -> None:
+    rig.registry.add_cncf("a/hello:v1")
+    await rig.ensure(credentials=[in_secret(rig.registry.host, "purr", "s")])
+    await change_index(rig, lambda document: document.pop("access"))
+    await rig.ensure(policy=NEVER, pod_uid="other")
+
+
+@pytest.mark.parametrize("damage", [{}, [], {"key": "zz", "images": {}}, {"key": "00", "images": {"D": {"r": {}}}}])
+async def test_damaged_records_give_an_image_to_nobody_unasked(rig: Rig, damage: Any) -> None:
+    body = rig.registry.add_cncf("a/hello:v1")
+    await rig.ensure()
+    damaged = json.loads(json.dumps(damage).replace("D", digest_of(body)))
+    await change_index(rig, lambda document: document.update(access=damaged))
+    await rig.refused("ErrImageNeverPull", policy=NEVER, pod_uid="other")
+    await rig.ensure(pod_uid="other")
 
 
 async def test_each_fitting_credential_is_tried(rig: Rig) -> None:
@@ -614,3 +704,66 @@ async def test_hundreds_of_hostile_images_end_in_nothing_but_image_errors(tmp_pa
                 assert digest_of(image.module_path.read_bytes()) == image.module_digest
         assert not list((rig.directory / "tmp").iterdir())
     assert min(outcomes.values()) > 20, outcomes
+
+
+async def files_of(rig: Rig, folder: Path, image: str, events: Events | None = None) -> dict[str, bytes]:
+    found = await rig.manager.ensure_files(
+        rig.name(image), policy=IF_NOT_PRESENT, credentials=[], event=events or Events(), pod_uid="pod"
+    )
+    folder.mkdir()
+    unpack(found.module_path, folder, limit_bytes=1 << 20)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+async def test_the_files_of_images_and_artifacts_are_had_as_one_archive(rig: Rig, tmp_path: Path) -> None:
+    low = tar_of([("a/x", b"low"), ("y", b"1")])
+    high = tar_of([("a/x", b"high"), (".wh.y", b"")], compress=False)
+    rig.registry.add_image(
+        "a/data:v1",
+        config={"os": "linux", "architecture": "amd64"},
+        config_type=media.OCI_CONFIG,
+        layers=[(low, media.OCI_LAYER_TAR_GZIP), (high, media.OCI_LAYER_TAR)],
+    )
+    events = Events()
+    assert await files_of(rig, tmp_path / "1", "a/data:v1", events) == {"a/x": b"high"}
+    assert [event[1] for event in events.seen] == ["Pulling", "Pulled"]
+    rig.registry.add_image(
+        "a/model:v1",
+        config=b"{}",
+        config_type="application/vnd.oci.empty.v1+json",
+        layers=[(b"weights", "application/octet-stream"), (b"more", "text/plain")],
+        titles=["models/w.bin"],
+    )
+    more = digest_of(b"more").partition(":")[2]
+    assert await files_of(rig, tmp_path / "2", "a/model:v1") == {"models/w.bin": b"weights", more: b"more"}
+    # What can be run is had as files, too, and stays what it is.
+    rig.registry.add_cncf("a/hello:v1")
+    assert await files_of(rig, tmp_path / "3", "a/hello:v1") == {"hello.wasm": MODULE}
+    assert (await rig.ensure()).module_path.read_bytes() == MODULE
+    assert len(list((rig.directory / "volumes" / "blobs" / "sha256").iterdir())) == 3, "layers do not stay"
+    assert len(await rig.manager.list()) == 4
+    await rig.restart()
+    events = Events()
+    assert await files_of(rig, tmp_path / "4", "a/data:v1", events) == {"a/x": b"high"}
+    assert "already present on machine" in events.seen[0][2]
+
+
+REFUSED_FILES = [
+    (media.OCI_CONFIG, [(b"x", "application/vnd.unknown")], [], "application/vnd.unknown"),
+    (media.OCI_CONFIG, [(b"no archive" * 60, media.OCI_LAYER_TAR)], [], "not a tar archive"),
+    (media.OCI_CONFIG, [], [], "no layers"),
+    ("application/x", [(b"x", "text/plain")], ["../../etc/cron.d/x"], "no path below a folder"),
+    ("application/x", [(b"x", "text/plain"), (b"y", "text/plain")], ["a", "./a"], "more than one file"),
+]
+
+
+@pytest.mark.parametrize(("config_type", "layers", "titles", "why"), REFUSED_FILES)
+async def test_files_that_cannot_be_are_refused_and_leave_nothing(
+    rig: Rig, config_type: str, layers: Any, titles: Any, why: str
+) -> None:
+    rig.registry.add_image("a/odd:v1", config=b"{}", config_type=config_type, layers=layers, titles=titles)
+    with pytest.raises(ImageError, match=why) as caught:
+        await rig.manager.ensure_files(rig.name("a/odd:v1"), policy=ALWAYS, credentials=[], event=Events())
+    assert caught.value.reason == "ErrImagePull"
+    left = [path for path in (rig.directory / "volumes").rglob("*") if path.is_file() and path.name != "lock"]
+    assert left == []

@@ -24,6 +24,7 @@ from wasilet_node.runtime.protocol import (
     ExecResult,
     GuestKind,
     Mount,
+    Resources,
     RuntimeCapabilities,
     RuntimeUnavailableError,
     StartError,
@@ -85,6 +86,9 @@ def _merge_status(status: Pod, patch: Mapping[str, Any]) -> None:
         elif name == "conditions":
             listed = status.setdefault("conditions", [])
             for change in value:
+                if change.get("$patch") == "delete":
+                    listed[:] = [each for each in listed if each["type"] != change["type"]]
+                    continue
                 for condition in listed:
                     if condition["type"] == change["type"]:
                         condition.update(change)
@@ -255,6 +259,8 @@ class FakeRuntime:
         self.stop_delay = 0.0
         self.lost_answers = 0
         self.capabilities: RuntimeCapabilities | None = None
+        self.resized: list[Resources] = []
+        self.resize_error: Exception | None = None
         self.memory: dict[str, int] = {}
         self._listeners: list[asyncio.Queue[ContainerStatus]] = []
 
@@ -345,6 +351,17 @@ class FakeRuntime:
             self._end(instance, 137)
         return self.known[container_id]
 
+    async def resize(
+        self, container_id: str, resources: Resources, *, annotations: Mapping[str, str]
+    ) -> ContainerStatus:
+        await asyncio.sleep(0)
+        if self.resize_error is not None:
+            raise self.resize_error
+        self.resized.append(resources)
+        before = self.known[container_id]
+        self._change(dataclasses.replace(before, annotations={**before.annotations, **annotations}))
+        return self.known[container_id]
+
     async def list(self) -> Sequence[ContainerStatus]:
         await asyncio.sleep(0)
         return list(self.known.values())
@@ -418,6 +435,17 @@ class FakeImages:
             module_name="hello.wasm",
         )
 
+    async def ensure_files(
+        self,
+        reference: str,
+        *,
+        policy: PullPolicy,
+        credentials: Sequence[Credential],
+        event: EventSink,
+        pod_uid: str = "",
+    ) -> Image:
+        return await self.ensure(reference, policy=policy, credentials=credentials, event=event, pod_uid=pod_uid)
+
     async def compiled(self, image: Image, *, owner: str = "") -> Path:
         return Path("/compiled")
 
@@ -434,6 +462,8 @@ class FakeVolumes:
     def __init__(self) -> None:
         self.refuse: Exception | None = None
         self.setup_error: Exception | None = None
+        self.image_error: Exception | None = None
+        self.placed: list[tuple[str, str]] = []
         self.message = ""
         self.set_up: list[str] = []
         self.torn_down: list[str] = []
@@ -448,6 +478,11 @@ class FakeVolumes:
         if self.setup_error is not None:
             raise self.setup_error
         self.set_up.append(pod["metadata"]["uid"])
+
+    async def place_image(self, pod: Pod, volume: str, archive: Path, digest: str) -> None:
+        if self.image_error is not None:
+            raise self.image_error
+        self.placed.append((volume, digest))
 
     def mounts(
         self,

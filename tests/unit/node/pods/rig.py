@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,7 +30,7 @@ async def running(fakes: Fakes) -> AsyncIterator[PodManager]:
         node=services.node,
         timing=fakes.timing,
     )
-    manager._services = services
+    manager._services = dataclasses.replace(services, room=manager.room)
     task = asyncio.create_task(manager.run())
     try:
         await eventually(manager.synced.is_set)

@@ -117,12 +117,35 @@ def test_an_unstarted_container_is_not_ready_whatever_readiness_says() -> None:
     assert only["started"] is only["ready"] is False
 
 
-def test_a_resize_is_pending_until_the_container_restarts() -> None:
-    pod = make_pod(containers=[{"name": "c", "image": "x", "resources": {"limits": {"cpu": "2"}}}])
+def test_what_runs_has_the_resources_that_it_is_held_to() -> None:
+    wanted = {"limits": {"cpu": "2"}, "requests": {"cpu": "2"}}
+    pod = make_pod(containers=[{"name": "c", "image": "x", "resources": wanted}])
     running = make_instance(annotations={ANNOTATION_RESOURCES: '{"limits":{"cpu":"1"}}'})
-    status = compute(facts(pod, instances={"c": [running]}))
-    assert status["containerStatuses"][0]["resources"] == {"limits": {"cpu": "1"}}
-    assert conditions(status)["PodResizePending"]["reason"] == "Infeasible"
+    status = compute(facts(pod, instances={"c": [running]}))["containerStatuses"][0]
+    assert status["resources"] == {"limits": {"cpu": "1"}}
+    assert status["allocatedResources"] == {"cpu": "2"}
+
+
+POD_RESOURCES = [
+    ({}, [{}], {}),
+    ({}, [{"requests": {"cpu": "100m"}}, {"requests": {"cpu": "250m"}}], {"requests": {"cpu": "350m"}}),
+    (
+        {"limits": {"memory": "1Gi"}, "requests": {"cpu": "1"}},
+        [{"requests": {"cpu": "2", "memory": "64Mi"}, "limits": {"cpu": "1500m"}}, {"limits": {"cpu": "500m"}}],
+        {"limits": {"cpu": "2", "memory": "1Gi"}, "requests": {"cpu": "1", "memory": "64Mi"}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("own", "containers", "whole"), POD_RESOURCES)
+def test_a_pod_tells_its_resources_as_a_whole(own: Any, containers: Any, whole: Any) -> None:
+    pod = make_pod(
+        containers=[{"name": f"c{i}", "image": "x", "resources": each} for i, each in enumerate(containers)],
+        resources=own,
+    )
+    status = compute(facts(pod))
+    assert status.get("resources", {}) == whole
+    assert status.get("allocatedResources", {}) == whole.get("requests", {})
 
 
 def test_an_ephemeral_container_has_neither_started_nor_become_ready() -> None:

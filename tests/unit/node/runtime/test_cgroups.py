@@ -96,6 +96,33 @@ def test_version_1_limits_lie_beneath_our_own_group(tree: Tree) -> None:
     assert group.cpu_managed
 
 
+def test_version_1_limits_move_and_a_cpu_limit_may_be_added(tree: Tree) -> None:
+    tree.v1()
+    cpu = tree.root / "cpu,cpuacct" / "service" / "wasilet-1-2"
+    memory = tree.root / "memory" / "service" / "wasilet-1-2"
+    prepare(cpu, "cpu.shares")
+    manager = tree.manager()
+    prepare(memory, "x")
+    prepare(memory / "a", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
+    prepare(cpu / "a", "cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us", "cgroup.procs")
+    group = manager.make("a", memory_bytes=1 << 20, cpu_limit=None, cpu_request=None)
+    assert group is not None
+    assert group.cpu is None
+    changed = manager.change("a", group, pid=77, memory_bytes=2 << 20, cpu_limit=500, cpu_request=250)
+    assert changed is group
+    assert (memory / "a" / "memory.limit_in_bytes").read_text() == str(2 << 20)
+    assert (memory / "a" / "memory.memsw.limit_in_bytes").read_text() == str(2 << 20)
+    assert (cpu / "a" / "cgroup.procs").read_text() == "77"
+    assert group.procs == (memory / "a" / "cgroup.procs", cpu / "a" / "cgroup.procs")
+    manager.change("a", group, pid=77, memory_bytes=2 << 20, cpu_limit=100, cpu_request=1000)
+    assert (cpu / "a" / "cpu.cfs_quota_us").read_text().startswith("10000")
+    assert (cpu / "a" / "cpu.shares").read_text().startswith("1024")
+
+
+def test_without_groups_a_change_of_requests_changes_nothing(tree: Tree) -> None:
+    assert tree.manager().change("a", None, pid=1, memory_bytes=None, cpu_limit=None, cpu_request=100) is None
+
+
 def test_a_container_that_asks_for_nothing_gets_no_group(tree: Tree) -> None:
     tree.v1()
     prepare(tree.root / "cpu,cpuacct" / "service" / "wasilet-1-2", "cpu.shares")

@@ -28,6 +28,7 @@ from wasilet_node.runtime.protocol import (
     ContainerStatus,
     ContainerUsage,
     ExecResult,
+    Resources,
     StreamFrame,
 )
 from wasilet_node.server.app import KubeletServer
@@ -282,6 +283,11 @@ class FakeRuntime:
     async def stop(
         self, container_id: str, *, timeout_seconds: float = 10.0, grace_seconds: float = 0.0
     ) -> ContainerStatus | None:
+        raise NotImplementedError
+
+    async def resize(
+        self, container_id: str, resources: Resources, *, annotations: Mapping[str, str]
+    ) -> ContainerStatus:
         raise NotImplementedError
 
     async def list(self) -> Sequence[ContainerStatus]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from prometheus_client.parser import text_string_to_metric_families
-from wasilet_node.runtime.protocol import ContainerState, ContainerUsage, RuntimeUnavailableError
+from wasilet_node.runtime.protocol import ContainerState, ContainerUsage, HttpCounters, RuntimeUnavailableError
 from wasilet_node.server.metrics import HttpMetrics, MetricsViews
 from wasilet_node.server.stats import SummaryView, UsageReader
 
@@ -200,3 +201,24 @@ async def test_one_reading_serves_all_who_ask_at_once(rig: Rig) -> None:
     assert await rig.usage.snapshot() is first
     rig.now += 2
     assert await rig.usage.snapshot() is not first
+
+
+async def test_what_servers_counted_is_there_by_status_and_duration(rig: Rig) -> None:
+    counted = HttpCounters(
+        in_flight=2,
+        connections=3,
+        instances=7,
+        seconds=1.5,
+        buckets=(4, 0, 1, *([0] * 10), 1),
+        statuses={200: 5, 504: 1},
+    )
+    rig.runtime.usages = [dataclasses.replace(usage(), http=counted)]
+    rig.runtime.statuses = [status()]
+    found = series(await rig.metrics.kubelet(REQUEST))
+    by_code = {labels["code"]: value for labels, value, _ in found["wasilet_http_requests_total"]}
+    assert by_code == {"200": 5, "504": 1}
+    buckets = {labels["le"]: value for labels, value, _ in found["wasilet_http_request_duration_seconds_bucket"]}
+    assert (buckets["0.0005"], buckets["0.0025"], buckets["30.0"], buckets["+Inf"]) == (4, 5, 5, 6)
+    assert found["wasilet_http_request_duration_seconds_sum"][0][1] == 1.5
+    assert found["wasilet_http_requests_in_flight"][0][1] == 2
+    assert found["wasilet_http_instances_total"][0][1] == 7

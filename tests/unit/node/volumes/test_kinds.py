@@ -220,7 +220,7 @@ async def test_only_volumes_that_a_container_mounts_are_set_up(rig: Rig) -> None
         ({"csi": {"driver": "x"}}, "volumes of kind csi are not supported"),
         ({"iscsi": {}}, "volumes of kind iscsi are not supported"),
         ({"gitRepo": {"repository": "x"}}, "volumes of kind gitRepo are not supported"),
-        ({"image": {"reference": "x"}}, "volumes of kind image are not supported"),
+        ({"image": {}}, "no image is named"),
         ({"emptyDir": {"medium": "HugePages-2Mi"}}, "emptyDir medium HugePages-2Mi is not supported"),
         (
             {"projected": {"sources": [{"podCertificate": {"signerName": "x"}}]}},

@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 import pytest
 import yaml
-from wasilet.cluster.token import (
+from wasilet.errors import ApiError, StateError, UsageError
+from wasilet.kube.bootstrap_token import (
     Token,
     bootstrap_config,
     create_token,
@@ -22,7 +23,6 @@ from wasilet.cluster.token import (
     usable_token,
     write_bootstrap_file,
 )
-from wasilet.errors import ApiError, StateError, UsageError
 from wasilet.kube.client import KubeObject
 from wasilet.kube.manifests import create_missing, missing_objects, object_path, render_objects
 

@@ -11,29 +11,19 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from wasilet.steps import Outcome, Recap, Reporter
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.live import Live
     from rich.text import Text
 
-    from wasilet.steps import Outcome, Recap
 
 PLAIN_FIRST_SECONDS = 3.0
 PLAIN_EVERY_SECONDS = 10.0
 _COLOURS = {"ok": "green", "changed": "yellow", "skipped": "cyan", "failed": "bold red"}
-
-
-class Reporter(Protocol):
-    """Who is told about a play. Called from one thread at a time."""
-
-    def play_started(self, title: str) -> None: ...
-    def step_started(self, name: str) -> None: ...
-    def step_progress(self, name: str, message: str) -> None: ...
-    def step_finished(self, outcome: Outcome) -> None: ...
-    def play_finished(self, recap: Recap) -> None: ...
-    def notice(self, message: str) -> None: ...
 
 
 def is_interactive(stream: TextIO, environ: Mapping[str, str]) -> bool:
@@ -51,28 +41,6 @@ def reporter_for(environ: Mapping[str, str], *, stream: TextIO | None = None, sh
     if is_interactive(stream, environ) and not environ.get("NO_COLOR"):
         return RichReporter(stream, show_diff=show_diff)
     return PlainReporter(stream, show_diff=show_diff)
-
-
-class SilentReporter:
-    """Says nothing: for fixtures and tests."""
-
-    def play_started(self, title: str) -> None:
-        """Nothing."""
-
-    def step_started(self, name: str) -> None:
-        """Nothing."""
-
-    def step_progress(self, name: str, message: str) -> None:
-        """Nothing."""
-
-    def step_finished(self, outcome: Outcome) -> None:
-        """Nothing."""
-
-    def play_finished(self, recap: Recap) -> None:
-        """Nothing."""
-
-    def notice(self, message: str) -> None:
-        """Nothing."""
 
 
 class PlainReporter:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wasilet.demo.samples import App
+from wasilet.apps.samples import App
 from wasilet.errors import UsageError
 from wasilet.kube.client import KubeObject
 from wasilet.kube.manifest_file import parse_objects

@@ -11,8 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from wasilet.cluster.state import storage_errors
 from wasilet.errors import UsageError
+from wasilet.storage import storage_errors
 
 _PLACEHOLDER = "__NAME__"
 _RENAMED = {"gitignore": ".gitignore", "test_app.py.in": "test_app.py", "cargo-config.toml": ".cargo/config.toml"}

@@ -49,6 +49,12 @@ class ClusterRecord:
     run_id: str = ""
     """In the environment of every process of the cluster."""
 
+    kubernetes: str = ""
+    """Host provider: the version that etcd was last used with, as ``1.37.2``."""
+
+    kubernetes_asked: str = ""
+    """The minor that the user asked for, as ``1.36``; empty: the newest."""
+
     ports: Mapping[str, int] = field(default_factory=dict)
     kubeconfig: KubeconfigRecord | None = None
     created_objects: tuple[str, ...] = ()
@@ -83,6 +89,8 @@ class ClusterRecord:
             provider=reader.get("provider", str, ""),
             nodes=reader.get("nodes", int, 0),
             run_id=reader.get("run_id", str, ""),
+            kubernetes=reader.get("kubernetes", str, ""),
+            kubernetes_asked=reader.get("kubernetes_asked", str, ""),
             ports={str(name): int(port) for name, port in reader.get("ports", dict, {}).items()},
             kubeconfig=reader.made("kubeconfig", _kubeconfig),
             created_objects=tuple(map(str, reader.get("created_objects", list, []))),

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet.demo.render import add_pull_secret, parse_objects, place, pod_spec, render, render_text
-from wasilet.demo.samples import App, Demo, find_app, sample_names
+from wasilet.apps.render import add_pull_secret, parse_objects, place, pod_spec, render, render_text
+from wasilet.apps.samples import App, Demo, find_app, sample_names
 from wasilet.errors import UsageError
 
 pytestmark = pytest.mark.unit

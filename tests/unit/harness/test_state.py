@@ -13,20 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wasilet.cluster import state as states
-from wasilet.cluster.record import ClusterRecord, KubeconfigRecord
-from wasilet.cluster.state import (
-    RUN_ID_VARIABLE,
-    ComponentRecord,
-    State,
-    clusters,
-    port_is_free,
-    read_json,
-    write_file,
-    write_json,
-)
+from wasilet import state as states
+from wasilet.cluster_record import ClusterRecord, KubeconfigRecord
 from wasilet.errors import PortTakenError, StateError
+from wasilet.ports import EVERYWHERE, port_is_free
 from wasilet.process import ProcessRecord, spawn, stop
+from wasilet.state import RUN_ID_VARIABLE, ComponentRecord, State, clusters
+from wasilet.storage import read_json, write_file, write_json
 
 pytestmark = pytest.mark.unit
 
@@ -80,7 +73,7 @@ def test_the_record_is_typed_and_follows_every_write_of_anybody(state: State) ->
 def test_the_file_is_parsed_once_as_long_as_nobody_writes_it(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     state.update(nodes=2)
     assert state.cluster.nodes == 2
-    monkeypatch.setattr("wasilet.cluster.state.read_json", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("wasilet.storage.read_json", lambda _: pytest.fail("read again"))
     assert (state.cluster.nodes, state.read()) == (2, {"nodes": 2})
 
 
@@ -142,7 +135,7 @@ def test_the_lock_is_held_on_a_full_disk_too(state: State, monkeypatch: pytest.M
 
 
 def write_file_to_full_disk() -> None:
-    from wasilet.cluster.state import storage_errors
+    from wasilet.storage import storage_errors
 
     with storage_errors(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as file:  # noqa: PTH123
         file.write(b"x")
@@ -232,7 +225,7 @@ def test_a_lock_that_stays_is_an_error_that_names_its_holder(state: State) -> No
 def test_a_killed_holder_holds_nothing(state: State) -> None:
     state.create()
     code = (
-        "import sys,time; from pathlib import Path; from wasilet.cluster.state import State\n"
+        "import sys,time; from pathlib import Path; from wasilet.state import State\n"
         "with State(Path(sys.argv[1]), 'wasilet').locked(timeout_seconds=1):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
@@ -312,7 +305,7 @@ def test_a_port_that_is_chosen_has_no_listener_on_any_address(
 
 def test_a_port_that_is_asked_for_must_be_free_where_it_is_used(tmp_path: Path, port_busy_elsewhere: int) -> None:
     state = State(tmp_path, "one")
-    for addresses in (("127.0.0.2",), (states.EVERYWHERE,)):
+    for addresses in (("127.0.0.2",), (EVERYWHERE,)):
         with pytest.raises(PortTakenError, match=rf"port {port_busy_elsewhere}, which kubelet needs, is taken by"):
             state.allocate_ports({"kubelet": port_busy_elsewhere}, addresses=addresses)
     assert state.allocate_ports({"etcd": port_busy_elsewhere}) == {"etcd": port_busy_elsewhere}

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.build import apt
-from wasilet.cluster.state import State
 from wasilet.controlplane.components import SERVICE_CIDR, Component, accepts
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import Settings
+from wasilet.state import State
 from wasilet.steps import Progress
 
 Network = ipaddress.IPv4Network
@@ -221,15 +221,12 @@ def door_component(plan: NetworkPlan, apiserver_port: int) -> Component:
     )
 
 
-def node_arguments(
-    plan: NetworkPlan, *, index: int, folder: Path, kube_proxy: Path, network_policies: Path
-) -> list[str]:
+def node_arguments(plan: NetworkPlan, *, index: int, folder: Path, kube_proxy: Path) -> list[str]:
     """What a node's command line says of the network; ``folder`` holds the kubeconfigs."""
     return [
         *("--cluster-cidr", str(plan.pods), "--service-cidr", str(plan.services), "--uplink", plan.uplink(index)),
         *("--kube-proxy", str(kube_proxy), "--kube-proxy-kubeconfig", str(folder / "kube-proxy.conf")),
-        *("--network-policies", str(network_policies), "--network-policies-kubeconfig", str(folder / "netpol.conf")),
-        *("--cluster-dns", plan.dns_ip),
+        *("--network-policies-kubeconfig", str(folder / "netpol.conf"), "--cluster-dns", plan.dns_ip),
     ]
 
 

@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,24 +30,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster.record import VERSION, ClusterRecord
+from wasilet.cluster_record import VERSION, ClusterRecord
 from wasilet.errors import PortTakenError, StateError
+from wasilet.ports import EVERYWHERE, port_is_free, port_taken
 from wasilet.process import ProcessRecord, check_cancelled, is_alive, with_environment
 from wasilet.settings import DEFAULT_NAME, Settings
+from wasilet.storage import read_json, storage_errors, write_json
 
 RUN_ID_VARIABLE = "WASILET_RUN_ID"
 LOCK_POLL_SECONDS = 0.1
 PREFERRED_PORTS = {"apiserver": 6443, "registry": 5000, "kubelet": 10250}
 """What the cluster ``wasilet`` takes when it is free; any other cluster gets ports of its own range."""
 
-NO_ROOM = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT})
-FULL_DISK_HINT = "free some space, or set WASILET_STATE_HOME and WASILET_CACHE to folders on another disk"
+CLUSTER_LOGIN = "etc/registry-login/config.json"
+"""Within a cluster's folder: the login of its registry, as docker writes one."""
 
 _FIRST_PORT, _LAST_PORT = 20000, 32000
 """Below Linux's ephemeral range (32768), so that no outgoing connection sits on a port of ours."""
-
-EVERYWHERE = "0.0.0.0"  # noqa: S104  (asked about, never listened on)
-"""A port that is free here has no listener on any address of this machine."""
 
 
 @dataclass(frozen=True)
@@ -350,120 +346,6 @@ class State:
 def clusters(root: Path) -> list[str]:
     """The names of all clusters under a state root."""
     return sorted(file.parent.name for file in root.glob("*/cluster.json"))
-
-
-def port_is_free(port: int, address: str = "127.0.0.1") -> bool:
-    """Whether a server could listen there now."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # Go and asyncio servers set this too: without it, connections in TIME_WAIT would look like a listener.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            # Bound, never listening: a neighbouring thread's fork may carry this socket along for a moment, and
-            # SO_REUSEADDR lets two sockets share a port as long as neither of them listens.
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True
-
-
-def port_taken(port: int, what: str) -> PortTakenError:
-    """The error that names the port, what needs it and (where /proc tells) who has it."""
-    holder = port_holder(port)
-    by = f" by {holder}" if holder else " by another program"
-    return PortTakenError(
-        f"port {port}, which {what} needs, is taken{by}",
-        hint="end that program, or fix another port in ~/.invoke.yaml; see docs/harness.md, Settings",
-    )
-
-
-def port_holder(port: int) -> str:
-    """``name (pid n)`` of who listens on a TCP port; empty when it belongs to another user or to nobody."""
-    import psutil
-
-    try:
-        for connection in psutil.net_connections("tcp"):
-            listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,)
-            if listens and connection.pid:
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    except (psutil.Error, OSError):
-        pass
-    return ""
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of file work into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        raise StateError(os_error_words(error, path), hint=_storage_hint(error)) from error
-
-
-def os_error_words(error: OSError, path: Path | None = None) -> str:
-    """``<what> <where>`` for the errors that people meet."""
-    return f"cannot write {error.filename or path or 'a file'}: {os_error_reason(error)}"
-
-
-def os_error_reason(error: OSError) -> str:
-    """Why, for the errors that people meet."""
-    return {
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "no permission",
-        errno.EPERM: "not permitted",
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EMFILE: "too many open files",
-    }.get(error.errno or 0, error.strerror or str(error))
-
-
-def _storage_hint(error: OSError) -> str:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return FULL_DISK_HINT
-    if error.errno in {errno.ENOENT, errno.EISDIR}:
-        return ""  # of a path that was typed: folders of ours are made
-    return "set WASILET_STATE_HOME and WASILET_CACHE to folders that you can write to"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when the file does not exist. Raises StateError when it is damaged or unreadable."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise StateError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise StateError(f"{path} is damaged: {error}", hint="`invoke down --purge` removes the cluster") from error
-    if not isinstance(data, dict):
-        raise StateError(f"{path} is damaged: not a JSON object", hint="`invoke down --purge` removes the cluster")
-    return data
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Replace a JSON file atomically, mode 0600."""
-    write_file(path, json.dumps(data, indent=2, sort_keys=True).encode() + b"\n")
-
-
-def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Replace a file atomically: written beside it, renamed over it. Raises StateError."""
-    with storage_errors(path):
-        try:
-            fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        try:
-            with os.fdopen(fd, "wb") as file:
-                os.fchmod(fd, mode)
-                file.write(data)
-            Path(temporary).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)  # noqa: PTH108
-            raise
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

@@ -16,10 +16,10 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from wasilet.cluster.state import State, read_json, storage_errors, write_file, write_json
 from wasilet.controlplane.components import LOOPBACK, PROBE_TIMEOUT_SECONDS, Component, Probe
 from wasilet.errors import StateError
-from wasilet.oci.logins import CLUSTER_LOGIN
+from wasilet.state import CLUSTER_LOGIN, State
+from wasilet.storage import read_json, storage_errors, write_file, write_json
 
 COMPONENT = "registry"
 
@@ -91,7 +91,7 @@ def addresses_of(port: int) -> tuple[str, ...]:
 def write_login(folder: Path, names: Iterable[str]) -> Path:
     """A random login, made once, as docker's ``config.json`` for the registry's ``names``; the registry's own file of
     passwords. Raises StateError, HarnessError (no bcrypt here)."""
-    from wasilet.cluster.htpasswd import RANDOM_COST, entry
+    from wasilet.controlplane.htpasswd import RANDOM_COST, entry
 
     with storage_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

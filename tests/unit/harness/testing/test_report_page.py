@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from wasilet.terminal.report import Chapter, PodStory, duration, page
+from wasilet.testing.report_page import Chapter, PodStory, duration, page
 
 pytestmark = pytest.mark.unit
 

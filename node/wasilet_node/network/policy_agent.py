@@ -1,0 +1,123 @@
+"""Keeps the rules of NetworkPolicies in the network namespace that it is started in, with a credential of its own.
+
+``python -P -m wasilet_node.network.policy_agent --kubeconfig FILE ...``, started by the agent, as kube-proxy is: a node
+may read neither other nodes' pods nor namespaces. Rules stay when it ends, and are made again by the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, cast
+
+from wasilet_node.kube import kubeconfig
+from wasilet_node.kube.client import KubeClient
+from wasilet_node.network import nft, policies
+from wasilet_node.network.errors import NetworkError
+
+logger = logging.getLogger(__name__)
+
+WATCHED = {
+    "policies": "/apis/networking.k8s.io/v1/networkpolicies",
+    "pods": "/api/v1/pods",
+    "namespaces": "/api/v1/namespaces",
+}
+SETTLE_SECONDS = 0.05
+"""Changes come in bursts; one table is made of all of one."""
+
+RETRY_SECONDS = 1.0
+
+
+class Keeper:
+    """What is in the cluster, and the rules made of it."""
+
+    def __init__(self, kube: KubeClient, place: policies.Place) -> None:
+        self._kube = kube
+        self._place = place
+        self._known: dict[str, dict[str, Any]] = {name: {} for name in WATCHED}
+        self._synced: set[str] = set()
+        self._changed = asyncio.Event()
+        self._applied = ""
+
+    async def run(self) -> None:
+        """For ever."""
+        async with asyncio.TaskGroup() as group:
+            for name in WATCHED:
+                group.create_task(self._follow(name), name=name)
+            group.create_task(self._apply(), name="rules")
+
+    async def _follow(self, name: str) -> None:
+        fresh: dict[str, Any] = {}
+        events = cast("Any", self._kube.watch(WATCHED[name]))
+        async with aclosing(events):
+            async for event in events:
+                known = self._known[name]
+                if event.type == "SYNCED":
+                    self._known[name], fresh = fresh, {}
+                    self._synced.add(name)
+                elif event.type == "SYNC":
+                    fresh[event.object["metadata"]["uid"]] = event.object
+                    continue
+                elif event.type == "DELETED":
+                    known.pop(event.object["metadata"]["uid"], None)
+                else:
+                    known[event.object["metadata"]["uid"]] = event.object
+                self._changed.set()
+
+    async def _apply(self) -> None:
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(SETTLE_SECONDS)
+            self._changed.clear()
+            if self._synced != set(WATCHED):
+                continue
+            wanted = policies.rules(
+                self._known["policies"].values(),
+                self._known["pods"].values(),
+                self._known["namespaces"].values(),
+                self._place,
+            )
+            if wanted == self._applied:
+                continue
+            try:
+                await asyncio.to_thread(nft.apply, wanted)
+                self._applied = wanted
+            except NetworkError as error:
+                logger.error("the rules of NetworkPolicies: %s", error)  # noqa: TRY400
+                await asyncio.sleep(RETRY_SECONDS)
+                self._changed.set()
+
+
+async def _run(options: argparse.Namespace) -> None:
+    config = kubeconfig.load(options.kubeconfig)
+    kube = KubeClient(config.cluster, config.credentials, user_agent="wasilet network policies")
+    place = policies.Place(
+        pod_cidr=options.pod_cidr, machine_address=str(options.machine_address), dns_addresses=tuple(options.dns)
+    )
+    try:
+        await Keeper(kube, place).run()
+    finally:
+        await kube.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; runs until it is killed."""
+    parser = argparse.ArgumentParser(prog="wasilet_node.network.policy_agent")
+    parser.add_argument("--kubeconfig", type=Path, required=True)
+    parser.add_argument("--pod-cidr", type=ipaddress.IPv4Network, required=True)
+    parser.add_argument("--machine-address", type=ipaddress.IPv4Address, required=True)
+    parser.add_argument("--dns", action="append", default=[])
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    asyncio.run(_run(options))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
