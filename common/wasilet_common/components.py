@@ -20,6 +20,10 @@ MAX_SECTION_BYTES: Final = 1024 * 1024
 """Of one section with names; one of code is skipped, whatever its size."""
 
 MAX_SECTIONS: Final = 100_000
+HANDLERS: Final = ("wasi:http/incoming-handler@0.2.", "wasi:http/handler@0.3.")
+"""How the names of exports begin that answer HTTP requests."""
+
+_COMMANDS: Final = ("wasi:cli/run@0.2.", "wasi:cli/run@0.3.")
 _MAX_LEB_BYTES: Final = 5
 _IMPORTS, _EXPORTS = 10, 11
 
@@ -44,6 +48,13 @@ class Interfaces:
             if world and version:
                 return f"{world}@{version}"
         return ""
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the component answers HTTP requests. One that is a command too is run as a command."""
+        return any(name.startswith(HANDLERS) for name in self.exports) and not any(
+            name.startswith(_COMMANDS) for name in self.exports
+        )
 
 
 _WORLDS: Final = {

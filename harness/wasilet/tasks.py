@@ -42,6 +42,8 @@ APP_HELP = "a sample's name or the path of a folder"
         "node-ip": "the address that nodes advertise (default: found)",
         "pod-cidr": "range of the pods' addresses of a new cluster (host; default: one this machine has no route to)",
         "service-cidr": "range of the Services' addresses of a new cluster (host)",
+        "pod-security": "what namespaces without PodSecurity labels allow their pods (host): privileged, baseline "
+        "(default of a new cluster) or restricted",
         "image": "the node image of a new cluster (kind, k3d)",
         "kubernetes-version": "of the cluster, as 1.37.2; host: one of the three newest minors, as 1.36",
         "config": "the provider's own file: cluster configuration (kind, k3d), or the kubeconfig to read (existing)",
@@ -63,6 +65,7 @@ def up(
     node_ip: str = "",
     pod_cidr: str = "",
     service_cidr: str = "",
+    pod_security: str = "",
     image: str = "",
     kubernetes_version: str = "",
     config: str = "",
@@ -98,6 +101,7 @@ def up(
         node_ip=node_ip,
         pod_cidr=pod_cidr,
         service_cidr=service_cidr,
+        pod_security=pod_security,
         image=image,
         kubernetes_version=kubernetes_version,
         config=config,
@@ -295,7 +299,7 @@ def token(
         "node": "the new node's name",
         "file": "where to write the bootstrap file (default: ./bootstrap.conf)",
         "address": "of this machine, as the other one reaches it (default: that of the default route)",
-        "registry": "let the other machine pull from the local registry too; whoever reaches the address may read it",
+        "registry": "let the other machine pull from the local registry too, by a login that can only read",
         "ttl": "how long the token lives, in seconds",
         "name": NAME_HELP,
         "output": OUTPUT_HELP,
@@ -334,7 +338,8 @@ def bootstrap(
             cluster, node=node, file=target, address=address, registry=registry, say=reporter().notice
         )
     if output == "json":
-        emit_json({**vars(made), "file": str(made.file)})
+        login = str(made.registry_login) if made.registry_login else None
+        emit_json({**vars(made), "file": str(made.file), "registry_login": login})
         return
     for line in join.joining_lines(made):
         emit(line)
@@ -348,7 +353,7 @@ def bootstrap(
         "file": "write the unit to this file",
         "data-dir": "where the node keeps what it has (default: /var/lib/wasilet/NODE)",
         "bootstrap-file": "default: /etc/wasilet/bootstrap.conf",
-        "user": "whom the node runs as (default: root, which can limit cpu and memory everywhere)",
+        "user": "whom the node runs as (default: you, also by sudo); root can limit cpu and memory everywhere",
     },
 )
 @command
@@ -383,6 +388,7 @@ def node(
             )
         )
         return
+    user = user or join.unit_user(os.environ)
     unit = join.systemd_unit(node=node, data_dir=data, bootstrap_file=bootstrap_file, user=user, arguments=remainder())
     if file:
         join.write_unit(Path(invocation_path(file)), unit)
@@ -506,7 +512,8 @@ def pull(c: Context, reference: str, file: str = "", insecure: list[str] | None 
         "app": APP_HELP + "; or a .wasm file",
         "e": "NAME=VALUE for the module's environment, or NAME to pass on yours; repeatable",
         "dir": "HOST::GUEST, a folder that the module gets (HOST::GUEST::ro: only to read); repeatable",
-        "allow": "an origin that wasi-experimental-http may ask, as https://api.example; repeatable",
+        "allow": "an origin that it may ask over HTTP, as https://api.example; repeatable",
+        "port": "where a component that answers HTTP listens, on loopback (default: 8080; 0: any that is free)",
     },
 )
 @command
@@ -516,23 +523,36 @@ def run(
     e: list[str] | None = None,
     dir: list[str] | None = None,  # noqa: A002
     allow: list[str] | None = None,
+    port: int = 8080,
 ) -> None:
     """Run a module here, in the node's own sandbox, without a cluster.
 
-    What follows -- are the module's arguments; its exit code is the task's (134 for a trap).
+    What follows -- are the module's arguments; its exit code is the task's (134 for a trap). A component that answers
+    HTTP requests is served until Ctrl-C; its URL is printed.
 
     Examples:
       invoke run hello-world -e INTERVAL_SECONDS=1
       invoke run cat-facts -e RUST_LOG=info --allow https://catfact.ninja
       invoke run ./tool.wasm --dir .::/work -- --help
+      invoke run http-rust --dir /tmp::/data
     """
+    from wasilet.build.component_host import bring_component_host
     from wasilet.demo.local_run import make_spec
     from wasilet.demo.local_run import run as run_module
     from wasilet.oci.publish import runnable
 
     settings = settings_of(c)
     module = runnable(app, settings, reporter=reporter())
-    spec = make_spec(module, args=remainder(), env=e or (), dirs=dir or (), allow=allow or (), environ=settings.environ)
+    spec = make_spec(
+        module,
+        args=remainder(),
+        env=e or (),
+        dirs=dir or (),
+        allow=allow or (),
+        port=port,
+        environ=settings.environ,
+    )
+    bring_component_host(module, settings.environ, say=reporter().notice)
     finish_with(run_module(spec, environ=settings.environ))
 
 

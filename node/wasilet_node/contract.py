@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 
-from wasilet_node.kube.base import Kube, KubeError, NotFoundError
+from wasilet_node.kube.base import ForbiddenError, Kube, KubeError, NotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -21,22 +21,22 @@ KEPT = {(1, 34): "v1.34.4", (1, 35): "v1.35.4", (1, 36): "v1.36.3", (1, 37): "v1
 """By minor, the kubelet whose sources and release notes the node was compared with."""
 
 DECLARED_FEATURES = (
-    "ExtendWebSocketsToKubelet",
     "InPlacePodLevelResourcesVerticalScaling",
     "InPlacePodVerticalScalingInitContainers",
     "RestartAllContainersOnContainerExits",
 )
 """What the scheduler and the API server may count on, in kubelet's names and in order (KEP-5328, from 1.36 on; older
-servers drop the field). The first: exec, attach and port-forward come as WebSockets, the API server translates nothing.
-Those of resizes say that the node decides on one; what its machine cannot do is Infeasible all the same."""
+servers drop the field). Those of resizes say that the node decides on one; what its machine cannot do is Infeasible all
+the same. ExtendWebSocketsToKubelet is not among them: without it the API server translates exec, attach and
+port-forward to SPDY, as it did before, and with it kubectl 1.37 saw the connection end before the exit code."""
 
 _ASK_AGAIN_SECONDS = 300.0
 _NUMBER = re.compile(r"\d+")
 
 
 def version_for(server: tuple[int, int] | None) -> str:
-    """The contract beside an API server of this major and minor; None: not known."""
-    fitting = [minor for minor in KEPT if server is None or minor <= server]
+    """The contract beside an API server of this major and minor; None: not known, so that the oldest is the safest."""
+    fitting = [minor for minor in KEPT if server is not None and minor <= server]
     return KEPT[max(fitting)] if fitting else KEPT[min(KEPT)]
 
 
@@ -54,8 +54,8 @@ class Contract:
         if self._clock() - self._asked_at >= _ASK_AGAIN_SECONDS:
             try:
                 self._learn(await self._kube.get("/version"))
-            except NotFoundError:
-                self._learn({})
+            except (ForbiddenError, NotFoundError):
+                self._learn({})  # somebody keeps it from nodes, which are to join all the same
             except KubeError:
                 if self._asked_at == float("-inf"):
                     raise

@@ -49,9 +49,9 @@ def shutdown(data: Path, *, timeout_seconds: float) -> int:
         logger.error("%s", error)  # noqa: TRY400  # a traceback says no more
         return _EXIT_FAILED
     else:
-        from wasilet_node.volumes.pod_dirs import Areas
+        from wasilet_node.volumes.pod_dirs import PodDirs
 
-        Areas(NodePaths(data=data).pods).clear_memory()
+        PodDirs(NodePaths(data=data).pods).clear_memory()
         instance.remove(data)
         return 0
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -15,14 +16,19 @@ from typing import Any
 import pytest
 from wasilet.apps.new_app import new_app
 from wasilet.apps.samples import sample_names
+from wasilet.build.component_host import ensure_component_host, found_component_host
+from wasilet.build.toolchain import find_rust
 from wasilet.console import PlainReporter
 from wasilet.demo import demo as apps
+from wasilet.errors import HarnessError
 from wasilet.kube.client import api_path
 from wasilet.settings import Settings
 
 from tests.clusters import TestCluster
 
 pytestmark = pytest.mark.e2e
+
+OLDEST_RUST_OF_BINDINGS = (1, 78, 0)
 
 
 @pytest.fixture
@@ -51,7 +57,20 @@ def demo(name: str, settings: Settings, **options: Any) -> apps.DemoResult:
     return result
 
 
+def needs_a_component_host_and_a_newer_rust() -> None:
+    if found_component_host(os.environ) is None:
+        try:
+            ensure_component_host(lambda _: None, os.environ)
+        except HarnessError as error:
+            pytest.skip(error.message)
+    rust = find_rust()
+    if rust is not None and rust.rustc_version < OLDEST_RUST_OF_BINDINGS:
+        pytest.skip(f"the bindings of WASI 0.2 need a newer Rust than {rust}")
+
+
 def needs_what_it_is_built_with(name: str) -> None:
+    if name == "http-rust":
+        needs_a_component_host_and_a_newer_rust()
     if name != "hello-ts":
         return
     node = shutil.which("node")

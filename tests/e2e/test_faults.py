@@ -27,7 +27,7 @@ from tests.e2e.churn import Churn, Creator, counting_pod, run_counts
 from tests.e2e.footprint import footprint
 from tests.e2e.guests import Guests, build_toolbox
 from tests.e2e.history import History, Life
-from tests.e2e.stage import SERVICE_ACCOUNT_SECONDS
+from tests.e2e.stage import SERVICE_ACCOUNT_SECONDS, namespace_object
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -78,7 +78,7 @@ def victim() -> Iterator[Victim]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class TestNamespace:
     """One test's namespace, history and folder of runs."""
 
     victim: Victim
@@ -125,7 +125,7 @@ def _is_over(life: Life) -> bool:
 
 
 @pytest.fixture
-def scene(victim: Victim, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
+def scene(victim: Victim, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TestNamespace]:
     name = f"fault-{abs(hash(request.node.name)):x}"
     runs = tmp_path / "runs"
     runs.mkdir()
@@ -133,7 +133,7 @@ def scene(victim: Victim, request: pytest.FixtureRequest, tmp_path: Path) -> Ite
     with namespace(Kube(credentials), name):
         history, creator = History(credentials, name), Creator(credentials, name)
         try:
-            yield Scene(victim=victim, namespace=name, history=history, creator=creator, runs=runs)
+            yield TestNamespace(victim=victim, namespace=name, history=history, creator=creator, runs=runs)
         finally:
             creator.close()
             history.close()
@@ -141,7 +141,8 @@ def scene(victim: Victim, request: pytest.FixtureRequest, tmp_path: Path) -> Ite
 
 @contextmanager
 def namespace(kube: Kube, name: str) -> Iterator[None]:
-    kube.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    # Each pod counts its runs in a folder of this machine.
+    kube.create("/api/v1/namespaces", namespace_object(name, pod_security="privileged"))
     deadline = time.monotonic() + SERVICE_ACCOUNT_SECONDS
     while kube.find(api_path("serviceaccounts", "default", namespace=name)) is None:
         assert time.monotonic() < deadline, "the namespace got no ServiceAccount"
@@ -165,22 +166,24 @@ def expected_ends(lives: dict[str, Life]) -> dict[str, str]:
     return wrong
 
 
-def test_an_agent_that_is_killed_again_and_again_loses_nothing(victim: Victim, scene: Scene) -> None:
+def test_an_agent_that_is_killed_again_and_again_loses_nothing(victim: Victim, scene: TestNamespace) -> None:
     lives = scene.churned(lambda: victim.kill(f"node-{victim.node}"))
     assert not expected_ends(lives)
 
 
-def test_an_api_server_that_is_killed_loses_nothing(victim: Victim, scene: Scene) -> None:
+def test_an_api_server_that_is_killed_loses_nothing(victim: Victim, scene: TestNamespace) -> None:
     lives = scene.churned(lambda: victim.kill("kube-apiserver"), rounds=2)
     assert not expected_ends(lives)
 
 
-def test_an_etcd_that_is_restarted_loses_nothing(victim: Victim, scene: Scene) -> None:
+def test_an_etcd_that_is_restarted_loses_nothing(victim: Victim, scene: TestNamespace) -> None:
     lives = scene.churned(lambda: victim.kill("etcd", signal.SIGTERM), rounds=1)
     assert not expected_ends(lives)
 
 
-def test_a_supervisor_that_is_killed_takes_its_containers_along_and_nothing_else(victim: Victim, scene: Scene) -> None:
+def test_a_supervisor_that_is_killed_takes_its_containers_along_and_nothing_else(
+    victim: Victim, scene: TestNamespace
+) -> None:
     """What ran ended with it, and is told so; what comes later runs."""
     lives = scene.churned(victim.kill_supervisor)
     for name, life in lives.items():
@@ -189,7 +192,7 @@ def test_a_supervisor_that_is_killed_takes_its_containers_along_and_nothing_else
         assert codes <= {0, 3, 137, 128}, f"{name} ended with {codes}"
 
 
-def test_a_registry_that_comes_back_is_pulled_from(victim: Victim, scene: Scene) -> None:
+def test_a_registry_that_comes_back_is_pulled_from(victim: Victim, scene: TestNamespace) -> None:
     fresh = victim.guests.add_wat("fresh", '(module (memory (export "memory") 1) (func (export "_start")))')
     victim.kill("registry")
     uid = scene.creator.create([counting_pod("waits", fresh, scene.runs, "")])[0]

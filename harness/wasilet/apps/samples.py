@@ -23,6 +23,9 @@ _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _T = TypeVar("_T")
 
 
+_KINDS = ("pod", "job", "deployment", "service")
+
+
 class DemoError(Exception):
     """A ``demo.yaml`` says something that means nothing; turned into a UsageError with the file's name."""
 
@@ -45,6 +48,25 @@ class Line:
         if self.matches:
             return f"a line that matches {self.matches!r}"
         return f"no line with {self.absent!r}" if self.absent else f"a line with {self.contains!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One HTTP request with what its answer must be like. It is sent until the answer is so, or the time is over."""
+
+    method: str = "GET"
+    path: str = "/"
+    body: str = ""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of the answer."""
+
+    contains: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """``POST /``: for messages."""
+        return f"{self.method} {self.path}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +93,31 @@ class LocalSpec:
     """Origins for wasi-experimental-http."""
 
     log: tuple[Line, ...] = ()
+    http: tuple[Exchange, ...] = ()
+    """Of a component that answers HTTP requests: sent one after the other."""
+
     exit_code: int | None = None
-    """None: the program runs for ever, and is stopped once ``log`` is seen."""
+    """None: the program runs for ever, and is stopped once ``log`` is seen and ``http`` was answered."""
 
     timeout_seconds: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What the cluster must show. One of ``pod``, ``job`` and ``deployment`` names the object."""
+    """What the cluster must show. One of ``pod``, ``job``, ``deployment`` and ``service`` names the object."""
 
     pod: str = ""
     job: str = ""
     deployment: str = ""
+    service: str = ""
+    """What is asked by ``http``."""
+
+    http: tuple[Exchange, ...] = ()
+    rolling_update: str = ""
+    """A Deployment behind ``service``: its pods are replaced while the first of ``http`` is sent all the time, and no
+    request may fail."""
+
+    requests_per_second: float = 50.0
     container: str = ""
     log: tuple[Line, ...] = ()
     previous: bool = False
@@ -103,9 +137,14 @@ class Expectation:
 
     @property
     def object_name(self) -> str:
-        """``pod/x``, ``job/x`` or ``deployment/x``: as kubectl takes it."""
-        kind = "pod" if self.pod else "job" if self.job else "deployment"
-        return f"{kind}/{self.pod or self.job or self.deployment}"
+        """``pod/x``, ``job/x``, ``deployment/x`` or ``service/x``: as kubectl takes it."""
+        kind = next(kind for kind in _KINDS if getattr(self, kind))
+        return f"{kind}/{getattr(self, kind)}"
+
+    @property
+    def title(self) -> str:
+        """Of the step, and of its lines: each expectation of a demo has another one."""
+        return f"rolling update of deployment/{self.rolling_update}" if self.rolling_update else self.object_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +236,7 @@ def _demo(data: Any) -> Demo:
     if values.get("local") is not None:
         local = _mapping(values["local"], "local")
         local["log"] = _lines(local.get("log"), "local.log")
+        local["http"] = _exchanges(local.get("http"), "local.http")
         values["local"] = _make(LocalSpec, local, "local")
         # YAML's 1 and true are numbers and booleans; a variable of the environment is a text.
         for name, value in values["local"].env.items():
@@ -212,10 +252,23 @@ def _demo(data: Any) -> Demo:
 def _expectation(data: Any, where: str) -> Expectation:
     values = _mapping(data, where)
     values["log"] = _lines(values.get("log"), f"{where}.log")
+    values["http"] = _exchanges(values.get("http"), f"{where}.http")
     expectation = _make(Expectation, values, where)
-    if sum(map(bool, (expectation.pod, expectation.job, expectation.deployment))) != 1:
-        raise DemoError(f"{where} must name one pod, job or deployment")
+    if sum(bool(getattr(expectation, kind)) for kind in _KINDS) != 1:
+        raise DemoError(f"{where} must name one {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
+    if bool(expectation.service) != bool(expectation.http):
+        raise DemoError(f"{where}: http says what a service is asked, and a service is asked nothing else")
+    if expectation.rolling_update and not expectation.service:
+        raise DemoError(f"{where}.rolling_update needs the service that is asked meanwhile")
     return expectation
+
+
+def _exchanges(data: Any, where: str) -> tuple[Exchange, ...]:
+    if data is None:
+        return ()
+    if not isinstance(data, list):
+        raise DemoError(f"{where} must be a list")
+    return tuple(_make(Exchange, item, f"{where}[{index}]") for index, item in enumerate(data))
 
 
 def _lines(data: Any, where: str) -> tuple[Line, ...]:

@@ -144,7 +144,8 @@ def _builder(app: App) -> Callable[[App, Path, Say, Mapping[str, str]], Made]:
 
 
 def _build_rust(app: App, folder: Path, say: Say, environ: Mapping[str, str]) -> Made:
-    from wasilet.build.cargo import compile_module
+    from wasilet.build.cargo import compile_module, is_library
+    from wasilet.build.component import carries_world, make_component
     from wasilet.build.toolchain import ensure_rust
 
     toolchain = ensure_rust(say=say, env=environ)
@@ -157,11 +158,18 @@ def _build_rust(app: App, folder: Path, say: Say, environ: Mapping[str, str]) ->
         binary=app.demo.build.binary,
         env=environ,
     )
-    return Made(
-        module=module,
-        toolchain=str(toolchain),
-        inputs=(toolchain.rustc.resolve(), *_listed_by_cargo(module, app.folder)),
-    )
+    inputs = (toolchain.rustc.resolve(), *_listed_by_cargo(module, app.folder))
+    if wasi_version(module) == "wasip1" and carries_world(module):
+        module = make_component(
+            module,
+            folder / "component.wasm",
+            is_library=is_library(app.folder),
+            toolchain=toolchain,
+            vendor_root=cache_root(environ) / "crates",
+            say=say,
+            environ=environ,
+        )
+    return Made(module=module, toolchain=str(toolchain), inputs=inputs)
 
 
 def _listed_by_cargo(module: Path, folder: Path) -> Iterable[Path]:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from wasilet import process
 from wasilet.build.cargo_hints import hint
-from wasilet.build.cargo_vendor import PROGRESS, has_dependencies, tell_progress, vendor
+from wasilet.build.cargo_vendor import PROGRESS, has_dependencies, read_toml, tell_progress, vendor
 from wasilet.build.toolchain import RustToolchain
 from wasilet.errors import HarnessError
 
 Say = Callable[[str], None]
 
 _BUILD_TIMEOUT_SECONDS = 1800.0
+_MODULE_KINDS = frozenset({"bin", "cdylib"})
 
 
 def compile_module(
@@ -66,7 +67,7 @@ def compile_module(
     if binary is not None:
         argv += ["--bin", binary]
     else:
-        argv += ["--bins"]
+        argv += ["--lib" if is_library(folder) else "--bins"]
     done = process.run(
         argv,
         timeout_seconds=_BUILD_TIMEOUT_SECONDS,
@@ -83,12 +84,21 @@ def compile_module(
         return modules[0]
     if not modules:
         raise HarnessError(
-            f"{folder} builds no program", hint="a crate needs src/main.rs or a [[bin]] to become a module"
+            f"{folder} builds no program",
+            hint='a crate needs src/main.rs, a [[bin]], or a [lib] with crate-type = ["cdylib"] to become a module',
         )
     names = ", ".join(sorted(module.stem for module in modules))
     raise HarnessError(
         f"{folder} builds several programs: {names}", hint="name one in demo.yaml: build: {binary: NAME}"
     )
+
+
+def is_library(folder: Path) -> bool:
+    """Whether the crate makes a module without ``main``: one that answers calls, as an HTTP service does. A crate that
+    has a program too is built as one."""
+    manifest = read_toml(folder / "Cargo.toml")
+    kinds = manifest.get("lib", {}).get("crate-type") or ()
+    return "cdylib" in kinds and not manifest.get("bin") and not (folder / "src" / "main.rs").exists()
 
 
 class CompileError(HarnessError):
@@ -111,7 +121,7 @@ def _modules(output: str) -> list[Path]:
         if not line.startswith("{"):
             continue
         message = json.loads(line)
-        if message.get("reason") != "compiler-artifact" or "bin" not in message["target"]["kind"]:
+        if message.get("reason") != "compiler-artifact" or not _MODULE_KINDS.intersection(message["target"]["kind"]):
             continue
         found += [Path(name) for name in message["filenames"] if name.endswith(".wasm")]
     return found

@@ -35,7 +35,11 @@ AUDIT_FILE_MEGABYTES = 20
 AUDIT_FILES = 4
 PORT_RELEASE_SECONDS = 3.0
 
-_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "XDG_RUNTIME_DIR", "USER", "LOGNAME")
+_PASSED_ON = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "XDG_RUNTIME_DIR", "USER", "LOGNAME"),
+    # Where a node finds the component host that the harness built.
+    *("WASILET_CACHE", "XDG_CACHE_HOME", "WASILET_COMPONENT_HOST"),
+)
 _PASSED_ON_TO_CLIENTS = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
@@ -310,6 +314,8 @@ class ControlPlane:
     """Of all pods, from which each node gets a share; empty: pods have no addresses of their own."""
 
     node_prefix: int = 24
+    admission_config: Path | None = None
+    """For the API server; None: its admission as it comes."""
 
     @property
     def pki(self) -> Pki:
@@ -388,6 +394,7 @@ class ControlPlane:
             "--enable-bootstrap-token-auth=true",
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction",
+            *self._admission_flags(),
             f"--audit-policy-file={manifests_folder() / AUDIT_POLICY}",
             f"--audit-log-path={self.state.logs / 'audit.log'}",
             "--audit-log-mode=batch",
@@ -421,16 +428,23 @@ class ControlPlane:
                 *(self.pki.certificate(name) for name in (CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA)),
                 self.pki.key("sa"),
                 manifests_folder() / AUDIT_POLICY,
+                *((self.admission_config,) if self.admission_config is not None else ()),
             ),
-            ready=self._apiserver_answers("/readyz"),
+            ready=self._answers("apiserver", "/readyz"),
             # The default roles come a second later than all else (the hook polls); who is an administrator need not
             # wait for them.
-            serving=self._apiserver_answers("/readyz?exclude=poststarthook/rbac/bootstrap-roles"),
+            serving=self._answers("apiserver", "/readyz?exclude=poststarthook/rbac/bootstrap-roles"),
         )
 
-    def _apiserver_answers(self, path: str) -> Probe:
+    def _admission_flags(self) -> tuple[str, ...]:
+        if self.admission_config is None:
+            return ()
+        return (f"--admission-control-config-file={self.admission_config}",)
+
+    def _answers(self, port: str, path: str) -> Probe:
+        """Asked as the administrator, whom all three know by the certificate alone."""
         return Probe(
-            port=self.ports["apiserver"],
+            port=self.ports[port],
             path=path,
             ca=self.pki.certificate(CLUSTER_CA),
             certificate=self.pki.certificate("admin"),
@@ -458,7 +472,7 @@ class ControlPlane:
             argv=argv,
             ports={"HTTPS": self.ports["controller_manager"]},
             inputs=(*self._pairs("controller-manager", CLUSTER_CA), self.pki.key("sa")),
-            ready=Probe(port=self.ports["controller_manager"], path="/healthz", ca=self.pki.certificate(CLUSTER_CA)),
+            ready=self._answers("controller_manager", "/healthz"),
         )
 
     def _pod_cidr_flags(self) -> tuple[str, ...]:
@@ -484,8 +498,8 @@ class ControlPlane:
             ports={"HTTPS": self.ports["scheduler"]},
             inputs=self._pairs("scheduler", CLUSTER_CA),
             # Its informers back off when they are refused, so an early start is a late one.
-            gate=self._apiserver_answers("/readyz"),
-            ready=Probe(port=self.ports["scheduler"], path="/readyz", ca=self.pki.certificate(CLUSTER_CA)),
+            gate=self._answers("apiserver", "/readyz"),
+            ready=self._answers("scheduler", "/readyz"),
         )
 
     def _client_flags(self, name: str) -> Sequence[str]:
@@ -497,6 +511,8 @@ class ControlPlane:
             # The client CA is given, so nothing has to be looked up (and retried) while the API server starts.
             "--authentication-skip-lookup=true",
             f"--client-ca-file={self._crt(CLUSTER_CA)}",
+            # Health, too, is for those whom the API server's roles let see it (wasilet.controlplane.public_info).
+            "--authorization-always-allow-paths=",
             f"--bind-address={LOOPBACK}",
             f"--secure-port={self.ports[name.replace('-', '_')]}",
             # A serving certificate of the cluster's, or it makes an RSA one of its own at each start.

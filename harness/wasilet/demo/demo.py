@@ -70,7 +70,7 @@ class DemoResult:
     recap: Recap
     image: str
     logs: dict[str, Sequence[str]]
-    """By ``pod/x``."""
+    """By ``pod/x``; of a Service the answers."""
 
     next: tuple[str, ...]
     """Commands to type now."""
@@ -166,6 +166,7 @@ def steps(run: Run) -> list[Step]:
     return [
         *(_service_step(run, name) for name in run.app.demo.services),
         _build_step(run),
+        *([_component_host_step(run)] if _asks_http(run.app) else []),
         *([_local_step(run)] if run.app.demo.local is not None else []),
         _registry_step(run),
         _push_step(run),
@@ -199,6 +200,23 @@ def _build_step(run: Run) -> Step:
         return str(run.built)
 
     return Step(name="build", look=look, change=change)
+
+
+def _asks_http(app: App) -> bool:
+    return bool(app.demo.local and app.demo.local.http) or any(expected.http for expected in app.demo.expect)
+
+
+def _component_host_step(run: Run) -> Step:
+    """What answers HTTP is run by the component host, which a node finds but never builds."""
+    from wasilet.build.component_host import ensure_component_host, found_component_host
+
+    environ = run.cluster.settings.environ
+
+    def look() -> Finding:
+        found = found_component_host(environ)
+        return Finding.ok(str(found)) if found else Finding.differs("build it, once")
+
+    return Step(name="component host", look=look, change=lambda progress: str(ensure_component_host(progress, environ)))
 
 
 def _local_step(run: Run) -> Step:
@@ -301,13 +319,15 @@ def _apply_step(run: Run) -> Step:
 def _expect_step(run: Run, expectation: Expectation) -> Step:
     def change(progress: Progress) -> str:
         from wasilet.demo.expect import wait_for
+        from wasilet.demo.http_check import wait_for_answers
 
-        seen = wait_for(run.cluster.admin(), expectation, namespace=run.options.namespace, say=progress)
-        run.seen[expectation.object_name] = seen
+        wait = wait_for if not expectation.service else wait_for_answers
+        seen = wait(run.cluster.admin(), expectation, namespace=run.options.namespace, say=progress)
+        run.seen[expectation.title] = seen
         return f"as expected after {seen.seconds:.2f} s"
 
     return Step(
-        name=f"expect {expectation.object_name}",
+        name=f"expect {expectation.title}",
         look=lambda: Finding.differs("wait for what it promises"),
         change=change,
     )

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -140,8 +139,3 @@ def _run(component: Component, cluster: Cluster, say: Say) -> None:
         settings=cluster.settings,
         say=say,
     )
-
-
-def login_folder(cluster: Cluster) -> Path:
-    """Where the private registry's ``config.json`` is, for ``DOCKER_CONFIG=... invoke push``."""
-    return cluster.state.etc / "private-registry"

@@ -26,6 +26,9 @@ from wasilet.storage import NO_ROOM, storage_errors
 Say = Callable[[str], None]
 
 SHOWN_LINES = 15
+LOCAL_ANSWER_SECONDS = 10.0
+"""For each of the answers that are wanted; the first request may find the server at its start."""
+
 START_ERROR_EXIT_CODE = 126
 """Of ``wasilet_node.runtime.foreground``: the module cannot be started at all."""
 
@@ -47,6 +50,9 @@ class RunSpec:
     allow: tuple[str, ...] = ()
     """Origins for wasi-experimental-http."""
 
+    port: int = 0
+    """Where a component that answers HTTP requests listens, on loopback; 0: where there is room."""
+
 
 def make_spec(
     module: Path,
@@ -55,6 +61,7 @@ def make_spec(
     env: Sequence[str] = (),
     dirs: Sequence[str] = (),
     allow: Sequence[str] = (),
+    port: int = 0,
     environ: Mapping[str, str] = os.environ,
 ) -> RunSpec:
     """From what was typed: ``K=V`` (or ``K``, taken from this environment), ``HOST::GUEST`` (``HOST::GUEST::ro``), and
@@ -65,6 +72,7 @@ def make_spec(
         env=dict(_variable(text, environ) for text in env),
         dirs=tuple(_folder(text, environ) for text in dirs),
         allow=tuple(_origin(text) for text in allow),
+        port=_port(port),
     )
 
 
@@ -83,6 +91,7 @@ def run(spec: RunSpec, *, environ: Mapping[str, str] = os.environ) -> int:
             mounts=[Mount(host=host, guest=guest, read_only=read_only) for host, guest, read_only in spec.dirs],
             allowed_origins=spec.allow,
             cache_dir=cache,
+            port=spec.port,
         )
     except CompileError as error:
         raise HarnessError(f"{module.name} cannot be compiled: {error}") from error
@@ -99,7 +108,10 @@ def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str
     Raises HarnessError with what the program wrote when a line is missing, it ends with another code, or it takes
     longer than ``local.timeout_seconds``.
     """
+    from wasilet_node.runtime.foreground import SERVING
+
     said = _Output(local)
+    answered: list[str] = []
     with tempfile.TemporaryDirectory(prefix="wasilet-run-") as folder:
         spec = RunSpec(
             module=str(module),
@@ -112,7 +124,10 @@ def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str
         def on_line(line: str) -> None:
             said.take(line)
             say(line)
-            if local.exit_code is None and not said.missing:
+            if local.http and not answered and line.startswith(SERVING):
+                url = line.removeprefix(SERVING).split()[0]
+                answered.extend(_ask(url, local, said))
+            if local.exit_code is None and not said.missing and len(answered) == len(local.http):
                 raise _SeenError
 
         try:
@@ -126,9 +141,9 @@ def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str
                 on_line=on_line,
             )
         except _SeenError:
-            return f"{said.count} lines: {said.shown[-1]}"
+            return answered[-1] if answered else f"{said.count} lines: {said.shown[-1]}"
         except process.CommandError as error:
-            if error.returncode is None and not said.missing and local.exit_code is None:
+            if error.returncode is None and not said.missing and not local.http and local.exit_code is None:
                 return "runs"
             raise HarnessError(_words(f"it did not end within {local.timeout_seconds:g} s", said)) from error
     if said.missing:
@@ -159,6 +174,26 @@ class _Output:
     def missing(self) -> str:
         """The first of the wanted lines that has not come, or what came and must not; empty when all is well."""
         return lacking(self._judge)
+
+
+def _ask(url: str, local: LocalSpec, said: _Output) -> list[str]:
+    """The answers in words. Raises HarnessError for the first that is not as it must be."""
+    from wasilet.demo.http_check import exchange
+    from wasilet.testing.http import ask
+
+    answers = []
+    for wanted in local.http:
+        asked = exchange(
+            wanted,
+            lambda seconds, wanted=wanted: ask(  # type: ignore[misc]
+                url + wanted.path, method=wanted.method, body=wanted.body or None, timeout_seconds=seconds
+            ),
+            within_seconds=LOCAL_ANSWER_SECONDS,
+        )
+        if asked.lacks:
+            raise HarnessError("\n".join([_words(f"{wanted}: {'; '.join(asked.lacks)}", said), *asked.describe()]))
+        answers.append(f"{wanted}: {asked.answer.status if asked.answer else 0}")
+    return answers
 
 
 class _SeenError(Exception):
@@ -214,6 +249,12 @@ def _origin(text: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.path.strip("/") or parts.query:
         raise UsageError(f"--allow {text!r} is no origin", hint="write scheme and host, as https://api.example")
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _port(number: int) -> int:
+    if not 0 <= number <= 65535:
+        raise UsageError(f"--port {number} is no port", hint="0 to 65535; 0 takes any that is free")
+    return number
 
 
 def main() -> int:

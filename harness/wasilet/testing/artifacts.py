@@ -16,7 +16,7 @@ from wasilet_common.file_names import MAX_BYTES, shortened
 
 from wasilet.errors import HarnessError
 from wasilet.kube.client import KubeObject, api_path
-from wasilet.testing.test_namespace import Scene
+from wasilet.testing.test_namespace import TestNamespace
 
 MAX_NAME_CHARACTERS = 100
 MAX_LOG_BYTES = 2_000_000
@@ -36,7 +36,7 @@ def folder_of(root: Path, test: str) -> Path:
     return root / name
 
 
-def gather(scene: Scene, root: Path, test: str, report: str) -> Path:
+def gather(test_namespace: TestNamespace, root: Path, test: str, report: str) -> Path:
     """Write everything to ``root/<test>``, replacing what was there. Raises OSError only when the folder cannot be
     written."""
     folder = folder_of(root, test)
@@ -48,14 +48,14 @@ def gather(scene: Scene, root: Path, test: str, report: str) -> Path:
         ignore.write_text(_GITIGNORE)
     problems: list[str] = []
     (folder / "report.txt").write_text(report)
-    for name, lines in (("events.txt", _events(scene)), ("cluster.txt", _cluster(scene))):
+    for name, lines in (("events.txt", _events(test_namespace)), ("cluster.txt", _cluster(test_namespace))):
         (folder / name).write_text("".join(f"{line}\n" for line in _tried(lines, problems)))
-    for pod in _tried(_items(scene, "pods"), problems):
+    for pod in _tried(_items(test_namespace, "pods"), problems):
         _write_yaml(folder / "pods" / _file_name(str(pod["metadata"]["name"]), ".yaml"), "Pod", pod)
-        _logs(scene, pod, folder / "logs", problems)
-    for node in _tried(_wasm_nodes(scene), problems):
+        _logs(test_namespace, pod, folder / "logs", problems)
+    for node in _tried(_wasm_nodes(test_namespace), problems):
         _write_yaml(folder / "nodes" / _file_name(str(node["metadata"]["name"]), ".yaml"), "Node", node)
-    for name, log in scene.cluster.node_logs.items():
+    for name, log in test_namespace.cluster.node_logs.items():
         _tail(log, folder / "nodes" / _file_name(name, ".log"), problems)
     if problems:
         (folder / "problems.txt").write_text("".join(f"{line}\n" for line in problems))
@@ -74,24 +74,27 @@ def _tried(items: Iterator[Any], problems: list[str]) -> Iterator[Any]:
         problems.append(str(error))
 
 
-def _items(scene: Scene, plural: str) -> Iterator[KubeObject]:
-    kube = scene.cluster.kube
-    yield from kube.get(api_path(plural, namespace=scene.namespace), timeout_seconds=REQUEST_SECONDS).get("items") or []
+def _items(test_namespace: TestNamespace, plural: str) -> Iterator[KubeObject]:
+    kube = test_namespace.cluster.kube
+    yield from (
+        kube.get(api_path(plural, namespace=test_namespace.namespace), timeout_seconds=REQUEST_SECONDS).get("items")
+        or []
+    )
 
 
-def _wasm_nodes(scene: Scene) -> Iterator[KubeObject]:
+def _wasm_nodes(test_namespace: TestNamespace) -> Iterator[KubeObject]:
     from wasilet.apps.render import ARCHITECTURE_LABEL, WASM_ARCHITECTURE
 
-    answer = scene.cluster.kube.get(
+    answer = test_namespace.cluster.kube.get(
         api_path("nodes"), timeout_seconds=REQUEST_SECONDS, labelSelector=f"{ARCHITECTURE_LABEL}={WASM_ARCHITECTURE}"
     )
     yield from answer.get("items") or []
 
 
-def _events(scene: Scene) -> Iterator[str]:
+def _events(test_namespace: TestNamespace) -> Iterator[str]:
     from wasilet.testing.pod_status import event_order
 
-    for event in sorted(_items(scene, "events"), key=event_order):
+    for event in sorted(_items(test_namespace, "events"), key=event_order):
         about = event.get("involvedObject") or {}
         count = f" (x{event['count']})" if (event.get("count") or 1) > 1 else ""
         stamp = event.get("eventTime") or event.get("lastTimestamp") or ""
@@ -101,17 +104,17 @@ def _events(scene: Scene) -> Iterator[str]:
         )
 
 
-def _cluster(scene: Scene) -> Iterator[str]:
-    cluster = scene.cluster
+def _cluster(test_namespace: TestNamespace) -> Iterator[str]:
+    cluster = test_namespace.cluster
     yield f"cluster    {cluster.name} ({cluster.provider})"
-    yield f"namespace  {scene.namespace}"
+    yield f"namespace  {test_namespace.namespace}"
     yield f"API server {cluster.server}"
     yield f"registry   {cluster.registry or '-'}"
     version = cluster.kube.get("/version", timeout_seconds=REQUEST_SECONDS)
     yield f"version    {version.get('gitVersion')}"
 
 
-def _logs(scene: Scene, pod: KubeObject, folder: Path, problems: list[str]) -> None:
+def _logs(test_namespace: TestNamespace, pod: KubeObject, folder: Path, problems: list[str]) -> None:
     name = str(pod["metadata"]["name"])
     status = pod.get("status") or {}
     for entry in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
@@ -123,9 +126,9 @@ def _logs(scene: Scene, pod: KubeObject, folder: Path, problems: list[str]) -> N
             query = {"container": str(entry["name"]), "limitBytes": str(MAX_LOG_BYTES), "timestamps": "true"}
             if previous:
                 query["previous"] = "true"
-            path = api_path("pods", name, namespace=scene.namespace, sub="log")
+            path = api_path("pods", name, namespace=test_namespace.namespace, sub="log")
             try:
-                with scene.cluster.kube.stream(path, idle_seconds=REQUEST_SECONDS, **query) as lines:
+                with test_namespace.cluster.kube.stream(path, idle_seconds=REQUEST_SECONDS, **query) as lines:
                     (folder / file).write_text("".join(f"{line}\n" for line in lines))
             except HarnessError as error:
                 problems.append(f"{file}: {error}")

@@ -25,7 +25,7 @@ from wasilet.testing.log_match import Text, texts
 from wasilet.testing.merged_log import LogLines
 from wasilet.testing.objects import pod_object, read_objects
 from wasilet.testing.service import Service, service_objects
-from wasilet.testing.test_namespace import Pod, Scene
+from wasilet.testing.test_namespace import Pod, TestNamespace
 
 
 @contextlib.contextmanager
@@ -58,8 +58,8 @@ class WasmApp:
 class RunPod:
     """The fixture ``run_pod``."""
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
+    def __init__(self, test_namespace: TestNamespace) -> None:
+        self._test_namespace = test_namespace
 
     def __call__(
         self,
@@ -80,7 +80,7 @@ class RunPod:
         __tracebackhide__ = True
         body = pod_object(
             image,
-            name=name or self._scene.free_name(image),
+            name=name or self._test_namespace.free_name(image),
             command=command,
             args=args,
             env=env,
@@ -91,14 +91,14 @@ class RunPod:
             spec=spec,
         )
         with clear_failures():
-            return self._scene.run_pod(body)
+            return self._test_namespace.run_pod(body)
 
 
 class Apply:
     """The fixture ``apply``."""
 
-    def __init__(self, scene: Scene, folders: Sequence[Path]) -> None:
-        self._scene = scene
+    def __init__(self, test_namespace: TestNamespace, folders: Sequence[Path]) -> None:
+        self._test_namespace = test_namespace
         self._folders = folders
 
     def __call__(
@@ -110,27 +110,27 @@ class Apply:
         One entry per object: for a Pod what ``run_pod`` gives, else the object as the API server answered."""
         __tracebackhide__ = True
         with clear_failures():
-            return self._scene.apply(read_objects(source, variables, self._folders))
+            return self._test_namespace.apply(read_objects(source, variables, self._folders))
 
 
 class GetPod:
     """The fixture ``get_pod``."""
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
+    def __init__(self, test_namespace: TestNamespace) -> None:
+        self._test_namespace = test_namespace
 
     def __call__(self, name: str, *, within_seconds: float | None = None) -> Pod:
         """A pod of the test's namespace that something else made, waited for when it is not there yet."""
         __tracebackhide__ = True
         with clear_failures():
-            return self._scene.pod(name, within_seconds=within_seconds)
+            return self._test_namespace.pod(name, within_seconds=within_seconds)
 
 
 class AssertLogs:
     """The fixture ``assert_logs``."""
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
+    def __init__(self, test_namespace: TestNamespace) -> None:
+        self._test_namespace = test_namespace
 
     def __call__(
         self,
@@ -151,7 +151,7 @@ class AssertLogs:
         log."""
         __tracebackhide__ = True
         with clear_failures():
-            return self._scene.assert_logs(
+            return self._test_namespace.assert_logs(
                 pod,
                 contains=contains,
                 matches=matches,
@@ -165,8 +165,8 @@ class AssertLogs:
 class MakeService:
     """The fixture ``service``."""
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
+    def __init__(self, test_namespace: TestNamespace) -> None:
+        self._test_namespace = test_namespace
 
     def __call__(
         self,
@@ -185,14 +185,14 @@ class MakeService:
             objects = service_objects(
                 name, port=port, target_port=target_port, selector=selector, endpoints=endpoints, spec=spec
             )
-            return self._scene.service(name, objects if selector or endpoints else [])
+            return self._test_namespace.service(name, objects if selector or endpoints else [])
 
 
 class AssertHttp:
     """The fixture ``assert_http``."""
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
+    def __init__(self, test_namespace: TestNamespace) -> None:
+        self._test_namespace = test_namespace
 
     def __call__(
         self,
@@ -225,14 +225,14 @@ class AssertHttp:
         )
         with clear_failures():
             send = sender(target, path, port=port, method=method, headers=send_headers, body=body)
-            return assert_answer(self._scene, target, send, wanted, within_seconds=within_seconds)
+            return assert_answer(self._test_namespace, target, send, wanted, within_seconds=within_seconds)
 
 
 class HttpLoad:
     """The fixture ``http_load``."""
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
+    def __init__(self, test_namespace: TestNamespace) -> None:
+        self._test_namespace = test_namespace
 
     def __call__(
         self,

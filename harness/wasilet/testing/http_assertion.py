@@ -10,7 +10,7 @@ from wasilet.testing.log_match import printable
 from wasilet.testing.observe import PodView
 from wasilet.testing.pod_status import describe
 from wasilet.testing.service import Service
-from wasilet.testing.test_namespace import Pod, Scene
+from wasilet.testing.test_namespace import Pod, TestNamespace
 
 SHOWN_LOG_LINES = 20
 SHOWN_PODS = 3
@@ -42,41 +42,46 @@ def sender(
 
 
 def assert_answer(
-    scene: Scene, target: str | Pod | Service, send: Ask, wanted: WantedAnswer, *, within_seconds: float | None = None
+    test_namespace: TestNamespace,
+    target: str | Pod | Service,
+    send: Ask,
+    wanted: WantedAnswer,
+    *,
+    within_seconds: float | None = None,
 ) -> Answer:
     """Ask until the answer is as wanted. Raises AssertionError with all that helps to see why it is not."""
     __tracebackhide__ = True
-    limit = scene.within_seconds if within_seconds is None else within_seconds
+    limit = test_namespace.within_seconds if within_seconds is None else within_seconds
     asked = ask_until(send, wanted, within_seconds=limit)
     if asked.answer is not None and not asked.lacks:
         return asked.answer
     name = target if isinstance(target, str) else repr(target)
     said = [f"{name}: {'; '.join(asked.lacks)} ({asked.times} requests in {asked.seconds:.1f} s)"]
     said += ["", "last answer:", *asked.describe()]
-    for view in _views_behind(scene, target):
+    for view in _views_behind(test_namespace, target):
         said += ["", f"pod/{view.name}:", *map(printable, describe(view.name, view.object))]
-        said += [f"  event  {printable(line)}" for line in scene.events_of(view)]
+        said += [f"  event  {printable(line)}" for line in test_namespace.events_of(view)]
         logs = [log for log in view.logs.values() if log.count]
         said += [f"  | {printable(line.text)}" for log in logs for line in log.tail(SHOWN_LOG_LINES)]
     raise AssertionError("\n".join(said))
 
 
-def _views_behind(scene: Scene, target: str | Pod | Service) -> list[PodView]:
+def _views_behind(test_namespace: TestNamespace, target: str | Pod | Service) -> list[PodView]:
     """The pods that answer there, with their logs as far as they come at once."""
     if isinstance(target, Pod):
-        views = [view for view in scene.observer.pods.values() if view.uid == target.uid]
+        views = [view for view in test_namespace.observer.pods.values() if view.uid == target.uid]
     elif isinstance(target, Service) and target.selector:
         wanted = target.selector.items()
         views = [
-            view for view in list(scene.observer.pods.values())
+            view for view in list(test_namespace.observer.pods.values())
             if not view.deleted and wanted <= (view.object["metadata"].get("labels") or {}).items()
         ]  # fmt: skip
     else:
         views = []
     views = views[:SHOWN_PODS]
     for view in views:
-        scene.observer.follow(view)
-    scene.observer.wait(
+        test_namespace.observer.follow(view)
+    test_namespace.observer.wait(
         lambda: all(log.count or log.ended for view in views for log in view.logs.values()) or None,
         within_seconds=LOG_SECONDS,
     )

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
         RunPod,
         WasmApp,
     )
-    from wasilet.testing.test_namespace import Scene
+    from wasilet.testing.test_namespace import TestNamespace
 
 CONTROLLER_KEY = "wasilet_controller_pid"
 REPORT_KEY = "wasilet_report_folder"
 JOINED_KEY = "wasilet_joined"
 
 _JOINED = pytest.StashKey[bool]()
-_SCENE = pytest.StashKey["Scene"]()
+_SCENE = pytest.StashKey["TestNamespace"]()
 _VERSION = pytest.StashKey["tuple[str, str]"]()
 _FAILED = pytest.StashKey[bool]()
 _LEFT = pytest.StashKey[str]()
@@ -140,23 +140,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """While the namespace is still there, a failed test's artifacts are gathered and named in its report."""
     report = yield
-    scene = item.stash.get(_SCENE, None)
+    test_namespace = item.stash.get(_SCENE, None)
     if report.failed:
         item.stash[_FAILED] = True
-    if scene is None or not report.failed or report.when == "teardown":
+    if test_namespace is None or not report.failed or report.when == "teardown":
         return report
     from wasilet.testing.artifacts import gather
 
     root = item.config.invocation_params.dir / item.config.getoption("wasilet_artifacts")
     try:
-        folder = gather(scene, root, item.nodeid, report.longreprtext)
+        folder = gather(test_namespace, root, item.nodeid, report.longreprtext)
     except OSError as error:
         report.sections.append(("wasilet", f"no artifacts: {error}"))
         return report
     _property(item, "wasilet.artifacts", str(folder))
     report.user_properties.append(("wasilet.artifacts", str(folder)))
     kept = " and kept" if item.config.getoption("wasilet_keep") else ""
-    report.sections.append(("wasilet", f"artifacts: {folder}\nnamespace: {scene.namespace}{kept}"))
+    report.sections.append(("wasilet", f"artifacts: {folder}\nnamespace: {test_namespace.namespace}{kept}"))
     return report
 
 
@@ -311,37 +311,37 @@ def namespace(cluster: WasmCluster, request: pytest.FixtureRequest) -> Iterator[
 
 
 @pytest.fixture
-def wasilet_scene(cluster: WasmCluster, namespace: str, request: pytest.FixtureRequest) -> Iterator[Scene]:
+def wasilet_scene(cluster: WasmCluster, namespace: str, request: pytest.FixtureRequest) -> Iterator[TestNamespace]:
     """What the fixtures below share: the test's namespace, and what is seen in it
-    (wasilet.testing.test_namespace.Scene)."""
-    from wasilet.testing.test_namespace import DEFAULT_WITHIN_SECONDS, Scene
+    (wasilet.testing.test_namespace.TestNamespace)."""
+    from wasilet.testing.test_namespace import DEFAULT_WITHIN_SECONDS, TestNamespace
 
     config, node = request.config, request.node
     marker = node.get_closest_marker("wasilet_within")
     limit = float(marker.args[0]) if marker is not None else config.getoption("wasilet_within")
     own, version = node.stash.get(_VERSION, ("", ""))
-    scene = Scene(
+    test_namespace = TestNamespace(
         cluster,
         namespace,
         version=version if own == namespace else "",
         within_seconds=DEFAULT_WITHIN_SECONDS if limit is None else limit,
     )
-    node.stash[_SCENE] = scene
+    node.stash[_SCENE] = test_namespace
     _property(node, "wasilet.cluster", f"{cluster.name} ({cluster.provider})")
     _property(node, "wasilet.namespace", namespace)
-    yield scene
+    yield test_namespace
     folder = config.stash.get(_REPORT_FOLDER, None) or _worker_input(config).get(REPORT_KEY)
     if folder:
         from wasilet.testing.timeline import save
 
-        save(scene, node.nodeid, Path(folder), failed=node.stash.get(_FAILED, False))
-    scene.close()
+        save(test_namespace, node.nodeid, Path(folder), failed=node.stash.get(_FAILED, False))
+    test_namespace.close()
     with _clearly():
-        scene.remove_strays(everything=own != namespace)
+        test_namespace.remove_strays(everything=own != namespace)
 
 
 @pytest.fixture
-def run_pod(wasilet_scene: Scene) -> RunPod:
+def run_pod(wasilet_scene: TestNamespace) -> RunPod:
     """``run_pod(image, env={"NAME": "x"})``: a pod with one container in the test's namespace.
 
     Also: ``name, command, args, restart_policy="Never", labels, annotations``, and ``container={...}``,
@@ -352,7 +352,7 @@ def run_pod(wasilet_scene: Scene) -> RunPod:
 
 
 @pytest.fixture
-def apply(wasilet_scene: Scene, request: pytest.FixtureRequest) -> Apply:
+def apply(wasilet_scene: TestNamespace, request: pytest.FixtureRequest) -> Apply:
     """``apply("pod.yaml")``: create objects in the test's namespace, from a file, YAML text, an object or a list.
 
     A file whose name ends in ``.j2`` is a Jinja2 template that gets the keyword arguments. Returns one entry per
@@ -363,7 +363,7 @@ def apply(wasilet_scene: Scene, request: pytest.FixtureRequest) -> Apply:
 
 
 @pytest.fixture
-def get_pod(wasilet_scene: Scene) -> GetPod:
+def get_pod(wasilet_scene: TestNamespace) -> GetPod:
     """``get_pod("name")``: a pod of the test's namespace, waited for when it is not there yet."""
     from wasilet.testing.fixtures import GetPod
 
@@ -371,7 +371,7 @@ def get_pod(wasilet_scene: Scene) -> GetPod:
 
 
 @pytest.fixture
-def assert_logs(wasilet_scene: Scene) -> AssertLogs:
+def assert_logs(wasilet_scene: TestNamespace) -> AssertLogs:
     """``assert_logs(pod, contains="x", within_seconds=30)``: wait until a log holds what it must; its lines.
 
     ``contains``: a text or several, in any order; ``matches``: regular expressions; ``in_order``: each in a later line
@@ -394,7 +394,7 @@ def kubectl(cluster: WasmCluster, namespace: str) -> Kubectl:
 
 
 @pytest.fixture
-def service(wasilet_scene: Scene) -> MakeService:
+def service(wasilet_scene: TestNamespace) -> MakeService:
     """``service("web", selector={"app": "web"}, port=80, target_port=8080)``: a Service of the test's namespace.
 
     Without ``selector`` and ``endpoints`` the one that is there. It has ``wait_endpoints()`` and ``get("/path")``."""
@@ -404,7 +404,7 @@ def service(wasilet_scene: Scene) -> MakeService:
 
 
 @pytest.fixture
-def assert_http(wasilet_scene: Scene) -> AssertHttp:
+def assert_http(wasilet_scene: TestNamespace) -> AssertHttp:
     """``assert_http(target, "/path", status=200, contains="x")``: ask until the answer is as it must be; the answer.
 
     ``target``: a URL, a pod (with ``port=``) or what ``service`` gives. Also ``headers``, ``matches``, ``absent``,
@@ -415,7 +415,7 @@ def assert_http(wasilet_scene: Scene) -> AssertHttp:
 
 
 @pytest.fixture
-def http_load(wasilet_scene: Scene) -> HttpLoad:
+def http_load(wasilet_scene: TestNamespace) -> HttpLoad:
     """``with http_load(target, per_second=100) as load: ...``: requests meanwhile; then ``load.result.failed``.
 
     It ends with its block, and after ``max_seconds`` (60)."""

@@ -74,8 +74,11 @@ def remove_namespace(cluster: WasmCluster, name: str) -> None:
     cluster.kube.delete(api_path("namespaces", name))
 
 
-class Scene:
+class TestNamespace:
     """What a test has done in a namespace, and what is seen there."""
+
+    __test__ = False
+    """For pytest: no class of tests."""
 
     def __init__(self, cluster: WasmCluster, namespace: str, *, version: str = "", within_seconds: float) -> None:
         self.cluster = cluster
@@ -247,8 +250,8 @@ class Scene:
 class Pod:
     """A pod of the test's namespace."""
 
-    def __init__(self, scene: Scene, view: PodView) -> None:
-        self._scene = scene
+    def __init__(self, test_namespace: TestNamespace, view: PodView) -> None:
+        self._test_namespace = test_namespace
         self._view = view
 
     def __repr__(self) -> str:
@@ -315,8 +318,8 @@ class Pod:
     ) -> KubeObject:
         """Wait until ``what`` says yes to the object, and return that. Raises AssertionError with the pod's status."""
         __tracebackhide__ = True
-        limit = self._scene.within_seconds if within_seconds is None else within_seconds
-        observer = self._scene.observer
+        limit = self._test_namespace.within_seconds if within_seconds is None else within_seconds
+        observer = self._test_namespace.observer
         found = observer.wait(lambda: self._view.object if what(self._view.object) else None, within_seconds=limit)
         if found is None:
             said = [f"pod/{self.name}: {words} did not come within {limit:g} s", "", "status:"]
@@ -366,22 +369,22 @@ class Pod:
         if previous:
             query["previous"] = "true"
         path = api_path("pods", self.name, namespace=self.namespace, sub="log")
-        limit = self._scene.within_seconds if within_seconds is None else within_seconds
+        limit = self._test_namespace.within_seconds if within_seconds is None else within_seconds
         lines: list[str] = []
-        with self._scene.cluster.kube.stream(path, idle_seconds=limit, **query) as stream:
+        with self._test_namespace.cluster.kube.stream(path, idle_seconds=limit, **query) as stream:
             lines += stream
         return "".join(f"{line}\n" for line in lines)
 
     def events(self) -> list[str]:
         """``Type Reason: message``, oldest first."""
-        return self._scene.events_of(self._view)
+        return self._test_namespace.events_of(self._view)
 
     def delete(self, *, grace_seconds: int = 1, within_seconds: float | None = None) -> None:
         """Delete it, and wait until it is gone. Raises AssertionError and ApiError.
 
         Its log can be asserted afterwards: it is being read when the pod goes."""
         __tracebackhide__ = True
-        observer, logs = self._scene.observer, self._view.logs
+        observer, logs = self._test_namespace.observer, self._view.logs
         observer.follow(self._view)
         observer.wait(
             lambda: all(log.opened or log.ended for log in logs.values()) or None, within_seconds=DELETE_READ_SECONDS
@@ -394,7 +397,7 @@ class Pod:
         }
         path = api_path("pods", self.name, namespace=self.namespace)
         try:
-            self._scene.cluster.kube.request("DELETE", path, body=body)
+            self._test_namespace.cluster.kube.request("DELETE", path, body=body)
         except ApiError as error:
             if error.code != 404:
                 raise

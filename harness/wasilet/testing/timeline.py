@@ -10,12 +10,12 @@ from pathlib import Path
 from wasilet.errors import ApiError
 from wasilet.kube.client import api_path
 from wasilet.testing.report_page import Chapter, chapter_of, page
-from wasilet.testing.test_namespace import Scene
+from wasilet.testing.test_namespace import TestNamespace
 
 
-def save(scene: Scene, test: str, folder: Path, *, failed: bool) -> None:
+def save(test_namespace: TestNamespace, test: str, folder: Path, *, failed: bool) -> None:
     """Write down a test's pods, with their logs as far as they can be read, before its namespace goes."""
-    observer = scene.observer
+    observer = test_namespace.observer
     with observer.changed:
         views = list(observer.pods.values())
         for view in views:
@@ -23,7 +23,9 @@ def save(scene: Scene, test: str, folder: Path, *, failed: bool) -> None:
     observer.wait(lambda: all(v.logs and all(log.count or log.ended for log in v.logs.values()) for v in views) or None,
                   within_seconds=0.5)  # fmt: skip
     try:
-        events = scene.cluster.kube.get(api_path("events", namespace=scene.namespace)).get("items") or []
+        events = (
+            test_namespace.cluster.kube.get(api_path("events", namespace=test_namespace.namespace)).get("items") or []
+        )
     except ApiError:
         events = []
     chapter = chapter_of(test, observer, events, outcome="failed" if failed else "passed")

@@ -20,8 +20,8 @@ from wasilet_common.oci.reference import Reference
 from wasilet_common.oci.repository import Manifest, Repository
 
 from wasilet_node.images.pull import Puller
-from wasilet_node.images.singleflight import uninterrupted
 from wasilet_node.images.store import ImageRecord
+from wasilet_node.images.uninterrupted import uninterrupted
 from wasilet_node.runtime.protocol import GuestKind
 
 _MACHINES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}

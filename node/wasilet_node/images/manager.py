@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -22,6 +22,7 @@ from wasilet_common.oci import credentials as pull_credentials
 from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import InvalidReferenceError, Reference, parse
 from wasilet_common.oci.registry import RegistryClient
+from wasilet_common.singleflight import SingleFlight
 from wasilet_common.time_format import go_duration
 
 from wasilet_node.images.backoff import Backoff
@@ -29,9 +30,8 @@ from wasilet_node.images.compile import CompileError
 from wasilet_node.images.files import FilePuller
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
 from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
-from wasilet_node.images.offer import is_server, offered
+from wasilet_node.images.offer import offered
 from wasilet_node.images.pull import Pulled, Puller, PullError, interfaces_of
-from wasilet_node.images.singleflight import Flights
 from wasilet_node.images.store import ImageRecord, Store, StoreError
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
@@ -96,8 +96,8 @@ class ImageManager:
         self._backoff = Backoff(clock=monotonic)
         self._in_use: frozenset[str] = frozenset()
         self._servers: dict[str, bool] = {}
-        self._pulls: Flights[Pulled] = Flights()
-        self._compiles: Flights[Path] = Flights()
+        self._pulls: SingleFlight[Hashable, Pulled] = SingleFlight()
+        self._compiles: SingleFlight[str, Path] = SingleFlight()
         self._collector = GarbageCollector(
             store=self._store,
             settings=settings,
@@ -229,7 +229,7 @@ class ImageManager:
         """See ``Images``."""
         self._store.touch(image.manifest_digest)
         try:
-            return await self._compiles.join(
+            return await self._compiles.do(
                 image.module_digest,
                 lambda: self._compiler.compile(
                     image.module_path, _cache_key(image.module_digest), image.kind, server=image.server, owner=owner
@@ -291,7 +291,7 @@ class ImageManager:
             await self.start()
             return await self._puller.pull(reference, fitting, logins)
 
-        return await self._pulls.join((str(reference), _fingerprint(fitting), _fingerprint(logins)), work)
+        return await self._pulls.do((str(reference), _fingerprint(fitting), _fingerprint(logins)), work)
 
     async def _image(self, name: str, reference: Reference, record: ImageRecord) -> Image:
         path = self._store.blob_path(record.module_digest)
@@ -316,7 +316,7 @@ class ImageManager:
         if digest not in self._servers:
             interfaces = await asyncio.to_thread(interfaces_of, path)
             # What cannot be read is named by whoever compiles it.
-            self._servers[digest] = interfaces is not None and is_server(interfaces)
+            self._servers[digest] = interfaces is not None and interfaces.is_server
         return self._servers[digest]
 
 

@@ -100,5 +100,8 @@ class Images(Protocol):
     async def list(self) -> Sequence[dict[str, object]]:
         """``node.status.images``: ``names`` and ``sizeBytes``, largest first, at most 50."""
 
+    async def delete_unused(self) -> int:
+        """Make room: the bytes that were freed."""
+
     def set_in_use(self, module_digests: frozenset[str]) -> None:
         """What running pods use, which garbage collection leaves alone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from wasilet_common.components import Interfaces
+from wasilet_common.components import HANDLERS, Interfaces
 
 from wasilet_node.images.preflight import COMMAND_OFFER, refusal
 from wasilet_node.runtime.component_host import locate
@@ -20,22 +20,11 @@ HOST_OFFER: Final = COMMAND_OFFER | {
 }
 """What the crate's ``worlds.rs`` links; a further interface goes there and here."""
 
-_HANDLERS: Final = ("wasi:http/incoming-handler@0.2.", "wasi:http/handler@0.3.")
-_COMMANDS: Final = ("wasi:cli/run@0.2.", "wasi:cli/run@0.3.")
-
-
-def is_server(interfaces: Interfaces) -> bool:
-    """Whether a component answers HTTP requests. One that is a command too is run as a command."""
-    exports = interfaces.exports
-    return any(name.startswith(_HANDLERS) for name in exports) and not any(
-        name.startswith(_COMMANDS) for name in exports
-    )
-
 
 def offered(interfaces: Interfaces, *, find: Callable[[], object] = locate.find) -> str:
     """Why a component cannot run here, with what to do; empty: nothing is against it."""
     without = refusal(interfaces)
-    newer = any(name.startswith(("wasi:cli/run@0.3.", *_HANDLERS)) for name in interfaces.exports)
+    newer = any(name.startswith(("wasi:cli/run@0.3.", *HANDLERS)) for name in interfaces.exports)
     if not without and not newer:
         return ""
     with_host = refusal(interfaces, HOST_OFFER)

@@ -38,8 +38,8 @@ from wasilet_common.oci.repository import MAX_MANIFEST_BYTES, Manifest, Reposito
 
 from wasilet_node.images.kinds import detect_kind
 from wasilet_node.images.preflight import refusal
-from wasilet_node.images.singleflight import uninterrupted
 from wasilet_node.images.store import ImageRecord, Store, open_private
+from wasilet_node.images.uninterrupted import uninterrupted
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import ImageSettings
 

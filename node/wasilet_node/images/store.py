@@ -39,9 +39,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from wasilet_common.oci.reference import Reference, is_digest
+from wasilet_common.singleflight import SingleFlight
 
 from wasilet_node.images.access import AccessRecords
-from wasilet_node.images.singleflight import Flights, uninterrupted
+from wasilet_node.images.uninterrupted import uninterrupted
 from wasilet_node.runtime.protocol import GuestKind
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Store:
         self._records: dict[str, ImageRecord] = {}
         self._last_used: dict[str, float] = {}
         self._verified: set[str] = set()
-        self._verifying: Flights[bool] = Flights()
+        self._verifying: SingleFlight[str, bool] = SingleFlight()
         self._lock_file: int | None = None
         self._opening = asyncio.Lock()
         self._writing = asyncio.Lock()
@@ -236,7 +237,7 @@ class Store:
             return False
         if digest in self._verified and size in {None, found}:
             return True
-        return await self._verifying.join(digest, lambda: self._verify(digest)) and size in {None, found}
+        return await self._verifying.do(digest, lambda: self._verify(digest)) and size in {None, found}
 
     async def _verify(self, digest: str) -> bool:
         if await asyncio.to_thread(_hash_file, self.blob_path(digest), digest.partition(":")[0]) == digest:

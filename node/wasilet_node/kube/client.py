@@ -306,6 +306,9 @@ class KubeClient:
         )
 
 
+VERSION_PATH = "/version"
+
+
 def _decode(data: bytes, method: str, path: str) -> KubeObject:
     try:
         decoded = json.loads(data)
@@ -314,6 +317,8 @@ def _decode(data: bytes, method: str, path: str) -> KubeObject:
     # What a proxy or a half-started server says with a 200 is no answer: an empty object, taken for an empty list,
     # would be the end of every pod.
     found = as_object(decoded)
+    if found is None and path == VERSION_PATH and isinstance(decoded, dict) and "minor" in decoded:
+        return decoded  # the one answer that has no kind
     if found is None:
         raise ApiUnavailableError(f"{method} {path}: the answer is not an object of Kubernetes")
     return found

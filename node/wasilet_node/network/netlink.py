@@ -37,7 +37,7 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
-_RTM_NEWADDR, _RTM_NEWROUTE, _RTM_GETROUTE = 20, 24, 26
+_RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE, _RTM_GETROUTE = 20, 22, 24, 26
 _REQUEST, _ACK = 1, 4
 _REPLACE, _EXCLUSIVE, _CREATE = 0x100, 0x200, 0x400
 _DUMP = 0x300
@@ -165,6 +165,16 @@ class Netlink:
         body += _attribute(_RTA_OIF, _u32(index))
         flags = _CREATE | (_REPLACE if replace else _EXCLUSIVE)
         self._request(_RTM_NEWROUTE, flags, body, f"add a route to {destination}")
+
+    def addresses(self) -> frozenset[ipaddress.IPv4Address]:
+        """The IPv4 addresses of all interfaces. Raises NetlinkError."""
+        found = set()
+        for body in self._dump(_RTM_GETADDR, _ADDRESS.pack(socket.AF_INET, 0, 0, 0, 0), "list addresses"):
+            attributes = _attributes(body[_ADDRESS.size :])
+            data = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS)
+            if data is not None and len(data) == 4:
+                found.add(ipaddress.IPv4Address(data))
+        return frozenset(found)
 
     def routes(self) -> list[Route]:
         """The IPv4 routes of the main table. Raises NetlinkError."""

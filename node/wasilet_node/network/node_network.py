@@ -30,6 +30,9 @@ from wasilet_node.settings import NetworkSettings
 logger = logging.getLogger(__name__)
 
 BRIDGE = "pods"
+MACHINE_SET = "machine"
+"""Of the packet filter: the machine's own addresses."""
+
 UPLINK = "uplink"
 _EVERYWHERE = ipaddress.IPv4Network("0.0.0.0/0")
 _SYSCTLS = {
@@ -49,13 +52,26 @@ def base_rules(pod_cidr: ipaddress.IPv4Network, settings: NetworkSettings) -> st
     """Pods keep their address towards the cluster's pods and the machine; elsewhere they go by the node's. What is
     link-local, a cloud's metadata address above all, is no pod's business. What still goes to a Service's address when
     kube-proxy's rules are behind it has none, and must not go back and forth between the node and the machine. And what
-    the machine sends to a Service whose pod is on another node must come back the way it went."""
+    the machine sends to a Service whose pod is on another node must come back the way it went.
+
+    Beyond the machine nobody knows the way back, so what goes there is refused at once, and nothing leaves the machine
+    with an address that is not its own."""
     return f"""
+table ip wasilet
+delete table ip wasilet
 table ip wasilet {{
+    set {MACHINE_SET} {{
+        type ipv4_addr
+    }}
+    chain refuse {{
+        meta l4proto tcp reject with tcp reset
+        reject
+    }}
     chain forward {{
         type filter hook forward priority 0; policy accept;
-        iifname "{BRIDGE}" ip daddr 169.254.0.0/16 reject
-        ip daddr {settings.service_cidr} reject
+        iifname "{BRIDGE}" ip daddr 169.254.0.0/16 jump refuse
+        ip daddr {settings.service_cidr} jump refuse
+        iifname "{BRIDGE}" oifname "{UPLINK}" ip daddr != {settings.cluster_cidr} ip daddr != @{MACHINE_SET} jump refuse
     }}
     chain postrouting {{
         type nat hook postrouting priority 100; policy accept;
@@ -77,6 +93,7 @@ class NodeNetwork:
         self._machine: Netlink | None = None
         self._node: Netlink | None = None
         self._bridge = 0
+        self._machine_addresses: frozenset[ipaddress.IPv4Address] | None = None
 
     @property
     def node(self) -> Netlink:
@@ -134,12 +151,24 @@ class NodeNetwork:
             self._node = Netlink()
             self._bridge = self._node.require(BRIDGE)
             self._node.require(UPLINK)
-        except OSError as error:
+            nft.apply(base_rules(self.pod_cidr, self.settings))
+        except (OSError, NetworkError) as error:
             self.close()
             netns.setns(home)
-            raise NetworkError(f"the node's network cannot be used: {error.strerror}") from error
+            raise NetworkError(f"the node's network cannot be used: {error}") from error
         finally:
             os.close(home)
+
+    def know_machine(self) -> None:
+        """Let pods reach the machine's own addresses, as they are now. Raises NetworkError, OSError."""
+        if self._machine is None:
+            return
+        known = frozenset(address for address in self._machine.addresses() if not address.is_loopback)
+        if known == self._machine_addresses:
+            return
+        elements = "".join(f"add element ip wasilet {MACHINE_SET} {{ {address} }}\n" for address in sorted(known))
+        nft.apply(f"flush set ip wasilet {MACHINE_SET}\n{elements}")
+        self._machine_addresses = known
 
     def close(self) -> None:
         """Of this thread; the namespace stays."""

@@ -145,6 +145,7 @@ class PodNetwork:
         """Seconds until it is to be looked at again."""
         try:
             await self._in_thread(self._ensure)
+            await self._in_thread(self._know_machine)
             self._set_problem(None)
             while await self._in_thread(self._refill):
                 pass
@@ -291,6 +292,10 @@ class PodNetwork:
             raise
         self._channel, self._pods = channel, pods
         return pods
+
+    def _know_machine(self) -> None:
+        if self._node is not None:
+            self._node.know_machine()
 
     def _have_node(self, channel: NamespaceChannel, pod_cidr: ipaddress.IPv4Network) -> NodeNetwork:
         """This thread in the node's namespace, and the supervisor holding it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -93,7 +93,3 @@ class PodDependencies:
     """Why the node has no room for a pod that is here, as its spec would have it; empty: it has."""
 
     wall_clock: Callable[[], float] = time.time
-
-
-Wake = Callable[[], None]
-Sleep = Callable[[float], Awaitable[None]]

@@ -1,19 +1,30 @@
-"""Evicting pods when the node runs short of memory or disk: one at a time, and only one whose end would help.
+"""Evicting pods when the node runs short of memory or disk, or when they wrote more than they may.
 
-Whether the node runs short is the node status's business; here it is decided who goes. The order is kubelet's: pods
-that use more than they asked for first, then low priority, then by how much they exceed their request. A pod that uses
-nothing of what is short is never evicted, since its end would free nothing.
+:class:`Evictor` looks every ten seconds; at memory volumes whose size the kernel does not hold, twice a second. Unused
+images go before any pod does. Whether the node runs short is the node status's business; here it is decided who goes,
+one pod at a time, and only one whose end would help. The order is kubelet's: pods that use more than they asked for
+first, then low priority, then by how much they exceed their request. A pod that uses nothing of what is short is never
+evicted, since its end would free nothing. What a pod may write is in ``wasilet_node.pods.ephemeral_storage``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from wasilet_node.pods import resources, spec
+from wasilet_node.pods import ephemeral_storage, log_layout, resources, spec
+from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.nodeinfo import Pressure
 from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import Verdict
+from wasilet_node.pods.worker import PodWorker
+from wasilet_node.volumes.removal import Usage as TreeUsage
+from wasilet_node.volumes.removal import usage as tree_usage
+
+logger = logging.getLogger(__name__)
 
 MINIMUM_BYTES = 1024 * 1024
 MINIMUM_INODES = 1000
@@ -83,3 +94,109 @@ def _quantity(number: int) -> str:
         if number and number % unit == 0:
             return f"{number // unit}{suffix}"
     return f"{-(-number // 1024)}Ki" if number >= 1024 else str(number)
+
+
+class Evictor:
+    """One per node. ``round`` looks once."""
+
+    def __init__(self, services: PodDependencies) -> None:
+        self._services = services
+
+    async def round(self, workers: Mapping[str, PodWorker]) -> None:
+        """Evict what has to go; raises RuntimeUnavailableError and OSError when that cannot be told."""
+        active = {uid: worker for uid, worker in workers.items() if worker.holds_resources and worker.verdict is None}
+        await self._check_storage_limits(active)
+        pressures = self._services.node().pressures
+        # One pod at a time: whether it helped shows once it has ended, in the next round.
+        leaving = any(worker.verdict is not None and worker.holds_resources for worker in workers.values())
+        if pressures and not leaving:
+            await self._relieve(pressures[0], active)
+
+    async def memory_round(self, workers: Mapping[str, PodWorker]) -> None:
+        """Evict those that wrote more into memory than they may; for every half second, since memory is filled fast."""
+        volumes = self._services.volumes
+        for worker in list(workers.values()):
+            if not worker.holds_resources or worker.verdict is not None or is_critical(worker.pod):
+                continue
+            sizes = {name: int(usage.bytes) for name, usage in (await volumes.loose_usage(worker.pod)).items()}
+            verdict = ephemeral_storage.exceeded(worker.pod, ephemeral_storage.StorageUsage(volumes=sizes))
+            if sizes and verdict is not None:
+                self._evict(worker, verdict)
+
+    async def _relieve(self, pressure: Pressure, active: Mapping[str, PodWorker]) -> None:
+        if pressure.resource != "memory":
+            freed = await self._services.images.delete_unused()
+            if freed > 0:
+                logger.warning("the disk is nearly full: %d bytes of unused images were removed", freed)
+                return
+        usages = await self._usages(active, pressure.resource)
+        ranked = rank(usages, pressure.resource)
+        if ranked:
+            self._evict(active[spec.uid(ranked[0].pod)], verdict(ranked[0], pressure))
+
+    def _evict(self, worker: PodWorker, verdict: Verdict) -> None:
+        logger.warning("evicting %s: %s", spec.format_pod(worker.pod), verdict.message)
+        self._services.events.event(worker.pod, "Warning", verdict.reason, verdict.message)
+        worker.end(verdict, grace_seconds=0)
+
+    async def _check_storage_limits(self, active: Mapping[str, PodWorker]) -> None:
+        for worker in active.values():
+            if is_critical(worker.pod) or not ephemeral_storage.is_limited(worker.pod):
+                continue
+            verdict = ephemeral_storage.exceeded(worker.pod, await self._storage(worker))
+            if verdict is not None:
+                self._evict(worker, verdict)
+
+    async def _storage(self, worker: PodWorker) -> ephemeral_storage.StorageUsage:
+        volumes = self._services.volumes
+        logs = log_layout.pod_folder(self._services.paths, worker.pod)
+        folders = {
+            name: (logs / name, volumes.instance_folder(worker.pod, name, instance.attempt))
+            for name, instance in worker.latest().items()
+        }
+        sizes = {name: int(usage.bytes) for name, usage in (await volumes.usage(worker.pod)).items()}
+        containers = await asyncio.to_thread(lambda: {name: _bytes(found) for name, found in folders.items()})
+        return ephemeral_storage.StorageUsage(containers=containers, volumes=sizes)
+
+    async def _usages(self, active: Mapping[str, PodWorker], resource: str) -> list[Usage]:
+        if resource != "memory":
+            measure = self._inode_usage if resource == INODES else self._disk_usage
+            return [await measure(uid, worker) for uid, worker in active.items()]
+        owners = {i.id: (uid, name) for uid, worker in active.items() for name, i in worker.latest().items()}
+        used: dict[str, dict[str, int]] = {}
+        for usage in await self._services.runtime.usage():
+            if usage.id in owners:
+                uid, name = owners[usage.id]
+                used.setdefault(uid, {})[name] = usage.memory_bytes
+        return [Usage(pod=worker.pod, by_container=used.get(uid, {})) for uid, worker in active.items()]
+
+    async def _inode_usage(self, uid: str, worker: PodWorker) -> Usage:
+        """Files and folders that the pod made, whoever of its containers it was."""
+        paths = self._services.paths
+        everything = [paths.pods / uid, log_layout.pod_folder(paths, worker.pod)]
+        return Usage(pod=worker.pod, by_container={}, elsewhere=await asyncio.to_thread(_inodes, everything))
+
+    async def _disk_usage(self, uid: str, worker: PodWorker) -> Usage:
+        paths = self._services.paths
+        own = (await self._storage(worker)).containers
+        everything = [paths.pods / uid, log_layout.pod_folder(paths, worker.pod)]
+        total = await asyncio.to_thread(_bytes, everything)
+        return Usage(pod=worker.pod, by_container=own, elsewhere=max(total - sum(own.values()), 0))
+
+
+def _bytes(folders: Iterable[Path]) -> int:
+    """On disk, of trees that guests may have made. Blocks."""
+    return sum(usage.bytes for usage in _measured(folders))
+
+
+def _inodes(folders: Iterable[Path]) -> int:
+    """As :func:`_bytes`. Blocks."""
+    return sum(usage.inodes for usage in _measured(folders))
+
+
+def _measured(folders: Iterable[Path]) -> Iterator[TreeUsage]:
+    for folder in folders:
+        try:
+            yield tree_usage(folder)
+        except OSError:
+            continue  # not made yet, or just removed

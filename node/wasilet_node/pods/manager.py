@@ -22,7 +22,7 @@ from wasilet_node.pods.admission import Neighbour
 from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.container_start import ANNOTATION_MODULE
 from wasilet_node.pods.dependencies import CredentialParser, Environments, PodDependencies, PullSecretReader, Timing
-from wasilet_node.pods.evictor import Evictor
+from wasilet_node.pods.eviction import Evictor
 from wasilet_node.pods.http_policy import Outbound
 from wasilet_node.pods.nodeinfo import NodeSource
 from wasilet_node.pods.probes import ProbeObserver, ignore
@@ -106,11 +106,6 @@ class PodManager:
         if not found:
             return None
         return min(found, key=lambda worker: (worker.removed, spec.is_deleted(worker.pod))).pod_with_status()
-
-    def instances(self, pod_uid: str, container: str) -> list[ContainerStatus]:
-        """What the runtime knows of one container: the newest instance, then the one before it."""
-        worker = self._workers.get(pod_uid)
-        return list(worker.instances.of(container)) if worker else []
 
     # ---- life
 

@@ -19,7 +19,7 @@ from wasilet_node.pods.container_start import Late, LaunchError, launch
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.pods.status import Waiting
-from wasilet_node.runtime.protocol import ContainerStatus, RuntimeCapabilities, RuntimeUnavailableError
+from wasilet_node.runtime.protocol import ContainerStatus, RuntimeUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _RUNTIME_RETRY_SECONDS = 1.0
 _COMPILE_RETRY_SECONDS = 60.0
 
 
-class Starter:
+class StartAttempts:
     """Belongs to one pod's worker."""
 
     def __init__(self, services: PodDependencies, *, late: Late) -> None:
@@ -127,10 +127,10 @@ class Starter:
         if limit is None or self._cpu_limit_told:
             return
         try:
-            capabilities = getattr(self._services.runtime, "capabilities", None)
+            capabilities = self._services.runtime.capabilities
         except RuntimeUnavailableError:
             return
-        if isinstance(capabilities, RuntimeCapabilities) and not capabilities.cpu_limits:
+        if not capabilities.cpu_limits:
             self._cpu_limit_told = True
             self._services.events.event(
                 pod,

@@ -78,7 +78,7 @@ def _diff_conditions(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
     return changed
 
 
-class StatusPatcher:
+class StatusWriter:
     """The status of one pod, on its way to the API server."""
 
     def __init__(self, kube: Kube, pod: Pod, *, on_gone: Callable[[], None]) -> None:

@@ -17,15 +17,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from wasilet_common.components import ComponentError, read_interfaces
+
 from wasilet_node.runtime import linux, wire
 from wasilet_node.runtime.compile import Compiler
 from wasilet_node.runtime.engine import is_component
-from wasilet_node.runtime.protocol import ContainerConfig, GuestKind, HttpPolicy, Mount
+from wasilet_node.runtime.protocol import ContainerConfig, GuestKind, HttpPolicy, Mount, ServerSettings
 from wasilet_node.settings import ImageSettings
 
 INTERRUPTED_EXIT_CODE = 130
 TIMEOUT_EXIT_CODE = 124
 START_ERROR_EXIT_CODE = 126
+DEFAULT_PORT = 8080
+"""Of a component that answers HTTP requests: that of a container that names none."""
+
+SERVING = "serving "
+"""How the line begins that names the URL."""
+
 _KILL_AFTER_SECONDS = 2.0
 
 
@@ -41,9 +49,13 @@ def run_local(
     stdin_fd: int = 0,
     cache_dir: Path,
     timeout_seconds: float | None = None,
+    port: int = DEFAULT_PORT,
 ) -> int:
     """The guest's exit code; 134 and its message on ``stderr_fd`` for a trap, 126 and why for one that cannot start,
     124 after ``timeout_seconds``, 130 after Ctrl-C, 128 + n for signal n.
+
+    A component that answers HTTP requests listens on ``port`` of loopback (0: any that is free), and says so on
+    ``stderr_fd``: ``SERVING`` and its URL.
 
     Raises CompileError with the compiler's message, and OSError when ``module_path`` cannot be read.
     """
@@ -56,7 +68,8 @@ def run_local(
     except ValueError as error:
         _say(stderr_fd, f"{module_path}: {error}")
         return START_ERROR_EXIT_CODE
-    artifact = asyncio.run(_compile(module_path, f"sha256:{digest}", kind, cache_dir))
+    server = kind is GuestKind.COMPONENT and _answers_requests(module_path)
+    artifact = asyncio.run(_compile(module_path, f"sha256:{digest}", kind, cache_dir, server=server))
     config = ContainerConfig(
         id=digest,
         pod_uid="",
@@ -72,12 +85,21 @@ def run_local(
         log_path="",
         # Whoever types the command is the machine's operator: what is allowed by name is allowed on this machine too.
         http=HttpPolicy(allowed_origins=tuple(allowed_origins), local_origins=tuple(allowed_origins)),
+        server=ServerSettings(port=port) if server else None,
     )
     return _run(config, stdin_fd, stdout_fd, stderr_fd, timeout_seconds)
 
 
-async def _compile(module_path: Path, digest: str, kind: GuestKind, cache_dir: Path) -> Path:
-    return await Compiler(cache_dir, ImageSettings()).compile(module_path, digest, kind)
+def _answers_requests(component: Path) -> bool:
+    with component.open("rb") as file:
+        try:
+            return read_interfaces(file).is_server
+        except ComponentError:
+            return False  # what is wrong with it, the compiler says
+
+
+async def _compile(module_path: Path, digest: str, kind: GuestKind, cache_dir: Path, *, server: bool) -> Path:
+    return await Compiler(cache_dir, ImageSettings()).compile(module_path, digest, kind, server=server)
 
 
 def _run(config: ContainerConfig, stdin_fd: int, stdout_fd: int, stderr_fd: int, timeout_seconds: float | None) -> int:
@@ -177,7 +199,11 @@ def main(arguments: list[str]) -> None:
         config = wire.load_config(json.loads(file.read()))
     linux.drop_privileges()
     tools = sandbox.make_tools(make_linkers())
-    sandbox.run_here(config, tools, report=report_fd)
+    sandbox.run_here(config, tools, report=report_fd, on_listening=_say_where)
+
+
+def _say_where(port: int) -> None:
+    _say(2, f"{SERVING}http://127.0.0.1:{port} (Ctrl-C ends it)")
 
 
 if __name__ == "__main__":

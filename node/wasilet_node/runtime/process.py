@@ -37,7 +37,6 @@ class Outcome:
     message: str = ""
     start_failed: bool = False
     bad_artifact: bool = False
-    trapped: bool = False
 
 
 class ForkRefusedError(Exception):
@@ -252,7 +251,7 @@ class SandboxProcess:
         if "exit" in report:
             return Outcome(exit_code=int(str(report["exit"])) & 0xFF)
         if "trap" in report:
-            return Outcome(exit_code=sandbox.TRAP_EXIT_CODE, message=str(report["trap"]), trapped=True)
+            return Outcome(exit_code=sandbox.TRAP_EXIT_CODE, message=str(report["trap"]))
         if "error" in report:
             return Outcome(
                 exit_code=sandbox.START_ERROR_EXIT_CODE,

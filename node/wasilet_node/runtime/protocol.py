@@ -343,6 +343,10 @@ class Runtime(Protocol):
     ) -> ExecResult:
         """Run a fresh instance with the mounts, environment and limits of ``container_id`` and another argv."""
 
+    @property
+    def capabilities(self) -> RuntimeCapabilities:
+        """What this machine lets it enforce. Raises RuntimeUnavailableError before the first connection."""
+
     async def usage(self) -> Sequence[ContainerUsage]:
         """Usage of all running instances."""
 

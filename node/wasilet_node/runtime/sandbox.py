@@ -188,8 +188,11 @@ def run_child(plan: ChildPlan, tools: GuestTools) -> NoReturn:
     _exit_with(plan.report, lambda: _run(plan, tools))
 
 
-def run_here(config: ContainerConfig, tools: GuestTools, *, report: int) -> NoReturn:
-    """Run in this very process, which was started for it and has the guest's stdin, stdout and stderr."""
+def run_here(
+    config: ContainerConfig, tools: GuestTools, *, report: int, on_listening: Callable[[int], None]
+) -> NoReturn:
+    """Run in this very process, which was started for it and has the guest's stdin, stdout and stderr. A server listens
+    on loopback, and ``on_listening`` gets its port."""
 
     def run() -> int:
         check_config(config)
@@ -197,7 +200,9 @@ def run_here(config: ContainerConfig, tools: GuestTools, *, report: int) -> NoRe
         _limit(config)
         if config.kind is GuestKind.COMPONENT:
             tools.components.open()
-        listener = _listen(config)
+        listener = _listen(config, loopback=True)
+        if listener is not None:
+            on_listening(listener.getsockname()[1])
         seccomp.confine(_network(config))
         return run_guest(config, tools, guest_stdin=True, memory_backstop_bytes=None, report=report, listener=listener)
 
@@ -291,12 +296,12 @@ def _network(config: ContainerConfig) -> seccomp.Network:
     return seccomp.Network.CLIENT if outward else seccomp.Network.NONE
 
 
-def _listen(config: ContainerConfig) -> socket.socket | None:
+def _listen(config: ContainerConfig, *, loopback: bool = False) -> socket.socket | None:
     """A server's socket, made before the fences. Raises LoadError."""
     if config.server is None:
         return None
     try:
-        return entry.listen(config.server)
+        return entry.listen(config.server, loopback=loopback)
     except OSError as error:
         raise LoadError(str(error.strerror)) from error
 

@@ -23,9 +23,10 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
+from wasilet_common.singleflight import SingleFlight, TooManyCallsError
 
 from wasilet_node.kube.base import Kube, KubeError
-from wasilet_node.server.caches import ExpiringCache, SingleFlight, TooManyCallsError
+from wasilet_node.server.caches import ExpiringCache
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Authenticator:
         self._known: ExpiringCache[bytes, User] = ExpiringCache(max_entries=MAX_ENTRIES)
         self._rejected: ExpiringCache[bytes, bool] = ExpiringCache(max_entries=MAX_ENTRIES)
         self._flights: SingleFlight[bytes, User | None] = SingleFlight(
-            max_running=MAX_RUNNING_REVIEWS, max_waiting=MAX_WAITING_REVIEWS
+            max_running=MAX_RUNNING_REVIEWS, max_waiting=MAX_WAITING_REVIEWS, finish=True
         )
 
     async def authenticate(
@@ -196,7 +197,7 @@ class Authorizer:
         self._node_name = node_name
         self._decisions: ExpiringCache[bytes, bool] = ExpiringCache(max_entries=MAX_ENTRIES)
         self._flights: SingleFlight[bytes, bool] = SingleFlight(
-            max_running=MAX_RUNNING_REVIEWS, max_waiting=MAX_WAITING_REVIEWS
+            max_running=MAX_RUNNING_REVIEWS, max_waiting=MAX_WAITING_REVIEWS, finish=True
         )
 
     async def authorize(self, user: User, *, method: str, path: str) -> Decision:

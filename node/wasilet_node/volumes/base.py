@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from wasilet_node.runtime.protocol import Mount
+from wasilet_node.volumes.removal import Usage
 
 Pod = dict[str, Any]
 Container = dict[str, Any]
@@ -67,6 +68,15 @@ class Volumes(Protocol):
 
     async def teardown(self, pod_uid: str) -> None:
         """Remove all that ``setup`` made. Idempotent; never leaves the pod's folder, never follows links."""
+
+    async def usage(self, pod: Pod) -> Mapping[str, Usage]:
+        """What the volumes of a pod that lie on the node hold, by name."""
+
+    async def loose_usage(self, pod: Pod) -> Mapping[str, Usage]:
+        """As :meth:`usage`, of the memory volumes with a size that the kernel does not hold."""
+
+    def instance_folder(self, pod: Pod, container: str, attempt: int) -> Path:
+        """Where one instance's root file system lies."""
 
     async def orphans(self) -> Sequence[str]:
         """Uids that have a folder on disk, for clean-up after a restart."""

@@ -30,10 +30,10 @@ class EmptyDirs:
         """See ``Placing``."""
         uid = pod["metadata"]["uid"]
         in_memory = source.get("medium") == "Memory"
-        areas = self._shared.areas
-        root = areas.memory_pod(uid) if in_memory else areas.pod(uid)
+        pod_dirs = self._shared.pod_dirs
+        root = pod_dirs.memory_pod(uid) if in_memory else pod_dirs.pod(uid)
         folder = make_private(root / "volumes" / checked_name(name))
         limit = int(quantity.value(source.get("sizeLimit") or "0"))
-        if in_memory and limit > 0 and areas.memory_root() is not None:
+        if in_memory and limit > 0 and pod_dirs.memory_root() is not None:
             return Place(path=folder, in_memory=True, loose=not hold_size(folder, limit))
         return Place(path=folder, in_memory=in_memory, loose=in_memory and limit > 0)

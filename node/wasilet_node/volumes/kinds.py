@@ -19,7 +19,7 @@ from wasilet_node.kube.references import References
 from wasilet_node.volumes.atomic import Payload
 from wasilet_node.volumes.base import Pod
 from wasilet_node.volumes.host_threads import HostThreads
-from wasilet_node.volumes.pod_dirs import Areas
+from wasilet_node.volumes.pod_dirs import PodDirs
 from wasilet_node.volumes.tokens import Tokens
 
 Source = Mapping[str, Any]
@@ -56,7 +56,7 @@ class Shared:
     """What every kind of volume works with."""
 
     references: References
-    areas: Areas
+    pod_dirs: PodDirs
     tokens: Tokens
     allocatable: Callable[[], Mapping[str, str]]
     """The node's allocatable resources, as quantities."""

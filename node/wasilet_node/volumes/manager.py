@@ -38,7 +38,7 @@ from wasilet_node.volumes.host_path import HostPaths
 from wasilet_node.volumes.host_threads import HostThreads
 from wasilet_node.volumes.kinds import Place, Placing, Projecting, Shared, Source
 from wasilet_node.volumes.mounts import Instance, plan_mounts
-from wasilet_node.volumes.pod_dirs import Areas, checked_name, checked_uid, make_private
+from wasilet_node.volumes.pod_dirs import PodDirs, checked_name, checked_uid, make_private
 from wasilet_node.volumes.projected import Projected
 from wasilet_node.volumes.removal import Usage, remove_tree, usage
 from wasilet_node.volumes.secret import Secrets
@@ -117,7 +117,7 @@ class VolumeManager:
         tokens: Tokens | None = None,
         host_threads: HostThreads | None = None,
     ) -> None:
-        self._areas = Areas(paths.pods, shared_memory=shared_memory)
+        self._pod_dirs = PodDirs(paths.pods, shared_memory=shared_memory)
         self._references = references
         self._tokens = tokens or Tokens(references)
         self._addresses = addresses
@@ -127,7 +127,7 @@ class VolumeManager:
         self._host_threads = host_threads or HostThreads()
         shared = Shared(
             references=references,
-            areas=self._areas,
+            pod_dirs=self._pod_dirs,
             tokens=self._tokens,
             allocatable=allocatable,
             host_threads=self._host_threads,
@@ -200,7 +200,7 @@ class VolumeManager:
     async def place_image(self, pod: Pod, volume: str, archive: Path, digest: str) -> None:
         """See ``Volumes.place_image``."""
         uid = checked_uid(pod["metadata"]["uid"])
-        folder = self._areas.pod(uid) / "volumes" / checked_name(volume)
+        folder = self._pod_dirs.pod(uid) / "volumes" / checked_name(volume)
         async with self._lock(uid):
             places = self._places.setdefault(uid, {})
             loop = asyncio.get_running_loop()
@@ -223,7 +223,7 @@ class VolumeManager:
 
     def _folder(self, pod: Pod, name: str, kind: Projecting) -> Path:
         uid = pod["metadata"]["uid"]
-        root = self._areas.memory_pod(uid) if kind.in_memory else self._areas.pod(uid)
+        root = self._pod_dirs.memory_pod(uid) if kind.in_memory else self._pod_dirs.pod(uid)
         return root / "volumes" / checked_name(name)
 
     async def _publish(self, pod: Pod, volume: _Volume, kind: Projecting, *, max_age_seconds: float) -> bool:
@@ -284,7 +284,7 @@ class VolumeManager:
     def _instance(self, pod: Pod, container: Container, attempt: int) -> Instance:
         uid = pod["metadata"]["uid"]
         below = Path("containers", f"{checked_name(str(container['name']))}.{int(attempt)}")
-        return Instance(disk=self._areas.pod(uid) / below, memory=self._areas.memory_pod(uid) / below)
+        return Instance(disk=self._pod_dirs.pod(uid) / below, memory=self._pod_dirs.memory_pod(uid) / below)
 
     def mounts(
         self,
@@ -377,11 +377,11 @@ class VolumeManager:
             self._places.pop(uid, None)
             self._references.release(uid)
             self._tokens.release(uid)
-            roots = self._areas.roots()
+            roots = self._pod_dirs.roots()
 
             def remove() -> None:
                 for root in roots:
-                    if root != self._areas.disk:
+                    if root != self._pod_dirs.disk:
                         unmount_volumes(root / uid)
                     remove_tree(root, uid)
 
@@ -393,10 +393,10 @@ class VolumeManager:
 
     async def orphans(self) -> Sequence[str]:
         """See ``Volumes.orphans``."""
-        roots = self._areas.roots()
+        roots = self._pod_dirs.roots()
 
         def scan() -> list[str]:
-            self._areas.remove_strays()
+            self._pod_dirs.remove_strays()
             found: set[str] = set()
             for root in roots:
                 with contextlib.suppress(FileNotFoundError):

@@ -92,7 +92,7 @@ def _is_taken(folder: Path) -> bool:
     return not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid()
 
 
-class Areas:
+class PodDirs:
     """``pods`` is NodePaths.pods. ``shared_memory`` is where the memory area's private folder is made; None: no memory
     area, all on disk."""
 

@@ -68,9 +68,12 @@ def instance_memory(config: ContainerConfig, backstop_bytes: int | None) -> int 
     return config.memory_limit_bytes * 3 // 4
 
 
-def listen(settings: ServerSettings) -> socket.socket:
-    """A socket on the port of all addresses of this network namespace. Raises OSError with a text for the user."""
+def listen(settings: ServerSettings, *, loopback: bool = False) -> socket.socket:
+    """A socket on the port of all addresses of this network namespace, or of loopback's IPv4 address alone. Raises
+    OSError with a text for the user."""
     try:
+        if loopback:
+            return _listen(socket.AF_INET, "127.0.0.1", settings.port)
         try:
             return _listen(socket.AF_INET6, "::", settings.port)
         except OSError as error:

@@ -51,8 +51,13 @@ def test_every_sample_has_a_description_and_something_to_type_next() -> None:
     [
         ("expect: [{pod: a, lgo: [x]}]", "unknown key 'lgo'"),
         ("exepct: []", "unknown key 'exepct'"),
-        ("expect: [{log: [x]}]", "must name one pod, job or deployment"),
-        ("expect: [{pod: a, job: b}]", "must name one pod, job or deployment"),
+        ("expect: [{log: [x]}]", "must name one pod, job, deployment or service"),
+        ("expect: [{pod: a, job: b}]", "must name one pod, job, deployment or service"),
+        ("expect: [{service: a}]", "a service is asked nothing else"),
+        ("expect: [{pod: a, http: [{path: /}]}]", "a service is asked nothing else"),
+        ("expect: [{pod: a, rolling_update: a}]", "rolling_update needs the service"),
+        ("expect: [{service: a, http: [{pth: /}]}]", r"expect\[0\].http\[0\] has an unknown key 'pth'"),
+        ("local: {http: {path: /}}", "local.http must be a list"),
         ("expect: {pod: a}", "expect must be a list"),
         ("expect: [{pod: a, log: [{matches: '['}]}]", "no regular expression"),
         ("expect: [{pod: a, log: [{matches: a, contains: b}]}]", "one of contains, matches and absent"),
@@ -478,9 +483,10 @@ def test_a_program_that_takes_too_long_is_ended(tmp_path: Path, environ: dict[st
         ({"env": ["NOT_THERE"]}, "this environment has no such variable"),
         ({"allow": ["catfact.ninja"]}, "is no origin"),
         ({"allow": ["https://catfact.ninja/fact"]}, "is no origin"),
+        ({"port": 65536}, "is no port"),
     ],
 )
-def test_what_is_typed_wrongly_is_explained(given: dict[str, list[str]], message: str) -> None:
+def test_what_is_typed_wrongly_is_explained(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         runs.make_spec(Path("x.wasm"), environ={}, **given)
 

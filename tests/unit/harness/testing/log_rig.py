@@ -12,7 +12,7 @@ from typing import Any
 
 from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup
-from wasilet.testing.test_namespace import Scene
+from wasilet.testing.test_namespace import TestNamespace
 
 START_NS = 1_800_000_000 * 1_000_000_000
 NAMESPACE = "ns"
@@ -222,10 +222,10 @@ def terminated(
 
 
 @contextmanager
-def scene_on(api: LogApi, *, within_seconds: float = 20.0) -> Iterator[Scene]:
+def scene_on(api: LogApi, *, within_seconds: float = 20.0) -> Iterator[TestNamespace]:
     """A test's namespace as the plugin sees it."""
     cluster: Any = SimpleNamespace(kube=api, has_other_nodes=False)
-    scene = Scene(cluster, NAMESPACE, within_seconds=within_seconds)
+    scene = TestNamespace(cluster, NAMESPACE, within_seconds=within_seconds)
     scene.observer.wait(lambda: True if scene.observer.listed else None, within_seconds=5)
     try:
         yield scene

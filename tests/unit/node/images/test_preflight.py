@@ -13,7 +13,7 @@ from wasilet_common.components import Interfaces
 from wasilet_common.oci import mediatypes
 from wasilet_node.images.manager import ImageManager
 from wasilet_node.images.model import ImageError, PullPolicy
-from wasilet_node.images.offer import is_server, offered
+from wasilet_node.images.offer import offered
 from wasilet_node.images.preflight import COMMAND_OFFER, refusal
 from wasilet_node.runtime.component_host.library import HostUnavailableError
 from wasilet_node.settings import ImageSettings
@@ -234,4 +234,4 @@ def test_a_component_with_a_handler_is_a_server_unless_it_is_a_command(
     exports: tuple[str, ...],
     server: bool,  # noqa: FBT001
 ) -> None:
-    assert is_server(Interfaces(exports=exports)) is server
+    assert Interfaces(exports=exports).is_server is server

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from wasilet_node.certificates_store import NodeNames, Pair, self_signed
+from wasilet_node.contract import KEPT, Contract
 from wasilet_node.kube.base import (
     ApiStatusError,
     ApiUnavailableError,
@@ -87,6 +88,16 @@ async def test_success_that_is_no_object_is_no_answer(said: object) -> None:
         for call in (kube.get, kube.list):
             with pytest.raises(ApiUnavailableError, match="not an object of Kubernetes"):
                 await call("/api/v1/pods")
+
+
+async def test_the_servers_version_is_the_one_answer_without_a_kind() -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.json_response({"major": "1", "minor": "37", "gitVersion": "v1.37.2"})
+
+    async with client_of(handler) as kube:
+        assert await Contract(kube).version() == KEPT[(1, 37)]
+        with pytest.raises(ApiUnavailableError, match="not an object of Kubernetes"):
+            await kube.get("/api/v1/nodes/n")
 
 
 @pytest.mark.parametrize("said", [{"kind": "Status", "items": []}, {"kind": "Pod"}, {}, {"items": ["x"]}])

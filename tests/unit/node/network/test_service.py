@@ -254,3 +254,35 @@ def test_two_nodes_of_one_machine_reach_each_others_pods(tmp_path: Path) -> None
                 each.close()
 
     with_machine(work)
+
+
+def test_pods_reach_the_machine_at_all_its_addresses_and_nothing_beyond_it(tmp_path: Path) -> None:
+    async def work() -> None:
+        address = ipaddress.IPv4Address
+        with Netlink() as machine:
+            machine.add_bridge("lan")
+            index = machine.require("lan")
+            machine.add_address(index, address("192.0.2.9"), prefix=24)
+            machine.set_up(index)
+            machine.add_route(ipaddress.IPv4Network("0.0.0.0/0"), gateway=address("192.0.2.1"), index=index)
+        listener = socket.socket()
+        listener.bind(("192.0.2.9", 80))
+        listener.listen()
+        loop = asyncio.get_running_loop()
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            await pods.attach(pod("u1"))
+
+            async def connect(target: str) -> None:
+                client, _ = await pods._in_thread(pods._socket_inside, "u1")
+                with client:
+                    # While the kernel takes other namespaces down, a new bridge port may forward nothing for seconds.
+                    async with asyncio.timeout(40):
+                        await loop.sock_connect(client, (target, 80))
+
+            await connect("192.0.2.9")
+            for beyond in ("192.0.2.10", "198.51.100.1", "169.254.169.254", "10.10.0.99"):
+                with pytest.raises(ConnectionRefusedError):
+                    await connect(beyond)
+        listener.close()
+
+    with_machine(work)

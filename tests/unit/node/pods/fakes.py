@@ -30,6 +30,7 @@ from wasilet_node.runtime.protocol import (
     StartError,
 )
 from wasilet_node.settings import NodePaths
+from wasilet_node.volumes.removal import Usage
 
 Pod = dict[str, Any]
 
@@ -258,7 +259,7 @@ class FakeRuntime:
         self.start_delay = 0.0
         self.stop_delay = 0.0
         self.lost_answers = 0
-        self.capabilities: RuntimeCapabilities | None = None
+        self.capabilities = RuntimeCapabilities(cpu_limits=True, memory_cgroup=True, wasmtime_version="1")
         self.resized: list[Resources] = []
         self.resize_error: Exception | None = None
         self.memory: dict[str, int] = {}
@@ -452,6 +453,9 @@ class FakeImages:
     async def list(self) -> Sequence[dict[str, object]]:
         return []
 
+    async def delete_unused(self) -> int:
+        return 0
+
     def set_in_use(self, module_digests: frozenset[str]) -> None:
         self.in_use = module_digests
 
@@ -506,6 +510,15 @@ class FakeVolumes:
 
     async def teardown(self, pod_uid: str) -> None:
         self.torn_down.append(pod_uid)
+
+    async def usage(self, pod: Pod) -> Mapping[str, Usage]:
+        return {}
+
+    async def loose_usage(self, pod: Pod) -> Mapping[str, Usage]:
+        return {}
+
+    def instance_folder(self, pod: Pod, container: str, attempt: int) -> Path:
+        return Path("/nothing/is/here")
 
     async def orphans(self) -> Sequence[str]:
         return self.on_disk

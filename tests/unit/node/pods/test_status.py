@@ -15,7 +15,7 @@ from wasilet_node.pods.recovery import instances_of
 from wasilet_node.pods.resources import ANNOTATION_RESOURCES, Requests, enforced_limit, pod_requests, qos_class
 from wasilet_node.pods.results import ProbeKind, ProbeResults, Result
 from wasilet_node.pods.status import Facts, Verdict, Waiting, compute
-from wasilet_node.pods.status_writer import StatusPatcher, diff
+from wasilet_node.pods.status_writer import StatusWriter, diff
 from wasilet_node.runtime.protocol import ContainerState
 
 from tests.unit.node.pods.fakes import FakeKube, _merge_status, eventually, make_instance, make_pod
@@ -275,7 +275,7 @@ def test_a_resize_condition_that_is_over_is_deleted() -> None:
 async def test_newer_statuses_replace_those_that_wait() -> None:
     kube = FakeKube()
     kube.add(make_pod())
-    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lambda: None)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None)
     for phase in ("Pending", "Running", "Succeeded"):
         patcher.submit({"phase": phase})
     await patcher.flush()
@@ -286,7 +286,7 @@ async def test_newer_statuses_replace_those_that_wait() -> None:
 async def test_a_server_that_writes_a_value_in_its_own_way_is_not_patched_again() -> None:
     kube = FakeKube()
     kube.add(make_pod())
-    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lambda: None)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None)
     wanted = {"phase": "Running", "containerStatuses": [{"name": "c", "image": ""}]}
     patcher.submit(wanted)
     await patcher.flush()
@@ -303,7 +303,7 @@ async def test_an_older_watch_event_does_not_bring_an_old_status_back() -> None:
     kube = FakeKube()
     kube.add(make_pod())
     before = copy.deepcopy(kube.pod("a"))
-    patcher = StatusPatcher(kube, before, on_gone=lambda: None)
+    patcher = StatusWriter(kube, before, on_gone=lambda: None)
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert patcher.observed(before) is False
@@ -318,7 +318,7 @@ async def test_an_absent_server_is_asked_again() -> None:
     kube.add(make_pod())
     failures = [ApiUnavailableError("x"), ConflictError(409, "Conflict", "changed")]
     kube.fail = lambda verb, _path: failures.pop(0) if failures and verb == "patch" else None
-    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lambda: None)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None)
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert kube.pod("a")["status"]["phase"] == "Running"
@@ -329,7 +329,7 @@ async def test_a_whole_list_counts_even_if_its_versions_are_lower() -> None:
     """As after an etcd was restored from a backup: the pod would be blind until the versions have caught up."""
     kube = FakeKube()
     kube.add(make_pod())
-    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lambda: None)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None)
     restored = make_pod()
     restored["metadata"]["resourceVersion"] = "3"
     assert patcher.observed(restored) is False
@@ -345,7 +345,7 @@ async def test_one_404_is_not_the_end_of_a_pod() -> None:
     failures: list[Exception] = [NotFoundError(404, "Not Found", "404 page not found")]
     kube.fail = lambda verb, _path: failures.pop(0) if failures and verb == "patch" else None
     lost = asyncio.Event()
-    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lost.set)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lost.set)
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert kube.pod("a")["status"]["phase"] == "Running"
@@ -367,7 +367,7 @@ async def test_an_answer_about_something_else_is_not_believed(verb: str, monkeyp
     failures = [ConflictError(409, "Conflict", "changed")]
     kube.fail = lambda called, _path: failures.pop() if failures and called == "patch" and verb == "get" else None
     lost = asyncio.Event()
-    patcher = StatusPatcher(kube, kube.pod("a"), on_gone=lost.set)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lost.set)
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert kube.pod("a")["status"]["phase"] == "Running"
@@ -382,7 +382,7 @@ async def test_a_pod_that_is_gone_or_replaced_ends_the_patching(replaced: bool) 
     if replaced:
         kube.add(make_pod(uid="another"))
     lost = asyncio.Event()
-    patcher = StatusPatcher(kube, make_pod(), on_gone=lost.set)
+    patcher = StatusWriter(kube, make_pod(), on_gone=lost.set)
     patcher.submit({"phase": "Running"})
     await eventually(lost.is_set)
     await patcher.flush()
@@ -402,7 +402,7 @@ async def test_a_pod_that_the_node_may_no_longer_read_is_gone(message: str, gone
     kube = FakeKube()
     kube.fail = lambda verb, _path: ForbiddenError(403, "Forbidden", message) if verb == "get" else None
     lost = asyncio.Event()
-    patcher = StatusPatcher(kube, make_pod(), on_gone=lost.set)
+    patcher = StatusWriter(kube, make_pod(), on_gone=lost.set)
     patcher.submit({"phase": "Running"})
     if gone:
         await eventually(lost.is_set)

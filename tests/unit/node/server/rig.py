@@ -29,6 +29,7 @@ from wasilet_node.runtime.protocol import (
     ContainerUsage,
     ExecResult,
     Resources,
+    RuntimeCapabilities,
     StreamFrame,
 )
 from wasilet_node.server.app import KubeletServer
@@ -276,6 +277,9 @@ class FakeRuntime:
     error: Exception | None = None
     start_error: Exception | None = None
     guest: FakeGuest | None = None
+    capabilities: RuntimeCapabilities = field(
+        default_factory=lambda: RuntimeCapabilities(cpu_limits=True, memory_cgroup=True, wasmtime_version="1")
+    )
 
     async def start(self, config: ContainerConfig) -> ContainerStatus:
         raise NotImplementedError

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from wasilet_common.singleflight import SingleFlight, TooManyCallsError
 from wasilet_node.kube.base import ApiUnavailableError, KubeObject
 from wasilet_node.server.auth import (
     AuthenticationError,
@@ -21,7 +22,7 @@ from wasilet_node.server.auth import (
     subresources,
     verb,
 )
-from wasilet_node.server.caches import ExpiringCache, SingleFlight, TooManyCallsError
+from wasilet_node.server.caches import ExpiringCache
 
 from tests.unit.node.server.rig import Authority, FakeKube
 
@@ -185,7 +186,7 @@ def test_entries_expire_and_the_least_used_goes_first() -> None:
     assert len(cache) == 1
 
 
-async def test_strangers_cannot_queue_without_limit() -> None:
+async def test_unauthenticated_clients_cannot_queue_without_limit() -> None:
     flights: SingleFlight[int, int] = SingleFlight(max_running=1, max_waiting=1)
     release = asyncio.Event()
 

@@ -16,7 +16,7 @@ import pytest
 from wasilet_node.kube.base import ApiUnavailableError
 from wasilet_node.volumes import removal
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
-from wasilet_node.volumes.pod_dirs import Areas
+from wasilet_node.volumes.pod_dirs import PodDirs
 
 from tests.unit.node.volumes.rig import Guest, Rig, make_container, make_pod
 
@@ -223,8 +223,8 @@ async def test_only_volumes_that_a_container_mounts_are_set_up(rig: Rig) -> None
         ({"image": {}}, "no image is named"),
         ({"emptyDir": {"medium": "HugePages-2Mi"}}, "emptyDir medium HugePages-2Mi is not supported"),
         (
-            {"projected": {"sources": [{"podCertificate": {"signerName": "x"}}]}},
-            "projected source podCertificate is not supported",
+            {"projected": {"sources": [{"dance": {}}]}},
+            "projected source dance is not supported",
         ),
     ],
 )
@@ -480,7 +480,7 @@ async def test_somebody_elses_folder_in_shared_memory_is_not_trusted_and_another
 ) -> None:
     rig.kube.secret("s", {"k": b"secret"})
     (rig.folder / "trap").mkdir()
-    area = rig.volumes._areas._memory
+    area = rig.volumes._pod_dirs._memory
     assert area is not None
     area.symlink_to(rig.folder / "trap")
     pod = pod_with({"secret": {"secretName": "s"}})
@@ -490,4 +490,4 @@ async def test_somebody_elses_folder_in_shared_memory_is_not_trusted_and_another
     assert f"{area} is somebody else's" in caplog.text
     (own,) = rig.memory.glob(f"{area.name}-*")
     assert own.stat().st_mode & 0o777 == 0o700
-    assert Areas(rig.pods, shared_memory=rig.memory).memory_root() == own, "found again after a restart"
+    assert PodDirs(rig.pods, shared_memory=rig.memory).memory_root() == own, "found again after a restart"

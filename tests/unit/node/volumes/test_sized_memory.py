@@ -88,7 +88,7 @@ async def test_nothing_stays_mounted_behind_a_pod_or_a_node(rig: Rig) -> None:
     await rig.volumes.teardown("pod-1")
     assert mounted(rig) == []
     await guest_of(rig, memory_pod())
-    rig.volumes._areas.clear_memory()
+    rig.volumes._pod_dirs.clear_memory()
     assert mounted(rig) == []
     assert list(rig.memory.iterdir()) == []
 

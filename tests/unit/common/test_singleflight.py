@@ -7,8 +7,9 @@ import threading
 import time
 
 import pytest
+from wasilet_common.singleflight import SingleFlight
 from wasilet_node.images.backoff import Backoff
-from wasilet_node.images.singleflight import Flights, uninterrupted
+from wasilet_node.images.uninterrupted import uninterrupted
 
 pytestmark = pytest.mark.unit
 
@@ -35,9 +36,9 @@ async def turn() -> None:
 
 
 async def test_callers_of_one_key_share_one_task_and_others_do_not() -> None:
-    flights: Flights[int] = Flights()
+    flights: SingleFlight[str, int] = SingleFlight()
     work = Work()
-    callers = [asyncio.create_task(flights.join(key, work)) for key in ("a", "a", "a", "b")]
+    callers = [asyncio.create_task(flights.do(key, work)) for key in ("a", "a", "a", "b")]
     await turn()
     assert (work.started, len(flights)) == (2, 2)
     work.go.set()
@@ -46,9 +47,9 @@ async def test_callers_of_one_key_share_one_task_and_others_do_not() -> None:
 
 
 async def test_a_cancelled_caller_leaves_the_others_their_work() -> None:
-    flights: Flights[int] = Flights()
+    flights: SingleFlight[str, int] = SingleFlight()
     work = Work()
-    first, second = (asyncio.create_task(flights.join("a", work)) for _ in range(2))
+    first, second = (asyncio.create_task(flights.do("a", work)) for _ in range(2))
     await turn()
     first.cancel()
     await turn()
@@ -59,14 +60,14 @@ async def test_a_cancelled_caller_leaves_the_others_their_work() -> None:
 
 
 async def test_the_last_cancelled_caller_cancels_the_work_and_the_next_one_starts_anew() -> None:
-    flights: Flights[int] = Flights()
+    flights: SingleFlight[str, int] = SingleFlight()
     work = Work()
-    callers = [asyncio.create_task(flights.join("a", work)) for _ in range(2)]
+    callers = [asyncio.create_task(flights.do("a", work)) for _ in range(2)]
     await turn()
     for caller in callers:
         caller.cancel()
     await asyncio.gather(*callers, return_exceptions=True)
-    late = asyncio.create_task(flights.join("a", work))
+    late = asyncio.create_task(flights.do("a", work))
     await turn()
     assert (work.cancelled, work.started) == (1, 2)
     work.go.set()
@@ -78,16 +79,16 @@ async def test_an_error_reaches_every_caller() -> None:
         await asyncio.sleep(0)
         raise ValueError("no")
 
-    flights: Flights[int] = Flights()
-    outcomes = await asyncio.gather(*(flights.join("a", fail) for _ in range(3)), return_exceptions=True)
+    flights: SingleFlight[str, int] = SingleFlight()
+    outcomes = await asyncio.gather(*(flights.do("a", fail) for _ in range(3)), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [ValueError] * 3
     assert len(flights) == 0
 
 
 async def test_closing_ends_what_is_under_way() -> None:
-    flights: Flights[int] = Flights()
+    flights: SingleFlight[str, int] = SingleFlight()
     work = Work()
-    caller = asyncio.create_task(flights.join("a", work))
+    caller = asyncio.create_task(flights.do("a", work))
     await turn()
     await flights.close()
     await asyncio.gather(caller, return_exceptions=True)
@@ -162,3 +163,16 @@ def test_expired_entries_are_forgotten_and_others_are_not() -> None:
     backoff.failed(("new", "image"), "error")
     backoff.forget_expired()
     assert list(backoff._entries) == [("new", "image")]
+
+
+async def test_work_whose_result_is_kept_goes_on_without_callers() -> None:
+    flights: SingleFlight[str, int] = SingleFlight(finish=True)
+    work = Work()
+    caller = asyncio.create_task(flights.do("a", work))
+    await turn()
+    caller.cancel()
+    await turn()
+    assert (work.cancelled, len(flights)) == (0, 1)
+    work.go.set()
+    await turn()
+    assert len(flights) == 0
