@@ -57,20 +57,25 @@ def demo(name: str, settings: Settings, **options: Any) -> apps.DemoResult:
     return result
 
 
-def needs_a_component_host_and_a_newer_rust() -> None:
+def needs_a_component_host() -> None:
     if found_component_host(os.environ) is None:
         try:
             ensure_component_host(lambda _: None, os.environ)
         except HarnessError as error:
             pytest.skip(error.message)
+
+
+def needs_rust_for_bindings() -> None:
     rust = find_rust()
     if rust is not None and rust.rustc_version < OLDEST_RUST_OF_BINDINGS:
         pytest.skip(f"the bindings of WASI 0.2 need a newer Rust than {rust}")
 
 
 def needs_what_it_is_built_with(name: str) -> None:
+    if name.startswith("http-"):
+        needs_a_component_host()
     if name == "http-rust":
-        needs_a_component_host_and_a_newer_rust()
+        needs_rust_for_bindings()
     if name != "hello-ts":
         return
     node = shutil.which("node")
