@@ -154,7 +154,7 @@ class _Agent:
 
         settings = self._settings
         events = KubeEventRecorder(kube, host=settings.node_name)
-        references = References(kube)
+        references = References(kube, node=lambda: (settings.node_name, registration.uid()))
         references.start()
         stack.push_async_callback(references.close)
         compiler = Compiler(settings.paths.compiled, settings.images)

@@ -28,7 +28,7 @@ _RUNTIME_RETRY_SECONDS = 1.0
 _COMPILE_RETRY_SECONDS = 60.0
 
 
-class Starter:
+class StartAttempts:
     """Belongs to one pod's worker."""
 
     def __init__(self, services: PodDependencies, *, late: Late) -> None:

@@ -20,7 +20,7 @@ from wasilet_node.volumes.base import VolumeError
 logger = logging.getLogger(__name__)
 
 
-class LastWords:
+class TerminationMessages:
     """Belongs to one pod's worker. ``changed`` is called when a message has been read."""
 
     def __init__(self, services: PodDependencies, *, changed: Callable[[], None]) -> None:

@@ -20,29 +20,23 @@ from typing import Any
 
 from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
 
-from wasilet_node.kube import fields
 from wasilet_node.kube.base import KubeError, NotFoundError
-from wasilet_node.network.errors import NetworkError
-from wasilet_node.pods import log_layout, recovery, resources, sandboxes, spec, termination
+from wasilet_node.pods import log_layout, recovery, resources, spec, termination
 from wasilet_node.pods import status as status_of
 from wasilet_node.pods.backoff import NotBefore, RetryBackoff
+from wasilet_node.pods.container_sync import ContainerSync, Job, soonest
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
-from wasilet_node.pods.plan import Kill, KillReason, Plan, has_ever_started, make_plan
+from wasilet_node.pods.plan import has_ever_started
 from wasilet_node.pods.probes import PodProbes
-from wasilet_node.pods.refresher import Refresher
-from wasilet_node.pods.renewal import Renewal
-from wasilet_node.pods.resize import Change, Resizes
 from wasilet_node.pods.resources import Requests
 from wasilet_node.pods.results import ProbeResults
-from wasilet_node.pods.spec import Container, Pod, Role
-from wasilet_node.pods.start_attempts import Starter
+from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import Facts, Verdict, Waiting
 from wasilet_node.pods.status_writer import StatusWriter
 from wasilet_node.pods.termination import Grace
-from wasilet_node.pods.termination_message import LastWords
-from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, RuntimeUnavailableError
-from wasilet_node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
+from wasilet_node.pods.termination_message import TerminationMessages
+from wasilet_node.runtime.protocol import ContainerStatus, RuntimeUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +78,8 @@ class PodWorker:
         self.removed = False
         self.status: Mapping[str, Any] = pod.get("status") or {}
         self._rejected = rejected is not None
-        self._held = held
         self._wake = asyncio.Event()
-        self._patcher = StatusWriter(services.kube, pod, on_gone=self.remove)
+        self._status_writer = StatusWriter(services.kube, pod, on_gone=self.remove)
         self._probes = PodProbes(
             pod,
             runtime=services.runtime,
@@ -96,12 +89,8 @@ class PodWorker:
             changed=self._wake.set,
             observe=services.observe_probe,
         )
-        self._starter = Starter(services, late=self.observe)
-        self._refresher = Refresher(services)
-        self._last_words = LastWords(services, changed=self._wake.set)
+        self._messages = TerminationMessages(services, changed=self._wake.set)
         self._job: asyncio.Task[None] | None = None
-        self._volumes_ready = False
-        self._volume_retry = RetryBackoff(initial=services.timing.config_retry_first)
         self._job_retry = RetryBackoff()
         self._not_before = NotBefore()
         self._grace: Grace | None = None
@@ -110,26 +99,24 @@ class PodWorker:
         self.instances = Instances(
             recovery.instances_of(pod, instances),
             changed=self._wake.set,
-            ended=lambda instance, newest: self._last_words.note(self.pod, instance, newest=newest),
+            ended=lambda instance, newest: self._messages.note(self.pod, instance, newest=newest),
         )
-        self._renewal = Renewal(services, self.instances)
-        self._resizes = Resizes(services, pod, self.instances.running().values())
+        self._containers = ContainerSync(
+            services, pod, instances=self.instances, results=self.results, messages=self._messages, jobs=self, held=held
+        )
         self._counted: tuple[Pod, Requests] | None = None
-        if not self._renewal.is_lost():
-            for name, latest in self.latest().items():
-                found = spec.find_container(pod, name)
-                if found is not None:
-                    self._starter.seed_back_off(found[1], latest)
+        self._containers.seed_back_off()
 
     # ---- what the manager tells
 
     def update(self, pod: Pod, *, listed: bool = False) -> None:
         """A newer state of the pod from the watch; ``listed``: from a whole list."""
-        if not self._patcher.observed(pod, listed=listed):
+        if not self._status_writer.observed(pod, listed=listed):
             return
         before, self.pod = self.pod, pod
+        self._containers.pod = pod
         if any(before["metadata"].get(k) != pod["metadata"].get(k) for k in ("labels", "annotations")):
-            self._refresher.at_once()
+            self._containers.refresher.at_once()
         if spec.is_deleted(pod) and self._grace is not None:
             self._grace.shorten(spec.grace_seconds(pod))
         self._wake.set()
@@ -137,7 +124,7 @@ class PodWorker:
     def remove(self) -> None:
         """The API server no longer has the pod."""
         self.removed = True
-        self._patcher.stop()
+        self._status_writer.stop()
         if self._grace is not None and self.pod["metadata"].get("deletionGracePeriodSeconds") == 0:
             self._grace.shorten(0)
         self._wake.set()
@@ -166,7 +153,7 @@ class PodWorker:
 
     def requests(self) -> Requests:
         """What counts against the node: of what has been accepted. Raises QuantityError."""
-        accepted = self._resizes.accepted(self.pod)
+        accepted = self._containers.resizes.accepted(self.pod)
         if self._counted is None or self._counted[0] is not accepted:
             self._counted = (accepted, resources.pod_requests(accepted))
         return self._counted[1]
@@ -203,39 +190,61 @@ class PodWorker:
             if self._job is not None:
                 self._job.cancel()
                 await asyncio.wait({self._job})
-            await self._last_words.close()
-            await self._refresher.close()
-            await self._patcher.close()
+            await self._messages.close()
+            await self._containers.refresher.close()
+            await self._status_writer.close()
 
     def _step(self) -> float | None:
         """Look at everything, start what is to be done, publish. Returns when to look again, in seconds."""
         now = self.services.wall_clock()
-        delays: list[float] = []
+        delay: float | None = None
         if self.stage is Stage.ACTIVE:
-            self._decide_the_end(now, delays)
+            delay = self._decide_the_end(now)
         if self.stage is Stage.ACTIVE:
-            self._probes.sync(self.pod, self.instances.running())
-            if self._held is None:
-                self._sync(now, delays)
+            delay = soonest(delay, self._sync(now))
         if self.stage is Stage.ENDING and self._job is None:
-            self._spawn(self._end(), now, delays)
+            delay = soonest(delay, self._spawn(self._end, now))
         gone = spec.is_deleted(self.pod) or self.removed
         if gone and self.stage is Stage.ENDED and self._job is None and not self._finished:
-            self._spawn(self._finish(), now, delays)
+            delay = soonest(delay, self._spawn(self._finish, now))
         self._publish()
-        return max(0.001, min(delays)) if delays else None
+        return max(0.001, delay) if delay is not None else None
 
-    def _spawn(self, job: Any, now: float, delays: list[float]) -> None:
-        """Begin a job, unless the last one failed a moment ago."""
+    def _sync(self, now: float) -> float | None:
+        self._probes.sync(self.pod, self.instances.running())
+        if self._containers.held is not None:
+            return None
+        decision = self._containers.decide(now, busy=self._job is not None, put_off_seconds=self._not_before.left(now))
+        if decision.end:
+            self._begin_to_end(spec.grace_seconds(self.pod))
+            return None
+        delay = self._spawn(decision.job, now) if decision.job is not None else None
+        return soonest(decision.again_in, delay)
+
+    def _spawn(self, job: Job, now: float) -> float | None:
+        """Begin a job, unless the last one failed a moment ago: then in how many seconds."""
         if (left := self._not_before.left(now)) > 0:
-            job.close()
-            delays.append(left)
-            return
-        self._job = asyncio.create_task(job, name=f"pod {spec.format_pod(self.pod)}")
+            return left
+        self._job = asyncio.create_task(job(), name=f"pod {spec.format_pod(self.pod)}")
         self._job.add_done_callback(self._job_ended)
+        return None
 
-    def _put_off(self, retry: RetryBackoff) -> None:
-        self._not_before = NotBefore(self.services.wall_clock(), retry.next())
+    # ---- what jobs ask
+
+    def wake(self) -> None:
+        """Look again at once."""
+        self._wake.set()
+
+    def put_off(self, retry: RetryBackoff | None = None) -> None:
+        """No job for a while: by this back-off, or by that of jobs that fail."""
+        self._not_before = NotBefore(self.services.wall_clock(), (retry or self._job_retry).next())
+
+    async def tell_clients(self) -> None:
+        """Have the API server know the status, within a second or so."""
+        self._publish()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TOLD_FIRST_SECONDS):
+                await self._status_writer.flush()
 
     def _job_ended(self, task: asyncio.Task[None]) -> None:
         self._job = None
@@ -244,13 +253,14 @@ class PodWorker:
             return
         if (error := task.exception()) is not None:
             logger.error("pod %s: a job failed", spec.format_pod(self.pod), exc_info=error)
-            self._put_off(self._job_retry)
+            self.put_off()
         elif self._not_before.left(self.services.wall_clock()) <= 0:
             self._job_retry.reset()
 
     # ---- the end
 
-    def _decide_the_end(self, now: float, delays: list[float]) -> None:
+    def _decide_the_end(self, now: float) -> float | None:
+        """Begin to end, where something asks for it; else the seconds until the deadline."""
         if self.removed or spec.is_deleted(self.pod):
             self._begin_to_end(spec.grace_seconds(self.pod))
         elif self._rejected or spec.is_terminal(self.pod):
@@ -263,7 +273,8 @@ class PodWorker:
                 self.verdict = DEADLINE
                 self._begin_to_end(spec.grace_seconds(self.pod))
             else:
-                delays.append(left)
+                return left
+        return None
 
     def _begin_to_end(self, grace_seconds: float) -> None:
         if self.stage is not Stage.ACTIVE:
@@ -289,8 +300,8 @@ class PodWorker:
             for instance in live.values():
                 self.instances.assume_dead(instance)
         grace.close()
-        await self._last_words.settle()
-        await self._refresher.close()
+        await self._messages.settle()
+        await self._containers.refresher.close()
         self._stopped = True
         self._probes.close()
         self._publish()
@@ -303,7 +314,7 @@ class PodWorker:
         """The final status, the deletion in the API server, then records and logs."""
         if not self.removed:
             self._publish()
-            await self._patcher.flush()
+            await self._status_writer.flush()
         if not self.removed:
             try:
                 await self.services.kube.delete(spec.path(self.pod), grace_period_seconds=0, uid=self.uid)
@@ -311,7 +322,7 @@ class PodWorker:
                 self.removed = True
             except KubeError as error:
                 logger.warning("deletion of %s: %s", spec.format_pod(self.pod), error)
-                self._put_off(self._job_retry)
+                self.put_off()
                 return
         # From here on the pod may still be seen (a finalizer keeps it), but nothing of it is left on the node.
         for instance in self.instances:
@@ -322,218 +333,6 @@ class PodWorker:
         await asyncio.to_thread(log_layout.remove_folder, log_layout.pod_folder(self.services.paths, self.pod))
         self._finished = True
 
-    # ---- running
-
-    def _sync(self, now: float, delays: list[float]) -> None:
-        latest = self.latest()
-        if self._renewal.is_lost():
-            if not sandboxes.begins_anew(self.pod, latest):
-                self._begin_to_end(spec.grace_seconds(self.pod))
-            elif self._job is None:
-                self._spawn(self._begin_anew(), now, delays)
-            return
-        if self._restart_all_is_due(now, delays):
-            return
-        restarts = self._resize(now, delays)
-        plan = make_plan(
-            self.pod,
-            latest,
-            self.results,
-            lambda c, i: self._starter.backoff_remaining(c, i, now),
-            former=self._renewal.former(),
-            reset=self._renewal.reset(self.pod),
-        )
-        killed = {kill.container for kill in plan.kill}
-        plan.kill += [kill for kill in restarts if kill.container not in killed]
-        if plan.finished and self._job is None:
-            self._begin_to_end(spec.grace_seconds(self.pod))
-            return
-        for wait in plan.waiting:
-            delays.append(wait.seconds)
-            self._starter.note_back_off(self.pod, wait.container, latest[wait.container])
-        begin = []
-        for name in plan.start:
-            left = self._starter.retry_in(self.pod, name, now)
-            if left > 0:
-                delays.append(left)
-            else:
-                begin.append(name)
-        if self._job is None and (begin or plan.kill or not self._volumes_ready):
-            plan.start = begin
-            self._spawn(self._carry_out(plan), now, delays)
-        if self._volumes_ready and self._job is None:
-            again = self._refresher.check(self._resizes.accepted(self.pod), now)
-            if again is not None:
-                delays.append(again)
-
-    def _resize(self, now: float, delays: list[float]) -> list[Kill]:
-        """Decide on a resize and begin to make it; what it restarts is for the plan."""
-        if self._resizes.consider(self.pod, self.instances.running()):
-            self._refresher.at_once()
-        restarts: list[Kill] = []
-        moves: list[Change] = []
-        for change in self._resizes.changes(self.pod, self.instances.running(), now):
-            name = change.container["name"]
-            if change.restart:
-                message = f"Container {name} resize requires restart"
-                kill = Kill(
-                    container=name,
-                    container_id=change.instance.id,
-                    reason=KillReason.RESIZE,
-                    message=message,
-                    restart=True,
-                )
-                restarts.append(kill)
-            else:
-                moves.append(change)
-        if moves and self._job is None:
-            self._spawn(self._move_limits(moves), now, delays)
-        if (again := self._resizes.retry_in(now)) is not None:
-            delays.append(again)
-        return restarts
-
-    async def _move_limits(self, moves: list[Change]) -> None:
-        for change in moves:
-            moved = await self._resizes.make(self.pod, change, self.services.wall_clock())
-            if moved is not None:
-                self.observe(moved)
-
-    def _restart_all_is_due(self, now: float, delays: list[float]) -> bool:
-        """A container has ended in a way that restarts them all. False: none has, or it is in back-off, which an init
-        container's successors wait for too."""
-        latest = self.latest()
-        source = self._renewal.restarts_all(self.pod)
-        found = spec.find_container(self.pod, source) if source else None
-        if found is None:
-            return False
-        left = self._starter.backoff_remaining(found[1], latest[source], now)
-        if left > 0:
-            delays.append(left)
-            self._starter.note_back_off(self.pod, source, latest[source])
-            return found[0] is not Role.REGULAR
-        if self._job is None:
-            self._spawn(self._restart_all(), now, delays)
-        return True
-
-    async def _restart_all(self) -> None:
-        """Clients are told first, as kubelet does, but an API server that is away does not hold the restart up."""
-        await self._last_words.settle()
-        self._publish()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_TOLD_FIRST_SECONDS):
-                await self._patcher.flush()
-        await self._renewal.restart_all(self.pod)
-
-    async def _begin_anew(self) -> None:
-        await self._renewal.replace_sandbox(self.pod)
-        self._volumes_ready = False
-
-    async def _carry_out(self, plan: Plan) -> None:
-        fresh = set()
-        for kill in plan.kill:
-            found = spec.find_container(self.pod, kill.container)
-            instance = self.latest().get(kill.container)
-            if found is None or instance is None or instance.id != kill.container_id:
-                continue
-            grace_seconds = termination.kill_grace(self.pod, found[1], kill.reason)
-            await self._kill(found[1], instance, message=kill.message, grace_seconds=grace_seconds)
-            if kill.restart:
-                fresh.add(kill.container)
-        if not self._volumes_ready and not await self._set_up():
-            return
-        for name in (*fresh, *plan.start):
-            await self._start(name, fresh=name in fresh)
-
-    async def _set_up(self) -> bool:
-        """What all containers have in common, as a sandbox elsewhere: the host's name, and the volumes."""
-        try:
-            fields.process_hostname(self.pod)
-            await self.services.volumes.setup(self._resizes.accepted(self.pod))
-            await self.services.networks.attach(self.pod)
-        except (fields.FieldError, NetworkError) as error:
-            message = f"Failed to create pod sandbox: {error}"
-            self.services.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)
-            self._put_off(self._volume_retry)
-            return False
-        except VolumeRefusedError as error:
-            self._held = Waiting(reason="CreateContainerConfigError", message=str(error))
-            self._wake.set()
-            return False
-        except (VolumeError, ContainerConfigError) as error:
-            self.services.events.event(self.pod, "Warning", "FailedMount", str(error))
-            self._put_off(self._volume_retry)
-            return False
-        self._volumes_ready = True
-        self._volume_retry.reset()
-        self._refresher.set_up()
-        self._wake.set()
-        return True
-
-    async def _start(self, name: str, *, fresh: bool = False) -> None:
-        pod = self._resizes.accepted(self.pod)
-        found = spec.find_container(pod, name)
-        if found is None:
-            return
-        role, container = found
-        latest = self.latest().get(name)
-        if latest is not None and latest.state is not ContainerState.EXITED:
-            return
-        if self._starter.unsure and not await self._ask_runtime():
-            return
-        await self._last_words.settle()
-        fresh = fresh or (latest is not None and not self._renewal.has_crashed(role, container, latest))
-        started = await self._starter.start(pod, container, latest, sandbox=self._renewal.label, fresh=fresh)
-        if started is None:
-            self._wake.set()
-            return
-        self.instances.started(started)
-        await self._forget_older(container["name"])
-        if not await self._starter.post_start(self.pod, container, started):
-            grace_seconds = spec.grace_seconds(self.pod)
-            await self._kill(container, started, message="FailedPostStartHook", grace_seconds=grace_seconds)
-
-    async def _kill(
-        self, container: Container, instance: ContainerStatus, *, message: str, grace_seconds: float
-    ) -> None:
-        """End one container while its pod goes on."""
-        grace = Grace(grace_seconds)
-        try:
-            stopped = await termination.kill_container(
-                self.services, self.pod, container, instance, message=message, grace=grace
-            )
-        finally:
-            grace.close()
-        if stopped is not None:
-            self.observe(stopped)
-        self.instances.assume_dead(instance)
-
-    async def _ask_runtime(self) -> bool:
-        """After a start whose outcome is not known. False: still not known, or the instance was found; look again."""
-        try:
-            listed = await self.services.runtime.list()
-        except RuntimeUnavailableError:
-            self._put_off(self._job_retry)
-            return False
-        known = {instance.id for instance in self.instances}
-        found = [i for i in listed if i.pod_uid == self.uid and i.id not in known]
-        for instance in found:
-            self.observe(instance)
-        self._starter.unsure = False
-        return not found
-
-    async def _forget_older(self, name: str) -> None:
-        """Keep the newest instance and the one before it."""
-        while (old := self.instances.outdated(name)) is not None:
-            try:
-                if old.log_path:
-                    await self.services.runtime.remove(old.id)
-            except RuntimeUnavailableError as error:
-                logger.info("the record of %s is left to the next restart: %s", old.id, error)
-                return
-            await asyncio.to_thread(log_layout.remove_attempt, self.services.paths, self.pod, name, old.attempt)
-            self.instances.forget(old)
-            self._last_words.forget(old.id)
-
     # ---- what is told
 
     def _publish(self) -> None:
@@ -542,26 +341,26 @@ class PodWorker:
         if self._rejected and self.verdict is not None:
             if not spec.is_terminal(self.pod):
                 self.status = status_of.rejected(self.pod, self.verdict, now)
-                self._patcher.submit(self.status)
+                self._status_writer.submit(self.status)
             return
-        waiting = dict(self._starter.waiting)
-        if self._held is not None:
-            waiting = {container["name"]: self._held for _role, container in spec.every_container(self.pod)}
+        waiting = dict(self._containers.attempts.waiting)
+        if self._containers.held is not None:
+            waiting = {container["name"]: self._containers.held for _role, container in spec.every_container(self.pod)}
         self.status = status_of.compute(
             Facts(
-                pod=self._resizes.accepted(self.pod),
+                pod=self._containers.resizes.accepted(self.pod),
                 old=self._old_status(),
                 instances=self.instances.by_container,
                 probes=self.results,
                 node=self.services.node(),
                 now=now,
                 waiting=waiting,
-                message_of=self._last_words.of,
-                sandbox_ready=self._volumes_ready or bool(self.instances.live()),
-                former=self._renewal.former(),
-                reset=self._renewal.reset(self.pod),
-                resize=self._resizes.conditions(self.pod),
-                restarting_all=bool(self._renewal.restarts_all(self.pod)),
+                message_of=self._messages.of,
+                sandbox_ready=self._containers.volumes_ready or bool(self.instances.live()),
+                former=self._containers.renewal.former(),
+                reset=self._containers.renewal.reset(self.pod),
+                resize=self._containers.resizes.conditions(self.pod),
+                restarting_all=bool(self._containers.renewal.restarts_all(self.pod)),
                 terminal=self._stopped,
                 terminated=self._stopped,
                 verdict=self.verdict,
@@ -571,10 +370,10 @@ class PodWorker:
         if self.stage is Stage.ENDING and not self._stopped and not self.instances.live():
             # The last container has just ended: the final status follows at once, and one patch says it all.
             return
-        if self._last_words.pending:
+        if self._messages.pending:
             return
         begun = has_ever_started(self.pod, self.latest()) or bool(waiting)
-        self._patcher.submit(self.status, urgent=begun or self.stage is not Stage.ACTIVE)
+        self._status_writer.submit(self.status, urgent=begun or self.stage is not Stage.ACTIVE)
 
     def _pod_addresses(self) -> tuple[str, ...] | None:
         networks = self.services.networks
