@@ -55,18 +55,19 @@ def demo(name: str, settings: Settings, **options: Any) -> apps.DemoResult:
     return result
 
 
-def needs_a_component_host_and_a_newer_rust() -> None:
+def needs_a_component_host() -> None:
     if found_component_host(os.environ) is None:
         try:
             ensure_component_host(lambda _: None, os.environ)
         except HarnessError as error:
             pytest.skip(error.message)
-    needs_rust_for_bindings()
 
 
 def needs_what_it_is_built_with(name: str) -> None:
+    if name.startswith("http-"):
+        needs_a_component_host()
     if name in {"http-rust", "tcp-echo"}:
-        needs_a_component_host_and_a_newer_rust()
+        needs_rust_for_bindings()
     if name != "hello-ts":
         return
     node = shutil.which("node")
