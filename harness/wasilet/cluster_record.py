@@ -64,6 +64,9 @@ class ClusterRecord:
     """Proxies for nodes of other machines: component to the address that it listens on."""
 
     local_origins: tuple[str, ...] = ()
+    pod_security: str = ""
+    """The default PodSecurity level; empty: the cluster was made before there was one."""
+
     registry_secret: str = field(default="", repr=False)
     client_configs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """File to server and digest of the certificate that it was written with."""
@@ -96,6 +99,7 @@ class ClusterRecord:
             created_objects=tuple(map(str, reader.get("created_objects", list, []))),
             doors={str(name): str(address) for name, address in reader.get("doors", dict, {}).items()},
             local_origins=tuple(map(str, reader.get("local_origins", list, []))),
+            pod_security=reader.get("pod_security", str, ""),
             registry_secret=reader.get("registry_secret", str, ""),
             client_configs=reader.made("client_configs", _client_configs) or {},
             known_nodes={str(name): bool(here) for name, here in reader.get("known_nodes", dict, {}).items()},

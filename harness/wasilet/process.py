@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from wasilet_common.plain_text import plain
+
 from wasilet.errors import CancelledError, CommandError, HarnessError
 
 __all__ = [
@@ -103,11 +105,13 @@ def run(
     input: str | bytes | None = None,  # noqa: A002  (subprocess's own name for it)
     check: bool = True,
     on_line: Callable[[str], None] | None = None,
+    headline: Callable[[Sequence[str]], str | None] | None = None,
 ) -> Completed:
     """Run a program to its end and return what it wrote.
 
     ``env`` replaces the whole environment when given. ``on_line`` is called, in this thread, with every line of stdout
-    and stderr as it comes. The program reads ``input``, or nothing.
+    and stderr as it comes. The program reads ``input``, or nothing. ``headline`` chooses, from the lines of a program
+    that failed, the one that says why; None, and without it: the last one. Lines and errors are free of colours.
 
     Raises CommandError: it is missing, took longer than ``timeout_seconds``, or (``check``) exited with another code
     than 0; CancelledError: see :func:`cancelled_by`. In each case, as on Ctrl-C, its whole process group is gone.
@@ -134,9 +138,11 @@ def run(
             raise
     completed = Completed(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
     if check and completed.returncode != 0:
-        tail = last_lines(completed.stderr) or last_lines(completed.stdout)
+        text = plain(completed.stderr) if completed.stderr.strip() else plain(completed.stdout)
+        tail = last_lines(text)
+        why = headline(text.splitlines()) if headline is not None else None
         reason = _exit_words(completed.returncode)
-        message = f"{_name(args)} {reason}" + (f": {tail[-1].strip()}" if tail else "")
+        message = f"{_name(args)} {reason}" + (f": {(why or tail[-1]).strip()}" if tail else "")
         raise CommandError(message, argv=args, returncode=completed.returncode, tail=tail)
     return completed
 
@@ -188,11 +194,11 @@ def _pump(
                 if on_line is not None:
                     *lines, pending[stream] = (pending[stream] + block).split(b"\n")
                     for line in lines:
-                        on_line(line.decode(errors="replace"))
+                        on_line(plain(line.decode(errors="replace")))
     if on_line is not None:
         for rest in pending.values():
             if rest:
-                on_line(rest.decode(errors="replace"))
+                on_line(plain(rest.decode(errors="replace")))
     _wait(process, args, deadline, timeout_seconds)
     out, err = (bytes(buffer) for buffer in chunks.values())
     return out, err
@@ -242,7 +248,7 @@ def _too_long(args: tuple[str, ...], timeout_seconds: float, stderr: bytearray) 
         f"{_name(args)} took longer than {timeout_seconds:g} s and was stopped",
         argv=args,
         returncode=None,
-        tail=last_lines(stderr.decode(errors="replace")),
+        tail=last_lines(plain(stderr.decode(errors="replace"))),
     )
 
 

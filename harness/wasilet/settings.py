@@ -19,6 +19,9 @@ from typing import Any
 from wasilet.errors import UsageError
 
 DEFAULT_NAME = "wasilet"
+POD_SECURITY_LEVELS = ("privileged", "baseline", "restricted")
+"""Kubernetes' Pod Security Standards, from all to little."""
+
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 KRUSTLET_TAINTS = (
@@ -166,6 +169,10 @@ class Settings:
     service_cidr: str = ""
     """The range of the Services' addresses of a new cluster (host); empty: one that this machine has no route to."""
 
+    pod_security: str = ""
+    """What the API server lets pods of a namespace without PodSecurity labels do (host): ``privileged``, ``baseline``
+    or ``restricted``; empty: as the cluster was made, ``baseline`` for a new one."""
+
     token_ttl_seconds: int = 3600
     """How long a bootstrap token lives."""
 
@@ -202,6 +209,7 @@ _ENVIRONMENT = {
     "WASILET_POD_NETWORK": "pod_network",
     "WASILET_POD_CIDR": "pod_cidr",
     "WASILET_SERVICE_CIDR": "service_cidr",
+    "WASILET_POD_SECURITY": "pod_security",
 }
 INVOKE_PREFIX = "INVOKE_WASILET_"
 
@@ -350,6 +358,11 @@ def _checked(settings: Settings) -> Settings:
         value = getattr(settings.ports, port.name)
         if not 0 <= value <= 65535:
             raise UsageError(f"setting ports.{port.name}: {value} is no TCP port")
+    if settings.pod_security and settings.pod_security not in POD_SECURITY_LEVELS:
+        raise UsageError(
+            f"setting pod_security: {settings.pod_security!r} is no level of the Pod Security Standards",
+            hint=f"one of {', '.join(POD_SECURITY_LEVELS)}",
+        )
     if not 60 <= settings.token_ttl_seconds <= 365 * 86400:
         raise UsageError("setting token_ttl_seconds: between a minute and a year")
     shape = r"v?\d+\.\d+(\.\d+)?" if settings.provider == "host" else r"v?\d+\.\d+\.\d+"

@@ -42,6 +42,8 @@ APP_HELP = "a sample's name or the path of a folder"
         "node-ip": "the address that nodes advertise (default: found)",
         "pod-cidr": "range of the pods' addresses of a new cluster (host; default: one this machine has no route to)",
         "service-cidr": "range of the Services' addresses of a new cluster (host)",
+        "pod-security": "what namespaces without PodSecurity labels allow their pods (host): privileged, baseline "
+        "(default of a new cluster) or restricted",
         "image": "the node image of a new cluster (kind, k3d)",
         "kubernetes-version": "of the cluster, as 1.37.2; host: one of the three newest minors, as 1.36",
         "config": "the provider's own file: cluster configuration (kind, k3d), or the kubeconfig to read (existing)",
@@ -63,6 +65,7 @@ def up(
     node_ip: str = "",
     pod_cidr: str = "",
     service_cidr: str = "",
+    pod_security: str = "",
     image: str = "",
     kubernetes_version: str = "",
     config: str = "",
@@ -98,6 +101,7 @@ def up(
         node_ip=node_ip,
         pod_cidr=pod_cidr,
         service_cidr=service_cidr,
+        pod_security=pod_security,
         image=image,
         kubernetes_version=kubernetes_version,
         config=config,
@@ -295,7 +299,7 @@ def token(
         "node": "the new node's name",
         "file": "where to write the bootstrap file (default: ./bootstrap.conf)",
         "address": "of this machine, as the other one reaches it (default: that of the default route)",
-        "registry": "let the other machine pull from the local registry too; whoever reaches the address may read it",
+        "registry": "let the other machine pull from the local registry too, by a login that can only read",
         "ttl": "how long the token lives, in seconds",
         "name": NAME_HELP,
         "output": OUTPUT_HELP,
@@ -334,7 +338,8 @@ def bootstrap(
             cluster, node=node, file=target, address=address, registry=registry, say=reporter().notice
         )
     if output == "json":
-        emit_json({**vars(made), "file": str(made.file)})
+        login = str(made.registry_login) if made.registry_login else None
+        emit_json({**vars(made), "file": str(made.file), "registry_login": login})
         return
     for line in join.joining_lines(made):
         emit(line)
@@ -348,7 +353,7 @@ def bootstrap(
         "file": "write the unit to this file",
         "data-dir": "where the node keeps what it has (default: /var/lib/wasilet/NODE)",
         "bootstrap-file": "default: /etc/wasilet/bootstrap.conf",
-        "user": "whom the node runs as (default: root, which can limit cpu and memory everywhere)",
+        "user": "whom the node runs as (default: you, also by sudo); root can limit cpu and memory everywhere",
     },
 )
 @command
@@ -383,6 +388,7 @@ def node(
             )
         )
         return
+    user = user or join.unit_user(os.environ)
     unit = join.systemd_unit(node=node, data_dir=data, bootstrap_file=bootstrap_file, user=user, arguments=remainder())
     if file:
         join.write_unit(Path(invocation_path(file)), unit)

@@ -143,8 +143,9 @@ class _Agent:
         from wasilet_node.kube.events import KubeEventRecorder
         from wasilet_node.kube.references import References
 
-        events = KubeEventRecorder(kube, host=self._settings.node_name)
-        references = References(kube)
+        node_name = self._settings.node_name
+        events = KubeEventRecorder(kube, host=node_name)
+        references = References(kube, node=lambda: (node_name, self._registration.uid()))
         references.start()
         stack.push_async_callback(references.close)
         images = await self._image_manager(stack)

@@ -30,7 +30,7 @@ from tests.e2e.churn import Creator, counting_pod, run_counts
 from tests.e2e.footprint import Footprint, footprint
 from tests.e2e.guests import Guests, build_toolbox
 from tests.e2e.history import History, Life
-from tests.e2e.stage import SERVICE_ACCOUNT_SECONDS
+from tests.e2e.stage import SERVICE_ACCOUNT_SECONDS, namespace_object
 
 GONE_SECONDS = 120.0
 MAX_PODS = 1200
@@ -64,7 +64,8 @@ class Bench:
     def namespace(self, name: str) -> Iterator[tuple[Kube, Creator, History]]:
         """A namespace with its history; judged, and gone without a trace, at the end."""
         kube = Kube(self.credentials())
-        kube.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+        # Each pod counts its runs in a folder of this machine.
+        kube.create("/api/v1/namespaces", namespace_object(name, pod_security="privileged"))
         deadline = time.monotonic() + SERVICE_ACCOUNT_SECONDS
         while kube.find(api_path("serviceaccounts", "default", namespace=name)) is None:
             assert time.monotonic() < deadline, "the namespace got no ServiceAccount"

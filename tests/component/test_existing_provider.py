@@ -395,7 +395,7 @@ def test_an_adopted_k3d_with_direct_ways_stays_when_we_go(
 
 
 def test_an_old_k3d_and_none(world: World) -> None:
-    world.configure(k3d_version="4.4.8")
+    world.configure(k3d_version="v4.4.8")
     with with_tools(world, "k3d", "docker", "k3d") as settings:
         assert "is k3d 4.4.8, and 5.0 or newer is needed" in refused(settings).message
     with with_tools(world, "k3d", "docker") as settings:
@@ -415,7 +415,7 @@ def test_minikube_is_started_joined_and_deleted(
         assert "--extra-config=apiserver.enable-bootstrap-token-auth=true" in start
         assert "--kubernetes-version=v1.34.4" in start
         port = State.of(settings).read()["ports"]["registry_for_nodes"]
-        wired = (world.folder / "files/hosts.toml").read_text()
+        wired = (world.folder / "files/by-minikube/hosts.toml").read_text()
         assert f'[host."http://{world.setting("gateway")}:{port}"]' in wired
         again = bring_up(settings)
         assert [outcome.name for outcome in again.outcomes if outcome.status is Status.CHANGED] == []

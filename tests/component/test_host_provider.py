@@ -24,10 +24,12 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from wasilet.cluster import cluster_dns
 from wasilet.cluster.down import down
 from wasilet.cluster.status import status
 from wasilet.cluster.up import up
 from wasilet.console import PlainReporter
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.local_registry import login_file
 from wasilet.controlplane.pki import Pki
 from wasilet.errors import ApiError, PortTakenError, StateError, UsageError
@@ -45,6 +47,7 @@ from tests.clusters import TestCluster, temporary_settings, whole_cluster
 
 pytestmark = pytest.mark.component
 
+DNS_SECONDS = 60.0
 COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry", "approver")
 
 
@@ -85,6 +88,26 @@ def pids(settings: Settings) -> dict[str, int | None]:
     return {entry["name"]: entry["pid"] for entry in [*data["components"], *data["nodes"]]}
 
 
+def of_the_pod_network(made: TestCluster) -> tuple[str, ...]:
+    """The components that are there on machines that allow it."""
+    return () if pod_network.plan_of(made.cluster.state) is None else (pod_network.DOOR, cluster_dns.COMPONENT)
+
+
+def dns_is_there(made: TestCluster) -> bool:
+    return cluster_dns.has_binaries(made.settings)
+
+
+def wait_for_dns(made: TestCluster) -> None:
+    """Nothing else waits for it: it comes when a node has brought its address."""
+    deadline = time.monotonic() + DNS_SECONDS
+    while of_the_pod_network(made) and dns_is_there(made):
+        entries = {entry["name"]: entry for entry in status(made.settings)["components"]}
+        if entries[cluster_dns.COMPONENT]["ready"]:
+            return
+        assert time.monotonic() < deadline, made.cluster.state.log(cluster_dns.COMPONENT).read_text()
+        time.sleep(0.2)
+
+
 def test_a_second_up_changes_nothing(own: TestCluster) -> None:
     before = pids(own.settings)
     recap = bring_up(own.settings)
@@ -109,14 +132,16 @@ def test_up_mends_what_was_killed_and_only_that(own: TestCluster, component: str
 
 
 def test_status_has_the_promised_fields(own: TestCluster) -> None:
+    wait_for_dns(own)
     data = json.loads(json.dumps(status(own.settings)))
     assert data["name"] == "mended"
     assert data["provider"] == "host"
     assert Path(data["kubeconfig"]).is_file()
     assert data["registry"].startswith("localhost:")
-    assert {c["name"] for c in data["components"]} == set(COMPONENTS)
+    assert {c["name"] for c in data["components"]} == {*COMPONENTS, *of_the_pod_network(own)}
     for entry in data["components"]:
-        assert entry["ready"] is True
+        # CoreDNS is built in the background where it has to be.
+        assert entry["ready"] is True or (entry["name"] == cluster_dns.COMPONENT and not dns_is_there(own))
         assert psutil.pid_exists(entry["pid"])
         assert Path(entry["log"]).is_file()
     (node,) = data["nodes"]
@@ -134,11 +159,38 @@ def test_only_the_owner_can_read_what_is_private(own: TestCluster) -> None:
 
 
 def test_nothing_but_nodes_listens_beyond_loopback(own: TestCluster) -> None:
-    data = status(own.settings)
-    for entry in data["components"]:
-        for connection in psutil.Process(entry["pid"]).net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                assert connection.laddr.ip in {"127.0.0.1", "::ffff:127.0.0.1"}, entry["name"]
+    """But for what pods reach of this machine, at the one address of its end of the nodes' links."""
+    wait_for_dns(own)
+    plan, ports = pod_network.plan_of(own.cluster.state), own.cluster.ports()
+    inner = {}
+    if plan is not None:
+        inner[pod_network.DOOR] = {(plan.machine_address, ports["apiserver"])}
+        inner[cluster_dns.COMPONENT] = {(plan.machine_address, ports[cluster_dns.DNS_PORT])}
+    seen: dict[str, set[tuple[str, int]]] = {}
+    for entry in status(own.settings)["components"]:
+        for connection in psutil.Process(entry["pid"]).net_connections("inet"):
+            open_to_all = connection.type == socket.SOCK_DGRAM and len(connection.raddr) == 0
+            if connection.status == psutil.CONN_LISTEN or open_to_all:
+                seen.setdefault(entry["name"], set()).add((connection.laddr.ip, connection.laddr.port))
+    for name, places in seen.items():
+        beyond = {place for place in places if place[0] not in {"127.0.0.1", "::ffff:127.0.0.1"}}
+        assert beyond <= inner.get(name, set()), name
+    assert seen.keys() >= {*COMPONENTS} - {"approver"}
+
+
+def test_the_door_for_pods_takes_nobody_but_pods(own: TestCluster) -> None:
+    """Linux takes packets for any of its addresses on any interface, so a neighbour may set a route to that address."""
+    plan = pod_network.plan_of(own.cluster.state)
+    if plan is None:
+        pytest.skip(pod_network.why_absent(own.cluster.state))
+    place = (plan.machine_address, own.cluster.ports()["apiserver"])
+    context = ssl.create_default_context(cafile=str(Pki(own.cluster.state.pki).certificate("ca")))
+    with socket.create_connection(place, timeout=5) as inside:
+        assert inside.getsockname()[0] == plan.machine_address
+        with context.wrap_socket(inside, server_hostname=plan.machine_address) as secured:
+            assert secured.version() == "TLSv1.3"
+    with socket.create_connection(place, timeout=5, source_address=("127.0.0.1", 0)) as stranger:
+        assert stranger.recv(1) == b""
 
 
 def test_no_secret_is_in_a_command_line(own: TestCluster) -> None:
@@ -161,8 +213,8 @@ def test_strangers_are_refused(own: TestCluster) -> None:
 
 
 @pytest.mark.parametrize("name", ["controller_manager", "scheduler"])
-@pytest.mark.parametrize("path", ["/metrics", "/configz", "/debug/pprof/"])
-def test_what_the_control_plane_serves_beside_health_wants_a_credential(own: TestCluster, name: str, path: str) -> None:
+@pytest.mark.parametrize("path", ["/metrics", "/configz", "/debug/pprof/", "/healthz", "/livez", "/readyz", "/version"])
+def test_all_that_the_control_plane_serves_wants_a_credential(own: TestCluster, name: str, path: str) -> None:
     pki = Pki(own.cluster.state.pki)
     context = ssl.create_default_context(cafile=str(pki.certificate("ca")))
     connection = http.client.HTTPSConnection("127.0.0.1", own.cluster.ports()[name], timeout=5, context=context)
@@ -433,7 +485,10 @@ def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_pat
         ours = state.stray_processes()
         by_name: dict[str, list[int]] = {}
         for record in ours:
-            argv = psutil.Process(record.pid).cmdline()
+            running = psutil.Process(record.pid)
+            argv = running.cmdline()
+            if _is_fork_of(running.parent(), running, {record.pid for record in ours}):
+                continue
             by_name.setdefault(Path(argv[0]).name if "-m" not in argv else argv[argv.index("-m") + 1], []).append(
                 record.pid
             )
@@ -445,6 +500,12 @@ def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_pat
         assert all(port_is_free(port) for port in ports)
         assert not state.path.exists()
         assert not Path(str(settings.kubeconfig)).exists()
+
+
+def _is_fork_of(parent: psutil.Process | None, process: psutil.Process, ours: set[int]) -> bool:
+    """A zygote and the sandboxes made ahead of time are children of their supervisor, whose command line they have. A
+    second supervisor, or any other process that was started twice, is nobody's child here."""
+    return parent is not None and parent.pid in ours and parent.cmdline() == process.cmdline()
 
 
 def _alive(pid: int) -> bool:

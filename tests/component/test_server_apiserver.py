@@ -182,7 +182,9 @@ async def test_the_pod_list_is_a_pod_list(kubelet: Kubelet) -> None:
             ssl=client_context(kubelet.plane.authority.pem, token_holder),
         ) as response,
     ):
-        body = json.loads(await response.text())
+        text = await response.text()
+        assert response.status == 200, text
+    body = json.loads(text)
     assert body["kind"] == "PodList"
     assert [pod["metadata"]["name"] for pod in body["items"]] == ["listed"]
 

@@ -125,7 +125,8 @@ async def test_what_does_not_exist_is_named_and_found_once_it_does(node: Node) -
     assert (await node.host(pod, "/v0") / "k").read_text() == "now"
     environment = await build()
     assert environment["X"] == "now"
-    assert environment["KUBERNETES_SERVICE_HOST"] == "10.96.0.1"
+    service = node.plane.kube.get(api_path("services", "kubernetes", namespace="default"))
+    assert environment["KUBERNETES_SERVICE_HOST"] == service["spec"]["clusterIP"]
 
 
 async def test_an_update_of_a_shared_config_map_reaches_both_pods(node: Node) -> None:

@@ -7,6 +7,7 @@ A file holds ``area`` (a heading) and ``cases``. A case::
       objects: [...]                      # applied first: manifests, namespace left out
       pod: {...}                          # a pod spec, or a whole pod; called "pod" unless it says otherwise
       within: 30                          # seconds for each wait
+      level: privileged                   # the namespace's PodSecurity level, where the default would refuse the pods
       also: component                     # a second time with the toolbox as a component (``only``: no other time)
       see: {...}                          # waited for
       then: [...]                         # further steps, in order
@@ -50,7 +51,7 @@ import yaml
 
 FOLDER = Path(__file__).parent / "cases"
 _STEPS = frozenset({"see", "keep", "apply", "patch", "delete", "refused"})
-_FIELDS = frozenset({"case", "kubernetes", "objects", "pod", "within", "see", "then", "note", "also", "only"})
+_FIELDS = frozenset({"case", "kubernetes", "objects", "pod", "within", "see", "then", "note", "also", "only", "level"})
 _REFERENCE = re.compile(
     r"\$\{(registry|registry_port|scratch|namespace|node|node_ip|dockerconfig|image:[a-z0-9-]+|digest:[a-z0-9-]+)\}"
 )
@@ -68,6 +69,9 @@ class Case:
     """For the table of what is supported."""
 
     within: float = 90.0
+    level: str = ""
+    """PodSecurity's; empty: the cluster's default."""
+
     steps: tuple[Mapping[str, Any], ...] = field(default_factory=tuple)
     component: bool = False
     """Whether the image ``toolbox`` is the component."""
@@ -129,6 +133,7 @@ def _case(entry: Mapping[str, Any], area: str, file: str) -> Case:
         kubernetes=str(entry.get("kubernetes") or ""),
         note=str(entry.get("note") or ""),
         within=float(entry.get("within") or 90),
+        level=str(entry.get("level") or ""),
         steps=tuple(steps),
         component="only" in entry,
         also_component="also" in entry,

@@ -28,7 +28,7 @@ _PATCHES = {
 def run_case(case: Case, stage: Stage, values: Mapping[str, str]) -> float:
     """Raises AssertionError with what was missing and what was there instead. Returns the seconds it took."""
     began = time.monotonic()
-    with stage.namespace(f"case-{case.id}") as namespace:
+    with stage.namespace(f"case-{case.id}", pod_security=case.level) as namespace:
         scratch = Path(values["scratch"]) / namespace
         scratch.mkdir()
         with stage.kube() as kube:

@@ -91,11 +91,12 @@ class Stage:
     # --- namespaces ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def namespace(self, prefix: str) -> Iterator[str]:
-        """A namespace of one's own, deleted afterwards; nobody waits for that."""
+    def namespace(self, prefix: str, *, pod_security: str = "") -> Iterator[str]:
+        """A separate namespace, deleted afterwards; nobody waits for that. ``pod_security``: its level, where that is
+        not the cluster's default."""
         name = f"{prefix[:50].rstrip('-')}-{secrets.token_hex(3)}"
         with self.kube() as kube:
-            kube.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+            kube.create("/api/v1/namespaces", namespace_object(name, pod_security=pod_security))
         try:
             yield name
         finally:
@@ -150,6 +151,12 @@ class Stage:
                 keep[metadata["namespace"]][metadata["name"]] = change["object"]
             self._changed.notify_all()
         return True
+
+
+def namespace_object(name: str, *, pod_security: str = "") -> KubeObject:
+    """A namespace, with a PodSecurity level if one is given."""
+    labels = {"labels": {"pod-security.kubernetes.io/enforce": pod_security}} if pod_security else {}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, **labels}}
 
 
 def phase(pod: KubeObject | None) -> str:

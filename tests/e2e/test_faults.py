@@ -27,7 +27,7 @@ from tests.e2e.churn import Churn, Creator, counting_pod, run_counts
 from tests.e2e.footprint import footprint
 from tests.e2e.guests import Guests, build_toolbox
 from tests.e2e.history import History, Life
-from tests.e2e.stage import SERVICE_ACCOUNT_SECONDS
+from tests.e2e.stage import SERVICE_ACCOUNT_SECONDS, namespace_object
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -141,7 +141,8 @@ def scene(victim: Victim, request: pytest.FixtureRequest, tmp_path: Path) -> Ite
 
 @contextmanager
 def namespace(kube: Kube, name: str) -> Iterator[None]:
-    kube.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    # Each pod counts its runs in a folder of this machine.
+    kube.create("/api/v1/namespaces", namespace_object(name, pod_security="privileged"))
     deadline = time.monotonic() + SERVICE_ACCOUNT_SECONDS
     while kube.find(api_path("serviceaccounts", "default", namespace=name)) is None:
         assert time.monotonic() < deadline, "the namespace got no ServiceAccount"

@@ -109,7 +109,7 @@ class TestNamespace:
 def scene(roomy: Roomy) -> Iterator[TestNamespace]:
     pid = agent_pid(roomy.cluster)
     seen = len(unexpected_lines(roomy.cluster))
-    with roomy.stage.namespace("fuzz") as namespace:
+    with roomy.stage.namespace("fuzz", pod_security="privileged") as namespace:
         scene = TestNamespace(roomy=roomy, namespace=namespace)
         container = {"name": "main", "image": roomy.image, "args": ["tick 0.2"]}
         assert scene.create("canary", {"containers": [container], "terminationGracePeriodSeconds": 1})

@@ -6,6 +6,8 @@ image it pulls from this machine's registry.
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import subprocess
@@ -106,6 +108,8 @@ def _joined(own: TestCluster, machine: Machine, folder: Path) -> Iterator[join.J
         str(data),
     ]
     command[command.index("b.conf")] = str(made.file)
+    assert made.registry_login is not None
+    command[command.index(made.registry_login.name)] = str(made.registry_login)
     env = {key: value for key, value in os.environ.items() if key in {"PATH", "HOME"}}
     with (folder / "log").open("wb") as log:
         agent = machine.run(*command, stdout=log, stderr=log, env=env, cwd="/")
@@ -143,6 +147,28 @@ def test_the_other_machine_reaches_nothing_but_the_doors(machine: Machine, own: 
     reached = dict(zip(names, [line == "0" for line in out.decode().split()], strict=True))
     assert reached == {
         "apiserver": False, "registry": False, "etcd": False, "apiserver_door": True, "registry_door": True,
+    }  # fmt: skip
+
+
+def test_the_registrys_door_wants_a_login_which_can_only_read(own: TestCluster, joined: join.Joining) -> None:
+    assert joined.registry_login is not None
+    assert joined.registry_login.stat().st_mode & 0o077 == 0
+    logins = json.loads(joined.registry_login.read_text())["auths"]
+    assert {*logins} == {joined.registry}
+    basic = {"Authorization": f"Basic {logins[joined.registry]['auth']}"}
+    statuses = {}
+    for where in (joined.registry, f"127.0.0.1:{own.cluster.ports()['registry']}"):
+        for what, headers in (("nothing", {}), ("login", basic)):
+            for method, path in (("GET", "/v2/"), ("POST", "/v2/intruder/blobs/uploads/")):
+                connection = http.client.HTTPConnection(where, timeout=5)
+                connection.request(method, path, headers=headers)
+                statuses[where == joined.registry, what, method] = connection.getresponse().status
+                connection.close()
+    assert statuses == {
+        (True, "nothing", "GET"): 401, (True, "nothing", "POST"): 401,
+        (True, "login", "GET"): 200, (True, "login", "POST"): 405,
+        (False, "nothing", "GET"): 401, (False, "nothing", "POST"): 401,
+        (False, "login", "GET"): 401, (False, "login", "POST"): 401,
     }  # fmt: skip
 
 

@@ -226,15 +226,27 @@ def test_port_forward_reaches_the_pod_many_times_at_once(net: Net) -> None:
             forwarding.wait(10)
 
 
+@contextlib.contextmanager
+def pod_security(net: Net, level: str) -> Iterator[None]:
+    """The namespace has that level in this block."""
+    path, label = api_path("namespaces", NAMESPACE), "pod-security.kubernetes.io/enforce"
+    net.kube.patch(path, {"metadata": {"labels": {label: level}}})
+    try:
+        yield
+    finally:
+        net.kube.patch(path, {"metadata": {"labels": {label: None}}})
+
+
 def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
     ports = {"ports": [{"containerPort": PORT, "hostPort": port}]}
-    net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
-    wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
-    assert echo("127.0.0.1", port, "by the machine") == "by the machine"
-    net.run("too-late", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+    with pod_security(net, "privileged"):
+        net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+        wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
+        assert echo("127.0.0.1", port, "by the machine") == "by the machine"
+        net.run("too-late", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
     wait(lambda: net.pod("too-late")["status"].get("phase") == "Failed", "the refusal")
     assert net.pod("too-late")["status"]["reason"] == "NodePorts"
     for name in ("too-late", "on-the-machine"):

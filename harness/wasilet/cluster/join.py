@@ -7,12 +7,14 @@ one that is reachable anyway needs none. Doors are long-lived processes like any
 from __future__ import annotations
 
 import ipaddress
+import os
+import pwd
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from wasilet.controlplane.acquire import locate
@@ -29,6 +31,7 @@ from wasilet.storage import write_file
 
 API_SERVER_DOOR = "apiserver-door"
 REGISTRY_DOOR = "registry-door"
+REGISTRY_LOGIN_SUFFIX = ".registry.json"
 _NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _PORTS = {API_SERVER_DOOR: "apiserver_door", REGISTRY_DOOR: "registry_door"}
 
@@ -45,6 +48,9 @@ class Joining:
 
     registry: str = ""
     """``host:port`` by which that machine pulls from the local registry; empty: no door was asked for."""
+
+    registry_login: Path | None = None
+    """A docker ``config.json`` with a login for it, which can only read; None: no door was asked for."""
 
 
 # --- doors -----------------------------------------------------------------------------------------------------------
@@ -90,7 +96,18 @@ def _registry_door(cluster: Cluster, address: str) -> Component:
         name=REGISTRY_DOOR,
         address=address,
         readonly=True,
+        # Not the one that may push: it is handed to other machines.
+        login=(_reader_login(cluster).parent, [_registry_place(cluster, address)]),
     )
+
+
+def _registry_place(cluster: Cluster, address: str) -> str:
+    return f"{_host_of_url(address)}:{cluster.ports()[_PORTS[REGISTRY_DOOR]]}"
+
+
+def _reader_login(cluster: Cluster) -> Path:
+    """As docker writes one; it is there when the door is."""
+    return cluster.state.path / "registry-reader" / "config.json"
 
 
 # --- invoke bootstrap ------------------------------------------------------------------------------------------------
@@ -129,13 +146,18 @@ def bootstrap(
         server=server, ca=access.ca, client_ca=access.client_ca, token=token, tls_server_name=server_name
     )
     hand_over(cluster.admin(), token, file, config)
-    pull_from = f"{_host_of_url(address)}:{cluster.ports()[_PORTS[REGISTRY_DOOR]]}" if registry else ""
+    pull_from, login = "", None
+    if registry:
+        pull_from, login = _registry_place(cluster, address), file.with_name(file.name + REGISTRY_LOGIN_SUFFIX)
+        write_file(login, _reader_login(cluster).read_bytes())
     command = ["wasilet-node", "--bootstrap-file", file.name, "--node-name", node]
     for taint in cluster.taints():
         command += ["--taint", taint]
-    if pull_from:
-        command += ["--insecure-registries", pull_from]
-    return Joining(file=file, server=server, token_id=token.id, command=tuple(command), registry=pull_from)
+    if login is not None:
+        command += ["--insecure-registries", pull_from, "--registry-config", login.name]
+    return Joining(
+        file=file, server=server, token_id=token.id, command=tuple(command), registry=pull_from, registry_login=login
+    )
 
 
 def make_known(
@@ -158,7 +180,9 @@ def joining_lines(joining: Joining) -> list[str]:
         f"on the other machine: {shlex.join(joining.command)}",
     ]
     if joining.registry:
-        lines.append(f"images there: {joining.registry}/NAME (reading only)")
+        lines.append(
+            f"images there: {joining.registry}/NAME (reading only, with the login in {joining.registry_login})"
+        )
     return lines
 
 
@@ -244,8 +268,26 @@ def systemd_unit(
         data_dir=_checked_path(data_dir),
         bootstrap_file=_checked_path(bootstrap_file),
         arguments=[argument.replace("$", "$$") for argument in arguments],
-        user=user,
+        user="" if user == "root" else user,
+        state_directory=_state_directory(data_dir) if user not in {"", "root"} else "",
     )
+
+
+def unit_user(environ: Mapping[str, str]) -> str:
+    """Whom a unit's node runs as where nobody says: whoever asks for it, by sudo too. Root only for root itself, whose
+    Python another user might not be able to read. Raises UsageError."""
+    try:
+        return environ.get("SUDO_USER") or pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        raise UsageError("this user has no name", hint="--user names whom the node runs as") from None
+
+
+def _state_directory(data_dir: str) -> str:
+    """What systemd can make for a user who may not write there."""
+    path = PurePosixPath(data_dir)
+    if not path.is_relative_to("/var/lib") or ".." in path.parts or " " in data_dir:
+        return ""
+    return str(path.relative_to("/var/lib"))
 
 
 def write_unit(path: Path, text: str) -> None:

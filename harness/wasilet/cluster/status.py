@@ -1,6 +1,7 @@
 """``status``: what runs, and whether it is well. The JSON is a contract: other programs build on it (docs/harness.md).
 
-``name, provider, kubeconfig, context, server, registry, registry_login, pod_network, components[], nodes[], ready``;
+``name, provider, kubeconfig, context, server, registry, registry_login, pod_network, pod_security, components[],
+nodes[], ready``; ``pod_security`` is the level of namespaces without labels, null where Wasilet did not choose it;
 ``pod_network`` is ``pods, services, machine_address, dns, absent``, either the first four or the last null; each
 component ``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid
 is null when the process does not run. Fields are only ever added.
@@ -55,6 +56,7 @@ def status(settings: Settings) -> dict[str, Any]:
         "registry_login": str(login_file(state)) if login_file(state).is_file() else None,
         "state_dir": str(state.path),
         "pod_network": pod_network.described(state),
+        "pod_security": record.pod_security or None,
         "components": components,
         "nodes": nodes,
         "ready": all(entry["ready"] for entry in (*components, *nodes)),
@@ -146,6 +148,8 @@ def status_lines(data: dict[str, Any]) -> Iterator[str]:
         yield f"  its login   DOCKER_CONFIG={Path(data['registry_login']).parent}  for docker, crane, wkg and others"
     network = data["pod_network"]
     yield f"  pod network {network['absent'] or network['pods'] + ', Services ' + network['services']}"
+    if data["pod_security"]:
+        yield f"  PodSecurity {data['pod_security']} where a namespace has no label of its own"
     for entry in data["components"]:
         yield _line(entry["name"], entry)
     for entry in data["nodes"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Sequence
 
 logger = logging.getLogger("wasilet.forwarder")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 MAX_CONNECTIONS = 500
 """A node holds about a dozen; the limit keeps a flood from taking the machine's descriptors."""
@@ -42,8 +45,18 @@ def _listener(address: tuple[str, int], *, freebind: bool) -> socket.socket:
     return listener
 
 
-async def serve(listen: tuple[str, int], to: tuple[str, int], *, stop: asyncio.Event, freebind: bool = False) -> None:
-    """Forward until ``stop`` is set. Raises OSError when it cannot listen."""
+async def serve(
+    listen: tuple[str, int],
+    to: tuple[str, int],
+    *,
+    stop: asyncio.Event,
+    freebind: bool = False,
+    allowed: Sequence[Network] = (),
+) -> None:
+    """Forward until ``stop`` is set. Raises OSError when it cannot listen.
+
+    ``allowed``: whose connections are forwarded; empty: everybody's. Linux takes packets for any of its addresses on
+    any of its interfaces, so an address of an inner network alone keeps out no neighbour who sets a route to it."""
     places = asyncio.Semaphore(MAX_CONNECTIONS)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -53,6 +66,9 @@ async def serve(listen: tuple[str, int], to: tuple[str, int], *, stop: asyncio.E
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         try:
+            if allowed and not _is_within(writer.get_extra_info("peername"), allowed):
+                logger.warning("a connection from %s was refused", writer.get_extra_info("peername"))
+                return
             if places.locked():
                 logger.warning("more than %d connections: one was refused", MAX_CONNECTIONS)
                 return
@@ -69,6 +85,10 @@ async def serve(listen: tuple[str, int], to: tuple[str, int], *, stop: asyncio.E
         for task in tuple(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _is_within(peer: tuple[str, int] | None, allowed: Sequence[Network]) -> bool:
+    return peer is not None and any(ipaddress.ip_address(peer[0]) in network for network in allowed)
 
 
 async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tuple[str, int]) -> None:
@@ -112,12 +132,12 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def _run(listen: tuple[str, int], to: tuple[str, int], *, freebind: bool) -> None:
+async def _run(listen: tuple[str, int], to: tuple[str, int], *, freebind: bool, allowed: Sequence[Network]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await serve(listen, to, stop=stop, freebind=freebind)
+    await serve(listen, to, stop=stop, freebind=freebind, allowed=allowed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,10 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--listen", type=_address, required=True, metavar="HOST:PORT")
     parser.add_argument("--to", type=_address, required=True, metavar="HOST:PORT")
     parser.add_argument("--freebind", action="store_true", help="the address may come later")
+    parser.add_argument(
+        "--allow-from", type=ipaddress.ip_network, action="append", default=[], metavar="CIDR",
+        help="whose connections are taken; repeatable (default: everybody's)",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(_run(options.listen, options.to, freebind=options.freebind))
+        asyncio.run(_run(options.listen, options.to, freebind=options.freebind, allowed=options.allow_from))
     except OSError as error:
         logger.error("cannot listen on %s:%d: %s", *options.listen, error)  # noqa: TRY400  (no traceback for that)
         return 1

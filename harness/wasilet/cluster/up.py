@@ -13,10 +13,10 @@ from wasilet.cluster import cluster_dns
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster_record import KubeconfigRecord
-from wasilet.controlplane import pod_network
+from wasilet.controlplane import pod_network, pod_security, public_info
 from wasilet.controlplane.components import Component, accepts, component_step, ensure_running
 from wasilet.controlplane.local_registry import COMPONENT as REGISTRY
-from wasilet.controlplane.local_registry import login_file, registry_address, registry_component
+from wasilet.controlplane.local_registry import login_file, main_registry, registry_address
 from wasilet.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.resources import node_is_ready
@@ -158,7 +158,7 @@ def steps(cluster: Cluster) -> list[Step]:
 def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     """The long-lived processes that every provider's cluster has, by name, in the order of ``status``."""
     made: dict[str, Callable[[], Component]] = {
-        REGISTRY: lambda: registry_component(
+        REGISTRY: lambda: main_registry(
             binary=cluster.binary("registry"), port=cluster.ports()["registry"], state=cluster.state
         ),
         APPROVER: lambda: _approver_component(cluster),
@@ -179,6 +179,9 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
 def _preparation_step(cluster: Cluster) -> Step:
     settings, state = cluster.settings, cluster.state
 
+    def level() -> str:
+        return pod_security.decide(settings, state, provider=cluster.provider.name)
+
     def wanted() -> dict[str, int]:
         asked = {
             name: getattr(settings.ports, name) for name in (*cluster.provider.wanted_ports, "registry", "kubelet")
@@ -194,6 +197,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         ports = record.ports
         missing = [name for name, port in wanted().items() if not ports.get(name) or (port and ports[name] != port)]
         other = bool(settings.local_origins) and record.local_origins != settings.local_origins
+        other = other or level() != record.pod_security
         if not record.run_id or record.nodes != cluster.node_count() or missing or other:
             return Finding.differs(
                 f"use {state.path}", [f"+ {state.path}", *(f"+ port for {name}" for name in missing)]
@@ -210,6 +214,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         ports |= state.allocate_ports(asked)
         if cluster.provider.name == "host" and not state.read().get("run_id"):
             state.update(pod_network=pod_network.decide(settings, state, say=progress))
+        state.update(pod_security=level())
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
         if settings.local_origins:
             state.update(local_origins=list(settings.local_origins))
@@ -267,13 +272,17 @@ def _rbac_step(cluster: Cluster) -> Step:
         if not _api_answers(cluster):
             return Finding.differs("create roles and bindings")
         missing = missing_objects(cluster.admin(), wanted())
-        if not missing:
-            return Finding.ok("all there")
         names = [f"{obj['kind']}/{obj['metadata']['name']}" for obj in missing]
-        return Finding.differs(f"create {len(missing)}", [f"+ {name}" for name in names])
+        if cluster.provider.name == "host" and not public_info.is_closed(cluster.admin()):
+            names.append(f"ClusterRoleBinding/{public_info.BINDING}")
+        if not names:
+            return Finding.ok("all there")
+        return Finding.differs(f"create {len(names)}", [f"+ {name}" for name in names])
 
     def change(_: Progress) -> str:
         made = create_missing(cluster.admin(), wanted())
+        if cluster.provider.name == "host":
+            public_info.close(cluster.admin())
         # What was there before is the cluster's own, and stays when Wasilet goes.
         cluster.state.update(created_objects=sorted({*cluster.state.cluster.created_objects, *made}))
         return f"created {len(made)}"

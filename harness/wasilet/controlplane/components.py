@@ -314,6 +314,8 @@ class ControlPlane:
     """Of all pods, from which each node gets a share; empty: pods have no addresses of their own."""
 
     node_prefix: int = 24
+    admission_config: Path | None = None
+    """For the API server; None: its admission as it comes."""
 
     @property
     def pki(self) -> Pki:
@@ -392,6 +394,7 @@ class ControlPlane:
             "--enable-bootstrap-token-auth=true",
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction",
+            *self._admission_flags(),
             f"--audit-policy-file={manifests_folder() / AUDIT_POLICY}",
             f"--audit-log-path={self.state.logs / 'audit.log'}",
             "--audit-log-mode=batch",
@@ -425,16 +428,23 @@ class ControlPlane:
                 *(self.pki.certificate(name) for name in (CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA)),
                 self.pki.key("sa"),
                 manifests_folder() / AUDIT_POLICY,
+                *((self.admission_config,) if self.admission_config is not None else ()),
             ),
-            ready=self._apiserver_answers("/readyz"),
+            ready=self._answers("apiserver", "/readyz"),
             # The default roles come a second later than all else (the hook polls); who is an administrator need not
             # wait for them.
-            serving=self._apiserver_answers("/readyz?exclude=poststarthook/rbac/bootstrap-roles"),
+            serving=self._answers("apiserver", "/readyz?exclude=poststarthook/rbac/bootstrap-roles"),
         )
 
-    def _apiserver_answers(self, path: str) -> Probe:
+    def _admission_flags(self) -> tuple[str, ...]:
+        if self.admission_config is None:
+            return ()
+        return (f"--admission-control-config-file={self.admission_config}",)
+
+    def _answers(self, port: str, path: str) -> Probe:
+        """Asked as the administrator, whom all three know by the certificate alone."""
         return Probe(
-            port=self.ports["apiserver"],
+            port=self.ports[port],
             path=path,
             ca=self.pki.certificate(CLUSTER_CA),
             certificate=self.pki.certificate("admin"),
@@ -462,7 +472,7 @@ class ControlPlane:
             argv=argv,
             ports={"HTTPS": self.ports["controller_manager"]},
             inputs=(*self._pairs("controller-manager", CLUSTER_CA), self.pki.key("sa")),
-            ready=Probe(port=self.ports["controller_manager"], path="/healthz", ca=self.pki.certificate(CLUSTER_CA)),
+            ready=self._answers("controller_manager", "/healthz"),
         )
 
     def _pod_cidr_flags(self) -> tuple[str, ...]:
@@ -488,8 +498,8 @@ class ControlPlane:
             ports={"HTTPS": self.ports["scheduler"]},
             inputs=self._pairs("scheduler", CLUSTER_CA),
             # Its informers back off when they are refused, so an early start is a late one.
-            gate=self._apiserver_answers("/readyz"),
-            ready=Probe(port=self.ports["scheduler"], path="/readyz", ca=self.pki.certificate(CLUSTER_CA)),
+            gate=self._answers("apiserver", "/readyz"),
+            ready=self._answers("scheduler", "/readyz"),
         )
 
     def _client_flags(self, name: str) -> Sequence[str]:
@@ -501,6 +511,8 @@ class ControlPlane:
             # The client CA is given, so nothing has to be looked up (and retried) while the API server starts.
             "--authentication-skip-lookup=true",
             f"--client-ca-file={self._crt(CLUSTER_CA)}",
+            # Health, too, is for those whom the API server's roles let see it (wasilet.controlplane.public_info).
+            "--authorization-always-allow-paths=",
             f"--bind-address={LOOPBACK}",
             f"--secure-port={self.ports[name.replace('-', '_')]}",
             # A serving certificate of the cluster's, or it makes an RSA one of its own at each start.

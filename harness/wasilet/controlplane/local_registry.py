@@ -60,12 +60,20 @@ def registry_address(port: int) -> str:
 
 
 def registry_component(
-    *, binary: str, port: int, state: State, name: str = COMPONENT, address: str = LOOPBACK, readonly: bool = False
+    *,
+    binary: str,
+    port: int,
+    state: State,
+    name: str = COMPONENT,
+    address: str = LOOPBACK,
+    readonly: bool = False,
+    login: tuple[Path, Iterable[str]] | None = None,
 ) -> Component:
     """The process. Writes its configuration file when that is missing or different. A second one of another ``name``
-    shares the blobs: distribution keeps no state of its own beside them. One that is ``readonly`` wants no login."""
-    passwords = None if readonly else write_login(state.path / Path(CLUSTER_LOGIN).parent, addresses_of(port))
-    config = _write_config(f"{address}:{port}", state=state, name=name, passwords=passwords)
+    shares the blobs: distribution keeps no state of its own beside them. ``login``: the folder of the login that it
+    wants, and the names by which it is known; None: none."""
+    passwords = write_login(*login) if login is not None else None
+    config = _write_config(f"{address}:{port}", state=state, name=name, passwords=passwords, readonly=readonly)
     return Component(
         name=name,
         argv=(binary, "serve", str(config)),
@@ -76,6 +84,12 @@ def registry_component(
         addresses=(address,),
         ready=Probe(port=port, path="/v2/", host=address) if passwords is None else lambda: answers(address, port),
     )
+
+
+def main_registry(*, binary: str, port: int, state: State) -> Component:
+    """The one on loopback, which can be pushed to."""
+    login = (state.path / Path(CLUSTER_LOGIN).parent, addresses_of(port))
+    return registry_component(binary=binary, port=port, state=state, login=login)
 
 
 def login_file(state: State) -> Path:
@@ -121,7 +135,7 @@ def answers(address: str, port: int) -> bool:
         connection.close()
 
 
-def _write_config(address: str, *, state: State, name: str, passwords: Path | None) -> Path:
+def _write_config(address: str, *, state: State, name: str, passwords: Path | None, readonly: bool) -> Path:
     path = state.etc / f"{name}.yml"
     root = state.path / "registry"
     with_secret = state.cluster.registry_secret
@@ -129,7 +143,7 @@ def _write_config(address: str, *, state: State, name: str, passwords: Path | No
         with_secret = secrets.token_hex(16)
         state.update(registry_secret=with_secret)
     text = _CONFIG.format(
-        root=json.dumps(str(root)), address=address, secret=with_secret, readonly=str(passwords is None).lower()
+        root=json.dumps(str(root)), address=address, secret=with_secret, readonly=str(readonly).lower()
     )
     if passwords is not None:
         text += _AUTH.format(passwords=json.dumps(str(passwords)))

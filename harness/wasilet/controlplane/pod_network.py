@@ -209,12 +209,13 @@ def _networks_of_others(settings: Settings, state: State) -> list[Network]:
 
 def door_component(plan: NetworkPlan, apiserver_port: int) -> Component:
     """The API server for pods and for kube-proxy: the same port at the machine's end of the nodes' links. It listens
-    before the address is there, since nodes make it."""
+    before the address is there, since nodes make it, and takes connections from the pods' range alone."""
     return Component(
         name=DOOR,
         argv=(
             *(sys.executable, "-P", "-m", "wasilet.cluster.tcp_proxy", "--freebind"),
             *("--listen", f"{plan.machine_address}:{apiserver_port}", "--to", f"127.0.0.1:{apiserver_port}"),
+            *("--allow-from", str(plan.pods)),
         ),
         addresses=(),
         ready=lambda: accepts(plan.machine_address, apiserver_port),

@@ -39,6 +39,12 @@ def manifests_folder() -> Path:
 
 def render_objects(template: str, **values: Any) -> list[KubeObject]:
     """The objects of ``manifests/<template>``. A value that the template asks for and does not get is an error."""
+    documents = [load_yaml(part) for part in render_text(template, **values).split("\n---\n")]
+    return [document for document in documents if document]
+
+
+def render_text(template: str, **values: Any) -> str:
+    """``manifests/<template>`` filled in, as :func:`render_objects` has it. Raises UsageError."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -49,11 +55,9 @@ def render_objects(template: str, **values: Any) -> list[KubeObject]:
         lstrip_blocks=True,
     )
     try:
-        text = environment.get_template(template).render(**values)
+        return environment.get_template(template).render(**values)
     except jinja2.TemplateError as error:
         raise UsageError(f"manifests/{template}: {error}") from error
-    documents = [load_yaml(part) for part in text.split("\n---\n")]
-    return [document for document in documents if document]
 
 
 def object_path(obj: KubeObject, *, collection: bool = False) -> str:
@@ -76,7 +80,8 @@ def create_missing(kube: Kube, objects: Iterable[KubeObject]) -> list[str]:
         try:
             kube.create(object_path(obj, collection=True), obj)
         except ApiError as error:
-            if error.code != CONFLICT:
+            # A Service that is there is refused for its address, which is taken (422), before its name is looked at.
+            if error.code != CONFLICT and kube.find(object_path(obj)) is None:
                 raise
         else:
             made.append(f"{obj['kind']}/{obj['metadata']['name']}")

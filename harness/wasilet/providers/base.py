@@ -126,7 +126,7 @@ class Cluster:
         return self.provider.default_taints if self.settings.taints is None else self.settings.taints
 
 
-PROVIDER_OPTIONS = ("image", "kubernetes_version", "config", "context")
+PROVIDER_OPTIONS = ("image", "kubernetes_version", "config", "context", "pod_security")
 
 
 def check_options(provider: Provider, settings: Settings) -> None:
@@ -151,7 +151,7 @@ class Provider(Protocol):
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Which of ``image``, ``kubernetes_version``, ``config`` and ``context`` mean something to it."""
+        """Which of ``PROVIDER_OPTIONS`` mean something to it."""
 
     @property
     def default_taints(self) -> tuple[str, ...]:

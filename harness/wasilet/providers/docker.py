@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,9 @@ class Container:
 
     labels: Mapping[str, str]
     command: tuple[str, ...]
+    environment: tuple[str, ...]
+    """``NAME=value`` each."""
+
     networks: Mapping[str, str]
     """Network name to the address of its gateway on this machine (IPv4)."""
 
@@ -87,6 +91,33 @@ class Docker:
         arrived, and to call that success."""
         script = 'mkdir -p -- "$(dirname -- "$1")" && printf %s "$2" >"$1.new" && mv -- "$1.new" "$1"'
         self.run("exec", container, "sh", "-c", script, "sh", path, text)
+
+    def append(self, container: str, path: str, line: str) -> None:
+        """Add a line to a file that cannot be replaced, as ``/etc/hosts``, which the engine mounts. Raises
+        CommandError."""
+        self.run("exec", container, "sh", "-c", 'printf "%s\\n" "$2" >>"$1"', "sh", path, line)
+
+    def names(self, container: str, folder: str) -> list[str]:
+        """The names in a folder of a container, sorted; empty when there is none. Raises CommandError."""
+        script = '[ ! -d "$1" ] || ls -1 -- "$1"'
+        return sorted(self.run("exec", container, "sh", "-c", script, "sh", folder).stdout.splitlines())
+
+    def networks(self, name: str, label: str) -> list[str]:
+        """The ids of the networks of exactly that name with a label. Raises CommandError."""
+        chosen = ("--filter", f"name=^{re.escape(name)}$", "--filter", f"label={label}")
+        return self.run("network", "ls", "--quiet", "--no-trunc", *chosen).stdout.split()
+
+    def remove_network(self, network: str) -> None:
+        """Remove a network that no container uses. Raises CommandError."""
+        self.run("network", "rm", network, timeout_seconds=SETTLE_SECONDS)
+
+    def volumes(self, label: str) -> list[str]:
+        """The names of the volumes with a label. Raises CommandError."""
+        return self.run("volume", "ls", "--quiet", "--filter", f"label={label}").stdout.split()
+
+    def remove_volume(self, volume: str) -> None:
+        """Remove a volume that no container uses. Raises CommandError."""
+        self.run("volume", "rm", volume, timeout_seconds=SETTLE_SECONDS)
 
     def remove(self, container: str, path: str) -> None:
         """Remove a folder of a container. Raises CommandError."""
@@ -146,5 +177,6 @@ def _container(data: Mapping[str, Any]) -> Container:
         created=str(data.get("Created") or ""),
         labels=config.get("Labels") or {},
         command=tuple(map(str, data.get("Args") or ())),
+        environment=tuple(map(str, config.get("Env") or ())),
         networks={name: str(entry["Gateway"]) for name, entry in networks.items() if (entry or {}).get("Gateway")},
     )

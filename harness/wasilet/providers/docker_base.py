@@ -1,4 +1,7 @@
-"""Clusters whose machines are Docker containers (kind, k3d): known by labels, theirs or ours by container ids.
+"""Clusters whose machines are Docker containers (kind, k3d): known by labels, the user's or Wasilet's by container ids.
+
+The ids are written down as containers appear, and a cluster is Wasilet's as long as one of them is there: a node that
+the user adds takes nothing away. A run that is killed before it wrote the first one leaves the instant it began.
 
 The API server reaches wasm nodes, and the cluster's own nodes reach the registry, by the gateway of the cluster's
 Docker network: both listen there and on loopback, nowhere else.
@@ -6,13 +9,15 @@ Docker network: both listen there and on loopback, nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
 
-from wasilet.errors import ApiError, HarnessError, UsageError
+from wasilet.errors import ApiError, CommandError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject
 from wasilet.kube.credentials import read_credentials
+from wasilet.process import check_cancelled
 from wasilet.providers.base import Cluster
 from wasilet.providers.docker import Container, Docker, gateway
 from wasilet.providers.existing_base import (
@@ -27,6 +32,10 @@ from wasilet.providers.existing_base import (
 from wasilet.storage import write_file
 
 _ANSWER_SECONDS = 5.0
+_SETTLE_SECONDS = 1.0
+"""An engine goes on with a container that it was asked for when whoever asked is gone."""
+
+_DELETE_ATTEMPTS = 3
 
 
 class ContainedProvider(ExternalProvider):
@@ -43,6 +52,16 @@ class ContainedProvider(ExternalProvider):
     def is_node(self, container: Container) -> bool:
         """Whether a container runs pods."""
         raise NotImplementedError
+
+    def lasts(self, container: Container) -> bool:  # noqa: ARG002
+        """Whether a container stays as long as its cluster, unlike a helper of the tool's."""
+        return True
+
+    def is_marked(self, cluster: Cluster, container: Container) -> bool | None:
+        """Whether a container that lasts has the mark of this cluster; None: the tool cannot mark."""
+
+    def clear_leftovers(self, cluster: Cluster) -> None:
+        """Remove what the tool makes besides containers and forgets when it is interrupted. Raises HarnessError."""
 
     def kubeconfig(self, cluster: Cluster) -> KubeObject:
         """The administrator's, by the tool. Raises HarnessError when there is none (yet)."""
@@ -69,12 +88,14 @@ class ContainedProvider(ExternalProvider):
         containers = docker.containers(self.label(name))
         if not containers:
             return None
-        ours = made_here(cluster, containers)
+        ours = self.made_here(cluster, containers)
         servers = [container for container in containers if self.is_server(container)]
-        stopped = [container.name for container in containers if not container.running]
+        stopped = [container.name for container in containers if self.lasts(container) and not container.running]
         if ours and facts(cluster).get("creating"):
             if not servers or stopped or not self._answers(cluster):
                 raise HalfMadeError(f"an interrupted run left {self.name} cluster {name} half made")
+        elif not servers and ours:
+            raise HalfMadeError(f"{self.name} cluster {name} has lost its control plane")
         elif not servers:
             raise self.half_made(name)
         elif stopped and ours:
@@ -97,14 +118,33 @@ class ContainedProvider(ExternalProvider):
             node_address=address,
             registry_address=address,
             created=created,
-            ids=tuple(container.id for container in containers),
+            ids=tuple(container.id for container in containers if self.lasts(container)),
         )
 
     def note_containers(self, cluster: Cluster) -> None:
-        """Write down what is being made, as soon as it is there: by this a later run knows it again."""
-        if not facts(cluster).get("ids"):
+        """Write down what is being made, as it appears: by this a later run knows it again."""
+        known = set(facts(cluster).get("ids") or ())
+        # The note is a help; an engine that is too busy to answer must not end the creation.
+        with contextlib.suppress(CommandError):
             found = Docker(cluster.settings.environ).containers(self.label(cluster.settings.name))
-            update_facts(cluster, ids=[container.id for container in found])
+            if new := {container.id for container in found if self.lasts(container)} - known:
+                update_facts(cluster, ids=sorted(known | new))
+
+    def made_here(self, cluster: Cluster, containers: Sequence[Container]) -> bool:
+        """Whether these are containers that Wasilet had made: one is known by its id or its mark, or, when the run was
+        killed before it knew any, all were made since it began."""
+        known = facts(cluster)
+        if not (known.get("created") or known.get("creating")):
+            return False
+        ids = set(known.get("ids") or ())
+        lasting = [container for container in containers if self.lasts(container)]
+        marks = [self.is_marked(cluster, container) for container in lasting]
+        if any(marks) or any(container.id in ids for container in containers):
+            return True
+        since = str(known.get("creating") or "")
+        if not since or (lasting and ids) or False in marks:
+            return False
+        return all(made_since(container.created, since) for container in containers)
 
     def destroy(self, cluster: Cluster) -> str:
         """Delete it, when the containers of that name are those that were made here."""
@@ -112,13 +152,23 @@ class ContainedProvider(ExternalProvider):
         docker = Docker(cluster.settings.environ)
         docker.check()
         self._end_orphans(cluster)
-        containers = docker.containers(self.label(name))
-        if not containers:
-            return f"{self.name} cluster {name} was gone already"
-        if not made_here(cluster, containers):
-            return f"{self.name} cluster {name} is another one by now, and stays"
-        self.delete_by_tool(cluster)
-        return f"{self.name} cluster {name} deleted"
+        unsettled = bool(facts(cluster).get("creating"))
+        deleted = 0
+        while deleted < _DELETE_ATTEMPTS:
+            containers = docker.containers(self.label(name))
+            if containers and not (deleted or self.made_here(cluster, containers)):
+                return f"{self.name} cluster {name} is another one by now, and stays"
+            if containers:
+                self.delete_by_tool(cluster)
+                deleted += 1
+            elif unsettled:
+                unsettled = False
+                check_cancelled()
+                time.sleep(_SETTLE_SECONDS)
+            else:
+                break
+        self.clear_leftovers(cluster)
+        return f"{self.name} cluster {name} " + ("deleted" if deleted else "was gone already")
 
     def node_ids(self, cluster: Cluster) -> list[str]:
         """The containers that run pods."""
@@ -154,13 +204,3 @@ class ContainedProvider(ExternalProvider):
         finally:
             kube.close()
         return False
-
-
-def made_here(cluster: Cluster, containers: Sequence[Container]) -> bool:
-    """Whether these are the containers that the harness had made: by their ids, or, when it was killed before it knew
-    them, by having been made since it began."""
-    known = facts(cluster)
-    if ids := known.get("ids"):
-        return bool(known.get("created") or known.get("creating")) and set(ids) >= {c.id for c in containers}
-    since = str(known.get("creating") or "")
-    return bool(since) and all(made_since(container.created, since) for container in containers)

@@ -257,7 +257,7 @@ class ExternalProvider:
         """A tool that outlived the run that started it would undo, or double, what is made now."""
         known = {record.process.pid for record in cluster.state.records()}
         orphans = [process for process in cluster.state.stray_processes() if process.pid not in known]
-        tools = [process for process in orphans if _argv0(process.pid) == self.name]
+        tools = [process for process in orphans if self.name in _programs(process.pid)]
         stop(tools, grace_seconds=cluster.settings.timeouts.stop_grace_seconds)
 
     def _unchanged(self, cluster: Cluster, there: Found) -> bool:
@@ -334,7 +334,13 @@ class ExternalProvider:
                 return Finding.differs("say in kube-public where the registry is")
             if not facts(cluster).get("registry_address"):
                 return Finding.skip("the cluster's nodes cannot pull from it")
-            there = cluster.admin().find(HOSTING)
+            try:
+                there = cluster.admin().find(HOSTING)
+            except ApiError as error:
+                if error.code:
+                    raise
+                # The cluster is stopped; when this is to be changed it runs.
+                return Finding.differs("see that kube-public says where the registry is")
             if there is None:
                 return Finding.differs("say in kube-public where the registry is", ["+ local-registry-hosting"])
             if not is_ours(there):
@@ -491,8 +497,10 @@ def _dump(data: KubeObject) -> bytes:
     return yaml.safe_dump(data, sort_keys=False).encode()
 
 
-def _argv0(pid: int) -> str:
+def _programs(pid: int) -> set[str]:
+    """What a process may be called: a tool that is a script has its interpreter, and that one's options, before it."""
     try:
-        return Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")).name
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:3]
     except OSError:
-        return ""
+        return set()
+    return {Path(word.decode(errors="replace")).name for word in words}

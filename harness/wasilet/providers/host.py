@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from wasilet.controlplane import pod_network
+from wasilet.controlplane import pod_network, pod_security
 from wasilet.controlplane.acquire import locate
 from wasilet.controlplane.components import LOOPBACK, SERVICE_IP, Component, ControlPlane, component_step
 from wasilet.controlplane.pki import CLUSTER_CA, Pki, host_specs
@@ -40,7 +40,7 @@ class HostProvider:
 
     name = "host"
     summary = "plain processes on this machine; no Docker, no root"
-    options: tuple[str, ...] = ("kubernetes_version",)
+    options: tuple[str, ...] = ("kubernetes_version", "pod_security")
     default_taints: tuple[str, ...] = ()
     binaries = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
     wanted_ports = ("apiserver", "etcd", "etcd_peer", "controller_manager", "scheduler")
@@ -91,6 +91,7 @@ class HostProvider:
                 service_cidr=pod_network.service_cidr(cluster.state),
                 pod_cidr=str(plan.pods) if plan is not None else "",
                 node_prefix=pod_network.NODE_PREFIX,
+                admission_config=pod_security.write_config(cluster.state),
             )
 
         return {
@@ -107,6 +108,8 @@ class HostProvider:
         notes: tuple[str, ...] = ()
         if ipaddress.ip_address(address).is_loopback:
             notes = ("this machine has no address but loopback: `kubectl get --raw .../proxy` will not reach nodes",)
+        if level := cluster.state.cluster.pod_security:
+            notes = (*notes, f"PodSecurity {level}")
         return Access(server=self._server(cluster), ca=ca, client_ca=ca, node_address=address, notes=notes)
 
     def approver_kubeconfig(self, cluster: Cluster) -> Path:

@@ -32,6 +32,8 @@ CREATE_SECONDS = 600.0
 CERTS_D = "/etc/containerd/certs.d"
 CLUSTER_LABEL = "io.x-k8s.kind.cluster"
 ROLE_LABEL = "io.x-k8s.kind.role"
+NAME_LENGTH = 49
+"""A node is called ``NAME-control-plane``, and a host name has 63 characters."""
 
 
 class KindProvider(ContainedProvider):
@@ -43,6 +45,11 @@ class KindProvider(ContainedProvider):
 
     def detect(self, settings: Settings) -> Detection:
         """Docker must answer; kind itself is brought when it is not there. Raises UsageError."""
+        if len(settings.name) > NAME_LENGTH:
+            raise UsageError(
+                f"{settings.name!r} is no name for a kind cluster: {len(settings.name)} characters",
+                hint=f"{NAME_LENGTH} at most, for the names of its nodes; choose another --name",
+            )
         version = Docker(settings.environ).check()
         theirs = user_kind(settings)
         kind = f"kind {theirs[1]} ({theirs[0]})" if theirs else "kind will be acquired"
@@ -151,7 +158,9 @@ class KindProvider(ContainedProvider):
             path = found.path
         # The run id finds a kind that outlived the run that started it.
         env = {**settings.environ, RUN_ID_VARIABLE: cluster.state.cluster.run_id}
-        return run([path, *arguments], timeout_seconds=timeout_seconds, env=env, on_line=on_line).stdout
+        return run(
+            [path, *arguments], timeout_seconds=timeout_seconds, env=env, on_line=on_line, headline=first_error
+        ).stdout
 
     # --- the registry ------------------------------------------------------------------------------------------------
 
@@ -168,7 +177,10 @@ class KindProvider(ContainedProvider):
         def look() -> Finding:
             if not facts(cluster).get("registry_address") or "registry_for_nodes" not in cluster.ports():
                 return Finding.differs("tell kind's nodes where it is")
-            nodes = unwired()
+            try:
+                nodes = unwired()
+            except CommandError:  # its nodes do not run; when this is to be changed they do
+                return Finding.differs("see that kind's nodes know where it is")
             if nodes:
                 return Finding.differs(f"tell {len(nodes)} nodes where it is")
             return Finding.ok("known to each node")
@@ -206,6 +218,11 @@ def node_image(settings: Settings) -> str:
     if settings.image or not settings.kubernetes_version:
         return settings.image
     return f"kindest/node:v{settings.kubernetes_version.removeprefix('v')}"
+
+
+def first_error(lines: Sequence[str]) -> str | None:
+    """Why kind failed; what follows is the output of a command within a node."""
+    return next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")), None)
 
 
 def user_kind(settings: Settings) -> tuple[str, str] | None:

@@ -28,6 +28,7 @@ from typing import Any
 from urllib.parse import quote
 
 from wasilet_node.kube.base import ApiStatusError, ForbiddenError, Kube, KubeError, KubeObject, NotFoundError
+from wasilet_node.kube.pod_certificates import PodCertificates
 from wasilet_node.kube.trust_bundles import TrustBundles
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ class References:
         *,
         settings: ReferenceSettings = ReferenceSettings(),
         clock: Callable[[], float] = time.monotonic,
+        node: Callable[[], tuple[str, str | None]] = lambda: ("", None),
     ) -> None:
+        """``node``: the Node's name and uid."""
         self._kube = kube
         self._settings = settings
         self._clock = clock
@@ -110,6 +113,7 @@ class References:
         self._services_synced = asyncio.Event()
         self._services_task: asyncio.Task[None] | None = None
         self.trust_bundles = TrustBundles(kube, clock=clock)
+        self.pod_certificates = PodCertificates(kube, node=node)
 
     def start(self) -> None:
         """Begin the watch of services; needs a running event loop."""
@@ -149,6 +153,7 @@ class References:
 
     def release(self, pod_uid: str) -> None:
         """The pod is gone: forget it, and what only it used. Idempotent."""
+        self.pod_certificates.release(pod_uid)
         _, keys = self._pods.pop(pod_uid, (0.0, set()))
         for key in keys:
             entry = self._entries.get(key)

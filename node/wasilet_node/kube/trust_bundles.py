@@ -8,19 +8,14 @@ v1beta1 before, behind a feature gate.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wasilet_node.kube.base import Kube, KubeError, KubeObject, NotFoundError
+from wasilet_node.kube.pem import certificates, encoded
 
 _PATHS = tuple(f"/apis/certificates.k8s.io/{version}/clustertrustbundles" for version in ("v1", "v1beta1"))
-_BLOCK = re.compile(r"-----BEGIN CERTIFICATE-----\s(.*?)-----END CERTIFICATE-----", re.DOTALL)
-_LINE_CHARACTERS = 64
-"""Of a line of base64 in PEM (RFC 7468)."""
 
 
 class TrustBundlesError(KubeError):
@@ -96,20 +91,10 @@ class TrustBundles:
 
 def _certificates(bundles: Sequence[KubeObject]) -> str:
     """Each certificate once, in a stable order, without what stands between them."""
-    found: set[bytes] = set()
-    for bundle in bundles:
-        for block in _BLOCK.findall(str((bundle.get("spec") or {}).get("trustBundle") or "")):
-            try:
-                found.add(base64.b64decode("".join(block.split()), validate=True))
-            except binascii.Error:
-                continue  # the API server takes none such
-    return "".join(_pem(der) for der in sorted(found))
-
-
-def _pem(der: bytes) -> str:
-    text = base64.b64encode(der).decode("ascii")
-    lines = [text[start : start + _LINE_CHARACTERS] for start in range(0, len(text), _LINE_CHARACTERS)]
-    return "\n".join(("-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""))
+    found = {
+        der for bundle in bundles for der in certificates(str((bundle.get("spec") or {}).get("trustBundle") or ""))
+    }
+    return "".join(encoded(der) for der in sorted(found))
 
 
 def _matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:

@@ -73,7 +73,7 @@ class Container:
     framers: dict[str, LineFramer] = field(default_factory=dict)
     started_waiters: list[Callable[[], None]] = field(default_factory=list)
     exit_waiters: list[Callable[[], None]] = field(default_factory=list)
-    execs: int = 0
+    commands: list[SandboxProcess] = field(default_factory=list)
     """Instances that run beside it."""
 
     output_listeners: list[OutputListener] = field(default_factory=list)
@@ -463,13 +463,17 @@ class Containers:
             if container.group is not None and container.group.memory is not None:
                 continue
             again = True
-            pid = container.process.pid
+            # The limit is for all of the container's processes, and the largest goes first, as the kernel has it.
+            processes = [container.process, *container.commands]
             # The resident set is cheap to read but counts what is shared with this process; the rest is exact.
-            resident = linux.resident_bytes(pid)
-            if resident > limit // 2 and (private := linux.private_bytes(pid)) > limit // 2:
+            if sum(linux.resident_bytes(process.pid) for process in processes) <= limit // 2:
+                continue
+            private = [linux.private_bytes(process.pid) for process in processes]
+            if sum(private) > limit // 2:
                 seconds = MEMORY_WATCH_NEAR_SECONDS
-                if private > limit:
-                    container.oom_by_watch = True
-                    container.process.kill()
+            if sum(private) > limit:
+                victim = processes[private.index(max(private))]
+                container.oom_by_watch = container.oom_by_watch or victim is container.process
+                victim.kill()
         if again:
             self._watch_memory(seconds)

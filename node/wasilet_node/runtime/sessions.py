@@ -297,7 +297,7 @@ class ExecSession:
         self._container = container
         self._timed_out = False
         self._deadline: Timer | None = None
-        if container.execs >= MAX_EXECS:
+        if len(container.commands) >= MAX_EXECS:
             raise RequestError("StartError", f"{MAX_EXECS} commands run in this container already: end one first")
         try:
             self._process: SandboxProcess = containers.make_process(
@@ -314,7 +314,7 @@ class ExecSession:
         self._stdin = _Stdin(connection, self._guest)
         self._deadline = loop.call_later(min(timeout_seconds or MAX_EXEC_SECONDS, MAX_EXEC_SECONDS), self._expire)
         self._kill: Callable[[], None] = self._process.kill
-        container.execs += 1
+        container.commands.append(self._process)
         container.exit_waiters.append(self._kill)
 
     def on_message(self, message: wire.Message) -> None:
@@ -351,7 +351,7 @@ class ExecSession:
         self._process.kill()
 
     def _ended(self, outcome: Outcome) -> None:
-        self._container.execs -= 1
+        self._container.commands.remove(self._process)
         if self._deadline is not None:
             self._deadline.cancel()
         self._guest.end()

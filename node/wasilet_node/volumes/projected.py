@@ -17,7 +17,9 @@ from wasilet_node.volumes.downward_api import DownwardApi, aggregate
 from wasilet_node.volumes.kinds import Shared, Source, default_mode
 from wasilet_node.volumes.secret import Secrets
 
-_SOURCES = frozenset({"serviceAccountToken", "configMap", "secret", "downwardAPI", "clusterTrustBundle"})
+_SOURCES = frozenset(
+    {"serviceAccountToken", "configMap", "secret", "downwardAPI", "clusterTrustBundle", "podCertificate"}
+)
 _OWNER_BITS = 0o700
 
 
@@ -33,7 +35,7 @@ class Projected:
         self._downward_api = DownwardApi(shared)
 
     def check(self, source: Source) -> str:
-        """podCertificate is refused by name: it is not built."""
+        """Kinds that came later are refused by name."""
         for entry in source.get("sources") or []:
             for kind in entry:
                 if kind not in _SOURCES:
@@ -84,9 +86,20 @@ class Projected:
                 published=published(one["path"]),
             )
             return {one["path"]: FileProjection(token, mode & _OWNER_BITS)}
+        if one := entry.get("podCertificate"):
+            return await self._pod_certificate(pod, one, mode)
         if one := entry.get("clusterTrustBundle"):
             return {one["path"]: FileProjection(await self._trust_bundle(one, max_age_seconds), mode)}
         return {}
+
+    async def _pod_certificate(self, pod: Pod, source: Source, mode: int) -> dict[str, FileProjection]:
+        found = await self._shared.references.pod_certificates.credentials(pod, source)
+        files = {
+            "credentialBundlePath": found.key + found.chain,
+            "keyPath": found.key,
+            "certificateChainPath": found.chain,
+        }
+        return {str(source[field]): FileProjection(data, mode) for field, data in files.items() if source.get(field)}
 
     async def _trust_bundle(self, source: Source, max_age_seconds: float) -> bytes:
         bundles = self._shared.references.trust_bundles

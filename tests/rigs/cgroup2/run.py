@@ -4,7 +4,7 @@ tests.rigs.cgroup2.run``.
 For machines that have version 1, or no systemd. The kernel is User Mode Linux (Debian's package ``user-mode-linux``,
 unpacked into a temporary folder): an ordinary process, up in two seconds, whose root is this machine's, read-only. So
 what runs inside is this very checkout. First the supervisor's own tests run in a group that was delegated to them, then
-an agent's part of a systemd service is restarted while a container of its runs.
+an agent's part of a systemd service, hardened as a node's is, is restarted while a container of its runs.
 
 Takes about four minutes, most of it the tests on an emulated memory management. Exit code 0: all of it holds.
 """
@@ -19,9 +19,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from wasilet.cluster.join import systemd_unit
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 BOOT_SECONDS = 600
+MARK = "# --- what neither the node nor a container needs ---"
 SELECTION = "its_output or oomkilled or cpu_limit or control_groups or an_older"
 PASSED = "RIG: all of it holds"
 
@@ -37,10 +40,17 @@ def kernel(folder: Path) -> str:
     return str(folder / "usr/bin/linux.uml")
 
 
+def hardening() -> str:
+    """What the unit of a node that runs as root takes away."""
+    unit = systemd_unit(node="rig", data_dir="/mnt/data", bootstrap_file="/mnt/none")
+    return unit.partition(MARK)[2].partition("[Install]")[0]
+
+
 def boot(program: str, folder: Path, script: str) -> bool:
     """Run one of the scripts as the first process of a machine; whether it said that all holds."""
     init = folder / "init.sh"
     settings = {"PYTHON": sys.executable, "REPOSITORY": str(REPOSITORY), "SELECTION": SELECTION, "PASSED": PASSED}
+    settings["HARDENING"] = hardening()
     assignments = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
     init.write_text(f"#!/bin/sh\n{assignments}. {shlex.quote(str(HERE / script))}\n")
     init.chmod(0o700)

@@ -9,6 +9,7 @@ WorkingDirectory=$REPOSITORY
 ExecStart="$PYTHON" -m tests.rigs.cgroup2.service /mnt/data /mnt/seen
 KillMode=process
 Delegate=yes
+$HARDENING
 UNIT
 cat > /run/systemd/system/rig.service <<UNIT
 [Unit]

@@ -1,5 +1,8 @@
-"""minikube's command line (1.37), after its reference (site/content/en/docs/commands). A new profile's API server is a
-real one, of another provider, that ``settings.json`` names.
+"""minikube's command line (1.38), after its reference (site/content/en/docs/commands) and what the real one prints. A
+new profile's API server is a real one, of another provider, that ``settings.json`` names.
+
+``profiles.json`` holds configurations by name; ``running.json`` names the profiles whose API server runs, and
+``booting.json`` those whose machine does.
 """
 
 from __future__ import annotations
@@ -10,8 +13,6 @@ import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
-
-import yaml
 
 from tests.rigs.standins.commandline import Command, Flag, anything, duration, matches, parse, refuse, switch
 from tests.rigs.standins.world import World
@@ -65,6 +66,21 @@ COMMANDS: dict[tuple[str, ...], Command] = {
 }
 
 
+MISSING = 85
+STOPPED = 7
+NOT_RUNNING = 83
+FAILURE_BOX = """
+X Exiting due to {reason}
+
+* Suggestion: run "minikube logs" and look for what went wrong.
+
+\u256d\u2500\u2500\u2500\u2500\u2500\u2500\u2500\u2500\u256e
+\u2502 * If the above advice does not help, please let us know:      \u2502
+\u2502   https://github.com/kubernetes/minikube/issues/new/choose    \u2502
+\u2570\u2500\u2500\u2500\u2500\u2500\u2500\u2500\u2500\u256f
+"""
+
+
 def main(words: list[str]) -> NoReturn:
     """Behave as minikube would."""
     world = World.of_environment()
@@ -74,36 +90,96 @@ def main(words: list[str]) -> NoReturn:
     name = parsed.one("--profile", "minikube")
     match parsed.command:
         case ("version",):
-            print(f"v{world.setting('minikube_version', '1.37.0')}")
+            print(f"v{world.setting('minikube_version', '1.38.1')}")
         case ("start",):
-            sys.stdout.write("* Starting control plane ...\n")
-            profiles.setdefault(
-                name,
-                {
-                    "Driver": os.environ.get("MINIKUBE_DRIVER", "docker"),
-                    "KubernetesConfig": {"ContainerRuntime": parsed.one("--container-runtime", "docker")},
-                },
-            )
-            world.write("profiles", profiles)
-            world.write("running", [*world.read("running", []), name])
-            _write_context(world, name)
+            _start(world, name, parsed.one("--container-runtime", "docker"))
         case ("delete",):
-            profiles.pop(name, None)
-            world.write("profiles", profiles)
+            for file in ("running", "booting"):
+                with world.changing(file, []) as names:
+                    names[:] = [other for other in names if other != name]
+            with world.changing("profiles", {}) as changing:
+                changing.pop(name, None)
         case ("profile", "list"):
-            valid = [{"Name": key, "Status": "OK", "Config": value} for key, value in profiles.items()]
-            print(json.dumps({"invalid": [], "valid": valid}))
+            listed = [
+                {"Name": key, "Status": "OK" if value else "", "Config": value or None}
+                for key, value in profiles.items()
+            ]
+            invalid = [entry for entry in listed if not entry["Config"]]
+            print(json.dumps({"invalid": invalid, "valid": [entry for entry in listed if entry["Config"]]}))
         case ("status",):
-            state = "Running" if name in world.read("running", []) else "Stopped"
-            print(json.dumps({"Name": name, "Host": state, "Kubelet": state, "APIServer": state, "Worker": False}))
-            sys.exit(0 if state == "Running" else 7)
+            _status(world, name, profiles)
         case ("ssh",):
-            _ssh(world, parsed.rest)
+            _ssh(world, name, parsed.one("--node"), parsed.rest)
     sys.exit(0)
+
+
+def _fail(code: int, reason: str) -> NoReturn:
+    sys.stderr.write(FAILURE_BOX.format(reason=reason))
+    sys.exit(code)
+
+
+def _start(world: World, name: str, runtime: str) -> None:
+    """A profile is listed long before it runs, and its context is written when all the rest is done."""
+    if len(name) < 2:
+        _fail(14, f"MK_USAGE: Profile name '{name}' is not valid")
+    driver = os.environ.get("MINIKUBE_DRIVER") or world.setting("minikube_driver", "docker")
+    if world.setting("root") and driver == "docker" and os.environ.get("MINIKUBE_FORCE") != "true":
+        _fail(57, 'DRV_AS_ROOT: The "docker" driver should not be used with root privileges.')
+    sys.stdout.write(f"* Using the {driver} driver\n* Starting control plane ...\n")
+    sys.stdout.flush()
+    if why := world.setting("minikube_fails"):
+        with world.changing("profiles", {}) as profiles:
+            profiles[name] = None
+        _fail(80, why)
+    with world.changing("profiles", {}) as profiles:
+        profiles.setdefault(
+            name,
+            {
+                "Driver": driver,
+                "KubernetesConfig": {"ContainerRuntime": runtime},
+                "Nodes": [
+                    {"Name": "" if number == 1 else f"m{number:02}"}
+                    for number in range(1, world.setting("nodes", 1) + 1)
+                ],
+            },
+        )
+    world.phase("profile")
+    for file, phase in (("booting", "machine"), ("running", "apiserver")):
+        with world.changing(file, []) as names:
+            names.append(name)
+        world.phase(phase)
+    _write_context(world, name)
+    world.phase("context")
+
+
+def _machines(profile: dict[str, Any], name: str) -> list[str]:
+    nodes = [node["Name"] for node in profile.get("Nodes") or [{"Name": ""}]]
+    return [f"{name}-{node}" if node else name for node in nodes]
+
+
+def _status(world: World, name: str, profiles: dict[str, Any]) -> NoReturn:
+    """One node is an object, several are a list, a missing profile is two events."""
+    if name not in profiles:
+        for kind, message in (("step", f'Profile "{name}" not found.'), ("error", f"minikube start -p {name}")):
+            event = {"specversion": "1.0", "type": f"io.k8s.sigs.minikube.{kind}", "data": {"message": message}}
+            print(json.dumps(event))
+        sys.exit(MISSING)
+    server = "Running" if name in world.read("running", []) else "Stopped"
+    host = server if name not in world.read("booting", []) else "Running"
+    entries = []
+    for index, machine in enumerate(_machines(profiles[name] or {}, name)):
+        down = machine in world.setting("stopped_nodes", [])
+        entry = {"Name": machine, "Host": "Stopped" if down else host, "Kubelet": server, "Worker": index > 0}
+        entries.append(entry | {"APIServer": "Irrelevant" if index else server})
+    print(json.dumps(entries[0] if len(entries) == 1 else entries))
+    running = server == "Running" and all(entry["Host"] == "Running" for entry in entries)
+    sys.exit(0 if running else STOPPED)
 
 
 def _write_context(world: World, name: str) -> None:
     """minikube adds a context named as the profile to the first file of KUBECONFIG, and makes it current."""
+    import yaml  # takes longer than all the rest of a start
+
     data = yaml.safe_load(Path(world.setting("kubeconfig")).read_text())
     for section in ("clusters", "contexts", "users"):
         data[section][0]["name"] = name
@@ -113,10 +189,17 @@ def _write_context(world: World, name: str) -> None:
     Path(os.environ["KUBECONFIG"].split(os.pathsep)[0]).write_text(yaml.safe_dump(data))
 
 
-def _ssh(world: World, rest: list[str]) -> None:
+def _ssh(world: World, name: str, node: str, rest: list[str]) -> None:
     if len(rest) != 1:
         refuse("one command line is expected after --")
-    file = world.folder / "files" / "hosts.toml"
+    profile = world.read("profiles", {}).get(name) or {}
+    machines = _machines(profile, name)
+    machine = node if node in machines else f"{name}-{node}" if node else name
+    if machine not in machines:
+        _fail(80, f"GUEST_NODE_RETRIEVE: Could not find node {node}")
+    if name not in world.read("running", []) or machine in world.setting("stopped_nodes", []):
+        _fail(NOT_RUNNING, f"GUEST_NOT_RUNNING: The control-plane node {machine} host is not running")
+    file = world.folder / "files" / machine / "hosts.toml"
     if rest[0] == "grep host.minikube.internal /etc/hosts":
         print(f"{world.setting('gateway')}\thost.minikube.internal", end="\r\n")
     elif rest[0].startswith("sudo cat "):

@@ -64,6 +64,36 @@ def test_a_failure_carries_code_and_last_lines_of_stderr() -> None:
     assert "exit code 7" in caught.value.message
 
 
+def test_a_failure_is_free_of_colours_and_its_lines_too() -> None:
+    seen: list[str] = []
+    with pytest.raises(CommandError) as caught:
+        run(
+            ["sh", "-c", r"printf '\033[36mINFO\033[0m begin\n\033[31mFATA\033[0m why\n' >&2; exit 1"],
+            timeout_seconds=10,
+            on_line=seen.append,
+        )
+    assert caught.value.message.endswith("failed with exit code 1: FATA why")
+    assert caught.value.tail == ("INFO begin", "FATA why")
+    assert seen == ["INFO begin", "FATA why"]
+
+
+def test_output_that_is_data_keeps_every_byte() -> None:
+    assert run(["printf", r"\033[1mx"], timeout_seconds=10).stdout == "\x1b[1mx"
+
+
+def test_the_line_that_says_why_can_be_chosen() -> None:
+    lines = "ERROR: why\nadvice\nmore advice\n"
+    with pytest.raises(CommandError) as caught:
+        run(
+            ["sh", "-c", 'printf "$0" >&2; exit 1', lines],
+            timeout_seconds=10,
+            headline=lambda given: next((line for line in given if line.startswith("ERROR")), None),
+        )
+    assert caught.value.message.endswith("failed with exit code 1: ERROR: why")
+    with pytest.raises(CommandError, match="exit code 1: more advice"):
+        run(["sh", "-c", 'printf "$0" >&2; exit 1', lines], timeout_seconds=10, headline=lambda _: None)
+
+
 def test_a_failure_can_be_looked_at_instead() -> None:
     assert run(["sh", "-c", "exit 3"], timeout_seconds=10, check=False).returncode == 3
 

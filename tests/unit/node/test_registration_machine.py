@@ -117,5 +117,5 @@ def test_the_address_that_reaches_the_api_server_comes_first(monkeypatch: pytest
 
 def test_a_machine_without_a_network_advertises_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wasilet_node.machine, "_route_to", lambda _: None)
-    monkeypatch.setattr(wasilet_node.machine, "_interface_addresses", lambda: iter(()))
+    monkeypatch.setattr(wasilet_node.machine, "interface_addresses", lambda: iter(()))
     assert find_address("https://api.example:6443") == "127.0.0.1"

@@ -25,6 +25,7 @@ NOT_MESSAGES = frozenset(
         "kubectl logs says x509 or TLS",
         "kubectl logs says 502, or the proxy refuses loopback",
         "DESTINATION_NOT_ALLOWED",
+        'violates PodSecurity "baseline:latest"',
     }
 )
 """Headings of the troubleshooting page that describe what is seen."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
+import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -26,9 +29,12 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def door(to_port: int) -> AsyncIterator[int]:
+async def door(to_port: int, *, allowed: str = "127.0.0.0/8") -> AsyncIterator[int]:
     port, stop = free_port(), asyncio.Event()
-    task = asyncio.create_task(tcp_proxy.serve(("127.0.0.1", port), ("127.0.0.1", to_port), stop=stop))
+    networks = [ipaddress.ip_network(allowed)]
+    task = asyncio.create_task(
+        tcp_proxy.serve(("127.0.0.1", port), ("127.0.0.1", to_port), stop=stop, allowed=networks)
+    )
     try:
         async with asyncio.timeout(5):
             while True:
@@ -74,6 +80,26 @@ async def test_a_server_that_is_away_closes_the_connection_and_the_door_stays() 
             await writer.wait_closed()
 
 
+async def test_who_comes_from_elsewhere_than_is_allowed_is_not_forwarded() -> None:
+    reached = []
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.append(writer.get_extra_info("peername"))
+        writer.write(b"reached")
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server, door(server.sockets[0].getsockname()[1], allowed="127.0.0.2/32") as port:
+        for source, expected in (("127.0.0.1", b""), ("127.0.0.2", b"reached")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+            async with asyncio.timeout(10):
+                assert await reader.read(-1) == expected
+            writer.close()
+            await writer.wait_closed()
+    assert len(reached) == 1
+
+
 async def test_stopping_ends_connections_that_are_open() -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(-1)
@@ -109,13 +135,14 @@ def unit(**given: str) -> str:
     return join.systemd_unit(**values)
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("user", ["root", "daemon"])
+def test_systemd_takes_the_unit(tmp_path: Path, user: str) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     path = tmp_path / "wasilet-node.service"
     arguments = ["--node-labels", 'a=100%,b=x"y', "--max-pods", "500", "--provider-id", "$HOME"]
     text = join.systemd_unit(
-        node="wasm-1", data_dir="/var/lib/wasilet", bootstrap_file="/b.conf", user="root", arguments=arguments
+        node="wasm-1", data_dir="/var/lib/wasilet", bootstrap_file="/b.conf", user=user, arguments=arguments
     )
     join.write_unit(path, text)
     done = subprocess.run(
@@ -131,6 +158,36 @@ def test_a_restart_of_the_agent_leaves_containers_alone() -> None:
     assert "Delegate=yes" in text
     assert "User=wasm" in text
     assert f'ExecStart="{sys.executable}" -P -m wasilet_node --node-name "wasm-1"' in text
+
+
+@pytest.mark.parametrize("user", ["", "root", "wasm"])
+def test_the_unit_takes_away_what_the_node_does_not_need(user: str) -> None:
+    lines = unit(user=user).splitlines()
+    common = {"NoNewPrivileges=yes", "RestrictSUIDSGID=yes", "RestrictRealtime=yes", "SystemCallArchitectures=native"}
+    assert common <= {*lines}
+    only_root = [line for line in lines if line.startswith("CapabilityBoundingSet=~")]
+    assert ("User=wasm" in lines, bool(only_root)) == (user == "wasm", user != "wasm")
+    # Memory volumes are mounts of root's node: in a mount namespace of the service the next agent would not see them.
+    assert ("ProtectSystem=full" in lines, "CapabilityBoundingSet=" in lines) == (user == "wasm", user == "wasm")
+
+
+@pytest.mark.parametrize(
+    ("data_dir", "user", "expected"),
+    [
+        ("/var/lib/wasilet/n", "wasm", "StateDirectory=wasilet/n"),
+        ("/var/lib/wasilet/n", "root", None),
+        ("/srv/n", "wasm", None),
+        ("/var/lib/../n", "wasm", None),
+    ],
+)
+def test_the_data_folder_of_an_ordinary_user_is_made_by_systemd(data_dir: str, user: str, expected: str | None) -> None:
+    lines = unit(data_dir=data_dir, user=user).splitlines()
+    assert next((line for line in lines if line.startswith("StateDirectory=")), None) == expected
+
+
+def test_a_node_runs_as_whoever_asks_for_its_unit() -> None:
+    assert join.unit_user({"SUDO_USER": "ann"}) == "ann"
+    assert join.unit_user({}) == pwd.getpwuid(os.geteuid()).pw_name
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_the_keys_of_status_stay_even_when_nothing_runs(settings: Settings) -> N
     data = statuses.status(settings)
     assert {*data} == {
         *("name", "provider", "kubeconfig", "context", "server", "registry", "registry_login", "state_dir"),
-        *("pod_network", "components", "nodes", "ready"),
+        *("pod_network", "pod_security", "components", "nodes", "ready"),
     }
     assert data["ready"] is False
     assert [entry["name"] for entry in data["components"]] == [

@@ -171,6 +171,20 @@ def test_only_missing_objects_are_created(kube: Any) -> None:
     assert create_missing(kube, objects) == []
 
 
+def test_a_service_whose_address_is_its_own_is_there(kube: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API server finds the fixed address taken before it finds the Service."""
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "kube-dns", "namespace": "kube-system"}}
+
+    def create(_path: str, _body: object) -> None:
+        raise ApiError("spec.clusterIPs: provided IP is already allocated", code=422)
+
+    monkeypatch.setattr(kube, "create", create)
+    with pytest.raises(ApiError, match="already allocated"):
+        create_missing(kube, [service])
+    kube.objects[object_path(service)] = service
+    assert create_missing(kube, [service]) == []
+
+
 def test_no_value_breaks_out_of_a_template() -> None:
     nasty = 'x"\n  evil: "yes'
     (secret,) = render_objects(

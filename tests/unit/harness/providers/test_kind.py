@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,23 +22,17 @@ from wasilet.process import stop
 from wasilet.providers.base import Cluster
 from wasilet.providers.docker import is_local
 from wasilet.providers.existing_base import StoppedError, made_since, update_facts
-from wasilet.providers.kind import KindProvider, node_image
-from wasilet.settings import Settings, cache_root, load
+from wasilet.providers.kind import KindProvider, first_error, node_image
+from wasilet.settings import Settings
 from wasilet.state import State
 from wasilet.steps import Recap, SilentReporter
 
+from tests.rigs.standins.settings import ADMIN, standin_settings
 from tests.rigs.standins.world import ROOT, World
 
 pytestmark = pytest.mark.unit
 
-ADMIN = """\
-apiVersion: v1
-kind: Config
-clusters: [{name: k, cluster: {server: "https://127.0.0.1:1"}}]
-contexts: [{name: k, context: {cluster: k, user: k}}]
-users: [{name: k, user: {token: t}}]
-current-context: k
-"""
+PORTS = {"registry": 5000, "registry_for_nodes": 5001}
 
 
 @pytest.fixture
@@ -58,15 +52,7 @@ def settings(world: World, tmp_path: Path) -> Iterator[Settings]:
 
 
 def settings_with(world: World, folder: Path, *tools: str, **given: Any) -> Settings:
-    base = {key: value for key, value in os.environ.items() if not key.startswith(("WASILET_", "DOCKER_"))}
-    environ = {
-        **world.environment(base, *tools),
-        "WASILET_STATE_HOME": str(folder / "state"),
-        "WASILET_CACHE": str(cache_root()),
-        "KUBECONFIG": str(folder / "user.conf"),
-    }
-    made = load(environ=environ, **{"name": "unit", "provider": "kind", "download": False, **given})
-    return replace(made, timeouts=replace(made.timeouts, ready_seconds=0.5))
+    return standin_settings(world, folder, "kind", *tools, **given)
 
 
 @pytest.fixture
@@ -125,6 +111,31 @@ def test_an_old_kind_is_refused_by_its_version(world: World, settings: Settings,
     assert f"is kind v{version}, and 0.27 or newer is needed" in error.message
 
 
+def test_a_name_that_is_too_long_for_its_nodes_is_refused(world: World, tmp_path: Path) -> None:
+    error = refused(settings_with(world, tmp_path, "docker", "kind", name="a" * 50))
+    assert error.message == f"{'a' * 50!r} is no name for a kind cluster: 50 characters"
+    assert world.calls("kind") == world.calls("docker") == []
+
+
+def test_check_of_a_stopped_cluster_is_a_difference(world: World, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "admin").write_text(ADMIN)
+    world.configure(kubeconfig=str(tmp_path / "admin"))
+    theirs(world, running=False)
+    with open_cluster(settings) as cluster:
+        cluster.state.update(provider="kind", run_id=uuid.uuid4().hex, ports=PORTS)
+        update_facts(cluster, created=True, ids=["theirs"], uid="1", server="https://127.0.0.1:1")
+        update_facts(cluster, node_address="127.0.0.1", registry_address="127.0.0.1")
+        cluster.state.admin_kubeconfig.write_text(ADMIN)
+    recap = up(settings, reporter=SilentReporter(), check=True)
+    assert [(outcome.name, outcome.detail) for outcome in recap.failures] == []
+
+
+def test_the_first_error_is_the_headline() -> None:
+    lines = [" x Preparing nodes", "ERROR: failed to create cluster: no space", "Command Output: more", ""]
+    assert first_error(lines) == "failed to create cluster: no space"
+    assert first_error(["only this"]) is None
+
+
 def test_the_task_ends_with_exit_code_2_and_one_line(world: World, settings: Settings) -> None:
     world.configure(docker="stopped")
     command = [sys.executable, "-P", "-m", "invoke", "up", "--provider", "kind", "--name", "unit"]
@@ -178,7 +189,7 @@ def test_every_node_of_a_configuration_is_told_of_the_registry(
     config = tmp_path / "kind.yaml"
     config.write_text(yaml.safe_dump({"kind": "Cluster", "nodes": [{"role": role} for role in roles]}))
     with open_cluster(settings_with(world, tmp_path, "docker", "kind", config=str(config))) as cluster:
-        cluster.state.update(provider="kind", run_id="r", ports={"registry": 5000, "registry_for_nodes": 5001})
+        cluster.state.update(provider="kind", run_id=uuid.uuid4().hex, ports=PORTS)
         provider = KindProvider()
         found = provider.create(cluster, say=lambda _: None)
         assert len(found.ids) == len(roles) + (roles.count("control-plane") > 1)
@@ -239,7 +250,7 @@ def test_up_starts_a_stopped_cluster_of_ours_and_waits_for_it(world: World, sett
     world.configure(kubeconfig=str(tmp_path / "admin"))
     theirs(world, running=False)
     with open_cluster(settings) as cluster:
-        cluster.state.update(provider="kind", run_id="r")
+        cluster.state.update(provider="kind", run_id=uuid.uuid4().hex)
         update_facts(cluster, created=True, ids=["theirs"], uid="1", server="https://127.0.0.1:1")
     recap = up(settings, reporter=SilentReporter(), check=True)
     assert "is stopped; start it" in next(o.detail for o in recap.outcomes if o.name == "API server")
@@ -282,7 +293,7 @@ def test_a_cluster_that_was_made_anew_by_hand_under_our_name_stays(world: World,
 
 def test_down_of_a_cluster_that_is_gone_already_succeeds(world: World, settings: Settings) -> None:
     with open_cluster(settings) as cluster:
-        cluster.state.update(provider="kind", run_id="r")
+        cluster.state.update(provider="kind", run_id=uuid.uuid4().hex)
         update_facts(cluster, created=True, ids=["ours"])
     recap = down(settings, reporter=SilentReporter(), purge=True)
     assert recap.succeeded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import resource
@@ -411,8 +412,8 @@ async def test_a_memory_hog_is_oomkilled(rig: Rig) -> None:
     assert "memory limit" in status.message
 
 
-async def test_without_control_groups_the_supervisor_watches_memory_itself(tmp_path: Path) -> None:
-    data = tmp_path / "data"
+@contextlib.asynccontextmanager
+async def without_control_groups(data: Path) -> AsyncIterator[Rig]:
     data.mkdir()
     command = [sys.executable, "-P", "-m", "wasilet_node.runtime.supervisor", f"--data-dir={data}", "--no-cgroups"]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
@@ -423,6 +424,32 @@ async def test_without_control_groups_the_supervisor_watches_memory_itself(tmp_p
 
     await eventually(there)
     async with running_supervisor(data) as rig:
+        yield rig
+
+
+async def test_without_control_groups_the_commands_of_a_container_share_its_memory_limit(tmp_path: Path) -> None:
+    """The largest goes: a command, and not the container that has done nothing."""
+    fills_when_told = guest(
+        """
+        (drop (call $args_sizes (i32.const 16) (i32.const 20)))
+        (if (i32.ge_u (i32.load (i32.const 16)) (i32.const 2)) (then
+          (drop (memory.grow (i32.const 500)))
+          (memory.fill (i32.const 65536) (i32.const 1) (i32.const 30000000))))
+        (call $sleep_ms (i64.const 3600000))
+        """
+    )
+    async with without_control_groups(tmp_path / "data") as rig:
+        limit_bytes = 48 * 1024 * 1024
+        status = await rig.client.start(rig.config(rig.artifact(fills_when_told), memory_limit_bytes=limit_bytes))
+        filling = [rig.client.exec(status.id, ["x", "fill"], timeout_seconds=10) for _ in range(2)]
+        results = sorted(await asyncio.gather(*filling), key=lambda result: result.timed_out)
+        assert [(result.exit_code, result.timed_out) for result in results] == [(137, False), (137, True)]
+        (found,) = await rig.client.list()
+        assert found.state is ContainerState.RUNNING
+
+
+async def test_without_control_groups_the_supervisor_watches_memory_itself(tmp_path: Path) -> None:
+    async with without_control_groups(tmp_path / "data") as rig:
         assert not rig.client.capabilities.memory_cgroup
         assert not rig.client.capabilities.cpu_limits
         filled = guest(

@@ -106,6 +106,7 @@ async def test_fragments_are_one_message_and_a_ping_between_them_is_answered() -
         (b"\x82\xff" + (MAX_MESSAGE_BYTES + 1).to_bytes(8, "big"), "too large"),
         (b"\x02\xfe\xff\xff" + bytes(4 + 65535) + b"\x80\xff" + MAX_MESSAGE_BYTES.to_bytes(8, "big"), "too large"),
     ],
+    ids=range(9),  # the masks are random, and so would be the names of the tests
 )
 async def test_what_breaks_the_protocol_ends_the_connection(data: bytes, words: str) -> None:
     with pytest.raises(WebSocketError, match=words):

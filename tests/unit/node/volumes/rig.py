@@ -36,6 +36,10 @@ class FakeKube:
         self.unavailable: Exception | None = None
         self.delay_seconds = 0.0
         self.token_seconds = 3600
+        self.certificates_served = True
+        self.certificate_status: dict[str, Any] = {}
+        """Of new PodCertificateRequests."""
+
         self.now = 1_800_000_000.0
         self._watches: list[tuple[str, str | None, asyncio.Queue[WatchEvent | Exception]]] = []
 
@@ -119,6 +123,11 @@ class FakeKube:
             self.forbidden[path] -= 1
             raise NotFoundError(404, "NotFound", 'pods "p" not found')
         expires = self.now + self.token_seconds
+        if path.endswith("/podcertificaterequests"):
+            if not self.certificates_served:
+                raise NotFoundError(404, "NotFound", "the server could not find the requested resource")
+            name = f"req-{self.calls[path]}"
+            return self.put(f"{path}/{name}", spec=body["spec"], status=self.certificate_status)
         claims = {
             "iat": int(self.now),
             "exp": int(expires),
@@ -207,7 +216,11 @@ class Rig:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.kube = FakeKube()
-        self.references = References(self.kube, settings=ReferenceSettings(**{"lag_seconds": 0.2, **settings}))
+        self.references = References(
+            self.kube,
+            settings=ReferenceSettings(**{"lag_seconds": 0.2, **settings}),
+            node=lambda: ("wasm-1", "uid-node"),
+        )
         self.tokens = Tokens(self.references, clock=lambda: self.kube.now, jitter=lambda: 0.0)
         self.folder = folder
         self.memory = folder / "shm"

@@ -223,8 +223,8 @@ async def test_only_volumes_that_a_container_mounts_are_set_up(rig: Rig) -> None
         ({"image": {}}, "no image is named"),
         ({"emptyDir": {"medium": "HugePages-2Mi"}}, "emptyDir medium HugePages-2Mi is not supported"),
         (
-            {"projected": {"sources": [{"podCertificate": {"signerName": "x"}}]}},
-            "projected source podCertificate is not supported",
+            {"projected": {"sources": [{"dance": {}}]}},
+            "projected source dance is not supported",
         ),
     ],
 )
