@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from wasilet_common.process_start import prepare_process, silence_stdout
 
 from wasilet_node import __version__
-from wasilet_node.commandline import ComponentHostCommand, RunCommand, UsageError, parse, terminal_error
+from wasilet_node.command_parser import UsageError
+from wasilet_node.commandline import ComponentHostCommand, RunCommand, parse, terminal_error
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -31,9 +31,12 @@ from wasilet_node.settings import NodeSettings
 if TYPE_CHECKING:
     from wasilet_node.certificates import Certificates
     from wasilet_node.certificates_store import NodeNames, Pair
+    from wasilet_node.images.manager import ImageManager
     from wasilet_node.kube.client import KubeClient
     from wasilet_node.kube.events import KubeEventRecorder
+    from wasilet_node.kube.references import References
     from wasilet_node.network.service import PodNetwork
+    from wasilet_node.pods.manager import PodManager
     from wasilet_node.pods.probes import ProbeReport
     from wasilet_node.registration import Registration
     from wasilet_node.runtime.client import RuntimeClient
@@ -96,6 +99,8 @@ class _Agent:
         self._version = version
         self._problem: str | None = None
         self._server_changed = asyncio.Event()
+        self._server: KubeletServer
+        self._registration: Registration
 
     async def run(self) -> None:
         """Until cancelled; raises what ended it otherwise."""
@@ -135,68 +140,81 @@ class _Agent:
     async def _run_parts(
         self, stack: AsyncExitStack, certificates: Certificates, kube: KubeClient, runtime: RuntimeClient
     ) -> None:
-        from wasilet_common.oci.credentials import from_secrets
-
-        from wasilet_node.identity import instance_id
-        from wasilet_node.images.compile import Compiler
-        from wasilet_node.images.manager import ImageManager
         from wasilet_node.kube.events import KubeEventRecorder
         from wasilet_node.kube.references import References
-        from wasilet_node.lease import LeaseKeeper
-        from wasilet_node.machine import interface_addresses, is_advertisable
-        from wasilet_node.network.attachment import MachineNetwork
-        from wasilet_node.pods.environment import EnvironmentBuilder
-        from wasilet_node.pods.http_policy import Outbound
-        from wasilet_node.pods.manager import PodManager
-        from wasilet_node.registration import Registration
-        from wasilet_node.server.app import KubeletServer
-        from wasilet_node.volumes.manager import VolumeManager
 
-        settings = self._settings
-        events = KubeEventRecorder(kube, host=settings.node_name)
-        references = References(kube, node=lambda: (settings.node_name, registration.uid()))
+        node_name = self._settings.node_name
+        events = KubeEventRecorder(kube, host=node_name)
+        references = References(kube, node=lambda: (node_name, self._registration.uid()))
         references.start()
         stack.push_async_callback(references.close)
+        images = await self._image_manager(stack)
+        network = self._pod_network()
+        node = self._registration = self._make_registration(kube, certificates, events, images, network)
+        pods = self._pod_manager(
+            stack,
+            kube=kube,
+            runtime=runtime,
+            images=images,
+            events=events,
+            references=references,
+            network=network,
+        )
+        server = self._server = self._make_server(kube, certificates, runtime, pods, network)
+        self._set_serving(certificates.serving_pair(node.names))
+        await self._supervise(
+            events,
+            {
+                "pods": pods.run(),
+                "kubelet API": server.run(),
+                "registration": self._keep_registered(kube, certificates),
+                "certificates": certificates.run(on_serving=self._set_serving, on_client_ca=self._set_client_ca),
+                "image collection": images.run(),
+                "runtime check": self._check_runtime(runtime, node),
+                "record": self._keep_record(node, server),
+                **({"pod network": network.run()} if network is not None else {}),
+            },
+        )
+
+    # ---- the parts
+
+    async def _image_manager(self, stack: AsyncExitStack) -> ImageManager:
+        from wasilet_node.images.compile import Compiler
+        from wasilet_node.images.manager import ImageManager
+
+        settings = self._settings
         compiler = Compiler(settings.paths.compiled, settings.images)
         stack.push_async_callback(compiler.close)
         images = ImageManager(directory=settings.paths.images, settings=settings.images, compiler=compiler)
         await images.start()
         stack.push_async_callback(images.close)
+        return images
 
-        server: KubeletServer
-        registration: Registration
-        network = self._pod_network()
-        networks = network or MachineNetwork()
+    def _make_registration(
+        self,
+        kube: KubeClient,
+        certificates: Certificates,
+        events: KubeEventRecorder,
+        images: ImageManager,
+        network: PodNetwork | None,
+    ) -> Registration:
+        from wasilet_node.identity import instance_id
+        from wasilet_node.machine import is_advertisable
+        from wasilet_node.registration import Registration
+
+        settings = self._settings
 
         def on_names(names: NodeNames) -> None:
             certificates.set_names(names)
-            server.set_address(registration.address)
+            self._server.set_address(registration.address)
             self._server_changed.set()
-
-        def on_serving(pair: Pair) -> None:
-            server.set_certificate(pair.certificate.encode(), pair.key.encode())
-
-        def on_client_ca(pem: str | None) -> None:
-            server.set_client_ca(pem.encode() if pem is not None else None)
-
-        def on_probe(report: ProbeReport) -> None:
-            namespace, name = report.pod["metadata"]["namespace"], report.pod["metadata"]["name"]
-            server.probes.record(
-                kind=report.kind.value,
-                result="successful" if report.successful else "failed",
-                container=report.container,
-                pod=name,
-                namespace=namespace,
-                pod_uid=report.pod["metadata"]["uid"],
-                duration_seconds=report.duration_seconds if report.successful else None,
-            )
 
         registration = Registration(
             kube=kube,
             events=events,
             settings=settings,
             server=kube.cluster.server,
-            port=lambda: server.port or settings.port,
+            port=self._kubelet_port,
             hostname=settings.hostname or settings.node_name,
             agent_version=self._version,
             instance_id=instance_id(settings.paths.data),
@@ -213,76 +231,127 @@ class _Agent:
                 "its node proxy refuses such addresses",
                 registration.address,
             )
+        return registration
+
+    def _pod_manager(
+        self,
+        stack: AsyncExitStack,
+        *,
+        kube: KubeClient,
+        runtime: RuntimeClient,
+        images: ImageManager,
+        events: KubeEventRecorder,
+        references: References,
+        network: PodNetwork | None,
+    ) -> PodManager:
+        from wasilet_common.oci.credentials import from_secrets
+
+        from wasilet_node.machine import interface_addresses
+        from wasilet_node.network.attachment import MachineNetwork
+        from wasilet_node.pods.dependencies import PodDependencies
+        from wasilet_node.pods.environment import EnvironmentBuilder
+        from wasilet_node.pods.http_policy import Outbound
+        from wasilet_node.pods.manager import PodManager
+        from wasilet_node.volumes.manager import VolumeManager
+
+        settings, node = self._settings, self._registration
+        networks = network or MachineNetwork()
         volumes = VolumeManager(
             settings.paths,
             references,
-            allocatable=lambda: registration.info().allocatable,
-            addresses=lambda pod: networks.addresses(pod) or registration.info().addresses,
+            allocatable=lambda: node.info().allocatable,
+            addresses=lambda pod: networks.addresses(pod) or node.info().addresses,
         )
         stack.callback(volumes.close)
-        pods = PodManager(
-            kube=kube,
-            runtime=runtime,
-            images=images,
-            volumes=volumes,
-            events=events,
-            settings=settings,
-            environment=EnvironmentBuilder(references, volumes),
-            references=references,
-            parse_credentials=from_secrets,
-            node=registration.info,
-            observe_probe=on_probe,
-            networks=networks,
-            outbound=Outbound(
-                local_origins=settings.local_origins,
-                own_addresses=lambda: (*registration.info().addresses, *interface_addresses()),
-                api_server=kube.cluster.server,
-                kubelet_port=lambda: server.port or settings.port,
+        return PodManager(
+            PodDependencies(
+                kube=kube,
+                runtime=runtime,
+                images=images,
+                volumes=volumes,
+                events=events,
+                environments=EnvironmentBuilder(references, volumes),
+                references=references,
+                parse_credentials=from_secrets,
+                paths=settings.paths,
+                node=node.info,
+                observe_probe=self._record_probe,
+                networks=networks,
+                outbound=Outbound(
+                    local_origins=settings.local_origins,
+                    own_addresses=lambda: (*node.info().addresses, *interface_addresses()),
+                    api_server=kube.cluster.server,
+                    kubelet_port=self._kubelet_port,
+                ),
             ),
+            node_name=settings.node_name,
         )
+
+    def _make_server(
+        self,
+        kube: KubeClient,
+        certificates: Certificates,
+        runtime: RuntimeClient,
+        pods: PodManager,
+        network: PodNetwork | None,
+    ) -> KubeletServer:
+        from wasilet_node.network.attachment import MachineNetwork
+        from wasilet_node.server.app import KubeletServer
+
         client_ca = certificates.client_ca()
-        server = KubeletServer(
-            settings=settings,
+        return KubeletServer(
+            settings=self._settings,
             kube=kube,
             pods=pods,
             runtime=runtime,
-            log_root=settings.paths.logs,
+            log_root=self._settings.paths.logs,
             client_ca_pem=client_ca.encode() if client_ca is not None else None,
-            address=registration.address,
+            address=self._registration.address,
             healthy=lambda: self._problem,
-            networks=networks,
+            networks=network or MachineNetwork(),
         )
-        on_serving(certificates.serving_pair(registration.names))
+
+    async def _keep_registered(self, kube: KubeClient, certificates: Certificates) -> None:
+        from wasilet_node.lease import LeaseKeeper
+
+        settings, node = self._settings, self._registration
         lease = LeaseKeeper(
             kube=kube,
             node_name=settings.node_name,
-            node_uid=registration.uid,
+            node_uid=node.uid,
             duration_seconds=settings.lease_duration_seconds,
             renew_interval_seconds=settings.lease_renew_interval_seconds,
             on_unauthorized=certificates.rejected,
         )
+        # The Node names the port, and 'kubectl logs' may come the moment it is there.
+        await self._server.wait_listening()
+        await node.register()
+        self._write_record(node, self._server)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(lease.run(), name="lease")
+            group.create_task(node.run(), name="node")
 
-        async def keep_registered() -> None:
-            # The Node names the port, and 'kubectl logs' may come the moment it is there.
-            await server.wait_listening()
-            await registration.register()
-            self._write_record(registration, server)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(lease.run(), name="lease")
-                group.create_task(registration.run(), name="node")
+    # ---- what the parts report to each other
 
-        await self._supervise(
-            events,
-            {
-                "pods": pods.run(),
-                "kubelet API": server.run(),
-                "registration": keep_registered(),
-                "certificates": certificates.run(on_serving=on_serving, on_client_ca=on_client_ca),
-                "image collection": images.run(),
-                "runtime check": self._check_runtime(runtime, registration),
-                "record": self._keep_record(registration, server),
-                **({"pod network": network.run()} if network is not None else {}),
-            },
+    def _kubelet_port(self) -> int:
+        return self._server.port or self._settings.port
+
+    def _set_serving(self, pair: Pair) -> None:
+        self._server.set_certificate(pair.certificate.encode(), pair.key.encode())
+
+    def _set_client_ca(self, pem: str | None) -> None:
+        self._server.set_client_ca(pem.encode() if pem is not None else None)
+
+    def _record_probe(self, report: ProbeReport) -> None:
+        metadata = report.pod["metadata"]
+        self._server.probes.record(
+            kind=report.kind.value,
+            result="successful" if report.successful else "failed",
+            container=report.container,
+            pod=metadata["name"],
+            namespace=metadata["namespace"],
+            pod_uid=metadata["uid"],
+            duration_seconds=report.duration_seconds if report.successful else None,
         )
 
     def _pod_network(self) -> PodNetwork | None:

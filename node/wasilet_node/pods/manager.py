@@ -10,27 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from wasilet_node import logfolders
-from wasilet_node.images.model import Images
-from wasilet_node.kube.base import EventRecorder, Kube, KubeObject
-from wasilet_node.network.attachment import MachineNetwork, Networks
+from wasilet_node.kube.base import KubeObject
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import admission, log_layout, resources, spec, termination
 from wasilet_node.pods.admission import Neighbour
 from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.container_start import ANNOTATION_MODULE
-from wasilet_node.pods.dependencies import CredentialParser, Environments, PodDependencies, PullSecretReader, Timing
+from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.eviction import Evictor
-from wasilet_node.pods.http_policy import Outbound
-from wasilet_node.pods.nodeinfo import NodeSource
-from wasilet_node.pods.probes import ProbeObserver, ignore
 from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.worker import PodWorker
-from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, Runtime, RuntimeUnavailableError
-from wasilet_node.settings import NodeSettings
-from wasilet_node.volumes.base import VolumeError, Volumes
+from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, RuntimeUnavailableError
+from wasilet_node.volumes.base import VolumeError
 
 logger = logging.getLogger(__name__)
 
@@ -45,42 +40,9 @@ _SUBSCRIBED_SECONDS = 0.2
 class PodManager:
     """The pods bound to this node. ``run`` for ever; ``pods`` and ``pod`` for the kubelet API."""
 
-    def __init__(
-        self,
-        *,
-        kube: Kube,
-        runtime: Runtime,
-        images: Images,
-        volumes: Volumes,
-        events: EventRecorder,
-        settings: NodeSettings,
-        environment: Environments,
-        references: PullSecretReader,
-        parse_credentials: CredentialParser,
-        node: NodeSource,
-        timing: Timing | None = None,
-        observe_probe: ProbeObserver = ignore,
-        outbound: Outbound | None = None,
-        networks: Networks | None = None,
-    ) -> None:
-        self._services = PodDependencies(
-            kube=kube,
-            runtime=runtime,
-            images=images,
-            volumes=volumes,
-            events=events,
-            environments=environment,
-            references=references,
-            parse_credentials=parse_credentials,
-            paths=settings.paths,
-            node=node,
-            timing=timing or Timing(),
-            observe_probe=observe_probe,
-            outbound=outbound or Outbound(),
-            networks=networks or MachineNetwork(),
-            room=self.room,
-        )
-        self._node_name = settings.node_name
+    def __init__(self, dependencies: PodDependencies, *, node_name: str) -> None:
+        self._services = replace(dependencies, room=self.room)
+        self._node_name = node_name
         self._evictor = Evictor(self._services)
         self._workers: dict[str, PodWorker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from wasilet_node import instance
-from wasilet_node.commandline import RunCommand, ShutdownCommand, UsageError, parse
+from wasilet_node.command_parser import UsageError
+from wasilet_node.commandline import RunCommand, ShutdownCommand, parse
 from wasilet_node.instance import AgentRecord, AlreadyRunningError, ForeignFolderError
 from wasilet_node.runtime.linux import start_time
 from wasilet_node.settings import NodeSettings

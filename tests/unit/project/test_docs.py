@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from wasilet_dev import docs_tasks
-from wasilet_node import commandline
+from wasilet_node import command_parser
 
 from tests.docs_pages import DOCS, Command, File, PageError, begins, fences, items, matches, pages, without_fences
 
@@ -110,7 +110,7 @@ def test_every_task_is_explained_with_its_options() -> None:
 
 def test_every_flag_and_variable_of_the_node_is_in_its_reference() -> None:
     text = (DOCS / "node.md").read_text()
-    usage = commandline._parser("1").format_help()
+    usage = command_parser.make_parser("1").format_help()
     known = {*re.findall(r"(?<![\w-])--?[a-z][a-z-]*", usage.partition("examples:")[0])}
     variables = {*re.findall(r"\b(?:WASILET_NODE|KRUSTLET)_[A-Z_]+|\bMAX_PODS\b|\bNODE_LABELS\b", usage)}
     assert len(variables) > 20

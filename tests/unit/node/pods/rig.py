@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
 from wasilet_node.pods.manager import PodManager
-from wasilet_node.settings import NodeSettings
 
 from tests.unit.node.pods.fakes import Fakes, eventually
 
 
 @contextlib.asynccontextmanager
 async def running(fakes: Fakes) -> AsyncIterator[PodManager]:
-    services = fakes.dependencies()
-    manager = PodManager(
-        kube=services.kube,
-        runtime=services.runtime,
-        images=services.images,
-        volumes=services.volumes,
-        events=services.events,
-        settings=NodeSettings(node_name="n", paths=services.paths),
-        environment=services.environments,
-        references=services.references,
-        parse_credentials=services.parse_credentials,
-        node=services.node,
-        timing=fakes.timing,
-    )
-    manager._services = dataclasses.replace(services, room=manager.room)
+    manager = PodManager(fakes.dependencies(), node_name="n")
     task = asyncio.create_task(manager.run())
     try:
         await eventually(manager.synced.is_set)
