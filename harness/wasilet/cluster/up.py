@@ -206,13 +206,15 @@ def _preparation_step(cluster: Cluster) -> Step:
 
     def change(progress: Progress) -> str:
         state.create()
+        # Not by the run id, which the pytest plugin makes before anything else: a running cluster has ports.
+        is_new = not state.cluster.ports
         # First, because it may fail: then nothing is written down yet. Nodes are reached from elsewhere, the rest is
         # not; which address that is, another provider knows only when its cluster is there.
         asked = wanted()
         kubelets = {name: asked.pop(name) for name in list(asked) if name.startswith("kubelet")}
         ports = state.allocate_ports(kubelets, addresses=(settings.node_ip or EVERYWHERE,))
         ports |= state.allocate_ports(asked)
-        if cluster.provider.name == "host" and not state.read().get("run_id"):
+        if cluster.provider.name == "host" and is_new:
             state.update(pod_network=pod_network.decide(settings, state, say=progress))
         state.update(pod_security=level())
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
