@@ -422,7 +422,7 @@ def diagnose(c: Context, name: str = "", namespace: str = "") -> None:
 def build(c: Context, app: str, force: bool = False, output: str = "text") -> None:
     """Compile an app to a wasm module, in release.
 
-    Prints the module's path. Rust, C or AssemblyScript: what the folder holds decides.
+    Prints the module's path. Rust, C, AssemblyScript or Python: what the folder holds decides.
 
     Examples:
       invoke build hello-world        a sample of this project
@@ -696,18 +696,20 @@ def samples(c: Context) -> None:
     help={
         "app": "the app's name: a folder of that name is made here",
         "folder": "where to make it (default: here)",
+        "template": "command (default), or a service that answers HTTP: http-rust or http-python",
     },
 )
 @command
-def new(c: Context, app: str, folder: str = "") -> None:
+def new(c: Context, app: str, folder: str = "", template: str = "command") -> None:
     """Start an app of your own from a template, with its test.
 
-    Example:
+    Examples:
       invoke new my-app                 then: invoke demo ./my-app, and: pytest ./my-app
+      invoke new my-web --template http-rust
     """
     from wasilet.apps.new_app import new_app
 
-    for line in new_app(app, invocation_path(folder or ".")):
+    for line in new_app(app, invocation_path(folder or "."), template=template):
         emit(line)
 
 

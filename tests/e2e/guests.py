@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import wasmtime
 from wasilet.apps.samples import find_app
 from wasilet.build.application import build
+from wasilet.build.toolchain import find_rust
 from wasilet.demo.demo_services import private_registry
 from wasilet.oci.artifact import Artifact, Blob, Layout, make_artifact
 from wasilet.oci.logins import basic_header, logins_for
@@ -35,6 +37,7 @@ from tests.e2e import componentize
 from tests.unit.node.runtime.component_guests import component_guest
 
 FOLDER = Path(__file__).parent
+OLDEST_RUST_OF_BINDINGS = (1, 78, 0)
 
 
 @dataclass
@@ -144,6 +147,13 @@ def push_guests(cluster: Cluster, registry: str) -> Guests:
 def build_toolbox() -> bytes:
     """The module of ``tests/e2e/toolbox``."""
     return build_guest(str(FOLDER / "toolbox"))
+
+
+def needs_rust_for_bindings() -> None:
+    """Skip where the Rust that builds for WASI cannot compile the bindings of WASI 0.2: Debian 12's."""
+    rust = find_rust()
+    if rust is not None and rust.rustc_version < OLDEST_RUST_OF_BINDINGS:
+        pytest.skip(f"the bindings of WASI 0.2 need a newer Rust than {rust}")
 
 
 def build_guest(app: str) -> bytes:

@@ -17,7 +17,6 @@ import pytest
 from wasilet.apps.new_app import new_app
 from wasilet.apps.samples import sample_names
 from wasilet.build.component_host import ensure_component_host, found_component_host
-from wasilet.build.toolchain import find_rust
 from wasilet.console import PlainReporter
 from wasilet.demo import demo as apps
 from wasilet.errors import HarnessError
@@ -25,10 +24,9 @@ from wasilet.kube.client import api_path
 from wasilet.settings import Settings
 
 from tests.clusters import TestCluster
+from tests.e2e.guests import needs_rust_for_bindings
 
 pytestmark = pytest.mark.e2e
-
-OLDEST_RUST_OF_BINDINGS = (1, 78, 0)
 
 
 @pytest.fixture
@@ -57,20 +55,19 @@ def demo(name: str, settings: Settings, **options: Any) -> apps.DemoResult:
     return result
 
 
-def needs_a_component_host_and_a_newer_rust() -> None:
+def needs_a_component_host() -> None:
     if found_component_host(os.environ) is None:
         try:
             ensure_component_host(lambda _: None, os.environ)
         except HarnessError as error:
             pytest.skip(error.message)
-    rust = find_rust()
-    if rust is not None and rust.rustc_version < OLDEST_RUST_OF_BINDINGS:
-        pytest.skip(f"the bindings of WASI 0.2 need a newer Rust than {rust}")
 
 
 def needs_what_it_is_built_with(name: str) -> None:
-    if name == "http-rust":
-        needs_a_component_host_and_a_newer_rust()
+    if name.startswith("http-"):
+        needs_a_component_host()
+    if name in {"http-rust", "tcp-echo"}:
+        needs_rust_for_bindings()
     if name != "hello-ts":
         return
     node = shutil.which("node")

@@ -30,7 +30,7 @@ from wasilet_node.runtime import supervisor_registry
 
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e import componentize
-from tests.e2e.guests import Guests, build_guest
+from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
 
 pytestmark = [
     pytest.mark.e2e,
@@ -98,6 +98,7 @@ def echo(address: str, port: int, text: str) -> str:
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
+    needs_rust_for_bindings()
     with whole_cluster("podnet", nodes=2) as cluster:
         guests = Guests(str(cluster.status()["registry"]), cluster.settings.environ)
         image = guests.add_bytes("tcp-echo", componentize.as_component(build_guest("tcp-echo")))

@@ -42,7 +42,13 @@ CHECKOUT = DOCS.parent
 PORTS = {"localhost:5000": "registry", "--port 3000": "node", "127.0.0.1:8090": "api", "--port 8090": "api"}
 """What the pages call them, and what stands for it in a test: another program may have these ports."""
 
-PAGES = ("quickstart.md", "tutorials/hello-world-2020.md", "tutorials/hello-wasm-2022.md", "tutorials/cat-facts.md")
+PAGES = (
+    "quickstart.md",
+    "tutorials/hello-world-2020.md",
+    "tutorials/hello-wasm-2022.md",
+    "tutorials/cat-facts.md",
+    "tutorials/web-service.md",
+)
 
 
 class Shell:

@@ -1,6 +1,7 @@
 """An application's folder becomes one wasm module in the cache: ``invoke build``.
 
-What the folder holds decides how: ``Cargo.toml`` (cargo), ``package.json`` with AssemblyScript (npm), ``*.c`` (clang).
+What the folder holds decides how: ``Cargo.toml`` (cargo), ``package.json`` with AssemblyScript (npm), ``app.py``
+(componentize-py), ``*.c`` (clang).
 Nothing is ever written into the folder but what the tools themselves keep there (a missing ``Cargo.lock``).
 
 A second build of unchanged sources starts no tool at all: a record beside the module names every file that went into
@@ -133,13 +134,18 @@ def _builder(app: App) -> Callable[[App, Path, Say, Mapping[str, str]], Made]:
         from wasilet.build.assemblyscript import build_assemblyscript
 
         return build_assemblyscript
+    if (app.folder / "app.py").is_file():
+        from wasilet.build.componentize_py import build_python
+
+        return build_python
     if any(app.folder.glob("*.c")):
         from wasilet.build.clang import build_c
 
         return build_c
     raise UsageError(
         f"{app.folder} holds nothing to build",
-        hint="an app has a Cargo.toml (Rust), a package.json (AssemblyScript) or *.c files; `invoke new` makes one",
+        hint="an app has a Cargo.toml (Rust), a package.json (AssemblyScript), an app.py (Python) or *.c files; "
+        "`invoke new` makes one",
     )
 
 

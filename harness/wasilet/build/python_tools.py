@@ -60,3 +60,9 @@ def install(name: str, needed: Path, what: str, say: Say, environ: Mapping[str, 
             if not (installed / needed).is_file():
                 raise
     return installed
+
+
+def version(name: str) -> str:
+    """What ``locks/NAME.lock`` pins."""
+    pins = (line.partition("==")[2] for line in (LOCKS / f"{name}.lock").read_text().splitlines())
+    return next(pin.split()[0] for pin in pins if pin)

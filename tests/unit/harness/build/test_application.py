@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from wasilet.apps.new_app import new_app
+from wasilet.apps.new_app import COMMAND, new_app, template_names
 from wasilet.apps.samples import App, Demo, find_app
 from wasilet.build import application as builds
 from wasilet.build.application import build, built_already, wasi_version, workspace
@@ -346,6 +346,27 @@ def test_a_new_app_has_its_name_everywhere_and_a_demo_that_is_understood(tmp_pat
     assert all("__NAME__" not in file.read_text() for file in files)
     assert "fallback" in (made.folder / ".cargo" / "config.toml").read_text(), "cargo add takes what Rust 1.63 compiles"
     compile((made.folder / "test_app.py").read_text(), "test_app.py", "exec")
+
+
+@pytest.mark.parametrize("template", [name for name in template_names() if name != COMMAND])
+def test_a_new_service_is_the_sample_under_its_own_name(tmp_path: Path, template: str) -> None:
+    new_app("cat-door", str(tmp_path), template=template)
+    made = find_app(str(tmp_path / "cat-door"))
+    assert [expected.title for expected in made.demo.expect][1:] == [
+        "service/cat-door",
+        "rolling update of deployment/cat-door",
+    ]
+    files = [file for file in made.folder.rglob("*") if file.is_file()]
+    assert {".gitignore", "test_app.py", "README.md", "deployment.yaml.j2"} <= {file.name for file in files}
+    assert not [file for file in files if "__NAME__" in file.read_text() or template in file.read_text()]
+    compile((made.folder / "test_app.py").read_text(), "test_app.py", "exec")
+
+
+def test_an_unknown_template_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no template 'http-cobol'") as error:
+        new_app("cat", str(tmp_path), template="http-cobol")
+    assert "command, http-" in error.value.hint
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

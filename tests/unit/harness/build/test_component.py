@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from wasilet.apps.samples import App, Demo
 from wasilet.build import component, python_tools
-from wasilet.build.cargo import is_library
+from wasilet.build.cargo import CompileError, is_library
 from wasilet.build.component import carries_world
+from wasilet.build.componentize_py import build_python
 from wasilet.errors import HarnessError
 
 pytestmark = pytest.mark.unit
@@ -116,6 +118,35 @@ def test_a_wheel_of_another_digest_is_refused_and_leaves_nothing(environ: dict[s
 def test_a_wheel_without_the_tool_is_no_use(environ: dict[str, str]) -> None:
     with pytest.raises(HarnessError, match="it lacks tool/other"):
         python_tools.install("tool", Path("tool/other"), "the tool", lambda _: None, environ)
+
+
+def test_python_without_the_tools_answer_is_told_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool is a stand-in, a module that copies what it is given, or refuses it."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "componentize_py.py").write_text(
+        "import pathlib, sys\n"
+        "def script():\n"
+        "    given = sys.argv\n"
+        "    source = pathlib.Path(given[given.index('-p') + 1]) / 'app.py'\n"
+        "    if 'broken' in source.read_text(): sys.exit('SyntaxError: broken')\n"
+        "    listed = ' '.join(sorted(found.name for found in source.parent.iterdir()))\n"
+        "    pathlib.Path(given[given.index('-o') + 1]).write_text(listed)\n"
+    )
+    monkeypatch.setattr(python_tools, "install", lambda *_: tools)
+    app, folder = tmp_path / "app", tmp_path / "work"
+    app.mkdir()
+    folder.mkdir()
+    for name in ("app.py", "book.py", "test_app.py", "README.md", "pod.yaml.j2"):
+        (app / name).write_text("")
+    given = App(name="app", folder=app, demo=Demo())
+    made = build_python(given, folder, lambda _: None, os.environ)
+    assert made.module.read_text() == "app.py book.py"
+    assert made.toolchain == "componentize-py 0.25.1"
+    (app / "app.py").write_text("broken")
+    with pytest.raises(CompileError, match="app does not compile\nSyntaxError: broken"):
+        build_python(given, folder, lambda _: None, os.environ)
+    assert [file.name for file in folder.iterdir()] == ["component.wasm"]
 
 
 def test_every_lock_names_one_version_by_digests() -> None:
