@@ -1,7 +1,7 @@
 """emptyDir volumes: a folder of the pod's, on disk or in memory, which lives as long as the pod.
 
 ``sizeLimit`` is not a quota on disk: what is there is measured (``VolumeManager.usage``), and the pod is evicted
-(``wasilet_node.pods.evictor``), as kubelet does it. In memory the kernel holds the size where this process may mount
+(``wasilet_node.pods.eviction``), as kubelet does it. In memory the kernel holds the size where this process may mount
 (``wasilet_node.volumes.sized_memory``); else it is measured twice a second.
 """
 

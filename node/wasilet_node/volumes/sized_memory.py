@@ -3,7 +3,7 @@
 The folder in ``/dev/shm`` that a memory volume is otherwise can take half of the machine's memory before anybody
 measures it. A tmpfs with a size is full at exactly that, and what is written to it fails with "no space left on
 device". Mounting needs CAP_SYS_ADMIN; without it the volume is such a folder, and is looked at often
-(``wasilet_node.pods.evictor``).
+(``wasilet_node.pods.eviction``).
 
 A mount outlives the agent, as the folder does; whoever removes a pod's folders takes it down first
 (``unmount_volumes``), so an agent that died half-way leaves nothing that its successor would not find.
