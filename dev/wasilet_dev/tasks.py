@@ -71,6 +71,22 @@ def bench(c: Context, what: str, runs: int = 3, pods: int = 300, output: str = "
 
 @task
 @command
+def versions(c: Context) -> None:
+    """Compare the pinned versions with what the Go module proxy has.
+
+    Changes nothing; docs/versions.md says how a newer one is taken in.
+
+    Example:
+      invoke versions
+    """
+    from wasilet_dev.versions import proposals
+
+    for proposal in proposals(dict(os.environ)):
+        emit(proposal.line())
+
+
+@task
+@command
 def lint(c: Context) -> None:
     """Check style, types and import contracts of this project.
 

@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from wasilet import process
-from wasilet.controlplane.binaries import BINARIES
 from wasilet.controlplane.gobuild import BUILD_TIMEOUT_SECONDS, find_go
 from wasilet.errors import HarnessError
 
 HERE = Path(__file__).resolve().parent
-VERSION = BINARIES["kube-apiserver"].version
+_PIN = re.compile(r"^require k8s\.io/kubernetes v(\S+)", re.MULTILINE)
+
+
+def _pinned() -> str:
+    """The release whose tests ``go.mod`` names: not always that of the cluster."""
+    found = _PIN.search((HERE / "go.mod").read_text(encoding="utf-8"))
+    assert found is not None, "go.mod requires Kubernetes"
+    return found.group(1)
+
+
+VERSION = _pinned()
 _TESTS = "k8s.io/kubernetes/test/e2e"
 _GINKGO = "github.com/onsi/ginkgo/v2/ginkgo"
 
