@@ -78,7 +78,7 @@ def victim() -> Iterator[Victim]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestNamespace:
+class Scene:
     """One test's namespace, history and folder of runs."""
 
     victim: Victim
@@ -125,7 +125,7 @@ def _is_over(life: Life) -> bool:
 
 
 @pytest.fixture
-def scene(victim: Victim, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TestNamespace]:
+def scene(victim: Victim, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
     name = f"fault-{abs(hash(request.node.name)):x}"
     runs = tmp_path / "runs"
     runs.mkdir()
@@ -133,7 +133,7 @@ def scene(victim: Victim, request: pytest.FixtureRequest, tmp_path: Path) -> Ite
     with namespace(Kube(credentials), name):
         history, creator = History(credentials, name), Creator(credentials, name)
         try:
-            yield TestNamespace(victim=victim, namespace=name, history=history, creator=creator, runs=runs)
+            yield Scene(victim=victim, namespace=name, history=history, creator=creator, runs=runs)
         finally:
             creator.close()
             history.close()
@@ -166,24 +166,22 @@ def expected_ends(lives: dict[str, Life]) -> dict[str, str]:
     return wrong
 
 
-def test_an_agent_that_is_killed_again_and_again_loses_nothing(victim: Victim, scene: TestNamespace) -> None:
+def test_an_agent_that_is_killed_again_and_again_loses_nothing(victim: Victim, scene: Scene) -> None:
     lives = scene.churned(lambda: victim.kill(f"node-{victim.node}"))
     assert not expected_ends(lives)
 
 
-def test_an_api_server_that_is_killed_loses_nothing(victim: Victim, scene: TestNamespace) -> None:
+def test_an_api_server_that_is_killed_loses_nothing(victim: Victim, scene: Scene) -> None:
     lives = scene.churned(lambda: victim.kill("kube-apiserver"), rounds=2)
     assert not expected_ends(lives)
 
 
-def test_an_etcd_that_is_restarted_loses_nothing(victim: Victim, scene: TestNamespace) -> None:
+def test_an_etcd_that_is_restarted_loses_nothing(victim: Victim, scene: Scene) -> None:
     lives = scene.churned(lambda: victim.kill("etcd", signal.SIGTERM), rounds=1)
     assert not expected_ends(lives)
 
 
-def test_a_supervisor_that_is_killed_takes_its_containers_along_and_nothing_else(
-    victim: Victim, scene: TestNamespace
-) -> None:
+def test_a_supervisor_that_is_killed_takes_its_containers_along_and_nothing_else(victim: Victim, scene: Scene) -> None:
     """What ran ended with it, and is told so; what comes later runs."""
     lives = scene.churned(victim.kill_supervisor)
     for name, life in lives.items():
@@ -192,7 +190,7 @@ def test_a_supervisor_that_is_killed_takes_its_containers_along_and_nothing_else
         assert codes <= {0, 3, 137, 128}, f"{name} ended with {codes}"
 
 
-def test_a_registry_that_comes_back_is_pulled_from(victim: Victim, scene: TestNamespace) -> None:
+def test_a_registry_that_comes_back_is_pulled_from(victim: Victim, scene: Scene) -> None:
     fresh = victim.guests.add_wat("fresh", '(module (memory (export "memory") 1) (func (export "_start")))')
     victim.kill("registry")
     uid = scene.creator.create([counting_pod("waits", fresh, scene.runs, "")])[0]

@@ -32,7 +32,7 @@ _UNDECIDED = {"", "ContainerCreating", "PodInitializing"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestNamespace:
+class Scene:
     """A namespace with a pod that must go on ticking."""
 
     roomy: Roomy
@@ -106,11 +106,11 @@ class TestNamespace:
 
 
 @pytest.fixture
-def scene(roomy: Roomy) -> Iterator[TestNamespace]:
+def scene(roomy: Roomy) -> Iterator[Scene]:
     pid = agent_pid(roomy.cluster)
     seen = len(unexpected_lines(roomy.cluster))
     with roomy.stage.namespace("fuzz", pod_security="privileged") as namespace:
-        scene = TestNamespace(roomy=roomy, namespace=namespace)
+        scene = Scene(roomy=roomy, namespace=namespace)
         container = {"name": "main", "image": roomy.image, "args": ["tick 0.2"]}
         assert scene.create("canary", {"containers": [container], "terminationGracePeriodSeconds": 1})
         scene.judge(["canary"])
@@ -127,7 +127,7 @@ def scene(roomy: Roomy) -> Iterator[TestNamespace]:
         assert roomy.kube.body(path, tailLines="1") != before
 
 
-def test_damaged_modules_harm_their_own_pods_alone(scene: TestNamespace) -> None:
+def test_damaged_modules_harm_their_own_pods_alone(scene: Scene) -> None:
     rng = random.Random(SEED)
     guests = Guests(str(scene.roomy.cluster.status()["registry"]), scene.roomy.cluster.settings.environ)
 
@@ -141,7 +141,7 @@ def test_damaged_modules_harm_their_own_pods_alone(scene: TestNamespace) -> None
     scene.in_batches(pods())
 
 
-def test_a_registry_that_lies_harms_its_own_pods_alone(scene: TestNamespace) -> None:
+def test_a_registry_that_lies_harms_its_own_pods_alone(scene: Scene) -> None:
     registry = LyingRegistry(bytes(wasmtime.wat2wasm(HELLO)))
 
     def pods() -> Iterator[tuple[str, KubeObject, None]]:
@@ -155,7 +155,7 @@ def test_a_registry_that_lies_harms_its_own_pods_alone(scene: TestNamespace) -> 
         registry.close()
 
 
-def test_hostile_manifests_harm_their_own_pods_alone(scene: TestNamespace) -> None:
+def test_hostile_manifests_harm_their_own_pods_alone(scene: Scene) -> None:
     rng = random.Random(SEED)
     scene.in_batches(
         (f"odd-{number}", pod_spec(rng, scene.roomy.image), odd_annotations(rng)) for number in range(2 * COUNT)

@@ -77,8 +77,6 @@ def remove_namespace(cluster: WasmCluster, name: str) -> None:
 class TestNamespace:
     """What a test has done in a namespace, and what is seen there."""
 
-    __test__ = False  # the name is not one that pytest collects
-
     __test__ = False
     """For pytest: no class of tests."""
 
