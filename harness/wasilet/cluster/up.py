@@ -208,6 +208,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         state.create()
         # Not by the run id, which the pytest plugin makes before anything else: a running cluster has ports.
         is_new = not state.cluster.ports
+        chosen_level = level()
         # First, because it may fail: then nothing is written down yet. Nodes are reached from elsewhere, the rest is
         # not; which address that is, another provider knows only when its cluster is there.
         asked = wanted()
@@ -216,7 +217,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         ports |= state.allocate_ports(asked)
         if cluster.provider.name == "host" and is_new:
             state.update(pod_network=pod_network.decide(settings, state, say=progress))
-        state.update(pod_security=level())
+        state.update(pod_security=chosen_level)
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
         if settings.local_origins:
             state.update(local_origins=list(settings.local_origins))

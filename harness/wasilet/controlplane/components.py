@@ -99,7 +99,8 @@ def component_step(
         made = component()
         if record.argv_digest != digest(made):
             return Finding.differs("restart: its configuration changed", [f"- pid {record.process.pid}", f"+ {name}"])
-        if wait and not made.ready():
+        # What `change` waits for counts here, too: else a second `up` right after the first one changes something.
+        if wait and not (made.serving or made.ready)():
             return Finding.differs(f"pid {record.process.pid} runs, but is not ready")
         return Finding.ok(f"pid {record.process.pid}")
 

@@ -24,7 +24,7 @@ def decide(settings: Settings, state: State, *, provider: str) -> str:
     if provider != "host":
         return ""
     record = state.cluster
-    return settings.pod_security or record.pod_security or ("" if record.run_id else DEFAULT_LEVEL)
+    return settings.pod_security or record.pod_security or ("" if record.ports else DEFAULT_LEVEL)
 
 
 def write_config(state: State) -> Path | None:

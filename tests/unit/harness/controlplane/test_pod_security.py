@@ -22,10 +22,11 @@ pytestmark = pytest.mark.unit
     [
         ("host", "", {}, "baseline"),
         ("host", "privileged", {}, "privileged"),
-        ("host", "", {"run_id": "x"}, ""),
-        ("host", "baseline", {"run_id": "x"}, "baseline"),
-        ("host", "", {"run_id": "x", "pod_security": "restricted"}, "restricted"),
-        ("host", "baseline", {"run_id": "x", "pod_security": "restricted"}, "baseline"),
+        ("host", "", {"run_id": "x"}, "baseline"),  # the pytest plugin makes one before the cluster
+        ("host", "", {"ports": {"apiserver": 1}}, ""),
+        ("host", "baseline", {"ports": {"apiserver": 1}}, "baseline"),
+        ("host", "", {"ports": {"apiserver": 1}, "pod_security": "restricted"}, "restricted"),
+        ("host", "baseline", {"ports": {"apiserver": 1}, "pod_security": "restricted"}, "baseline"),
         ("kind", "", {}, ""),
     ],
 )
