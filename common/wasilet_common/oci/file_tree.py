@@ -58,7 +58,7 @@ class Merger:
                 self._take(name, member, content)
                 mine[name] = member.kind
                 for depth in range(1, name.count("/") + 1):
-                    # A folder without an entry of its own is one all the same.
+                    # A folder without its own entry is one all the same.
                     mine.setdefault("/".join(name.split("/")[:depth]), tarfile.DIRTYPE)
         self._kinds |= mine
         self._hidden |= hidden

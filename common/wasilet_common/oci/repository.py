@@ -256,7 +256,7 @@ class Repository:
         self._authenticator.deny("the registry keeps asking for authentication")
 
     async def _wants_https(self) -> bool:
-        """Whether plain HTTP was wrong; asked anew, since the answer to a HEAD has no body."""
+        """Whether plain HTTP was wrong; asked again, since the answer to a HEAD has no body."""
         origin = self._client.origin(self._reference.host)
         if origin.scheme != "http":
             return False
