@@ -55,7 +55,7 @@ class Contract:
             try:
                 self._learn(await self._kube.get("/version"))
             except (ForbiddenError, NotFoundError):
-                self._learn({})  # somebody keeps it from nodes, which are to join all the same
+                self._learn({})  # someone keeps it from nodes, which are to join all the same
             except KubeError:
                 if self._asked_at == float("-inf"):
                     raise

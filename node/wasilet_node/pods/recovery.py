@@ -61,7 +61,7 @@ def with_start_of(instance: ContainerStatus, started_at_ns: int) -> ContainerSta
 
 
 def _as_told(pod: Pod, instance: ContainerStatus) -> ContainerStatus:
-    """An end that the runtime has forgotten (its record was not on disk when the power went), as it was told before."""
+    """An end that the runtime has forgotten (its record was not on disk when the power went), as reported before."""
     if instance.reason != _UNKNOWN["reason"]:
         return instance
     if (terminated := _told_end(pod, instance.id)) is not None:

@@ -122,7 +122,7 @@ class StartAttempts:
             state.pop(name, None)
 
     def _tell_cpu_limit(self, pod: Pod, container: Container) -> None:
-        """Once a pod: its cpu limit is not kept, because this machine lets the agent make no cgroup."""
+        """Once per pod: its cpu limit is not kept, because this machine lets the agent make no cgroup."""
         limit = resources.enforced_limit_text(pod, container, "cpu")
         if limit is None or self._cpu_limit_told:
             return

@@ -1,4 +1,4 @@
-"""One compilation in a process of its own: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND
+"""One compilation in a separate process: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND
 MEMORY_BYTES``.
 
 KIND is ``module``, ``component`` or ``server``, which is a component that answers requests.

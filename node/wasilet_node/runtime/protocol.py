@@ -171,7 +171,7 @@ class ContainerConfig:
     """An attached client may interrupt the guest, as a terminal's Ctrl-C does."""
 
     annotations: dict[str, str] = field(default_factory=dict)
-    """Opaque to the runtime, given back by ``list``: what the agent needs after a restart of its own."""
+    """Opaque to the runtime, given back by ``list``: what the agent needs after its own restart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +317,7 @@ class Runtime(Protocol):
     ) -> ContainerStatus | None:
         """End an instance and wait until it is reaped and its log is drained. None: unknown id.
 
-        A server drains for ``grace_seconds`` before it is killed; nothing else hears of its end beforehand.
+        A server drains for ``grace_seconds`` before it is killed; nothing else is told of its end beforehand.
         """
 
     async def resize(

@@ -119,7 +119,7 @@ class Link:
         if self.lost:
             return
         self.lost = True
-        # At once, unsent requests and all: the supervisor must see that nobody waits for them any more.
+        # At once, unsent requests and all: the supervisor must see that no one waits for them any more.
         self._writer.transport.abort()
         for future in self._waiting.values():
             if not future.done():

@@ -1,7 +1,7 @@
 """hostPath volumes: a folder or file of the machine, with the type checks and messages of kubelet's host_path.go.
 
-Links in the path are followed, as everywhere in Kubernetes: whoever may create hostPath pods has the machine's files.
-The checks run in threads of their own, since a path can be on a file system that hangs.
+Links in the path are followed, as everywhere in Kubernetes: a user who may create hostPath pods has the machine's
+files. The checks run in their own threads, since a path can be on a file system that hangs.
 """
 
 from __future__ import annotations

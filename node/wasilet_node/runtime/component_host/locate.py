@@ -93,7 +93,7 @@ def load(env: Mapping[str, str] = os.environ) -> Library:
 
 
 def _check_owner(path: Path) -> None:
-    """Opening a library is running it: it must be this user's or root's, and writable by nobody else."""
+    """Opening a library is running it: it must be this user's or root's, and writable by no one else."""
     try:
         found = path.stat()
     except OSError as error:

@@ -76,7 +76,7 @@ class Stream:
             await self._connection.drain()
 
     def ignore(self) -> None:
-        """What comes in is dropped: nobody will read it."""
+        """What comes in is dropped: no one will read it."""
         self._ignored = True
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Stream:
             self.remote_end(drop=True)
 
     def remote_data(self, data: bytes) -> bool:
-        """A piece came in; False: nobody wants it any more."""
+        """A piece came in; False: no one wants it any more."""
         if self._remote_closed or self._ignored:
             return False
         self._data += data
@@ -229,7 +229,7 @@ class SpdyConnection:
         if frame.type == frames.SYN_STREAM:
             self._on_open(frame)
         elif frame.type == frames.PING:
-            if frame.value % 2:  # the client's numbers are odd; an even one answers a ping of ours
+            if frame.value % 2:  # the client's numbers are odd; an even one answers a ping of this side's
                 self._answer(frames.ping(frame.value))
         elif frame.type == frames.RST_STREAM:
             stream = self._streams.get(frame.stream_id)
