@@ -1,4 +1,4 @@
-"""What a person sees on stderr while a play runs: one line a step, and what is running now.
+"""What a person sees on stderr while a play runs: one line per step, and what is running now.
 
 On a terminal rich draws it; in a pipe, in CI or with NO_COLOR there are plain lines, and a step that takes long says
 so now and then. Data (``--output json``, paths, references) goes to stdout and never through here.
@@ -87,7 +87,7 @@ class PlainReporter:
             self._stream.write(text + "\n")
             self._stream.flush()
         except BrokenPipeError:
-            # Whoever read this has gone (`up 2>&1 | head`): what was begun is finished all the same.
+            # The reader of this has gone (`up 2>&1 | head`): what was begun is finished all the same.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

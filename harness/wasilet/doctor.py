@@ -146,7 +146,7 @@ def _pod_network(settings: Settings) -> Check:
 
 
 def _memory_limits() -> Check:
-    # The node finds out by itself; this only tells what it will find.
+    # The node finds out by itself; this only reports what it will find.
     root = Path("/sys/fs/cgroup")
     v1 = root / "memory"
     if os.access(v1, os.W_OK) and (v1 / "memory.limit_in_bytes").exists() | (v1 / "cgroup.procs").exists():

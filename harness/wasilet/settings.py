@@ -135,7 +135,7 @@ class Settings:
     """The provider's own file: a cluster configuration of kind or k3d, the kubeconfig of an existing cluster."""
 
     context: str = ""
-    """Which context of the kubeconfig names the existing cluster. Never guessed: the current one may be anybody's."""
+    """Which context of the kubeconfig names the existing cluster. Never guessed: the current one may be anyone's."""
 
     yes: bool = False
     """Whether an existing cluster may be changed."""
@@ -161,7 +161,7 @@ class Settings:
     ``http://127.0.0.1:8090``; empty: those of the cluster so far. The API that a demo starts is always among them."""
 
     pod_network: bool = True
-    """Whether pods of a new cluster get a network of their own where this machine allows it (host)."""
+    """Whether pods of a new cluster get their own network where this machine allows it (host)."""
 
     pod_cidr: str = ""
     """The range of the pods' addresses of a new cluster (host); empty: one that this machine has no route to."""

@@ -34,10 +34,10 @@ _TEMPLATES = {
 
 
 def render(app: App, variables: Mapping[str, Any], *, lenient: bool = False) -> list[KubeObject]:
-    """The objects of all the app's templates, in their order. ``lenient`` leaves out variables that nobody set: enough
+    """The objects of all the app's templates, in their order. ``lenient`` leaves out variables that no one set: enough
     to know kinds and names.
 
-    Raises UsageError that names the template: it is missing, asks for a variable that nobody set, is no YAML, or holds
+    Raises UsageError that names the template: it is missing, asks for a variable that no one set, is no YAML, or holds
     something that is no Kubernetes object.
     """
     objects: list[KubeObject] = []

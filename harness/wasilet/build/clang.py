@@ -31,7 +31,7 @@ _PROBE = '#include <stdio.h>\nint main(void) { return puts("") < 0; }\n'
 
 
 def build_c(app: App, folder: Path, say: Say, environ: Mapping[str, str]) -> Made:
-    """Compile and link every ``*.c`` of the app's folder. Raises CompileError with clang's words."""
+    """Compile and link every ``*.c`` of the app's folder. Raises CompileError with clang's message."""
     sources = sorted(app.folder.glob("*.c"))
     if not sources:
         raise UsageError(f"{app.folder} holds no *.c files")

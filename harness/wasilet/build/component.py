@@ -62,7 +62,7 @@ def make_component(
 ) -> Path:
     """Write the component of ``module`` to ``output``. ``is_library``: it has no ``main``, and answers calls.
 
-    Raises HarnessError with the words of cargo, pip or wasm-tools.
+    Raises HarnessError with the message of cargo, pip or wasm-tools.
     """
     adapter = _adapter("reactor" if is_library else "command", toolchain, vendor_root, say, environ)
     tool = python_tools.install(TOOL_LOCK, _TOOL, "wasm-tools", say, environ) / _TOOL

@@ -42,7 +42,7 @@ NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovide
 
 
 def up(settings: Settings, *, reporter: Reporter, check: bool = False, services: bool = True) -> Recap:
-    """Bring a cluster up, or mend what is missing of it. Without ``services`` a caller that has something more urgent
+    """Bring a cluster up, or repair what is missing of it. Without ``services`` a caller that has something more urgent
     calls :func:`bring_services` when that is done. Raises UsageError and StateError before anything is changed;
     a failed step is in the recap."""
     check_provider(settings)
@@ -186,7 +186,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         asked = {
             name: getattr(settings.ports, name) for name in (*cluster.provider.wanted_ports, "registry", "kubelet")
         }
-        # The demos' own API, which the nodes are told of when they start: a port of its own, kept for it.
+        # The demos' own API, which the nodes are told of when they start: its own port, kept for it.
         asked["cat_facts"] = 0
         if cluster.provider.name == "host":
             asked |= {cluster_dns.DNS_PORT: 0, cluster_dns.READY_PORT: 0}
@@ -413,7 +413,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         ports={"kubelet API": port},
         addresses=(access.node_address,),
         clients=True,
-        # The kubelet API answers nobody without a credential, so a connection has to do; the Node's own condition says
+        # The kubelet API answers no one without a credential, so a connection has to do; the Node's own condition says
         # the rest, but is believed for 40 s after an agent died.
         ready=lambda: accepts(access.node_address, port),
     )
@@ -583,7 +583,7 @@ def _ready_step(cluster: Cluster, *, after: tuple[str, ...]) -> Step:
 
 
 def missing_for_pods(kube: Kube, nodes: tuple[str, ...]) -> str:
-    """What still keeps pods from starting, in words; empty when nothing does. Raises ApiError."""
+    """What still keeps pods from starting, as text; empty when nothing does. Raises ApiError."""
     if not kube.ready():
         return "the API server to be ready"
     if kube.find(api_path("serviceaccounts", "default", namespace="default")) is None:

@@ -1,4 +1,4 @@
-"""What binaries the control plane needs: where each comes from and how its version is told.
+"""What binaries the control plane needs: where each comes from and how its version is found.
 
 The versions are those of ``versions.toml``, to which the ``go.mod`` files beside it are held: one pin, used for every
 source, so that a binary found on PATH, one that was downloaded and one that was built are the same release.

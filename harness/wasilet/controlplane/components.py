@@ -1,4 +1,4 @@
-"""The long-lived processes of a cluster: what they are started with, when they are ready, how they are mended.
+"""The long-lived processes of a cluster: what they are started with, when they are ready, how they are repaired.
 
 A :class:`Component` is started when its process is gone, and started again when its command line or the files it
 reads have changed since. Readiness is asked of the process itself (its health endpoint), and a process that dies while
@@ -148,7 +148,7 @@ def ensure_running(component: Component, *, state: State, settings: Settings) ->
 
 def _wait_for_ports(component: Component, *, state: State, settings: Settings) -> None:
     """See that its ports are free. Raises PortTakenError."""
-    # One that was killed a moment ago gives its ports back only when the kernel has taken down its last thread.
+    # One that was killed a moment ago gives its ports back only when the kernel has ended its last thread.
     patience = time.monotonic() + (PORT_RELEASE_SECONDS if state.record(component.name) else 0.0)
     for what, port in component.ports.items():
         for address in component.addresses:
@@ -240,7 +240,7 @@ def environment(component: Component, *, state: State, settings: Settings) -> di
 
 
 def environment_for_tools(settings: Settings, *, clients: bool = False) -> dict[str, str]:
-    """The part of the user's environment that a program of ours needs; nothing that could change what it does."""
+    """The part of the user's environment that Wasilet's programs need; nothing that could change what it does."""
     names = list(_PASSED_ON)
     if clients:
         names += [variant for name in _PASSED_ON_TO_CLIENTS for variant in (name, name.lower())]
@@ -290,7 +290,7 @@ class Probe:
 
 
 def accepts(address: str, port: int) -> bool:
-    """Whether somebody listens there: all that can be asked of what answers nobody without a credential."""
+    """Whether someone listens there: all that can be asked of what answers no one without a credential."""
     try:
         socket.create_connection((address, port), timeout=1.0).close()
     except OSError:
@@ -332,7 +332,7 @@ class ControlPlane:
         return tuple(path for name in names for path in (self.pki.certificate(name), self.pki.key(name)))
 
     def etcd(self) -> Component:
-        """One member, reachable with a client certificate of its own authority only."""
+        """One member, reachable with its own client certificate authority only."""
         client, peer = (f"https://{LOOPBACK}:{self.ports[name]}" for name in ("etcd", "etcd_peer"))
         argv = (
             self.binaries["etcd"],
@@ -353,7 +353,7 @@ class ControlPlane:
             "--peer-client-cert-auth=true",
             # A throw-away cluster: losing the last writes at a power cut is a fair price for not waiting for the disk.
             "--unsafe-no-fsync=true",
-            # A single member has nobody to lose an election to: no reason to wait a second for one.
+            # A single member has no one to lose an election to: no reason to wait a second for one.
             "--heartbeat-interval=50",
             "--election-timeout=500",
             "--auto-compaction-retention=1h",
@@ -374,7 +374,7 @@ class ControlPlane:
         )
 
     def apiserver(self) -> Component:
-        """Ready when ``/readyz`` says so to the administrator (nobody is anonymous here)."""
+        """Ready when ``/readyz`` says so to the administrator (no one is anonymous here)."""
         argv = (
             self.binaries["kube-apiserver"],
             f"--etcd-servers=https://{LOOPBACK}:{self.ports['etcd']}",

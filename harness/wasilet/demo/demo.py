@@ -152,7 +152,7 @@ def is_running(settings: Settings) -> bool:
 
 
 def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
-    """The cluster, stood up when it is not there or not ready. Raises HarnessError when that fails."""
+    """The cluster, started when it is not there or not ready. Raises HarnessError when that fails."""
     from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import up
 

@@ -2,7 +2,7 @@
 
 The user's file belongs to the user: entries of our name are added and removed, everything else stays as it is, with
 its comments, its order and its quoting. So the text is edited, not dumped again; where the edit does not parse to
-exactly what was meant (flow style, anchors, tabs), and only there, the file is written anew from its data.
+exactly what was meant (flow style, anchors, tabs), and only there, the file is written again from its data.
 
 The lock is kubectl's own (``<file>.lock``, created exclusively), so `kubectl config` and Wasilet do not lose each
 other's changes.
@@ -132,7 +132,7 @@ def check_changeable(path: Path) -> None:
 
 
 def holds(path: Path, ours: KubeObject) -> bool:
-    """Whether a file has our entries exactly (the current context aside), and nobody else may read them."""
+    """Whether a file has our entries exactly (the current context aside), and no one else may read them."""
     try:
         data = read_config(path)
         private = not path.stat().st_mode & 0o077
@@ -208,7 +208,7 @@ def _save(path: Path, data: KubeObject, wanted: KubeObject, name: str, *, mode: 
 
 @contextlib.contextmanager
 def locked(path: Path, *, timeout_seconds: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-    """Hold ``<path>.lock`` as client-go does. One that a killed run of ours left behind is taken away."""
+    """Hold ``<path>.lock`` as client-go does. One that a killed run of Wasilet's left behind is taken away."""
     lock = path.with_name(path.name + ".lock")
     with storage_errors(lock):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -109,7 +109,7 @@ def push(
 ) -> Pushed:
     """Upload what the registry lacks, then the manifest, and read it back.
 
-    ``insecure`` lists ``host[:port]`` to be spoken to in plain HTTP. Raises RegistryError within seconds when no
+    ``insecure`` lists ``host[:port]`` to be reached by plain HTTP. Raises RegistryError within seconds when no
     registry answers, when it wants a login, or when it holds something else than was sent.
     """
     if reference.digest is not None:

@@ -46,7 +46,7 @@ class Access:
     """The address of this machine at which the API server reaches nodes."""
 
     notes: tuple[str, ...] = ()
-    """Lines to tell the user, as that proxies will not work on loopback."""
+    """Lines to print for the user, such as that proxies will not work on loopback."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Cluster:
             return self._kube
 
     def forget_admin(self) -> None:
-        """Read ``state.admin_kubeconfig`` anew when a client is next asked for."""
+        """Read ``state.admin_kubeconfig`` again when a client is next asked for."""
         with self._lock:
             if self._kube is not None:
                 self._kube.close()
@@ -188,7 +188,7 @@ class Provider(Protocol):
         """The provider's own long-lived processes by name, for ``status`` and ``logs``; empty when it has none."""
 
     def deletion(self, cluster: Cluster) -> str:
-        """What :meth:`delete` would do, in words; empty: nothing."""
+        """What :meth:`delete` would do, as text; empty: nothing."""
 
     def delete(self, cluster: Cluster, *, purge: bool) -> list[str]:
         """End what the provider started, but for the processes in ``state.records()``, which are ended for it.

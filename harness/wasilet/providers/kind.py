@@ -1,7 +1,7 @@
 """kind: Kubernetes in Docker. The cluster is called as ``--name`` says; one of that name that runs is adopted.
 
-kind's own kubeconfig entry goes to a file of ours and not into the user's, since ``up`` adds one for every provider.
-"""
+kind's own kubeconfig entry goes to Wasilet's own file and not into the user's, since ``up`` adds one for every
+provider."""
 
 from __future__ import annotations
 

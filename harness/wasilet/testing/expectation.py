@@ -37,7 +37,7 @@ class Subject:
 
     belongs: Callable[[PodView], bool] = lambda _: True
     owner: tuple[str, str, str] | None = None
-    """Plural, API group and name of what makes the pods; None for a pod that somebody made himself."""
+    """Plural, API group and name of what makes the pods; None for a pod that a user made directly."""
 
     @property
     def is_job(self) -> bool:
@@ -88,7 +88,7 @@ class Wait:
     subject: Subject
     expected: Expectation
     missing: str = ""
-    """What had not come at the last look, in words."""
+    """What had not come at the last look, as text."""
 
     seconds: float = 0.0
     """How long it was waited for."""
@@ -241,7 +241,7 @@ class Wait:
         ]  # fmt: skip
 
     def _over(self, known: _Known) -> str:
-        """That nothing further can come, in words; empty while something can."""
+        """That nothing further can come, as text; empty while something can."""
         views = known.views
         if not views or any(not (view.deleted or view.phase in TERMINAL_PHASES) for view in views):
             return ""

@@ -1,4 +1,4 @@
-"""What a log must and must not hold, judged line by line as it comes, and said in words when it does not.
+"""What a log must and must not hold, judged line by line as it comes, and reported as text when it does not.
 
 Pure: no cluster, no clock. A log of a million lines is looked at once, whatever the number of waits.
 """
