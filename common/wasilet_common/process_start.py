@@ -51,7 +51,7 @@ def _own_places() -> set[str]:
 
 
 def tighten_umask() -> None:
-    """No one else may write what is made here, whatever the shell's umask says. A umask that lets the group write and
+    """No one else may write what is made here, whatever the shell's umask is. A umask that lets the group write and
     no others (002) is a choice, and stays."""
     mask = os.umask(0o022)
     if mask & OTHERS_MAY_WRITE:

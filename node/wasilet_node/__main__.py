@@ -71,7 +71,7 @@ def configure_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # Chatty below warnings, and what they say is said better by those who call them.
+    # Chatty below warnings, and what they log is logged better by their callers.
     for name in ("asyncio", "aiohttp", "urllib3", "kubernetes"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

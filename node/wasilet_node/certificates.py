@@ -113,7 +113,7 @@ class Certificates:
 
     @property
     def client_path(self) -> Path:
-        """Certificate chain and key by which the node speaks to the API server."""
+        """Certificate chain and key by which the node connects to the API server."""
         return self._pki / "client.pem"
 
     @property
@@ -179,7 +179,7 @@ class Certificates:
     def set_names(self, names: NodeNames) -> None:
         """The addresses that are in Node.status now: a serving certificate for them is asked for when it is missing.
 
-        Only what the Node says is approved, so this comes after the status was written.
+        Only what the Node states is approved, so this comes after the status was written.
         """
         if names != self._names:
             self._names = names

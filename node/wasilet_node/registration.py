@@ -82,7 +82,7 @@ class NodeNetworkState(Protocol):
     on_change: Callable[[], None]
 
     def set_pod_cidr(self, text: str | None) -> None:
-        """What ``Node.spec.podCIDR`` says."""
+        """What ``Node.spec.podCIDR`` holds."""
 
     async def settle(self, limit_seconds: float) -> None:
         """Wait until it is known whether there is a network, or for so long."""

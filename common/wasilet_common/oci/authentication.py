@@ -34,7 +34,7 @@ _MAX_COUNTRY_CODE = 2
 _MAX_SECOND_LEVEL = 3
 
 Denial = Callable[[Credential | None, Reference, str], str]
-"""The text of a refusal: which credential was used (None: none), for what, and what the registry said."""
+"""The text of a refusal: which credential was used (None: none), for what, and what the registry answered."""
 
 
 def pod_denial(credential: Credential | None, reference: Reference, why: str) -> str:

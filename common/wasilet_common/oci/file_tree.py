@@ -31,7 +31,7 @@ class Merger:
         self._out = out
         self._budget = budget
         self._kinds: dict[str, bytes] = {}
-        """By name: what the topmost layer that has it says."""
+        """By name: the entry of the topmost layer that has it."""
 
         self._hidden: set[str] = set()
         """Names that layers above deleted, with all below them."""

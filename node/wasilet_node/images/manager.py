@@ -1,7 +1,7 @@
 """Images as the pod workers see them: kubelet's image manager, with its pull policies, messages, events and back-off.
 
 Texts and order of events are those of Kubernetes 1.37's pkg/kubelet/images/image_manager.go and, for the closing
-``Error: ...``, of kuberuntime_container.go. Who may use an image that is present is said in
+``Error: ...``, of kuberuntime_container.go. Who may use an image that is present is stated in
 ``wasilet_node.images.access``; ``imagePullPolicy: Always`` asks the registry every time but moves no bytes twice.
 """
 

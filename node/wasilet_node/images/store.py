@@ -17,7 +17,7 @@ the blob that it names, so a crash leaves at most blobs without a record: the ne
 collection removes them. Because disks and people damage files, a blob is hashed again at its first use in each process.
 While a pull needs a blob it pins it, so that garbage collection cannot take it away between two steps.
 
-Methods that are said to block are meant for a thread; in-memory state changes only on the event loop.
+Methods that are documented to block are meant for a thread; in-memory state changes only on the event loop.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ class KubeEventRecorder:
             logger.exception("an event (%s) was not written", said.reason)
 
     async def flush(self, *, timeout_seconds: float) -> None:
-        """Wait until everything said so far is written, but no longer than that. ``run`` must be running."""
+        """Wait until everything reported so far is written, but no longer than that. ``run`` must be running."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._queue.join()

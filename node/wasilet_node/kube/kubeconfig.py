@@ -1,4 +1,4 @@
-"""Kubeconfig files, as the node needs them: a server, what to trust, and one way to say who we are.
+"""Kubeconfig files, as the node needs them: a server, what to trust, and one way to identify itself.
 
 Not the loader of the official client: that one runs the commands of ``exec`` users, writes certificates into temporary
 files and merges ``KUBECONFIG`` lists. A node reads exactly one file, written by the user who lets it join, so

@@ -139,7 +139,7 @@ async def watch(
             version = ""
         except KubeError as error:
             if isinstance(error, ApiStatusError) and error.code == _TOO_LARGE_RESOURCE_VERSION:
-                # A restored or replaced etcd knows lower versions than we do.
+                # A restored or replaced etcd knows lower versions than this client.
                 version = ""
             await delay.wait(error)
 

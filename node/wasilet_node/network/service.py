@@ -80,7 +80,7 @@ class PodNetwork:
     # ---- life
 
     def set_pod_cidr(self, text: str | None) -> None:
-        """What ``Node.spec.podCIDR`` says."""
+        """What ``Node.spec.podCIDR`` holds."""
         if not text or self._pod_cidr is not None:
             return
         try:

@@ -208,7 +208,7 @@ async def _prepare(
 
 
 def _tell_ports(container: Container, kind: GuestKind, attempt: int, event: Callable[[str, str, str], None]) -> None:
-    """Once: nothing will ever answer on the ports of a core module, and nothing else would say so."""
+    """Once: nothing will ever answer on the ports of a core module, and nothing else would report it."""
     if kind is GuestKind.MODULE and container.get("ports") and attempt == 0:
         event(
             "Warning",

@@ -102,7 +102,7 @@ class EnvironmentBuilder:
     async def _file_key(self, pod: Pod, reference: Mapping[str, Any]) -> str | None:
         """A variable of a file; None: it is not there, and need not be. An empty value counts as none, as in kubelet.
 
-        A missing file is like a missing key, as the API's description of ``optional`` says it.
+        A missing file is like a missing key, as the API's description of ``optional`` has it.
         """
         volume, path, key = (str(reference.get(name) or "") for name in ("volumeName", "path", "key"))
         data = await self._volumes.read_file(pod, volume, path, limit_bytes=envfiles.MAX_BYTES)

@@ -96,7 +96,7 @@ class Instances:
                 self.observe(listed)
 
     def assume_dead(self, instance: ContainerStatus) -> None:
-        """It was stopped, so it does not run, even if the runtime could not say how it ended."""
+        """It was stopped, so it does not run, even if the runtime could not report how it ended."""
         for known in self.of(instance.container_name):
             if known.id == instance.id and known.state is not ContainerState.EXITED:
                 self.observe(recovery.unknown_end(known))

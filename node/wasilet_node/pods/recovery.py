@@ -1,4 +1,4 @@
-"""What is known of containers whose runtime record is lost: only what the API server's status says.
+"""What is known of containers whose runtime record is lost: only what the API server's status holds.
 
 After a restart the agent learns of its containers from the runtime. Where a record is missing (the data folder was
 emptied) the status in the API server is the memory that is left: a container that ended stays ended, one that ran has

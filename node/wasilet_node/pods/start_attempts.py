@@ -64,7 +64,7 @@ class StartAttempts:
         return self._crash_loop.remaining(_key(container), finished_at=instance.finished_at_ns / NANOSECONDS, now=now)
 
     def note_back_off(self, pod: Pod, name: str, instance: ContainerStatus) -> None:
-        """The container waits after a crash: say so in the status, and once in an event."""
+        """The container waits after a crash: report it in the status, and once in an event."""
         found = spec.find_container(pod, name)
         if found is None or self._told.get(name) == instance.id:
             return

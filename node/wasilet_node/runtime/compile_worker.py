@@ -27,7 +27,7 @@ UNPRIVILEGED_ID = 65534
 
 
 def main(arguments: list[str]) -> int:
-    """Compile, or say on stderr what the compiler says."""
+    """Compile, or print on stderr what the compiler reports."""
     source, target, kind, memory_text = arguments
     parent = os.getppid()
     linux.set_parent_death_signal()

@@ -54,7 +54,7 @@ def run_local(
     """The guest's exit code; 134 and its message on ``stderr_fd`` for a trap, 126 and why for one that cannot start,
     124 after ``timeout_seconds``, 130 after Ctrl-C, 128 + n for signal n.
 
-    A component that answers HTTP requests listens on ``port`` of loopback (0: any that is free), and says so on
+    A component that answers HTTP requests listens on ``port`` of loopback (0: any that is free), and reports it on
     ``stderr_fd``: ``SERVING`` and its URL.
 
     Raises CompileError with the compiler's message, and OSError when ``module_path`` cannot be read.

@@ -132,7 +132,7 @@ class ChildPlan:
 
 
 def make_tools(linkers: Linkers) -> GuestTools:
-    """Add our own host functions to the linkers; before the first fork."""
+    """Add Wasilet's own host functions to the linkers; before the first fork."""
     http = HttpHost()
     exit_type = wasmtime.FuncType([wasmtime.ValType.i32()], [])
     module: Any = linkers.module
@@ -553,7 +553,7 @@ def _why_no_instance(error: str) -> str:
 
 
 class _CliExit:
-    """``wasi:cli/exit``: wasmtime links ``exit`` alone, and nothing of ``exit-with-code``; we want its code."""
+    """``wasi:cli/exit``: wasmtime links ``exit`` alone, and nothing of ``exit-with-code``, whose code is wanted."""
 
     def __init__(self) -> None:
         self.request: GuestExit | None = None

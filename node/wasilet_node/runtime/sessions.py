@@ -107,7 +107,7 @@ class Connection:
         self._flush()
 
     def hand_over(self) -> socket.socket:
-        """The socket, for who speaks another protocol over it from now on; this connection is over."""
+        """The socket, for the caller that uses another protocol over it from now on; this connection is over."""
         if self._out:
             raise RequestError("BadRequest", "answers are still on their way")
         self.open = False

@@ -178,7 +178,7 @@ def hello_to(pointer: supervisor_registry.Pointer) -> wire.Message:
 
 
 async def connect(pointer: supervisor_registry.Pointer) -> Link:
-    """A control connection that has said hello. Raises RuntimeUnavailableError."""
+    """A control connection that has sent its hello. Raises RuntimeUnavailableError."""
     reader, writer = await open_connection(pointer)
     link = Link(pointer, reader, writer)
     try:

@@ -43,7 +43,7 @@ class Pointer:
     """``wasilet_node.runtime.engine.engine_key``: which precompiled files it can load."""
 
     secret: str = field(default="", repr=False)
-    """What a client says in its hello, to show that it can read this file."""
+    """What a client sends in its hello, to show that it can read this file."""
 
     cgroups: tuple[str, ...] = ()
     """Groups to remove when it is gone."""

@@ -112,8 +112,8 @@ async def _spawn(paths: NodePaths, logs: LogSettings, prefix: Sequence[str]) -> 
 
 
 async def _wait_until_ready(reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> bytes:
-    """First the supervisor says its pid, then whether it is ready. One that does not get so far is ended: it keeps no
-    container yet, and the process that starts the next must not find it there some day."""
+    """First the supervisor reports its pid, then whether it is ready. One that does not get so far is ended: it keeps
+    no container yet, and the process that starts the next must not find it there some day."""
     descriptor = -1
     try:
         async with asyncio.timeout(START_TIMEOUT_SECONDS):

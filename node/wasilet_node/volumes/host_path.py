@@ -36,7 +36,7 @@ def _mode(path: Path) -> int | None:
 
 
 def locate(path: Path, type_: str, *, read_only: bool = False) -> Place:
-    """Check the path against its type, make it where the type says so. Blocks. Raises VolumeError, OSError."""
+    """Check the path against its type, make it where the type asks for it. Blocks. Raises VolumeError, OSError."""
     if type_ and type_ not in _KINDS:
         raise VolumeError(f"{type_} is an invalid volume type")
     if not path.is_absolute() or ".." in path.parts or "\0" in str(path):

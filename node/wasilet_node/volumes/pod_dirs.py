@@ -3,7 +3,7 @@
 "Memory" is a private folder below ``/dev/shm`` (a tmpfs on every Linux), since ordinary users mount nothing; root
 mounts a tmpfs in it for each volume with a size (``wasilet_node.volumes.sized_memory``). The folder is named by user
 and data directory, so that two nodes on a machine stay apart. Where there is no such tmpfs, the disk takes its place,
-and the log says so once: Secrets then lie in 0700 folders on disk.
+and the log reports it once: Secrets then lie in 0700 folders on disk.
 
 A link in the folder, ``.owner``, says whose it is, so that what no one will ever ask for again can be recognised: a
 node that was killed and its data removed by hand leaves its pods' Secrets in memory, until the machine is restarted or

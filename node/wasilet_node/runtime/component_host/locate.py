@@ -21,7 +21,7 @@ VARIABLE = "WASILET_COMPONENT_HOST"
 
 FILE_NAME = "libwasilet_component_host.so"
 COMMAND = "wasilet-node component-host"
-"""What brings it."""
+"""What installs it."""
 
 _PACKAGED = Path(__file__).resolve().parent / FILE_NAME
 """Where a wheel has it."""
@@ -76,7 +76,7 @@ def candidates(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
 
 
 def find(env: Mapping[str, str] = os.environ) -> Path:
-    """The library's path. Raises HostUnavailableError with the command that brings it."""
+    """The library's path. Raises HostUnavailableError with the command that installs it."""
     for path in candidates(env):
         if path.is_file():
             _check_owner(path)

@@ -338,8 +338,8 @@ class HttpClient:
         raise last or TimeoutError(f"no connection to {origin.host}:{origin.port} in time")
 
     def _judge_connection(self, origin: Origin, sock: socket.socket) -> None:
-        """The kernel's answer, before a byte is sent: a machine that speaks to itself has one address at both ends. So
-        an address that the node got after the policy was made is refused, too."""
+        """The kernel's answer, before a byte is sent: a machine that connects to itself has one address at both ends.
+        So an address that the node got after the policy was made is refused, too."""
         if origin not in self._local and sock.getsockname()[0] == sock.getpeername()[0]:
             raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED, f"{origin.host} is the node itself")
 

@@ -202,7 +202,7 @@ class _WebSocketChannels:
         except binascii.Error:
             pass
         finally:
-            # Whatever ended it: what the client says is no longer understood, or it is gone.
+            # Whatever ended it: what the client sends is no longer understood, or it is gone.
             self.closed.set()
 
 

@@ -25,7 +25,7 @@ READ_AHEAD_BYTES = 256 * 1024
 WRITE_CHUNK_BYTES = 32 * 1024
 WINDOW_BYTES = 32 * 1024
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
-"""Answers wait for no reader; a peer that makes us answer and reads nothing is hung up on, whatever its frames are."""
+"""Answers wait for no reader; a peer that causes answers and reads nothing is hung up on, whatever its frames are."""
 
 READ_BYTES = 64 * 1024
 
@@ -142,7 +142,7 @@ class SpdyConnection:
         self._answers = Allowance()
         self._replies = bytearray()
         self.closed = asyncio.Event()
-        """The connection is gone, or the peer said so."""
+        """The connection is gone, or the peer reported it."""
 
     def receive(self, data: bytes | bytearray) -> None:
         """Bytes of the peer."""
@@ -175,7 +175,7 @@ class SpdyConnection:
         return None
 
     def _answer(self, data: bytes) -> None:
-        """Send what the peer made us send, when this step ends."""
+        """Send what the peer caused, when this step ends."""
         self._answers.spend()
         self._replies += data
 
