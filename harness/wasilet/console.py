@@ -61,7 +61,7 @@ class PlainReporter:
         self._started[name] = time.monotonic()
 
     def step_progress(self, name: str, message: str) -> None:
-        """Said only when the step takes long, and then not often."""
+        """Printed only when the step takes long, and then not often."""
         now = time.monotonic()
         started = self._started.get(name, now)
         if now - started < PLAIN_FIRST_SECONDS or now - self._said.get(name, 0.0) < PLAIN_EVERY_SECONDS:
@@ -79,7 +79,7 @@ class PlainReporter:
         self._write(recap.line())
 
     def notice(self, message: str) -> None:
-        """Said at once: it belongs to no step."""
+        """Printed at once: it belongs to no step."""
         self._write(message)
 
     def _write(self, text: str) -> None:
@@ -152,7 +152,7 @@ class RichReporter:
         self._console.print(recap.line(), style="bold green" if recap.succeeded else "bold red", markup=False)
 
     def notice(self, message: str) -> None:
-        """Said at once: it belongs to no step."""
+        """Printed at once: it belongs to no step."""
         self._console.print(message, style="yellow", markup=False)
 
     def _render(self) -> Text:

@@ -337,7 +337,7 @@ def spawn(
         raise _cannot_start(args, error, cwd) from error
     finally:
         os.close(fd)
-    # The daemon outlives this process on purpose: Popen must neither warn about that nor reap it behind our back.
+    # The daemon outlives this process on purpose: Popen must neither warn about that nor reap it unseen.
     process.returncode = 0
     record = find(process.pid)
     if record is None:

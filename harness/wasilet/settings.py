@@ -128,7 +128,7 @@ class Settings:
     """The node image of a new cluster (kind, k3d); empty: the tool's own, or that of ``kubernetes_version``."""
 
     kubernetes_version: str = ""
-    """As ``1.37.2``; host: also a minor, as ``1.36``, of those that are brought. Empty: the newest (host), the tool's
+    """As ``1.37.2``; host: also a minor, as ``1.36``, of those that are supported. Empty: the newest (host), the tool's
     own (kind, k3d, minikube)."""
 
     config: Path | None = None

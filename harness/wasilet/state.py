@@ -148,7 +148,7 @@ class State:
 
     @property
     def cluster(self) -> ClusterRecord:
-        """What ``cluster.json`` says; all empty when there is none. Raises StateError when it is damaged."""
+        """What ``cluster.json`` holds; all empty when there is none. Raises StateError when it is damaged."""
         return self._current()[1]
 
     def read(self) -> dict[str, Any]:

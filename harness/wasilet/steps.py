@@ -30,7 +30,7 @@ GIVE_UP_SECONDS = 10.0
 """How long running steps get to notice that the play is given up."""
 
 Progress = Callable[[str], None]
-"""What a step says about itself while it runs; one message per line, never a secret."""
+"""What a step reports about itself while it runs; one message per line, never a secret."""
 
 
 class Status(enum.Enum):
@@ -367,7 +367,7 @@ def _failed(step: Step, error: HarnessError, diff: tuple[str, ...]) -> Outcome:
     elif isinstance(error, CommandError):
         tail = error.tail
     if log is not None and (not log.exists() or isinstance(error, PortTakenError)):
-        # Nothing was started: what the log says is about an earlier run.
+        # Nothing was started: what the log holds is about an earlier run.
         log = None
     if log is not None and not tail and not isinstance(error, CancelledError):
         tail = tail_of(log)

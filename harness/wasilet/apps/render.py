@@ -88,7 +88,7 @@ def pod_spec(obj: KubeObject) -> KubeObject | None:
 
 def place(objects: list[KubeObject]) -> None:
     """Keep every pod on wasm nodes, for clusters that have other nodes too: a node selector, and tolerations for the
-    taints that wasm nodes register there. What a manifest says itself is left as it is."""
+    taints that wasm nodes register there. What a manifest sets itself is left as it is."""
     for obj in objects:
         spec = pod_spec(obj)
         if spec is None:

@@ -27,7 +27,7 @@ _KINDS = ("pod", "job", "deployment", "service")
 
 
 class DemoError(Exception):
-    """A ``demo.yaml`` says something that means nothing; turned into a UsageError with the file's name."""
+    """A ``demo.yaml`` holds something that means nothing; turned into a UsageError with the file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)

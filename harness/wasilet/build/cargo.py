@@ -102,7 +102,7 @@ def is_library(folder: Path) -> bool:
 
 
 class CompileError(HarnessError):
-    """The compiler refused the program; the message is what the compiler said."""
+    """The compiler refused the program; the message is what the compiler printed."""
 
     def __init__(self, name: str, output: str, *, hint: str = "") -> None:
         super().__init__(f"{name} does not compile\n{_relevant(output)}", hint=hint)

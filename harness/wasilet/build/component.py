@@ -3,7 +3,7 @@
 One way for every Rust, whichever WASI target it has: a module for preview 1 that carries a ``component-type`` section
 (bindings made by wit-bindgen, as those of the crate ``wasi``) is turned into a component by wasm-tools, which comes as
 a wheel. The adapter is a file in a crate from the same registry that the app's own crates come from, so neither Node
-nor a target that rustup alone can bring is needed. Rust's own target ``wasm32-wasip2`` does the same with a copy of
+nor a target that rustup alone can install is needed. Rust's own target ``wasm32-wasip2`` does the same with a copy of
 both.
 """
 

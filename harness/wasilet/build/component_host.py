@@ -1,4 +1,4 @@
-"""The component host, brought when something of the harness first needs it: found, or built once into the cache."""
+"""The component host, fetched when something of the harness first needs it: found, or built once into the cache."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Approver:
             verdict = examine(self.kube, waiting.csr, self.policy_file)
         except ApiError as error:
             if error.code in {404, 409}:
-                # Someone else was faster, or it is gone; the watch brings what it is now.
+                # Someone else was faster, or it is gone; the watch delivers what it is now.
                 self._waiting.pop(name, None)
                 return
             verdict = Verdict(approve=False, why=error.message, pending=True)

@@ -74,7 +74,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False, services:
 
 
 def bring_services(cluster: Cluster, *, reporter: Reporter) -> None:
-    """Have kube-proxy and CoreDNS brought in the background, where they are still missing, and say so."""
+    """Have kube-proxy and CoreDNS installed in the background, where they are still missing, and report it."""
     plan, state, settings = pod_network.plan_of(cluster.state), cluster.state, cluster.settings
     if plan is None or state.alive(cluster_dns.COMPONENT) is not None:
         return
@@ -490,7 +490,7 @@ def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) 
 
 
 def _kubeconfig_place(cluster: Cluster) -> Path:
-    """The file that gets our context: the one asked for, else where it is already, else the user's own."""
+    """The file that gets Wasilet's context: the one asked for, else where it is already, else the user's own."""
     from wasilet.kube.kubeconfig import user_kubeconfig
 
     if cluster.settings.kubeconfig is not None:

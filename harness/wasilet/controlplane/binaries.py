@@ -167,7 +167,7 @@ _OTHERS = (
 
 def binaries(kubernetes: str = "") -> Mapping[str, Binary]:
     """All of them by name, those of Kubernetes of that version or minor; empty: the newest. Raises KeyError for a
-    minor that is not brought."""
+    minor that is not supported."""
     minor = minor_of(kubernetes or default_kubernetes())
     versions().kubernetes[minor]
     return MappingProxyType({binary.name: binary for binary in (*_all_of_kubernetes(minor), *_OTHERS)})

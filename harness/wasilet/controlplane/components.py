@@ -67,7 +67,7 @@ class Component:
     """Files whose content it reads at its start only."""
 
     clients: bool = False
-    """Whether it speaks to other hosts, hence gets the proxy and trust variables."""
+    """Whether it connects to other hosts, hence gets the proxy and trust variables."""
 
     addresses: tuple[str, ...] = (LOOPBACK,)
     """What it listens on."""
@@ -374,7 +374,7 @@ class ControlPlane:
         )
 
     def apiserver(self) -> Component:
-        """Ready when ``/readyz`` says so to the administrator (no one is anonymous here)."""
+        """Ready when ``/readyz`` reports ready to the administrator (no one is anonymous here)."""
         argv = (
             self.binaries["kube-apiserver"],
             f"--etcd-servers=https://{LOOPBACK}:{self.ports['etcd']}",
@@ -383,7 +383,7 @@ class ControlPlane:
             f"--etcd-keyfile={self._key('apiserver-etcd-client')}",
             f"--bind-address={LOOPBACK}",
             f"--secure-port={self.ports['apiserver']}",
-            # Said explicitly: without a default route the server finds no address by itself, and exits.
+            # Given explicitly: without a default route the server finds no address by itself, and exits.
             f"--advertise-address={self.advertise_address}",
             "--endpoint-reconciler-type=none",
             f"--service-cluster-ip-range={self.service_cidr}",

@@ -104,7 +104,7 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
     if not is_running(settings):
         from wasilet.oci.publish import build_app
 
-        # What does not compile, or has no compiler, needs no cluster to say so.
+        # What does not compile, or has no compiler, needs no cluster to report it.
         built, _ = build_app(name, settings, reporter=reporter)
         if not built.succeeded:
             return DemoResult(recap=built, image="", logs={}, next=())

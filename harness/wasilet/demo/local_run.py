@@ -103,7 +103,7 @@ def run(spec: RunSpec, *, environ: Mapping[str, str] = os.environ) -> int:
 
 
 def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str] = os.environ) -> str:
-    """Run ``module`` as ``local`` says and compare; a line about what was seen.
+    """Run ``module`` as ``local`` states and compare; a line about what was seen.
 
     Raises HarnessError with what the program wrote when a line is missing, it ends with another code, or it takes
     longer than ``local.timeout_seconds``.

@@ -142,7 +142,7 @@ class Kube:
         return True
 
     def ready(self, *, timeout_seconds: float = 2.0) -> bool:
-        """Whether ``/readyz`` says so."""
+        """Whether ``/readyz`` reports ready."""
         try:
             status, _ = self._exchange("GET", "/readyz", None, {}, timeout_seconds)
         except ApiError:

@@ -45,7 +45,7 @@ _Result = TypeVar("_Result")
 
 
 class RegistryError(HarnessError):
-    """A registry is not there, refuses, or sends something else than it said."""
+    """A registry is not there, refuses, or sends something else than it announced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +282,7 @@ def _explained(error: ClientError, reference: Reference) -> RegistryError:
 
 
 async def _blob(repository: Repository, blob: Descriptor, reference: Reference) -> bytes:
-    """A blob, no longer than it says, with the digest that it says."""
+    """A blob, no longer than announced, with the digest announced."""
     if blob.size > _MAX_BLOB_BYTES:
         raise RegistryError(f"{blob.digest} of {reference} has {blob.size} bytes, more than {_MAX_BLOB_BYTES}")
     data = bytearray()

@@ -1,6 +1,6 @@
 """What a provider is: the part of a cluster that is not Wasilet's own.
 
-A provider brings an API server with a controller-manager and a scheduler behind it, or finds one. Everything else
+A provider creates an API server with a controller-manager and a scheduler behind it, or finds one. Everything else
 (registry, approver, bootstrap token, nodes, kubeconfig) is the same for all and lives in ``wasilet.cluster.up``. To add
 one: write the class, name it in ``wasilet.providers.by_name``."""
 
@@ -159,7 +159,7 @@ class Provider(Protocol):
 
     @property
     def binaries(self) -> tuple[str, ...]:
-        """What ``wasilet.controlplane.acquire`` must bring, besides the registry and kubectl."""
+        """What ``wasilet.controlplane.acquire`` must install, besides the registry and kubectl."""
 
     @property
     def wanted_ports(self) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class ExternalProvider:
     binaries: tuple[str, ...] = ()
     wanted_ports: tuple[str, ...] = ()
 
-    # --- what a subclass says --------------------------------------------------------------------------------------
+    # --- what a subclass defines -----------------------------------------------------------------------------------
 
     def detect(self, settings: Settings) -> Detection:
         """See Provider."""
@@ -103,7 +103,7 @@ class ExternalProvider:
         """Look at an adopted cluster closer, once, before anything is added. Raises HarnessError."""
 
     def tool_steps(self, cluster: Cluster) -> Sequence[Step]:  # noqa: ARG002
-        """Steps that bring the provider's own command line."""
+        """Steps that install the provider's own command line."""
         return ()
 
     def registry_steps(self, cluster: Cluster) -> Sequence[Step]:  # noqa: ARG002

@@ -63,7 +63,7 @@ class MinikubeProvider(ExternalProvider):
     options = ("kubernetes_version",)
 
     def detect(self, settings: Settings) -> Detection:
-        """minikube must be there, and its profile's name be one; whether its driver works, it says itself. Raises
+        """minikube must be there, and its profile's name be one; whether its driver works, it reports itself. Raises
         UsageError."""
         check_name(settings.name)
         path, version = user_minikube(settings)

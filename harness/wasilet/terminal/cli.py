@@ -59,7 +59,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
         except _TerminatedError:
             raise Exit("ended by SIGTERM", code=EXIT_TERMINATED) from None
         except BrokenPipeError:
-            # The reader of the output has gone (`| head`): nothing is wrong, and nothing more can be said.
+            # The reader of the output has gone (`| head`): nothing is wrong, and nothing more can be printed.
             silence_stdout()
             raise Exit(code=0) from None
         except OSError as error:

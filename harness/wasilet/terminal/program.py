@@ -30,7 +30,7 @@ INVOKES_OWN = "invoke.main"
 
 
 class TaskProgram(Program):
-    """Invoke's own program but for what it says about a command line that is wrong."""
+    """Invoke's own program but for what it prints about a command line that is wrong."""
 
     def create_config(self) -> None:
         """Read the configuration files."""

@@ -2,9 +2,9 @@
 never will be, or until the time is over.
 
 The one judge of ``demo.yaml`` and of the plugin's assertions, so that the two cannot disagree. A yes rests on what was
-seen. A no, and everything said of what is *absent*, rests on whole logs: read to the end where the container is over,
-and to the line that was the last one at the time of the question where it runs on. Where a log cannot be read whole,
-that is the verdict.
+seen. A no, and every statement about what is *absent*, rests on whole logs: read to the end where the container is
+over, and to the line that was the last one at the time of the question where it runs on. Where a log cannot be read
+whole, that is the verdict.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ class Wait:
     # --- whole logs ------------------------------------------------------------------------------------------------
 
     def _absent_is_proven(self, known: _Known, *, over: str) -> str | None:
-        """Before the yes: whether all was read that had been written when it could have been said."""
+        """Before the yes: whether all was read that had been written when it could have been answered."""
         judge = self.expected.judge
         if judge is None or not judge.absent:
             return ""

@@ -67,7 +67,7 @@ class InstanceLog:
 
     @property
     def first_at(self) -> float:
-        """When the first line was written; 0.0 while there is none, or when the node did not say."""
+        """When the first line was written; 0.0 while there is none, or when the node did not report it."""
         first = self.kept.first
         return 0.0 if first is None else line_of(first).at
 

@@ -193,7 +193,7 @@ def _marked(expected: str, got: str) -> list[str]:
 
 
 def numbered(lines: Sequence[str], judge: Judge, *, shown: int) -> list[str]:
-    """The end of the log with line numbers; a ``>`` before each line that an assertion speaks of."""
+    """The end of the log with line numbers; a ``>`` before each line that an assertion refers to."""
     first = max(0, len(lines) - shown)
     marked = {want.line for want in judge.wanted if want.line}
     marked |= {n for n, line in enumerate(lines[first:], first + 1) if any(found(text, line) for text in judge.absent)}

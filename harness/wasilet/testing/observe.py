@@ -338,7 +338,7 @@ class Observer:
         now = time.time()
         status, spec = view.object.get("status") or {}, view.object.get("spec") or {}
         created = seconds_of(view.object["metadata"].get("creationTimestamp")) or now
-        # A time stamp of the API server is cut to the second: an older one is all there is, a recent one is our own.
+        # A time stamp of the API server is cut to the second: an older one is all there is, a recent one the test's.
         old = created < self._began - 1.0
         view.from_birth = view.from_birth or not old
         view.marks.setdefault("created", created if old else now)
