@@ -5,8 +5,8 @@ A host that can be named in many ways is one host: decimal, hexadecimal and octa
 inside (mapped, compatible, translated, NAT64, 6to4, Teredo, ISATAP). All of them are brought to one form first, and an
 address is judged together with every IPv4 address that it carries, since a translator on the way may unwrap it.
 
-A name says nothing of where it leads. Its caller resolves it, asks again for every address, and connects to the address
-that was asked about: whoever runs the name's DNS could answer a second look-up differently.
+A name says nothing about where it leads. Its caller resolves it, asks again for every address, and connects to the
+address that was asked about: the operator of the name's DNS could answer a second look-up differently.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _REFUSED = {
 
 
 class Reach(IntEnum):
-    """How near an address is; a larger number is nearer, and more can be reached there that nobody else reaches."""
+    """How near an address is; a larger number is nearer, and more can be reached there that no one else reaches."""
 
     PUBLIC = 0
     PRIVATE = 1

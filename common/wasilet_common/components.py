@@ -189,7 +189,7 @@ class _Section:
 
     def _description(self) -> bool:
         """``externdesc``: core module, function, value, type, component or instance. Whether it is only another name
-        for a type, which asks nobody for anything."""
+        for a type, which asks no one for anything."""
         kind = self._byte()
         if kind == 0:
             self._byte()

@@ -109,7 +109,7 @@ def load_all(text: str | bytes) -> list[Document]:
 
 
 def decoded(text: str | bytes) -> str:
-    """Text without its byte order mark: UTF-8, or UTF-16 when the mark says so. Raises YamlError."""
+    """Text without its byte order mark: UTF-8, or UTF-16 when the mark requires it. Raises YamlError."""
     if isinstance(text, str):
         return text.removeprefix("\ufeff")
     try:

@@ -1,4 +1,4 @@
-"""What a kubeconfig says, and how one is made: the one reader below the node's, the harness' and the user's files.
+"""What a kubeconfig holds, and how one is made: the one reader below the node's, the harness' and the user's files.
 
 client-go's rules: the YAML of :mod:`wasilet_common.kube_yaml`, relative names are relative to the file, embedded data
 wins over a named file, the first of several entries of one name counts. What a caller accepts of it (plugins, plain

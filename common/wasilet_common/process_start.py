@@ -1,7 +1,7 @@
 """What a command does to its own process before anything else: once, at its entry point, never in a library.
 
 The user's environment must not reach into the program: a ``yaml.py`` in ``PYTHONPATH`` is not the library, a umask of
-000 is no wish that everybody may write Wasilet's files, and a full disk behind stderr is no reason for a traceback.
+000 is no wish that everyone may write Wasilet's files, and a full disk behind stderr is no reason for a traceback.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _own_places() -> set[str]:
 
 
 def tighten_umask() -> None:
-    """Nobody else may write what is made here, whatever the shell's umask says. A umask that lets the group write and
+    """No one else may write what is made here, whatever the shell's umask is. A umask that lets the group write and
     no others (002) is a choice, and stays."""
     mask = os.umask(0o022)
     if mask & OTHERS_MAY_WRITE:

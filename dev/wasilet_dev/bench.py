@@ -1,7 +1,7 @@
 """``invoke bench``: how fast, on this machine, in medians and beside the figures that the project holds itself to.
 
-It measures and prints and judges nothing: a figure on a busy machine says more about the machine. A cluster of its own
-is brought up for it and taken down with all it held, so that nobody's images, kubeconfig or pods have a part in it.
+It measures and prints and judges nothing: a figure on a busy machine says more about the machine. A separate cluster
+is started for it and deleted with all it held, so that no one's images, kubeconfig or pods have a part in it.
 
 Two modes. ``up``: the command line as a person types it, interpreter and all. ``pods``: from the creation of a pod to
 the status that says Running, as a watch sees it; bursts, deletions, the agent's memory over many pods, and logs.
@@ -331,7 +331,7 @@ class _Watched:
                 self._changed.wait(seconds)
 
     def _watch(self) -> None:
-        """Lists anew when a watch ends: a server that is busy drops watchers, and what happened meanwhile counts."""
+        """Lists again when a watch ends: a server that is busy drops watchers, and what happened meanwhile counts."""
         path = api_path("pods", namespace=NAMESPACE)
         while not self._hangup.done:
             try:

@@ -1,7 +1,7 @@
 """``./run docs``: the documentation as a site, by Sphinx with MyST, strict: a warning fails it.
 
-Sphinx and what it needs are locked in ``requirements-docs.lock`` and installed into an environment of their own, named
-by that file's hash, so that whoever only runs clusters never downloads them.
+Sphinx and what it needs are locked in ``requirements-docs.lock`` and installed into their own environment, named
+by that file's hash, so that those who only run clusters never download them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The reference of the tasks in ``docs/harness.md``, made from ``tasks.py``: ``python -P -m wasilet_dev.docs_tasks``.
 
-Text that is written twice disagrees with itself sooner or later, so what ``--help`` says is the source, and a unit test
-compares the page with it.
+Text that is written twice disagrees with itself sooner or later, so what ``--help`` prints is the source, and a unit
+test compares the page with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``./run test``: pytest with its own options, after what the chosen tests need has been brought.
+"""``./run test``: pytest with its own options, after what the chosen tests need has been installed.
 
 Binaries may take minutes the first time. That is better seen here, with progress, than in a fixture that pytest
 captures the output of.

@@ -14,7 +14,7 @@ from wasilet.controlplane.versions import minor_of, versions
 from wasilet.errors import HarnessError
 
 MINORS = 3
-"""As many minors of Kubernetes are brought, as upstream supports."""
+"""As many minors of Kubernetes are supported, as upstream supports."""
 
 _LIST_TIMEOUT_SECONDS = 120.0
 
@@ -27,7 +27,7 @@ class Proposal:
     """``kubernetes 1.37``, ``etcd``."""
 
     pinned: str
-    """Empty: a minor that is not brought yet."""
+    """Empty: a minor that is not supported yet."""
 
     newest: str
     """Empty: a minor that is no longer one of the newest."""

@@ -75,7 +75,7 @@ class ClusterRecord:
     """Nodes that a bootstrap file was made for: whether they run on this machine."""
 
     service_ranges: tuple[str, ...] = ()
-    """In CIDR notation, as the cluster told an administrator."""
+    """In CIDR notation, as the cluster reported it to an administrator."""
 
     external: Mapping[str, Any] = field(default_factory=dict)
     """What a provider other than host found out; see ``wasilet.providers.existing_base``."""

@@ -1,4 +1,4 @@
-"""What a person sees on stderr while a play runs: one line a step, and what is running now.
+"""What a person sees on stderr while a play runs: one line per step, and what is running now.
 
 On a terminal rich draws it; in a pipe, in CI or with NO_COLOR there are plain lines, and a step that takes long says
 so now and then. Data (``--output json``, paths, references) goes to stdout and never through here.
@@ -61,7 +61,7 @@ class PlainReporter:
         self._started[name] = time.monotonic()
 
     def step_progress(self, name: str, message: str) -> None:
-        """Said only when the step takes long, and then not often."""
+        """Printed only when the step takes long, and then not often."""
         now = time.monotonic()
         started = self._started.get(name, now)
         if now - started < PLAIN_FIRST_SECONDS or now - self._said.get(name, 0.0) < PLAIN_EVERY_SECONDS:
@@ -79,7 +79,7 @@ class PlainReporter:
         self._write(recap.line())
 
     def notice(self, message: str) -> None:
-        """Said at once: it belongs to no step."""
+        """Printed at once: it belongs to no step."""
         self._write(message)
 
     def _write(self, text: str) -> None:
@@ -87,7 +87,7 @@ class PlainReporter:
             self._stream.write(text + "\n")
             self._stream.flush()
         except BrokenPipeError:
-            # Whoever read this has gone (`up 2>&1 | head`): what was begun is finished all the same.
+            # The reader of this has gone (`up 2>&1 | head`): what was begun is finished all the same.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -152,7 +152,7 @@ class RichReporter:
         self._console.print(recap.line(), style="bold green" if recap.succeeded else "bold red", markup=False)
 
     def notice(self, message: str) -> None:
-        """Said at once: it belongs to no step."""
+        """Printed at once: it belongs to no step."""
         self._console.print(message, style="yellow", markup=False)
 
     def _render(self) -> Text:

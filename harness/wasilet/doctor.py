@@ -1,4 +1,4 @@
-"""What this machine has of what Wasilet can use: each prerequisite found where and of which version, or what brings it.
+"""What this machine has of what Wasilet can use: where each prerequisite is, its version, or what installs it.
 
 It reads only, and asks no network. A prerequisite is *needed* for what the README promises (`up` and the demos on the
 ``host`` provider), or *optional*: then the line names what it is for, and its absence is no failure.
@@ -35,14 +35,14 @@ class Check:
 
     name: str
     status: str
-    """``ok``; ``will`` (missing, and `up` or `build` brings it by itself); ``missing``; ``optional`` (missing, and
+    """``ok``; ``will`` (missing, and `up` or `build` installs it by itself); ``missing``; ``optional`` (missing, and
     only what ``detail`` names needs it)."""
 
     detail: str
     """Where it was found and its version; or what it is for, and what is wrong."""
 
     hint: str = ""
-    """The command that brings it."""
+    """The command that installs it."""
 
     def to_json(self) -> dict[str, Any]:
         """Its four fields."""
@@ -69,7 +69,7 @@ def is_fit(checks: list[Check]) -> bool:
 
 
 def check_lines(checks: list[Check]) -> Iterator[str]:
-    """For people, a check a line and its hint below it."""
+    """For people, one check per line and its hint below it."""
     width = max(len(check.name) for check in checks)
     for check in checks:
         yield f"{check.status:<8}  {check.name:<{width}}  {check.detail}"
@@ -146,7 +146,7 @@ def _pod_network(settings: Settings) -> Check:
 
 
 def _memory_limits() -> Check:
-    # The node finds out by itself; this only tells what it will find.
+    # The node finds out by itself; this only reports what it will find.
     root = Path("/sys/fs/cgroup")
     v1 = root / "memory"
     if os.access(v1, os.W_OK) and (v1 / "memory.limit_in_bytes").exists() | (v1 / "cgroup.procs").exists():

@@ -26,7 +26,7 @@ def port_is_free(port: int, address: str = "127.0.0.1") -> bool:
 
 
 def port_taken(port: int, what: str) -> PortTakenError:
-    """The error that names the port, what needs it and (where /proc tells) who has it."""
+    """The error that names the port, what needs it and (where /proc shows it) who has it."""
     holder = port_holder(port)
     by = f" by {holder}" if holder else " by another program"
     return PortTakenError(
@@ -36,7 +36,7 @@ def port_taken(port: int, what: str) -> PortTakenError:
 
 
 def port_holder(port: int) -> str:
-    """``name (pid n)`` of who listens on a TCP port; empty when it belongs to another user or to nobody."""
+    """``name (pid n)`` of who listens on a TCP port; empty when it belongs to another user or to no one."""
     import psutil
 
     try:

@@ -1,8 +1,8 @@
-"""The one door to other programs: argument lists, time limits, typed failures, and daemons that can be found again.
+"""The one entry point to other programs: argument lists, time limits, typed failures, and daemons that are found again.
 
-No shell, ever. A program that is run for its result (:func:`run`) gets a session of its own, so that a time-out or
+No shell, ever. A program that is run for its result (:func:`run`) gets its own session, so that a time-out or
 Ctrl-C ends everything it started. A daemon (:func:`spawn`) is remembered as its pid *with its start time and the boot
-it belongs to*: a pid alone is reused, and a harness that kills by number sooner or later kills a stranger.
+it belongs to*: a pid alone is reused, and a harness that kills by number sooner or later kills an unrelated process.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def spawn(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> ProcessRecord:
-    """Start a daemon: a session of its own, no inherited descriptors, stdin empty, stdout and stderr appended to
+    """Start a daemon: its own session, no inherited descriptors, stdin empty, stdout and stderr appended to
     ``log`` (made with mode 0600). Returns at once; raises CommandError when the program cannot be started."""
     args = tuple(os.fspath(a) for a in argv)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -337,7 +337,7 @@ def spawn(
         raise _cannot_start(args, error, cwd) from error
     finally:
         os.close(fd)
-    # The daemon outlives this process on purpose: Popen must neither warn about that nor reap it behind our back.
+    # The daemon outlives this process on purpose: Popen must neither warn about that nor reap it unseen.
     process.returncode = 0
     record = find(process.pid)
     if record is None:
@@ -352,8 +352,8 @@ def find(pid: int) -> ProcessRecord | None:
 
 
 def is_alive(record: ProcessRecord) -> bool:
-    """Whether this very process still runs. A zombie is gone (and is reaped here when it is ours), but for one whose
-    other threads are still on their way out: until the last of them is, its ports are taken."""
+    """Whether this very process still runs. A zombie is gone (and is reaped here when it is a child of this process),
+    but for one whose other threads are still on their way out: until the last of them is, its ports are taken."""
     if record.boot_id != boot_id():
         return False
     stat = _stat(record.pid)
@@ -410,7 +410,7 @@ def send_signal(record: ProcessRecord, signum: int) -> bool:
 
 
 def boot_id() -> str:
-    """This boot's own name; empty where the kernel does not tell."""
+    """This boot's own name; empty where the kernel does not report it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

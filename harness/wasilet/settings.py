@@ -128,14 +128,14 @@ class Settings:
     """The node image of a new cluster (kind, k3d); empty: the tool's own, or that of ``kubernetes_version``."""
 
     kubernetes_version: str = ""
-    """As ``1.37.2``; host: also a minor, as ``1.36``, of those that are brought. Empty: the newest (host), the tool's
+    """As ``1.37.2``; host: also a minor, as ``1.36``, of those that are supported. Empty: the newest (host), the tool's
     own (kind, k3d, minikube)."""
 
     config: Path | None = None
     """The provider's own file: a cluster configuration of kind or k3d, the kubeconfig of an existing cluster."""
 
     context: str = ""
-    """Which context of the kubeconfig names the existing cluster. Never guessed: the current one may be anybody's."""
+    """Which context of the kubeconfig names the existing cluster. Never guessed: the current one may be anyone's."""
 
     yes: bool = False
     """Whether an existing cluster may be changed."""
@@ -161,7 +161,7 @@ class Settings:
     ``http://127.0.0.1:8090``; empty: those of the cluster so far. The API that a demo starts is always among them."""
 
     pod_network: bool = True
-    """Whether pods of a new cluster get a network of their own where this machine allows it (host)."""
+    """Whether pods of a new cluster get their own network where this machine allows it (host)."""
 
     pod_cidr: str = ""
     """The range of the pods' addresses of a new cluster (host); empty: one that this machine has no route to."""

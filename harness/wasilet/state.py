@@ -46,7 +46,7 @@ CLUSTER_LOGIN = "etc/registry-login/config.json"
 """Within a cluster's folder: the login of its registry, as docker writes one."""
 
 _FIRST_PORT, _LAST_PORT = 20000, 32000
-"""Below Linux's ephemeral range (32768), so that no outgoing connection sits on a port of ours."""
+"""Below Linux's ephemeral range (32768), so that no outgoing connection sits on a port of Wasilet's."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class State:
         return self.logs / f"{component}.log"
 
     def exists(self) -> bool:
-        """Whether the cluster was ever begun (and not taken down)."""
+        """Whether the cluster was ever begun (and not deleted)."""
         return (self.path / "cluster.json").is_file()
 
     def create(self) -> None:
@@ -148,7 +148,7 @@ class State:
 
     @property
     def cluster(self) -> ClusterRecord:
-        """What ``cluster.json`` says; all empty when there is none. Raises StateError when it is damaged."""
+        """What ``cluster.json`` holds; all empty when there is none. Raises StateError when it is damaged."""
         return self._current()[1]
 
     def read(self) -> dict[str, Any]:
@@ -237,8 +237,8 @@ class State:
     def locked(
         self, *, timeout_seconds: float, say: Callable[[str], None] = lambda _: None, what: str = "changing the cluster"
     ) -> Iterator[None]:
-        """Hold the cluster's lock. While another run holds it, ``say`` is told who, once. Raises StateError after
-        ``timeout_seconds``. The kernel lets go of the lock when its holder dies, however it dies."""
+        """Hold the cluster's lock. While another run holds it, ``say`` receives the holder, once. Raises StateError
+        after ``timeout_seconds``. The kernel lets go of the lock when its holder dies, however it dies."""
         path = self.path / "lock"
         deadline = time.monotonic() + timeout_seconds
         said = False
@@ -313,7 +313,7 @@ class State:
             if port not in taken and port_is_free(port, EVERYWHERE):
                 return port
         size = _LAST_PORT - _FIRST_PORT
-        # Two state roots know nothing of each other: each begins at a place of its own.
+        # Two state roots know nothing of each other: each begins at its own place.
         start = int.from_bytes(hashlib.sha256(os.fsencode(self.path)).digest()[:4], "big") % size
         for offset in range(size):
             port = _FIRST_PORT + (start + offset) % size

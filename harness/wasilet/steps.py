@@ -1,6 +1,6 @@
-"""Ansible's idea in one small module: look first, then change only what differs, and say which it was.
+"""Ansible's idea in one small module: look first, then change only what differs, and report which it was.
 
-A :class:`Step` has two functions. ``look`` reads facts and changes nothing; ``change`` makes true what ``look`` found
+A :class:`Step` has two functions. ``look`` reads facts and changes nothing; ``change`` applies what ``look`` found
 wanting. Idempotence, ``--check`` and ``--diff`` fall out of that. A :class:`Play` is a list of steps that reads like a
 table of contents; a step that names what it comes ``after`` starts as soon as that is done, so the list may run in
 parallel without the reader having to care.
@@ -30,7 +30,7 @@ GIVE_UP_SECONDS = 10.0
 """How long running steps get to notice that the play is given up."""
 
 Progress = Callable[[str], None]
-"""What a step says about itself while it runs; a message a line, never a secret."""
+"""What a step reports about itself while it runs; one message per line, never a secret."""
 
 
 class Status(enum.Enum):
@@ -87,7 +87,7 @@ class Step:
     """Whose last lines are shown when the step fails."""
 
     def __post_init__(self) -> None:
-        """A step that nobody refers to needs no key of its own."""
+        """A step that no one refers to needs no key of its own."""
         object.__setattr__(self, "key", self.key or self.name)
 
 
@@ -183,7 +183,7 @@ class Recap:
 
 
 class Reporter(Protocol):
-    """Who is told about a play. Called from one thread at a time."""
+    """What receives reports about a play. Called from one thread at a time."""
 
     def play_started(self, title: str) -> None: ...
     def step_started(self, name: str) -> None: ...
@@ -367,7 +367,7 @@ def _failed(step: Step, error: HarnessError, diff: tuple[str, ...]) -> Outcome:
     elif isinstance(error, CommandError):
         tail = error.tail
     if log is not None and (not log.exists() or isinstance(error, PortTakenError)):
-        # Nothing was started: what the log says is about an earlier run.
+        # Nothing was started: what the log holds is about an earlier run.
         log = None
     if log is not None and not tail and not isinstance(error, CancelledError):
         tail = tail_of(log)

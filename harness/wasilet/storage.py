@@ -47,7 +47,7 @@ def _storage_hint(error: OSError) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return FULL_DISK_HINT
     if error.errno in {errno.ENOENT, errno.EISDIR}:
-        return ""  # of a path that was typed: folders of ours are made
+        return ""  # of a path that was typed: Wasilet's folders are made
     return "set WASILET_STATE_HOME and WASILET_CACHE to folders that you can write to"
 
 

@@ -63,7 +63,7 @@ def component_host(*, check: bool) -> int:
 
 
 def configure_logging(level: str) -> None:
-    """One line a message on stderr, UTC time stamps with milliseconds."""
+    """One line per message on stderr, UTC time stamps with milliseconds."""
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler = logging.StreamHandler(sys.stderr)
@@ -71,7 +71,7 @@ def configure_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # Chatty below warnings, and what they say is said better by those who call them.
+    # Chatty below warnings, and what they log is logged better by their callers.
     for name in ("asyncio", "aiohttp", "urllib3", "kubernetes"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -6,8 +6,8 @@ figures; the jitter keeps nodes that joined together from renewing together), an
 connection: new requests go by a new ``KubeClient`` generation, new TLS sessions by a new context.
 
 Who may renew what: a client certificate renews itself while it is valid. When it is expired (a laptop that slept), or
-the API server no longer knows it (the cluster was made anew), the bootstrap file is the only way back, and it is read
-again for that, since whoever made the cluster anew wrote a new one.
+the API server no longer knows it (the cluster was made again), the bootstrap file is the only way back, and it is read
+again for that, since the user who made the cluster again wrote a new one.
 
 The serving certificate is never needed to be Ready. Until it is approved the server shows a self-signed one, which an
 API server without ``--kubelet-certificate-authority`` (kubeadm's default, hence kind's) accepts.
@@ -113,7 +113,7 @@ class Certificates:
 
     @property
     def client_path(self) -> Path:
-        """Certificate chain and key by which the node speaks to the API server."""
+        """Certificate chain and key by which the node connects to the API server."""
         return self._pki / "client.pem"
 
     @property
@@ -134,7 +134,7 @@ class Certificates:
             return None
 
     async def join(self) -> KubeClient:
-        """Be somebody to the API server: by the certificate that is kept, else by the bootstrap file.
+        """Have an identity for the API server: by the certificate that is kept, else by the bootstrap file.
 
         An API server that does not answer is not waited for when there is a valid certificate. Raises JoinError.
         """
@@ -179,7 +179,7 @@ class Certificates:
     def set_names(self, names: NodeNames) -> None:
         """The addresses that are in Node.status now: a serving certificate for them is asked for when it is missing.
 
-        Only what the Node says is approved, so this comes after the status was written.
+        Only what the Node states is approved, so this comes after the status was written.
         """
         if names != self._names:
             self._names = names
@@ -428,7 +428,7 @@ class Certificates:
         return self._pki / f"{what}.pending.json"
 
     async def _pause_if_old(self, pair: Pair | None, unless: asyncio.Event) -> None:
-        """A new certificate that is due for renewal tells of a wrong clock; each further one would be as old."""
+        """A new certificate that is due for renewal shows a wrong clock; each further one would be as old."""
         if pair is not None and pair.renewal_time(_RENEW_FROM) <= self._now():
             logger.warning("the certificate that was just signed is valid until %s: is a clock wrong?",
                            _text(pair.not_after))  # fmt: skip

@@ -2,7 +2,7 @@
 
 The request's name and key are kept in a private file while it is pending, so an agent that restarts takes up the same
 request instead of leaving one more for a person to approve. What comes back is checked against the key it was asked
-with: a request that somebody else made under that name can't put a foreign certificate beside our key.
+with: a request that someone else made under that name can't put a foreign certificate beside this node's key.
 
 Errors::
 
@@ -61,7 +61,7 @@ class CertificateRefusedError(CertificateError):
 
 
 class CertificatePendingError(CertificateError):
-    """Nobody approved the request in time."""
+    """No one approved the request in time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Krustlet wrote two files, so a crash in between, or an old request answered for a newer key, left a pair that did not
 match. Here a pair is one file, checked before it is written, and put in place by a rename that is on disk before
-anybody is told: there is the old pair or the new one, never a mixture.
+any caller uses it: there is the old pair or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Pair:
 
 
 def make_folder(path: Path) -> None:
-    """A folder for private files, mode 0700 whoever made it."""
+    """A folder for private files, mode 0700 whichever process made it."""
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     if path.stat().st_mode & 0o777 != 0o700:
         path.chmod(0o700)
@@ -134,7 +134,7 @@ def save_pair(path: Path, pair: Pair) -> None:
 
 
 def self_signed(node_name: str, names: NodeNames, *, now: datetime | None = None) -> Pair:
-    """What the HTTPS server shows while the real certificate waits for approval; nobody who checks accepts it."""
+    """What the HTTPS server shows while the real certificate waits for approval; no one who checks accepts it."""
     key = new_key()
     begin = now or datetime.now(UTC)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{node_name} (self-signed)"[:64])])

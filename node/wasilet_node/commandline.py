@@ -161,8 +161,8 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
     name = options.get("node_name", ("WASILET_NODE_NAME", "KRUSTLET_NODE_NAME"), _node_name)
     host = options.get("hostname", ("WASILET_NODE_HOSTNAME", "KRUSTLET_HOSTNAME"), _host)
     if host is None:
-        # Whoever selects by the label kubernetes.io/hostname takes it for the node's name, and several nodes of one
-        # machine must differ in it: kubelet, too, has one name for both. A label is shorter than a name may be.
+        # Any client that selects by the label kubernetes.io/hostname takes it for the node's name, and several nodes of
+        # one machine must differ in it: kubelet, too, has one name for both. A label is shorter than a name may be.
         host = name if name and len(name) <= _MAX_LABEL_LENGTH else _own_name(hostname())
     labels = dict(options.get_all("node_labels", ("WASILET_NODE_LABELS", "NODE_LABELS"), _label))
     taints = options.get_all("taint", ("WASILET_NODE_TAINTS",), _taint)

@@ -50,12 +50,12 @@ class Contract:
         self._asked_at = float("-inf")
 
     async def version(self) -> str:
-        """While the API server is away, what it said last counts. Raises KubeError before it has said anything."""
+        """While the API server is away, its last answer counts. Raises KubeError before there is one."""
         if self._clock() - self._asked_at >= _ASK_AGAIN_SECONDS:
             try:
                 self._learn(await self._kube.get("/version"))
             except (ForbiddenError, NotFoundError):
-                self._learn({})  # somebody keeps it from nodes, which are to join all the same
+                self._learn({})  # someone keeps it from nodes, which are to join all the same
             except KubeError:
                 if self._asked_at == float("-inf"):
                     raise

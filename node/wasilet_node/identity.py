@@ -1,7 +1,7 @@
 """Which of two agents with the same node name a Node belongs to.
 
 A bootstrap token lets an agent join under any name, so a second one, by mistake or on purpose, can come as a node that
-is alive elsewhere; the two would then end each other's pods in turn. Each data folder therefore has an id of its own,
+is alive elsewhere; the two would then end each other's pods in turn. Each data folder therefore has its own id,
 the Node carries it as an annotation, and a Node of another id is left alone while its lease is being renewed.
 """
 
@@ -46,7 +46,7 @@ def is_foreign(node: KubeObject, own_id: str) -> bool:
 
 
 async def is_alive(kube: Kube, node_name: str) -> bool:
-    """Whether somebody renews a node's lease: it is watched for as long as it is valid. Raises KubeError."""
+    """Whether someone renews a node's lease: it is watched for as long as it is valid. Raises KubeError."""
     seen = await _lease(kube, node_name)
     if seen is None:
         return False

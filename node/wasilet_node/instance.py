@@ -33,7 +33,7 @@ class AlreadyRunningError(InstanceError):
 
 
 class ForeignFolderError(InstanceError):
-    """The data folder holds somebody's other things, and making it private would lock them out."""
+    """The data folder holds someone's other things, and making it private would lock them out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The Node object: made, brought up to date, reported, and made again when somebody deleted it.
+"""The Node object: made, brought up to date, reported, and made again when someone deleted it.
 
 Written with the rights of a node alone: labels that NodeRestriction refuses are refused on the command line already
 (``wasilet_node.__main__``), taints are given at creation only (a node may not change its own), and the object is
@@ -76,20 +76,20 @@ _EVENT_OF_STATUS = {
 
 
 class NodeNetworkState(Protocol):
-    """``wasilet_node.network.service.PodNetwork``, as far as the Node tells of it."""
+    """``wasilet_node.network.service.PodNetwork``, as far as the Node reports it."""
 
     absent: str | None
     on_change: Callable[[], None]
 
     def set_pod_cidr(self, text: str | None) -> None:
-        """What ``Node.spec.podCIDR`` says."""
+        """What ``Node.spec.podCIDR`` holds."""
 
     async def settle(self, limit_seconds: float) -> None:
         """Wait until it is known whether there is a network, or for so long."""
 
 
 class NodeTakenError(Exception):
-    """A Node of that name exists and is somebody else's."""
+    """A Node of that name exists and is someone else's."""
 
 
 class Registration:
@@ -170,7 +170,7 @@ class Registration:
         return self._info
 
     def wake(self) -> None:
-        """Something that the status tells has changed (the runtime went or came): report now, not in 10 s."""
+        """Something that the status reports has changed (the runtime went or came): report now, not in 10 s."""
         self._wake.set()
 
     async def register(self) -> None:
@@ -326,7 +326,7 @@ class Registration:
     def _lost(self, node: KubeObject | None) -> None:
         known = self.uid()
         if node is not None and known is not None and node.get("metadata", {}).get("uid") != known:
-            # The old one's end, told after ours was made.
+            # The old one's end, reported after this one's was made.
             return
         self._node = None
         self._gone.set()
@@ -413,7 +413,7 @@ class Registration:
         return self._node is not None and self._disagrees(self._node)
 
     def _disagrees(self, node: KubeObject) -> bool:
-        """Whether somebody else wrote into what is ours to say."""
+        """Whether someone else wrote into what is the node's to report."""
         if self._sent is None:
             return False
         status = node.get("status") or {}
@@ -456,7 +456,7 @@ class Registration:
                 self._event(type_, reason, f"Node {self._settings.node_name} status is now: {reason}")
 
     def _tell_schedulable(self, node: KubeObject) -> None:
-        """Somebody has cordoned the node, or uncordoned it."""
+        """Someone has cordoned the node, or uncordoned it."""
         unschedulable = bool((node.get("spec") or {}).get("unschedulable"))
         if unschedulable != self._unschedulable:
             self._unschedulable = unschedulable

@@ -66,7 +66,7 @@ class ImageSettings:
     """Pulling and keeping images."""
 
     insecure_registries: tuple[str, ...] = ()
-    """``host[:port]`` of registries spoken to in plain HTTP. Loopback always may be."""
+    """``host[:port]`` of registries reached by plain HTTP. Loopback always may be."""
 
     registry_config: Path | None = None
     """A docker ``config.json`` with the node's own logins, which serve every pod after the pod's pull secrets."""

@@ -43,7 +43,7 @@ def shutdown(data: Path, *, timeout_seconds: float) -> int:
 
     try:
         _stop_supervisors(NodePaths(data=data), max(0.5, deadline - time.monotonic() - _KILL_SECONDS))
-        # Of the one that had to be killed, and of those that had died before: nobody comes after this to do it.
+        # Of the one that had to be killed, and of those that had died before: no one comes after this to do it.
         remove_traces_of_the_dead(data)
     except TimeoutError as error:
         logger.error("%s", error)  # noqa: TRY400  # a traceback says no more

@@ -34,7 +34,7 @@ _MAX_COUNTRY_CODE = 2
 _MAX_SECOND_LEVEL = 3
 
 Denial = Callable[[Credential | None, Reference, str], str]
-"""The words for a refusal: which credential was used (None: none), for what, and what the registry said."""
+"""The text of a refusal: which credential was used (None: none), for what, and what the registry answered."""
 
 
 def pod_denial(credential: Credential | None, reference: Reference, why: str) -> str:
@@ -154,7 +154,7 @@ class Authenticator:
 
 
 def same_site(one: str, other: str) -> bool:
-    """Whether two hosts are one, or names below a common domain that somebody can have registered.
+    """Whether two hosts are one, or names below a common domain that someone can have registered.
 
     Without the list of public suffixes: a domain of two labels, or of three where the last two look like a country's
     registry (``co.uk``, ``com.au``).

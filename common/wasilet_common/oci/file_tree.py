@@ -31,7 +31,7 @@ class Merger:
         self._out = out
         self._budget = budget
         self._kinds: dict[str, bytes] = {}
-        """By name: what the topmost layer that has it says."""
+        """By name: the entry of the topmost layer that has it."""
 
         self._hidden: set[str] = set()
         """Names that layers above deleted, with all below them."""
@@ -58,7 +58,7 @@ class Merger:
                 self._take(name, member, content)
                 mine[name] = member.kind
                 for depth in range(1, name.count("/") + 1):
-                    # A folder without an entry of its own is one all the same.
+                    # A folder without its own entry is one all the same.
                     mine.setdefault("/".join(name.split("/")[:depth]), tarfile.DIRTYPE)
         self._kinds |= mine
         self._hidden |= hidden

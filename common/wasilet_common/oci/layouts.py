@@ -28,7 +28,7 @@ _MAX_STRING_BYTES: Final = 128 * 1024
 """Linux' own limit for one argument."""
 
 _MAX_STRINGS_BYTES: Final = 256 * 1024
-"""Of a whole list: the index of the store keeps them, in memory and in a file that each pull writes anew."""
+"""Of a whole list: the index of the store keeps them, in memory and in a file that each pull writes again."""
 
 
 class LayoutError(Exception):
@@ -135,7 +135,7 @@ class Index:
 
 
 def parse_manifest(body: bytes, media_type: str) -> ImageManifest | Index:
-    """Decode a manifest or index. ``media_type`` is the registry's word; where it has none, the body's own counts.
+    """Decode a manifest or index. ``media_type`` is the registry's; where it states none, the body's counts.
 
     Raises LayoutError. A body that could be read as either is refused (CVE-2021-41190).
     """

@@ -45,7 +45,7 @@ _IDENTIFIER = re.compile(r"[a-f0-9]{64}", re.ASCII)
 
 
 class InvalidReferenceError(ValueError):
-    """An image name that does not parse: the waiting reason ``InvalidImageName``, kubelet's words as the message."""
+    """An image name that does not parse: the waiting reason ``InvalidImageName``, kubelet's wording as the message."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class ClientSettings(Protocol):
 
     @property
     def insecure_registries(self) -> tuple[str, ...]:
-        """``host[:port]`` of registries spoken to in plain HTTP. Loopback always may be."""
+        """``host[:port]`` of registries reached by plain HTTP. Loopback always may be."""
 
     @property
     def connect_timeout_seconds(self) -> float: ...
@@ -84,7 +84,7 @@ class RegistryUnreachableError(RegistryError):
 
 
 class RegistryAuthError(RegistryError):
-    """The registry wants other credentials than it was given. ``why``: its own words, or its status."""
+    """The registry wants other credentials than it was given. ``why``: its own message, or its status."""
 
     def __init__(self, message: str, *, why: str = "") -> None:
         super().__init__(message)
@@ -182,7 +182,7 @@ class RegistryClient:
         self._https_hosts.add(host)
 
     def may_go(self, target: URL, *, source: URL) -> bool:
-        """Whether a request may be led from ``source`` to ``target`` by the registry's word, as far as it can be told
+        """Whether a request may be led from ``source`` to ``target`` by the registry, as far as it can be judged
         without a look-up."""
         host = authority(target)
         if not target.host or target.user or target.password:
@@ -289,7 +289,7 @@ class RegistryClient:
         )
 
     def _explain(self, error: Exception, url: URL) -> str:
-        """Go's words for network errors, which kubectl users know, and what to do about it."""
+        """Go's wording for network errors, which kubectl users know, and what to do about it."""
         host = authority(url)
         address = f"{url.host_subcomponent}:{url.port}"
         if isinstance(error, aiohttp.ClientProxyConnectionError):

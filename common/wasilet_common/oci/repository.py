@@ -229,8 +229,8 @@ class Repository:
         self, method: str, path: str, headers: Mapping[str, str], *, data: bytes | None = None, url: URL | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Ask the registry, answering one challenge (the first, or that of a token which expired meanwhile),
-        correcting the scheme once, and waiting once when it says for how long. ``url``: in place of ``path``, where the
-        registry said that an upload goes."""
+        correcting the scheme once, and waiting once when it states for how long. ``url``: in place of ``path``, where
+        the registry directs an upload."""
         answered = waited = False
         for _ in range(4):
             pause = 0.0
@@ -256,7 +256,7 @@ class Repository:
         self._authenticator.deny("the registry keeps asking for authentication")
 
     async def _wants_https(self) -> bool:
-        """Whether plain HTTP was wrong; asked anew, since the answer to a HEAD has no body."""
+        """Whether plain HTTP was wrong; asked again, since the answer to a HEAD has no body."""
         origin = self._client.origin(self._reference.host)
         if origin.scheme != "http":
             return False
@@ -327,7 +327,7 @@ def _location(response: aiohttp.ClientResponse, url: URL) -> URL | None:
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float:
-    """Seconds (RFC 9110, section 10.2.3); 0: none said, too many, or a date."""
+    """Seconds (RFC 9110, section 10.2.3); 0: none given, too many, or a date."""
     text = response.headers.get("Retry-After", "").strip()
     seconds = int(text) if text.isascii() and text.isdigit() and len(text) <= 4 else 0
     return float(seconds) if seconds <= _LONGEST_PAUSE_SECONDS else 0.0

@@ -1,7 +1,7 @@
 """Takes one file out of a container image's layer, without ever unpacking it.
 
 A layer is hostile input. ``tarfile`` reads whatever length a pax header claims into memory, and knows links, sparse
-files and devices that nobody needs here. A wrapped module is one regular file at a known path, so this reader streams
+files and devices that no one needs here. A wrapped module is one regular file at a known path, so this reader streams
 past everything else: 512-byte headers (ustar, pax and GNU long names), bounded names, a bounded number of members, and
 a bound on what the decompressor may yield. Nothing of the archive becomes a path on this machine.
 """
@@ -31,7 +31,7 @@ class LayerError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What one layer says of the file: it is there (``size`` bytes were written), or it was deleted here."""
+    """What one layer states about the file: it is there (``size`` bytes were written), or it was deleted here."""
 
     size: int = 0
     deleted: bool = False
@@ -54,8 +54,8 @@ class Budget:
 def extract(layer: Path, *, media_type: str, name: str, out: BinaryIO, budget: Budget) -> Found | None:
     """Write the file ``name`` (as ``app/main.wasm``, no leading slash) of a layer to ``out``. Blocking.
 
-    None: this layer says nothing of it, look in the one below, with the same ``budget``. Where a name occurs twice, the
-    first one counts. Raises LayerError, OSError.
+    None: this layer says nothing about it, look in the one below, with the same ``budget``. Where a name occurs twice,
+    the first one counts. Raises LayerError, OSError.
     """
     with layer.open("rb") as source:
         stream = _Stream(_decompressed(source, media_type), budget)

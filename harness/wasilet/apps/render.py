@@ -34,10 +34,10 @@ _TEMPLATES = {
 
 
 def render(app: App, variables: Mapping[str, Any], *, lenient: bool = False) -> list[KubeObject]:
-    """The objects of all the app's templates, in their order. ``lenient`` leaves out variables that nobody set: enough
+    """The objects of all the app's templates, in their order. ``lenient`` leaves out variables that no one set: enough
     to know kinds and names.
 
-    Raises UsageError that names the template: it is missing, asks for a variable that nobody set, is no YAML, or holds
+    Raises UsageError that names the template: it is missing, asks for a variable that no one set, is no YAML, or holds
     something that is no Kubernetes object.
     """
     objects: list[KubeObject] = []
@@ -88,7 +88,7 @@ def pod_spec(obj: KubeObject) -> KubeObject | None:
 
 def place(objects: list[KubeObject]) -> None:
     """Keep every pod on wasm nodes, for clusters that have other nodes too: a node selector, and tolerations for the
-    taints that wasm nodes register there. What a manifest says itself is left as it is."""
+    taints that wasm nodes register there. What a manifest sets itself is left as it is."""
     for obj in objects:
         spec = pod_spec(obj)
         if spec is None:

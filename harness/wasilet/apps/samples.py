@@ -1,4 +1,4 @@
-"""Applications: the samples of this project and the folders of users, and what each one's ``demo.yaml`` says of it.
+"""Applications: the samples of this project and the folders of users, and what each ``demo.yaml`` states about them.
 
 A demo is data, so that a new sample needs no code: what is checked locally, which templates are applied, what the
 cluster must show within which time, and what a person may type next. An unknown key is an error: a misspelt assertion
@@ -27,7 +27,7 @@ _KINDS = ("pod", "job", "deployment", "service")
 
 
 class DemoError(Exception):
-    """A ``demo.yaml`` says something that means nothing; turned into a UsageError with the file's name."""
+    """A ``demo.yaml`` holds something that means nothing; turned into a UsageError with the file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,8 +67,8 @@ class Built:
 def build(app: App, *, say: Say, environ: Mapping[str, str] = os.environ, force: bool = False) -> Built:
     """Build ``app`` in release, or find that nothing changed since the last time.
 
-    Raises UsageError: the folder holds nothing that can be built; HarnessError: the compiler's own words, or a
-    toolchain that is missing with what brings it; StateError: the cache cannot be written.
+    Raises UsageError: the folder holds nothing that can be built; HarnessError: the compiler's own message, or a
+    toolchain that is missing with what installs it; StateError: the cache cannot be written.
     """
     folder = workspace(app, environ)
     found = None if force else built_already(app, environ)

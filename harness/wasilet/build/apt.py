@@ -56,7 +56,7 @@ def missing(packages: Sequence[str], env: Mapping[str, str] = os.environ) -> lis
 
 
 def install(packages: Sequence[str], *, why: str, say: Say, env: Mapping[str, str] = os.environ) -> None:
-    """Install ``packages`` after saying which and why. Raises HarnessError (exit code 2) with apt's last words."""
+    """Install ``packages`` after saying which and why. Raises HarnessError (exit code 2) with apt's last output."""
     if not may_install(env):
         raise HarnessError(f"{why} needs {', '.join(packages)}", hint=f"type: {command(packages)}")
     say(f"installing {', '.join(packages)} by apt: {why}")

@@ -22,7 +22,7 @@ _SHIM = Path("node_modules/@assemblyscript/wasi-shim/asconfig.json")
 
 
 def build_assemblyscript(app: App, folder: Path, say: Say, environ: Mapping[str, str]) -> Made:
-    """Compile ``assembly/index.ts``. Raises CompileError with the compiler's words, HarnessError without Node."""
+    """Compile ``assembly/index.ts``. Raises CompileError with the compiler's message, HarnessError without Node."""
     node = npm.find_node("AssemblyScript's compiler", environ)
     entry = app.folder / "assembly" / "index.ts"
     if not entry.is_file() or not (app.folder / "package-lock.json").is_file():

@@ -1,5 +1,5 @@
 """A Rust application becomes a wasm module: cargo, in release, offline where its cargo cannot go online by itself
-(``wasilet.build.cargo_vendor``), and in words that help where it refuses (``wasilet.build.cargo_hints``).
+(``wasilet.build.cargo_vendor``), and with hints where it refuses (``wasilet.build.cargo_hints``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def compile_module(
 ) -> Path:
     """Build the application in ``folder`` and return the module that cargo made, inside ``target_dir``.
 
-    Raises HarnessError with cargo's and the compiler's own words when the build fails; UsageError-like messages when
+    Raises HarnessError with cargo's and the compiler's own message when the build fails; UsageError-like messages when
     ``folder`` makes no program, or several and none is named by ``binary``.
     """
 
@@ -102,7 +102,7 @@ def is_library(folder: Path) -> bool:
 
 
 class CompileError(HarnessError):
-    """The compiler refused the program; the message is what the compiler said."""
+    """The compiler refused the program; the message is what the compiler printed."""
 
     def __init__(self, name: str, output: str, *, hint: str = "") -> None:
         super().__init__(f"{name} does not compile\n{_relevant(output)}", hint=hint)

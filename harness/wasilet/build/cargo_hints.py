@@ -1,7 +1,7 @@
 """What to do about cargo's refusals, in one line that can be typed.
 
 The one that meets most people: a crate wants a newer Rust than builds here. Cargo names the crate, seldom who asked
-for it, and not what this machine offers: the lock file and the toolchains tell.
+for it, and not what this machine offers: the lock file and the toolchains show it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NOT_COMPILED = re.compile(r"could not compile `(?P<name>[^`]+)`")
 
 
 def hint(output: str, *, folder: Path, toolchain: RustToolchain, env: Mapping[str, str]) -> str:
-    """What to do about what cargo wrote; empty when there is nothing better than its own words."""
+    """What to do about what cargo wrote; empty when there is nothing better than its own message."""
     have = _text(toolchain.rustc_version)
     if "lock file version" in output:
         return (

@@ -69,7 +69,7 @@ def vendor(
     """The sources of what ``Cargo.toml`` and ``Cargo.lock`` name, fetched once, in a folder below ``root``.
 
     The lock file is made, or brought up to date with the manifest, as ``cargo build`` would do. ``explain`` turns
-    cargo's words into a hint. Raises CommandError with these words."""
+    cargo's message into a hint. Raises CommandError with this message."""
     lock = folder / "Cargo.lock"
     known = lock.exists()
     if known and (vendored := root / _key(folder)).is_dir():
@@ -135,7 +135,7 @@ def _fetch(argv: list[str], folder: Path, environment: dict[str, str], say: Say,
 
 
 def tell_progress(line: str, say: Say) -> None:
-    """Pass on a line of cargo's that tells of progress."""
+    """Pass on a line of cargo's that reports progress."""
     text = line.strip()
     if text.startswith(PROGRESS):
         say(text.partition(" (")[0])

@@ -31,7 +31,7 @@ _PROBE = '#include <stdio.h>\nint main(void) { return puts("") < 0; }\n'
 
 
 def build_c(app: App, folder: Path, say: Say, environ: Mapping[str, str]) -> Made:
-    """Compile and link every ``*.c`` of the app's folder. Raises CompileError with clang's words."""
+    """Compile and link every ``*.c`` of the app's folder. Raises CompileError with clang's message."""
     sources = sorted(app.folder.glob("*.c"))
     if not sources:
         raise UsageError(f"{app.folder} holds no *.c files")
@@ -54,7 +54,7 @@ def build_c(app: App, folder: Path, say: Say, environ: Mapping[str, str]) -> Mad
 def ensure_clang(*, say: Say, env: Mapping[str, str] = os.environ) -> tuple[Path, str]:
     """A clang that links programs for WASI, and its target; installed by apt where that may be.
 
-    Raises HarnessError (exit code 2) with what clang said and what brings the missing part.
+    Raises HarnessError (exit code 2) with what clang printed and what installs the missing part.
     """
     found, said = _find(env)
     if found is None and apt.may_install(env):

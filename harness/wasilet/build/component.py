@@ -3,7 +3,7 @@
 One way for every Rust, whichever WASI target it has: a module for preview 1 that carries a ``component-type`` section
 (bindings made by wit-bindgen, as those of the crate ``wasi``) is turned into a component by wasm-tools, which comes as
 a wheel. The adapter is a file in a crate from the same registry that the app's own crates come from, so neither Node
-nor a target that rustup alone can bring is needed. Rust's own target ``wasm32-wasip2`` does the same with a copy of
+nor a target that rustup alone can install is needed. Rust's own target ``wasm32-wasip2`` does the same with a copy of
 both.
 """
 
@@ -62,7 +62,7 @@ def make_component(
 ) -> Path:
     """Write the component of ``module`` to ``output``. ``is_library``: it has no ``main``, and answers calls.
 
-    Raises HarnessError with the words of cargo, pip or wasm-tools.
+    Raises HarnessError with the message of cargo, pip or wasm-tools.
     """
     adapter = _adapter("reactor" if is_library else "command", toolchain, vendor_root, say, environ)
     tool = python_tools.install(TOOL_LOCK, _TOOL, "wasm-tools", say, environ) / _TOOL

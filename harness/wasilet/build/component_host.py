@@ -1,4 +1,4 @@
-"""The component host, brought when something of the harness first needs it: found, or built once into the cache."""
+"""The component host, fetched when something of the harness first needs it: found, or built once into the cache."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def bring_component_host(module: Path, environ: Mapping[str, str], *, say: Say) 
         with module.open("rb") as file:
             needed = read_interfaces(file).is_server
     except (ComponentError, OSError):
-        return  # it is run, and what is wrong with it is said then
+        return  # it is run, and what is wrong with it is reported then
     if needed and found_component_host(environ) is None:
         ensure_component_host(say, environ)

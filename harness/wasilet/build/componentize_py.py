@@ -32,7 +32,7 @@ _NOT_COPIED = shutil.ignore_patterns("__pycache__", "test_*.py", ".*", "*.md", "
 
 
 def build_python(app: App, folder: Path, say: Say, environ: Mapping[str, str]) -> Made:
-    """Componentize ``app.py`` with the modules beside it. Raises CompileError with the tool's words, HarnessError
+    """Componentize ``app.py`` with the modules beside it. Raises CompileError with the tool's message, HarnessError
     without the tool."""
     tools = python_tools.install(LOCK, _TOOL, "componentize-py", say, environ)
     output = folder / "component.wasm"

@@ -43,7 +43,7 @@ def install(folder: Path, needed: Sequence[Path], what: str, say: Say, environ: 
     """What the lock file of ``folder`` names; returns the folder in the cache that holds ``node_modules``, named by the
     lock file and renamed into place when it is complete. ``needed`` are files in it without which it is of no use.
 
-    Raises HarnessError with npm's last words.
+    Raises HarnessError with npm's last output.
     """
     files = [folder / name for name in _FILES]
     key = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:32]
@@ -71,7 +71,7 @@ def install(folder: Path, needed: Sequence[Path], what: str, say: Say, environ: 
             last = "\n".join(process.last_lines(done.stderr)) or f"it lacks {missing[0] if missing else 'something'}"
             raise HarnessError(f"npm could not install {what}: {last}", hint="is there a network?")
         try:
-            os.rename(work, installed)  # noqa: PTH104  (rename, not replace: whoever was first has won)
+            os.rename(work, installed)  # noqa: PTH104  (rename, not replace: the first run has won)
         except OSError:
             if not (installed / needed[0]).is_file():
                 raise

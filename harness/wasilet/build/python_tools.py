@@ -1,6 +1,6 @@
 """Tools that come as Python wheels: those that a lock file names, by their digests, in a directory of the cache.
 
-Each lock file has a directory of its own, so that what builds an app can disagree with what runs Wasilet. ``--target``
+Each lock file has its own directory, so that what builds an app can disagree with what runs Wasilet. ``--target``
 and no virtual environment: the tools are executables and extension modules without dependencies, and a directory can be
 renamed into place once it is complete.
 """
@@ -28,7 +28,7 @@ _INSTALL_TIMEOUT_SECONDS = 600.0
 def install(name: str, needed: Path, what: str, say: Say, environ: Mapping[str, str]) -> Path:
     """The directory with what ``locks/NAME.lock`` names; ``needed`` is a file in it without which it is of no use.
 
-    Raises HarnessError with pip's last words.
+    Raises HarnessError with pip's last output.
     """
     lock = LOCKS / f"{name}.lock"
     interpreter = f"{sys.implementation.cache_tag}"
@@ -55,7 +55,7 @@ def install(name: str, needed: Path, what: str, say: Say, environ: Mapping[str, 
             last = "\n".join(process.last_lines(done.stderr)) or f"it lacks {needed}"
             raise HarnessError(f"pip could not install {what}: {last}", hint="is there a network?")
         try:
-            os.rename(work, installed)  # noqa: PTH104  (rename, not replace: whoever was first has won)
+            os.rename(work, installed)  # noqa: PTH104  (rename, not replace: the first run has won)
         except OSError:
             if not (installed / needed).is_file():
                 raise

@@ -1,4 +1,4 @@
-"""Rust that builds for WASI: found where it is, installed where it may be, else named with the commands that bring it.
+"""Rust that builds for WASI: found where it is, installed where it may be, else named with the commands to type.
 
 The order is by what costs the user least: a toolchain that has a WASI target already; ``rustup target add`` on the
 user's own default toolchain; Debian's packages by apt. Nothing that the user chose is changed: no default toolchain, no
@@ -25,10 +25,10 @@ Say = Callable[[str], None]
 Version = tuple[int, int, int]
 
 TARGETS = ("wasm32-wasip1", "wasm32-wasi")
-"""The names of WASI preview 1 in Rust, the current one first. 1.78 brought the first, 1.84 dropped the second."""
+"""The names of WASI preview 1 in Rust, the current one first. 1.78 introduced the first, 1.84 dropped the second."""
 
 DEBIAN_PACKAGES = ("rustc", "cargo", "libstd-rust-dev-wasm32", "lld")
-"""``lld`` is the linker (``wasm-ld``) that Debian's rustc calls; rustup's toolchains bring their own."""
+"""``lld`` is the linker (``wasm-ld``) that Debian's rustc calls; rustup's toolchains have their own."""
 
 OVERRIDE = "WASILET_RUST_BIN"
 """Environment name: the folder of the ``cargo`` and ``rustc`` to use, and no other."""

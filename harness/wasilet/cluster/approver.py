@@ -2,7 +2,7 @@
 
 The controller-manager approves a node's *client* certificate, never its serving one: it cannot know which addresses
 are the node's. This process knows, for it asks the API server for the Node. It is long-lived, because nodes renew;
-it has a credential of its own that can do nothing else (``manifests/approver-rbac.yaml.j2``).
+it has its own credential that can do nothing else (``manifests/approver-rbac.yaml.j2``).
 
 A request is approved when all of this holds, and is otherwise left alone, with the reason in the log once:
 
@@ -136,7 +136,7 @@ class Approver:
             verdict = examine(self.kube, waiting.csr, self.policy_file)
         except ApiError as error:
             if error.code in {404, 409}:
-                # Somebody else was faster, or it is gone; the watch brings what it is now.
+                # Someone else was faster, or it is gone; the watch delivers what it is now.
                 self._waiting.pop(name, None)
                 return
             verdict = Verdict(approve=False, why=error.message, pending=True)
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         Approver(Kube.from_kubeconfig(options.kubeconfig), options.status_file, options.policy).run(threading.Event())
     except HarnessError as error:
-        logger.error("%s", error)  # noqa: TRY400  (one clear line; the trace says nothing more)
+        logger.error("%s", error)  # noqa: TRY400  (one clear line; the trace adds nothing)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

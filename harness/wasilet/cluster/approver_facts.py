@@ -1,4 +1,4 @@
-"""What the approver knows besides a request: the harness' policy, and what the cluster says of its addresses.
+"""What the approver knows besides a request: the harness' policy, and what the cluster states about its addresses.
 
 The policy is a private file that the harness writes and the approver reads again for each request, so that a node that
 becomes known needs no restart of the approver. It is replaced atomically, and a damaged one approves nothing.
@@ -59,8 +59,8 @@ def write_policy(path: Path, data: dict[str, object]) -> None:
 
 
 def read_policy(path: Path | None) -> tuple[Policy, frozenset[Network]]:
-    """The policy, and the Service ranges for a cluster whose API does not tell them. Raises StateError when the file is
-    missing or damaged; None: no node is known, and none has to be."""
+    """The policy, and the Service ranges for a cluster whose API does not report them. Raises StateError when the file
+    is missing or damaged; None: no node is known, and none has to be."""
     if path is None:
         return Policy(), frozenset()
     data = read_json(path)
@@ -83,7 +83,7 @@ def gather_facts(kube: Kube, node: str, *, ranges: frozenset[Network] = frozense
     service = kube.find(_API_SERVICE)
     addresses = {ip for ip in map(parsed_address, _cluster_ips(service)) if ip}
     found = {net for net in map(parsed_network, _service_cidrs(kube)) if net} | set(ranges)
-    # Where neither the API nor the harness tells the range, at least the one address that matters most is of it.
+    # Where neither the API nor the harness reports the range, at least the one address that matters most is of it.
     found |= {net for ip in addresses if (net := parsed_network(str(ip)))}
     if own := parsed_address(urlsplit(kube.server).hostname or ""):
         addresses.add(own)
@@ -96,7 +96,7 @@ def gather_facts(kube: Kube, node: str, *, ranges: frozenset[Network] = frozense
 
 def service_ranges(kube: Kube) -> list[str]:
     """The Service ranges as an administrator can learn them: by the API (1.33 and newer), else by a dry run of a
-    Service that cannot be, whose refusal names the range. Empty when neither tells. Raises ApiError."""
+    Service that cannot be, whose refusal names the range. Empty when neither reports one. Raises ApiError."""
     if known := _service_cidrs(kube):
         return known
     body = {

@@ -5,7 +5,7 @@ A Node's status proves nothing by itself, because a node writes its own: one tha
 must be in the Node's status *and* be something that this Node can be alone:
 
 - the only DNS name is the Node's own name, and not even that when it is a name of the API server or of a Service;
-- an address is never unspecified, link-local, multicast, reserved, or of a Service range, whoever asks;
+- an address is never unspecified, link-local, multicast, reserved, or of a Service range, for any caller;
 - it is never loopback, an address of an API server, or an address of another Node, unless the harness gave that address
   to that node (:attr:`Policy.nodes`): on one machine nodes share an address with each other and with the control plane.
 """
@@ -51,12 +51,12 @@ class Policy:
     machine for a node of this machine, none for one of another machine."""
 
     only_known: bool = False
-    """Approve for these nodes only: in a cluster that is somebody else's."""
+    """Approve for these nodes only: in a cluster that is someone else's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the cluster says of addresses that are not a node's to have."""
+    """What the cluster states about addresses that are not a node's to have."""
 
     service_ranges: frozenset[Network] = frozenset()
     api_servers: frozenset[Address] = frozenset()

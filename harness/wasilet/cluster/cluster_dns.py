@@ -1,6 +1,6 @@
 """The cluster's DNS: the real CoreDNS as a process of this machine, behind the usual Service ``kube-dns``.
 
-``python -P -m wasilet.cluster.cluster_dns ...`` brings what Services and names need (CoreDNS, and kube-proxy for the
+``python -P -m wasilet.cluster.cluster_dns ...`` installs what Services and names need (CoreDNS, and kube-proxy for the
 nodes), waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
 be built, that takes minutes, at the lowest priority: it begins when nothing that the user waits for is left to do.
 """
@@ -35,7 +35,7 @@ _RETRY_SECONDS = 60.0
 
 
 def has_binaries(settings: Settings) -> bool:
-    """Whether nothing has to be brought first."""
+    """Whether nothing has to be installed first."""
     version = State.of(settings).cluster.kubernetes
     return all(locate(name, cache=settings.cache, environ=settings.environ, kubernetes=version) for name in BINARIES)
 

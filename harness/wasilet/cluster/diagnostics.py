@@ -29,7 +29,7 @@ def examine(settings: Settings, *, namespace: str = "") -> Iterator[str]:
 
 
 def diagnose(cluster: Cluster, *, namespace: str = "") -> Iterator[str]:
-    """Lines about the whole cluster. Never raises HarnessError: what cannot be asked is said."""
+    """Lines about the whole cluster. Never raises HarnessError: what cannot be asked is reported."""
     state = cluster.state
     for record in state.records():
         if not is_alive(record.process):
@@ -83,7 +83,7 @@ def network_report(cluster: Cluster) -> Iterator[str]:
 
 
 def node_report(node: KubeObject) -> Iterator[str]:
-    """One line a node, and one for each condition that is not as it should be."""
+    """One line per node, and one for each condition that is not as it should be."""
     conditions = (node.get("status") or {}).get("conditions") or []
     taints = ", ".join(f"{t['key']}:{t['effect']}" for t in node.get("spec", {}).get("taints") or []) or "none"
     ready: KubeObject = next((c for c in conditions if c.get("type") == "Ready"), {})

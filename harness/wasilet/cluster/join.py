@@ -1,8 +1,8 @@
-"""Nodes on other machines: a self-contained bootstrap file, the doors they need, and a systemd unit.
+"""Nodes on other machines: a self-contained bootstrap file, the proxies they need, and a systemd unit.
 
-A cluster that listens on loopback gets a door on an address that other machines reach (``wasilet.cluster.tcp_proxy``);
-one that is reachable anyway needs none. Doors are long-lived processes like any other: listed by ``status``, mended by
-``up``, ended by ``down``."""
+A cluster that listens on loopback gets a proxy on an address that other machines reach (``wasilet.cluster.tcp_proxy``);
+one that is reachable anyway needs none. Proxies are long-lived processes like any other: listed by ``status``, repaired
+by ``up``, ended by ``down``."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Joining:
     """To be typed on the other machine."""
 
     registry: str = ""
-    """``host:port`` by which that machine pulls from the local registry; empty: no door was asked for."""
+    """``host:port`` by which that machine pulls from the local registry; empty: no proxy was asked for."""
 
     registry_login: Path | None = None
-    """A docker ``config.json`` with a login for it, which can only read; None: no door was asked for."""
+    """A docker ``config.json`` with a login for it, which can only read; None: no proxy was asked for."""
 
 
-# --- doors -----------------------------------------------------------------------------------------------------------
+# --- proxies ---------------------------------------------------------------------------------------------------------
 
 
 def doors(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
@@ -64,7 +64,7 @@ def doors(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
 
 
 def door_steps(cluster: Cluster, *, after: tuple[str, ...]) -> list[Step]:
-    """The steps of ``up`` that mend them."""
+    """The steps of ``up`` that repair them."""
     return [
         component_step(
             component, name, title=name.replace("-", " "), state=cluster.state, settings=cluster.settings, after=after
@@ -106,7 +106,7 @@ def _registry_place(cluster: Cluster, address: str) -> str:
 
 
 def _reader_login(cluster: Cluster) -> Path:
-    """As docker writes one; it is there when the door is."""
+    """As docker writes one; it is there when the proxy is."""
     return cluster.state.path / "registry-reader" / "config.json"
 
 
@@ -122,11 +122,11 @@ def bootstrap(
     registry: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Joining:
-    """Make a token and a bootstrap file for a node of another machine, and the doors it comes through.
+    """Make a token and a bootstrap file for a node of another machine, and the proxies it connects through.
 
     ``address``: of this machine, as that one reaches it; empty: that of the default route. ``registry``: whether it
-    may pull from the local registry too. ``say`` is told of another run that has to be waited for. Raises UsageError,
-    and HarnessError when a door does not open.
+    may pull from the local registry too. ``say`` receives a line about another run that has to be waited for. Raises
+    UsageError, and HarnessError when a proxy does not start.
     """
     _check_node_name(node)
     make_known(cluster, node, local=False, say=say, what="invoke bootstrap")
@@ -163,7 +163,7 @@ def bootstrap(
 def make_known(
     cluster: Cluster, node: str, *, local: bool, say: Callable[[str], None] = lambda _: None, what: str
 ) -> None:
-    """Tell the approver of a node that will join. ``local``: it runs on this machine, beside the cluster's own nodes.
+    """Inform the approver of a node that will join. ``local``: it runs on this machine, beside the cluster's own nodes.
     Raises UsageError, StateError."""
     from wasilet.cluster.known_nodes import remember_node
 
@@ -174,7 +174,7 @@ def make_known(
 
 
 def joining_lines(joining: Joining) -> list[str]:
-    """What to tell the user."""
+    """What to print for the user."""
     lines = [
         f"{joining.file}: a token ({joining.token_id}) for {joining.server}; keep it private",
         f"on the other machine: {shlex.join(joining.command)}",
@@ -274,7 +274,7 @@ def systemd_unit(
 
 
 def unit_user(environ: Mapping[str, str]) -> str:
-    """Whom a unit's node runs as where nobody says: whoever asks for it, by sudo too. Root only for root itself, whose
+    """Whom a unit's node runs as by default: the user who asks for it, by sudo too. Root only for root itself, whose
     Python another user might not be able to read. Raises UsageError."""
     try:
         return environ.get("SUDO_USER") or pwd.getpwuid(os.geteuid()).pw_name

@@ -38,5 +38,5 @@ def remember_node(cluster: Cluster, name: str, *, local: bool) -> None:
 
 
 def _is_adopted(cluster: Cluster) -> bool:
-    """Whether the cluster is somebody else's."""
+    """Whether the cluster is someone else's."""
     return cluster.provider.name != "host" and not cluster.state.cluster.external.get("created")

@@ -64,7 +64,7 @@ def status(settings: Settings) -> dict[str, Any]:
 
 
 def _find_binaries(cluster: Cluster) -> None:
-    """A component is compared with what it would be started with; that needs the paths, but brings nothing."""
+    """A component is compared with what it would be started with; that needs the paths, but installs nothing."""
     for step in steps(cluster):
         if step.key == BINARIES_STEP:
             step.look()

@@ -1,7 +1,7 @@
 """A door for other machines to a server that listens on loopback: bytes pass, nothing is read or changed.
 
 The API server of a local cluster (``host``, kind, k3d) listens on loopback only, and should. A node on another machine
-gets this door instead: TLS goes through it end to end, so it needs no key and knows no secret, and who comes through
+gets this proxy instead: TLS goes through it end to end, so it needs no key and knows no secret, and who comes through
 must still show the API server a credential. ``python -P -m wasilet.cluster.tcp_proxy --listen 192.0.2.1:6443 --to
 HOST:PORT``"""
 
@@ -55,7 +55,7 @@ async def serve(
 ) -> None:
     """Forward until ``stop`` is set. Raises OSError when it cannot listen.
 
-    ``allowed``: whose connections are forwarded; empty: everybody's. Linux takes packets for any of its addresses on
+    ``allowed``: whose connections are forwarded; empty: everyone's. Linux takes packets for any of its addresses on
     any of its interfaces, so an address of an inner network alone keeps out no neighbour who sets a route to it."""
     places = asyncio.Semaphore(MAX_CONNECTIONS)
     tasks: set[asyncio.Task[None]] = set()

@@ -19,7 +19,7 @@ def run_action(
     settings: Settings, action: str, *, token_id: str = "", file: str = "", node: str = ""
 ) -> list[dict[str, Any]]:
     """``invoke token``: what to print, one object per line. A new token is printed once, here, unless it goes to a
-    file. ``node``: of this machine, which the approver shall know."""
+    file. ``node``: of this machine, which the approver has to know."""
     if action not in ACTIONS:
         raise UsageError(f"unknown action {action!r}", hint=", ".join(ACTIONS))
     if node and action != "create":

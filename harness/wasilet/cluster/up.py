@@ -42,7 +42,7 @@ NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovide
 
 
 def up(settings: Settings, *, reporter: Reporter, check: bool = False, services: bool = True) -> Recap:
-    """Bring a cluster up, or mend what is missing of it. Without ``services`` a caller that has something more urgent
+    """Bring a cluster up, or repair what is missing of it. Without ``services`` a caller that has something more urgent
     calls :func:`bring_services` when that is done. Raises UsageError and StateError before anything is changed;
     a failed step is in the recap."""
     check_provider(settings)
@@ -74,7 +74,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False, services:
 
 
 def bring_services(cluster: Cluster, *, reporter: Reporter) -> None:
-    """Have kube-proxy and CoreDNS brought in the background, where they are still missing, and say so."""
+    """Have kube-proxy and CoreDNS installed in the background, where they are still missing, and report it."""
     plan, state, settings = pod_network.plan_of(cluster.state), cluster.state, cluster.settings
     if plan is None or state.alive(cluster_dns.COMPONENT) is not None:
         return
@@ -186,7 +186,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         asked = {
             name: getattr(settings.ports, name) for name in (*cluster.provider.wanted_ports, "registry", "kubelet")
         }
-        # The demos' own API, which the nodes are told of when they start: a port of its own, kept for it.
+        # The demos' own API, which the nodes are told of when they start: its own port, kept for it.
         asked["cat_facts"] = 0
         if cluster.provider.name == "host":
             asked |= {cluster_dns.DNS_PORT: 0, cluster_dns.READY_PORT: 0}
@@ -414,7 +414,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         ports={"kubelet API": port},
         addresses=(access.node_address,),
         clients=True,
-        # The kubelet API answers nobody without a credential, so a connection has to do; the Node's own condition says
+        # The kubelet API answers no one without a credential, so a connection has to do; the Node's own condition says
         # the rest, but is believed for 40 s after an agent died.
         ready=lambda: accepts(access.node_address, port),
     )
@@ -491,7 +491,7 @@ def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) 
 
 
 def _kubeconfig_place(cluster: Cluster) -> Path:
-    """The file that gets our context: the one asked for, else where it is already, else the user's own."""
+    """The file that gets Wasilet's context: the one asked for, else where it is already, else the user's own."""
     from wasilet.kube.kubeconfig import user_kubeconfig
 
     if cluster.settings.kubeconfig is not None:
@@ -584,7 +584,7 @@ def _ready_step(cluster: Cluster, *, after: tuple[str, ...]) -> Step:
 
 
 def missing_for_pods(kube: Kube, nodes: tuple[str, ...]) -> str:
-    """What still keeps pods from starting, in words; empty when nothing does. Raises ApiError."""
+    """What still keeps pods from starting, as text; empty when nothing does. Raises ApiError."""
     if not kube.ready():
         return "the API server to be ready"
     if kube.find(api_path("serviceaccounts", "default", namespace="default")) is None:

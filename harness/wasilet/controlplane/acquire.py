@@ -2,7 +2,7 @@
 
 The order: ``KUBEBUILDER_ASSETS`` and PATH (of the pinned minor version), Wasilet's cache, the official release, the
 pinned Go module. One lock file in the cache makes two runs share one download or build. A binary appears in the cache
-by a rename after it has told its version, so a run that was killed leaves nothing that could be mistaken for it.
+by a rename after it has reported its version, so a run that was killed leaves nothing that could be mistaken for it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def acquire(
             folder.mkdir(parents=True, exist_ok=True)
         with storage_errors(folder), _locked(folder / ".lock", progress):
             for leftover in folder.glob(".new-*"):
-                shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed: whoever lives holds the lock
+                shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed: the living run holds the lock
             found |= {name: place for name in missing if (place := look(name))}
             found |= _bring(
                 [known[name] for name in names if name not in found],

@@ -1,4 +1,4 @@
-"""What binaries the control plane needs: where each comes from and how its version is told.
+"""What binaries the control plane needs: where each comes from and how its version is found.
 
 The versions are those of ``versions.toml``, to which the ``go.mod`` files beside it are held: one pin, used for every
 source, so that a binary found on PATH, one that was downloaded and one that was built are the same release.
@@ -167,7 +167,7 @@ _OTHERS = (
 
 def binaries(kubernetes: str = "") -> Mapping[str, Binary]:
     """All of them by name, those of Kubernetes of that version or minor; empty: the newest. Raises KeyError for a
-    minor that is not brought."""
+    minor that is not supported."""
     minor = minor_of(kubernetes or default_kubernetes())
     versions().kubernetes[minor]
     return MappingProxyType({binary.name: binary for binary in (*_all_of_kubernetes(minor), *_OTHERS)})

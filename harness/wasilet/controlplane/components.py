@@ -1,4 +1,4 @@
-"""The long-lived processes of a cluster: what they are started with, when they are ready, how they are mended.
+"""The long-lived processes of a cluster: what they are started with, when they are ready, how they are repaired.
 
 A :class:`Component` is started when its process is gone, and started again when its command line or the files it
 reads have changed since. Readiness is asked of the process itself (its health endpoint), and a process that dies while
@@ -67,7 +67,7 @@ class Component:
     """Files whose content it reads at its start only."""
 
     clients: bool = False
-    """Whether it speaks to other hosts, hence gets the proxy and trust variables."""
+    """Whether it connects to other hosts, hence gets the proxy and trust variables."""
 
     addresses: tuple[str, ...] = (LOOPBACK,)
     """What it listens on."""
@@ -149,7 +149,7 @@ def ensure_running(component: Component, *, state: State, settings: Settings) ->
 
 def _wait_for_ports(component: Component, *, state: State, settings: Settings) -> None:
     """See that its ports are free. Raises PortTakenError."""
-    # One that was killed a moment ago gives its ports back only when the kernel has taken down its last thread.
+    # One that was killed a moment ago gives its ports back only when the kernel has ended its last thread.
     patience = time.monotonic() + (PORT_RELEASE_SECONDS if state.record(component.name) else 0.0)
     for what, port in component.ports.items():
         for address in component.addresses:
@@ -241,7 +241,7 @@ def environment(component: Component, *, state: State, settings: Settings) -> di
 
 
 def environment_for_tools(settings: Settings, *, clients: bool = False) -> dict[str, str]:
-    """The part of the user's environment that a program of ours needs; nothing that could change what it does."""
+    """The part of the user's environment that Wasilet's programs need; nothing that could change what it does."""
     names = list(_PASSED_ON)
     if clients:
         names += [variant for name in _PASSED_ON_TO_CLIENTS for variant in (name, name.lower())]
@@ -291,7 +291,7 @@ class Probe:
 
 
 def accepts(address: str, port: int) -> bool:
-    """Whether somebody listens there: all that can be asked of what answers nobody without a credential."""
+    """Whether someone listens there: all that can be asked of what answers no one without a credential."""
     try:
         socket.create_connection((address, port), timeout=1.0).close()
     except OSError:
@@ -333,7 +333,7 @@ class ControlPlane:
         return tuple(path for name in names for path in (self.pki.certificate(name), self.pki.key(name)))
 
     def etcd(self) -> Component:
-        """One member, reachable with a client certificate of its own authority only."""
+        """One member, reachable with its own client certificate authority only."""
         client, peer = (f"https://{LOOPBACK}:{self.ports[name]}" for name in ("etcd", "etcd_peer"))
         argv = (
             self.binaries["etcd"],
@@ -354,7 +354,7 @@ class ControlPlane:
             "--peer-client-cert-auth=true",
             # A throw-away cluster: losing the last writes at a power cut is a fair price for not waiting for the disk.
             "--unsafe-no-fsync=true",
-            # A single member has nobody to lose an election to: no reason to wait a second for one.
+            # A single member has no one to lose an election to: no reason to wait a second for one.
             "--heartbeat-interval=50",
             "--election-timeout=500",
             "--auto-compaction-retention=1h",
@@ -375,7 +375,7 @@ class ControlPlane:
         )
 
     def apiserver(self) -> Component:
-        """Ready when ``/readyz`` says so to the administrator (nobody is anonymous here)."""
+        """Ready when ``/readyz`` reports ready to the administrator (no one is anonymous here)."""
         argv = (
             self.binaries["kube-apiserver"],
             f"--etcd-servers=https://{LOOPBACK}:{self.ports['etcd']}",
@@ -384,7 +384,7 @@ class ControlPlane:
             f"--etcd-keyfile={self._key('apiserver-etcd-client')}",
             f"--bind-address={LOOPBACK}",
             f"--secure-port={self.ports['apiserver']}",
-            # Said explicitly: without a default route the server finds no address by itself, and exits.
+            # Given explicitly: without a default route the server finds no address by itself, and exits.
             f"--advertise-address={self.advertise_address}",
             "--endpoint-reconciler-type=none",
             f"--service-cluster-ip-range={self.service_cidr}",

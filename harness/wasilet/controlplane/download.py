@@ -2,7 +2,7 @@
 
 A mirror takes the place of ``https://``: ``https://mirror.example/k8s`` serves
 ``https://mirror.example/k8s/dl.k8s.io/v1.34.4/bin/linux/amd64/kubectl``. The checksum comes from the same place as the
-file: it finds a truncated or a damaged file, not a dishonest mirror. Whoever needs more builds from source, where
+file: it finds a truncated or a damaged file, not a dishonest mirror. Users who need more build from source, where
 go.sum pins every byte.
 """
 
@@ -88,7 +88,7 @@ def _get(session: requests.Session, url: str) -> requests.Response:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost words: requests nests its causes three deep."""
+    """The innermost message: requests nests its causes three deep."""
     text = str(error)
     if "NameResolution" in text or "resolve" in text:
         return "the host name does not resolve (no network?)"

@@ -1,10 +1,10 @@
 """The local registry: CNCF distribution on loopback, with its blobs in the cluster's folder.
 
-It wants a login, since any process of the machine can speak to loopback, and whoever may push to it chooses what the
-pods of all namespaces run. The password is random; the nodes hold it (``--registry-config``), ``push`` and ``pull``
-find it, and for other tools it is in a file as ``docker login`` writes one. Nothing can be deleted through the API.
+It wants a login, since any process of the machine can speak to loopback, and any client that may push to it chooses
+what the pods of all namespaces run. The password is random; the nodes hold it (``--registry-config``), ``push`` and
+``pull`` find it, and for other tools it is in a file as ``docker login`` writes one. Nothing can be deleted by the API.
 
-Its settings are a file, because an environment variable would be inherited and a command line be seen by everybody.
+Its settings are a file, because an environment variable would be inherited and a command line be seen by everyone.
 """
 
 from __future__ import annotations

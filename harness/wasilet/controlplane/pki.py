@@ -2,7 +2,7 @@
 
 Three authorities, as kubeadm has them: the cluster's (servers, clients, what the controller-manager signs), the front
 proxy's (aggregated API servers trust it alone) and etcd's (so that no client of the cluster can reach etcd). Every
-component has a certificate of its own. ECDSA P-256 throughout: made in a millisecond, where RSA takes a hundred.
+component has its own certificate. ECDSA P-256 throughout: made in a millisecond, where RSA takes a hundred.
 
 ``pki/index.json`` says what each certificate was made for, so that looking needs no parsing; it is written after the
 files it describes, hence a run killed halfway makes the missing ones again.

@@ -79,7 +79,7 @@ def plan_of(state: State) -> NetworkPlan | None:
 
 
 def why_absent(state: State) -> str:
-    """Why a cluster has no pod network; empty: it has one, or nobody has decided yet."""
+    """Why a cluster has no pod network; empty: it has one, or no one has decided yet."""
     return str((state.read().get("pod_network") or {}).get("absent") or "")
 
 
@@ -223,7 +223,7 @@ def door_component(plan: NetworkPlan, apiserver_port: int) -> Component:
 
 
 def node_arguments(plan: NetworkPlan, *, index: int, folder: Path, kube_proxy: Path) -> list[str]:
-    """What a node's command line says of the network; ``folder`` holds the kubeconfigs."""
+    """What a node's command line states about the network; ``folder`` holds the kubeconfigs."""
     return [
         *("--cluster-cidr", str(plan.pods), "--service-cidr", str(plan.services), "--uplink", plan.uplink(index)),
         *("--kube-proxy", str(kube_proxy), "--kube-proxy-kubeconfig", str(folder / "kube-proxy.conf")),

@@ -1,9 +1,9 @@
 """The default PodSecurity level of the ``host`` provider's clusters: what pods may do where a namespace has no label.
 
-Kubernetes' own default is ``privileged``: whoever may create a pod may mount any folder of the machine that the node
-may read. The level is decided when a cluster is made and can be changed by ``up --pod-security``; a cluster that was
-made before there was one keeps what it has. ``kube-system`` is left out: who may create pods there is an administrator.
-"""
+Kubernetes' own default is ``privileged``: any user who may create a pod may mount any folder of the machine that the
+node may read. The level is decided when a cluster is made and can be changed by ``up --pod-security``; a cluster that
+was made before there was one keeps what it has. ``kube-system`` is left out: who may create pods there is an
+administrator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The versions of everything that is brought: ``versions.toml``, read once."""
+"""The versions of everything that is installed: ``versions.toml``, read once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Versions:
 
 @functools.cache
 def versions() -> Versions:
-    """What ``versions.toml`` says."""
+    """What ``versions.toml`` holds."""
     data = tomllib.loads((HERE / "versions.toml").read_text(encoding="utf-8"))
     return Versions(kubernetes=data["kubernetes"], others=data["others"])
 
@@ -40,7 +40,7 @@ def minor_of(version: str) -> str:
 
 
 def supported_kubernetes(asked: str) -> str:
-    """The version that is brought for what a user asked for: a minor (``1.36``), a version (``1.36.3``), or nothing.
+    """The version that is installed for what a user asked for: a minor (``1.36``), a version (``1.36.3``), or nothing.
 
     Raises UsageError for one that is not among those of ``versions.toml``."""
     if not asked:

@@ -54,7 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (http.server's name)
-        """Silent: nobody reads it, and it would grow for ever."""
+        """Silent: no one reads it, and it would grow for ever."""
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -104,7 +104,7 @@ def demo(name: str, settings: Settings, *, options: DemoOptions, reporter: Repor
     if not is_running(settings):
         from wasilet.oci.publish import build_app
 
-        # What does not compile, or has no compiler, needs no cluster to say so.
+        # What does not compile, or has no compiler, needs no cluster to report it.
         built, _ = build_app(name, settings, reporter=reporter)
         if not built.succeeded:
             return DemoResult(recap=built, image="", logs={}, next=())
@@ -152,7 +152,7 @@ def is_running(settings: Settings) -> bool:
 
 
 def running_cluster(settings: Settings, *, reporter: Reporter) -> Cluster:
-    """The cluster, stood up when it is not there or not ready. Raises HarnessError when that fails."""
+    """The cluster, started when it is not there or not ready. Raises HarnessError when that fails."""
     from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import up
 

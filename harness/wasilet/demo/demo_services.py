@@ -1,6 +1,6 @@
 """What a demo needs beside a cluster, started on this machine when it is asked for and ended by ``invoke down``.
 
-``cat-facts``: the public API where it can be reached, else one of our own on loopback. The private registry: a second
+``cat-facts``: the public API where it can be reached, else Wasilet's own on loopback. The private registry: a second
 registry with a login, for the tutorials that push to one; the password is random and never leaves private files.
 """
 

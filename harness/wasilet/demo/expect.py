@@ -1,6 +1,6 @@
 """Whether the cluster shows what a demo promises: a ``demo.yaml`` in the terms of the one judge.
 
-The log lines of an expectation are wanted in their order, each in a line of its own; see
+The log lines of an expectation are wanted in their order, each in its own line; see
 :mod:`wasilet.testing.expectation` for what is watched and when waiting is given up.
 """
 

@@ -116,7 +116,7 @@ def _leaving(service: Service, kube: Kube) -> str:
 
 
 def not_updated(deployment: KubeObject, generation: int) -> str:
-    """What a Deployment's status says is still to be done; empty: all its pods are new and available."""
+    """What a Deployment's status reports as still to be done; empty: all its pods are new and available."""
     status = deployment.get("status") or {}
     wanted = int(deployment["spec"].get("replicas", 1))
     if int(status.get("observedGeneration") or 0) < generation:

@@ -1,7 +1,7 @@
 """A module in the node's own sandbox on this machine, without a cluster: ``invoke run``, and the check before a push.
 
 :func:`run` is the task's: the guest has this process's own stdin, stdout and stderr, and its exit code is the task's.
-:func:`check` runs ``python -P -m wasilet.demo.local_run`` as a program of its own, whose process group can be ended as
+:func:`check` runs ``python -P -m wasilet.demo.local_run`` as a separate program, whose process group can be ended as
 soon as the expected lines are there, since most services never end by themselves. What to run goes through stdin,
 because an environment may hold secrets, which are not to be seen on a command line."""
 
@@ -103,7 +103,7 @@ def run(spec: RunSpec, *, environ: Mapping[str, str] = os.environ) -> int:
 
 
 def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str] = os.environ) -> str:
-    """Run ``module`` as ``local`` says and compare; a line about what was seen.
+    """Run ``module`` as ``local`` states and compare; a line about what was seen.
 
     Raises HarnessError with what the program wrote when a line is missing, it ends with another code, or it takes
     longer than ``local.timeout_seconds``.
@@ -177,7 +177,7 @@ class _Output:
 
 
 def _ask(url: str, local: LocalSpec, said: _Output) -> list[str]:
-    """The answers in words. Raises HarnessError for the first that is not as it must be."""
+    """The answers as text. Raises HarnessError for the first that is not as it must be."""
     from wasilet.demo.http_check import exchange
     from wasilet.testing.http import ask
 

@@ -55,7 +55,7 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInfo:
-    """What may be told of a token that a cluster knows."""
+    """What may be shown of a token that a cluster knows."""
 
     id: str
     expires: str
@@ -127,7 +127,7 @@ def _decoded(value: str) -> str:
 
 
 def hand_over(kube: Kube, token: Token, path: Path, config: KubeObject) -> None:
-    """Write the file of a token that was made for it; one that nobody was given is taken back. Raises StateError."""
+    """Write the file of a token that was made for it; one that no one was given is taken back. Raises StateError."""
     try:
         write_bootstrap_file(path, config)
     except StateError:

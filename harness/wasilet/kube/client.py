@@ -142,7 +142,7 @@ class Kube:
         return True
 
     def ready(self, *, timeout_seconds: float = 2.0) -> bool:
-        """Whether ``/readyz`` says so."""
+        """Whether ``/readyz`` reports ready."""
         try:
             status, _ = self._exchange("GET", "/readyz", None, {}, timeout_seconds)
         except ApiError:
@@ -199,7 +199,7 @@ class Kube:
         idle_seconds: float = 330.0,
         **query: str,
     ) -> Iterator[Iterator[KubeObject]]:
-        """A watch on a connection of its own: yields ``{"type": ..., "object": ...}`` until the server ends it after
+        """A watch on its own connection: yields ``{"type": ..., "object": ...}`` until the server ends it after
         ``timeout_seconds``. Raises ApiError, also when nothing came for ``idle_seconds`` or ``hangup`` ended it."""
         query |= {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_seconds)}
         connection = self._open(idle_seconds)
@@ -236,7 +236,7 @@ class Kube:
     def stream(
         self, path: str, hangup: Hangup | None = None, /, *, idle_seconds: float = 330.0, **query: str
     ) -> Iterator[Iterator[str]]:
-        """A body that comes line by line, as a log that is followed, on a connection of its own. Raises ApiError, also
+        """A body that comes line by line, as a log that is followed, on its own connection. Raises ApiError, also
         when nothing came for ``idle_seconds``, ``hangup`` ended it, or it broke off."""
         with self.chunks(path, hangup, idle_seconds=idle_seconds, **query) as chunks:
             yield _lines(chunks)

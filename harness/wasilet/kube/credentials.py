@@ -1,4 +1,4 @@
-"""How to reach an API server, and what a kubeconfig says of it.
+"""How to reach an API server, and what a kubeconfig states about it.
 
 client-go's rules: relative names are relative to the file, embedded data wins over named files, a token file is read
 when there is no token, and an exec plugin is run for what it answers.

@@ -1,8 +1,8 @@
-"""Kubeconfig files: our own, and one context in the user's.
+"""Kubeconfig files: Wasilet's own, and one context in the user's.
 
-The user's file belongs to the user: entries of our name are added and removed, everything else stays as it is, with
-its comments, its order and its quoting. So the text is edited, not dumped again; where the edit does not parse to
-exactly what was meant (flow style, anchors, tabs), and only there, the file is written anew from its data.
+The user's file belongs to the user: entries of Wasilet's name are added and removed, everything else stays as it is,
+with its comments, its order and its quoting. So the text is edited, not dumped again; where the edit does not parse to
+exactly what was meant (flow style, anchors, tabs), and only there, the file is written again from its data.
 
 The lock is kubectl's own (``<file>.lock``, created exclusively), so `kubectl config` and Wasilet do not lose each
 other's changes.
@@ -75,7 +75,7 @@ def write_kubeconfig(
     key: bytes | None = None,
     token: str = "",
 ) -> None:
-    """Write a file of our own, atomically, mode 0600. Raises StateError."""
+    """Write one of Wasilet's own files, atomically, mode 0600. Raises StateError."""
     write_file(
         path,
         _dump(build(name=name, server=server, ca=ca, certificate=certificate, key=key, token=token)).encode(),
@@ -132,7 +132,7 @@ def check_changeable(path: Path) -> None:
 
 
 def holds(path: Path, ours: KubeObject) -> bool:
-    """Whether a file has our entries exactly (the current context aside), and nobody else may read them."""
+    """Whether a file has Wasilet's entries exactly (the current context aside), and no one else may read them."""
     try:
         data = read_config(path)
         private = not path.stat().st_mode & 0o077
@@ -142,8 +142,8 @@ def holds(path: Path, ours: KubeObject) -> bool:
 
 
 def add(path: Path, ours: KubeObject) -> str:
-    """Put our entries into a file and make our context the current one. The file gets mode 0600, since a key is in it.
-    Returns the context that was current before (empty: none). Raises StateError."""
+    """Put Wasilet's entries into a file and make its context the current one. The file gets mode 0600, since a key is
+    in it. Returns the context that was current before (empty: none). Raises StateError."""
     name = str(ours["current-context"])
     with locked(path):
         data = read_config(path)
@@ -159,8 +159,8 @@ def add(path: Path, ours: KubeObject) -> str:
 
 
 def remove(path: Path, name: str, *, server: str = "", previous: str = "", delete_if_empty: bool = False) -> bool:
-    """Take our entries out again; whether there were any. ``server``: only when our cluster entry still names it.
-    When our context is current, ``previous`` becomes current again if it still exists. Raises StateError."""
+    """Take Wasilet's entries out again; whether there were any. ``server``: only when its cluster entry still names it.
+    When Wasilet's context is current, ``previous`` becomes current again if it still exists. Raises StateError."""
     if not path.exists():
         return False
     with locked(path):
@@ -208,7 +208,7 @@ def _save(path: Path, data: KubeObject, wanted: KubeObject, name: str, *, mode: 
 
 @contextlib.contextmanager
 def locked(path: Path, *, timeout_seconds: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-    """Hold ``<path>.lock`` as client-go does. One that a killed run of ours left behind is taken away."""
+    """Hold ``<path>.lock`` as client-go does. One that a killed run of Wasilet's left behind is taken away."""
     lock = path.with_name(path.name + ".lock")
     with storage_errors(lock):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def parse_objects(text: str | bytes, source: Path) -> list[KubeObject]:
 
 @contextlib.contextmanager
 def manifest_errors(obj: KubeObject) -> Iterator[None]:
-    """Add file and line to what the API server says of an object that came from a file."""
+    """Add file and line to what the API server states about an object that came from a file."""
     try:
         yield
     except ApiError as error:

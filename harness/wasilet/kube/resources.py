@@ -1,7 +1,7 @@
-"""Objects of any kind in a cluster: which path is theirs, made, replaced and removed, but never taken from others.
+"""Objects of any kind in a cluster: which path is an object's, made, replaced and removed, but never taken from others.
 
 What this creates is marked by its field manager, which the API server records in ``metadata.managedFields``: manifests
-stay as they are printed, and an object that somebody else made is neither replaced nor removed, but named.
+stay as they are printed, and an object that someone else made is neither replaced nor removed, but named.
 
 Pods and Jobs cannot be changed once they exist, and a demo wants a fresh run: they are deleted and made again. All else
 is applied on the server's side.
@@ -145,7 +145,7 @@ class Resources:
             "apiVersion": "v1",
             "kind": "DeleteOptions",
             "preconditions": {"uid": str(old["metadata"]["uid"])},
-            # A Job is gone only after its pods: the next one's log must not be mixed with theirs.
+            # A Job is gone only after its pods: the next one's log must not be mixed with those pods'.
             "propagationPolicy": "Foreground" if old["kind"] == "Job" else "Background",
         }
         if old["kind"] == "Pod":

@@ -24,7 +24,7 @@ from wasilet.state import CLUSTER_LOGIN
 HELPER_TIMEOUT_SECONDS = 20.0
 _HUB_SERVER = "https://index.docker.io/v1/"
 _IDENTITY_USER = "<token>"
-"""What a helper says in place of a user name when the secret is an identity token."""
+"""What a helper returns in place of a user name when the secret is an identity token."""
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""``invoke build``, ``push`` and ``pull`` as plays: the same words, progress and exit codes as everything else."""
+"""``invoke build``, ``push`` and ``pull`` as plays: the same wording, progress and exit codes as everything else."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ _Result = TypeVar("_Result")
 
 
 class RegistryError(HarnessError):
-    """A registry is not there, refuses, or sends something else than it said."""
+    """A registry is not there, refuses, or sends something else than it announced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def push(
 ) -> Pushed:
     """Upload what the registry lacks, then the manifest, and read it back.
 
-    ``insecure`` lists ``host[:port]`` to be spoken to in plain HTTP. Raises RegistryError within seconds when no
+    ``insecure`` lists ``host[:port]`` to be reached by plain HTTP. Raises RegistryError within seconds when no
     registry answers, when it wants a login, or when it holds something else than was sent.
     """
     if reference.digest is not None:
@@ -282,7 +282,7 @@ def _explained(error: ClientError, reference: Reference) -> RegistryError:
 
 
 async def _blob(repository: Repository, blob: Descriptor, reference: Reference) -> bytes:
-    """A blob, no longer than it says, with the digest that it says."""
+    """A blob, no longer than announced, with the digest announced."""
     if blob.size > _MAX_BLOB_BYTES:
         raise RegistryError(f"{blob.digest} of {reference} has {blob.size} bytes, more than {_MAX_BLOB_BYTES}")
     data = bytearray()

@@ -1,8 +1,8 @@
-"""The approver's own credential on a cluster that is not ours to give certificates out of hand.
+"""The approver's own credential on a cluster where Wasilet may not give certificates out of hand.
 
 A client certificate by the cluster's own signer (``kubernetes.io/kube-apiserver-client``), for the user that
 ``manifests/approver-rbac.yaml.j2`` binds. A bound service account token would do as well, but lives an hour to a day,
-and who renews it? The approver may not (it would need ``serviceaccounts/token``), and nobody else is there all the
+and who renews it? The approver may not (it would need ``serviceaccounts/token``), and no one else is there all the
 time; a certificate lives a year by default, needs no ServiceAccount in the cluster, and the same CSR machinery must
 work anyhow, or nodes could not join. It cannot be revoked, but it is worth nothing without its binding, which goes
 when the cluster is left.

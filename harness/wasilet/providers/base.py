@@ -1,6 +1,6 @@
 """What a provider is: the part of a cluster that is not Wasilet's own.
 
-A provider brings an API server with a controller-manager and a scheduler behind it, or finds one. Everything else
+A provider creates an API server with a controller-manager and a scheduler behind it, or finds one. Everything else
 (registry, approver, bootstrap token, nodes, kubeconfig) is the same for all and lives in ``wasilet.cluster.up``. To add
 one: write the class, name it in ``wasilet.providers.by_name``."""
 
@@ -46,7 +46,7 @@ class Access:
     """The address of this machine at which the API server reaches nodes."""
 
     notes: tuple[str, ...] = ()
-    """Lines to tell the user, as that proxies will not work on loopback."""
+    """Lines to print for the user, such as that proxies will not work on loopback."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Cluster:
             return self._kube
 
     def forget_admin(self) -> None:
-        """Read ``state.admin_kubeconfig`` anew when a client is next asked for."""
+        """Read ``state.admin_kubeconfig`` again when a client is next asked for."""
         with self._lock:
             if self._kube is not None:
                 self._kube.close()
@@ -159,7 +159,7 @@ class Provider(Protocol):
 
     @property
     def binaries(self) -> tuple[str, ...]:
-        """What ``wasilet.controlplane.acquire`` must bring, besides the registry and kubectl."""
+        """What ``wasilet.controlplane.acquire`` must install, besides the registry and kubectl."""
 
     @property
     def wanted_ports(self) -> tuple[str, ...]:
@@ -188,7 +188,7 @@ class Provider(Protocol):
         """The provider's own long-lived processes by name, for ``status`` and ``logs``; empty when it has none."""
 
     def deletion(self, cluster: Cluster) -> str:
-        """What :meth:`delete` would do, in words; empty: nothing."""
+        """What :meth:`delete` would do, as text; empty: nothing."""
 
     def delete(self, cluster: Cluster, *, purge: bool) -> list[str]:
         """End what the provider started, but for the processes in ``state.records()``, which are ended for it.

@@ -1,4 +1,4 @@
-"""Going away from a cluster that is not ours, or that is another one by now.
+"""Leaving a cluster that is not Wasilet's, or that is another one by now.
 
 What was added is taken back, by name; what belongs to one cluster only (certificates of nodes, the pods they had) is
 forgotten, since under the old name there may be another cluster tomorrow.

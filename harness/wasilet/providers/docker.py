@@ -71,7 +71,7 @@ class Docker:
                 data = json.loads(self.run("inspect", "--type", "container", *ids).stdout)
             except CommandError as error:
                 # Going, or still coming: the engine lists a container while it makes its volumes, for seconds, and
-                # goes on with that when whoever asked for it is gone.
+                # goes on with that when the caller that asked for it is gone.
                 if "no such container" not in error.message.lower() or time.monotonic() >= deadline:
                     raise
                 check_cancelled()
@@ -143,7 +143,7 @@ def no_engine(error: CommandError) -> UsageError:
 
 def gateway(containers: Sequence[Container], *, what: str) -> str:
     """The address of this machine in the containers' network. Raises HarnessError when it is none of this machine's:
-    rootless Docker and Docker Desktop keep their networks in a place of their own."""
+    rootless Docker and Docker Desktop keep their networks in their own place."""
     for container in containers:
         for address in container.networks.values():
             if not is_local(address):

@@ -33,7 +33,7 @@ from wasilet.storage import write_file
 
 _ANSWER_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
-"""An engine goes on with a container that it was asked for when whoever asked is gone."""
+"""An engine goes on with a container that it was asked for when the caller is gone."""
 
 _DELETE_ATTEMPTS = 3
 

@@ -1,7 +1,7 @@
 """``existing``: any cluster that a kubeconfig names. Wasm nodes of this machine join it; nothing of it is created.
 
-The context must be typed: the current one may be somebody's production. What would be added is said first, and nothing
-is changed before ``--yes``. MicroK8s, kubeadm and managed clusters come by this door (``docs/providers``).
+The context must be typed: the current one may be someone's production. What would be added is printed first, and
+nothing is changed before ``--yes``. MicroK8s, kubeadm and managed clusters use this provider (``docs/providers``).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ExistingProvider(ExternalProvider):
         )
 
     def find(self, cluster: Cluster) -> Found:
-        """What the kubeconfig says."""
+        """What the kubeconfig holds."""
         settings = cluster.settings
         source, context = chosen(settings)
         kubeconfig = minified(source, context)
@@ -145,7 +145,7 @@ class _Closing:
 
 
 def usable_credentials(source: Path, context: str) -> Credentials:
-    """What the context says. Raises UsageError for what nodes could not use as well."""
+    """What the context holds. Raises UsageError for what nodes could not use as well."""
     entry = minified(source, context)["clusters"][0]["cluster"]
     for key in ("proxy-url", "tls-server-name"):
         if entry.get(key):
@@ -172,7 +172,7 @@ def _uid(kube: Kube, context: str) -> str:
 
 
 def minified(source: Path, context: str) -> KubeObject:
-    """One context of a kubeconfig as a file of its own. Credentials stay what they are (plugins, files), so that they
+    """One context of a kubeconfig as a separate file. Credentials stay what they are (plugins, files), so that they
     go on to be renewed; file names become absolute. Raises UsageError when the file contradicts itself."""
     data = read_config(source)
     chosen_context = _entry(data, "contexts", context, source).get("context") or {}

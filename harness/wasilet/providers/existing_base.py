@@ -5,7 +5,7 @@ ownership: what the harness did not create, it never deletes. Whether a cluster 
 its tool is started (``creating``) and again when it is whole (``created``), so that a killed run leaves a note of what
 it was about to make; an adopted cluster gets back what was added to it and nothing else.
 
-The facts that nodes need (server, authorities, this machine's address as the cluster sees it) are read once a run, by
+The facts that nodes need (server, authorities, this machine's address as the cluster sees it) are read once per run, by
 the step that finds the cluster, and kept in ``cluster.json`` under ``external``: ``status`` and a node's restart need
 no tool of the provider.
 """
@@ -73,7 +73,7 @@ class ExternalProvider:
     binaries: tuple[str, ...] = ()
     wanted_ports: tuple[str, ...] = ()
 
-    # --- what a subclass says --------------------------------------------------------------------------------------
+    # --- what a subclass defines -----------------------------------------------------------------------------------
 
     def detect(self, settings: Settings) -> Detection:
         """See Provider."""
@@ -96,14 +96,14 @@ class ExternalProvider:
         raise NotImplementedError
 
     def destroy(self, cluster: Cluster) -> str:
-        """Delete a cluster that the harness created; words for the report. Raises HarnessError."""
+        """Delete a cluster that the harness created; text for the report. Raises HarnessError."""
         raise NotImplementedError
 
     def preflight(self, cluster: Cluster, kube: Kube, say: Progress) -> None:
         """Look at an adopted cluster closer, once, before anything is added. Raises HarnessError."""
 
     def tool_steps(self, cluster: Cluster) -> Sequence[Step]:  # noqa: ARG002
-        """Steps that bring the provider's own command line."""
+        """Steps that install the provider's own command line."""
         return ()
 
     def registry_steps(self, cluster: Cluster) -> Sequence[Step]:  # noqa: ARG002
@@ -147,7 +147,7 @@ class ExternalProvider:
         return ()
 
     def components(self, cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
-        """The second door of the registry, where the cluster's own nodes have one."""
+        """The registry's second entry point, where the cluster's own nodes have one."""
         if not facts(cluster).get("registry_address"):
             return {}
         return {REGISTRY_FOR_NODES: lambda: registry_for_nodes(cluster)}
@@ -165,7 +165,7 @@ class ExternalProvider:
         )
 
     def approver_kubeconfig(self, cluster: Cluster) -> Path:
-        """A client certificate of its own, renewed by ``up`` in the last third of its life."""
+        """A separate client certificate, renewed by ``up`` in the last third of its life."""
         path = cluster.state.etc / "approver.conf"
         access = self.access(cluster)
         # In a cluster that was made a moment ago the controller-manager may still be starting.
@@ -174,7 +174,7 @@ class ExternalProvider:
         return path
 
     def deletion(self, cluster: Cluster) -> str:
-        """What ``delete`` would do, in words."""
+        """What ``delete`` would do, as text."""
         if facts(cluster).get("created") or facts(cluster).get("creating"):
             return f"delete the {self.name} cluster {cluster.settings.name}"
         return f"leave the {self.name} cluster as it was" if facts(cluster) else ""
@@ -377,15 +377,15 @@ class StoppedError(HarnessError):
 
 
 class HalfMadeError(HarnessError):
-    """A cluster that a killed run of the harness began and did not finish; it can be deleted and made anew."""
+    """A cluster that a killed run of the harness began and did not finish; it can be deleted and made again."""
 
 
-# --- the second door of the registry -------------------------------------------------------------------------------
+# --- the registry's second entry point -------------------------------------------------------------------------------
 
 
 def registry_for_nodes(cluster: Cluster) -> Component:
     """The same blobs, to be read only, on the one address that the cluster's containers reach this machine by. The
-    first door stays on loopback: what may write does not leave the machine."""
+    first entry point stays on loopback: what may write does not leave the machine."""
     from wasilet.controlplane.local_registry import registry_component
 
     address = facts(cluster).get("registry_address")
@@ -434,7 +434,7 @@ def _now() -> str:
 
 
 def made_since(created: str, since: str) -> bool:
-    """Whether an instant that Docker tells (nanoseconds, UTC) is not before another one, give or take a second."""
+    """Whether an instant that Docker reports (nanoseconds, UTC) is not before another one, give or take a second."""
     try:
         ours = dt.datetime.fromisoformat(since)
         theirs = dt.datetime.fromisoformat(created[:26].rstrip("Z")).replace(tzinfo=dt.UTC)

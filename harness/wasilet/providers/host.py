@@ -46,7 +46,7 @@ class HostProvider:
     wanted_ports = ("apiserver", "etcd", "etcd_peer", "controller_manager", "scheduler")
 
     def detect(self, settings: Settings) -> Detection:
-        """Usable wherever Wasilet runs; tells which binaries have still to be acquired."""
+        """Usable wherever Wasilet runs; reports which binaries have still to be acquired."""
         missing = [n for n in self.binaries if locate(n, cache=settings.cache, environ=settings.environ) is None]
         if missing:
             return Detection(usable=True, detail=f"will acquire {', '.join(missing)}")

@@ -147,7 +147,7 @@ class K3dProvider(ContainedProvider):
 
     def _note_before(self, cluster: Cluster) -> None:
         """Write down what of the cluster's name is the user's, after removing what an interrupted run left: k3d would
-        take a network that is there for somebody else's, and never delete it."""
+        take a network that is there for someone else's, and never delete it."""
         self.clear_leftovers(cluster)
         networks, volumes = self._networks_and_volumes(cluster)
         update_facts(cluster, before={"networks": networks, "volumes": volumes})
@@ -170,7 +170,7 @@ class K3dProvider(ContainedProvider):
         return docker.networks(f"k3d-{name}", "app=k3d"), docker.volumes(self.label(name))
 
     def start(self, cluster: Cluster, say: Progress) -> None:
-        """``k3d cluster start``, which tells the nodes anew what this machine is called."""
+        """``k3d cluster start``, which tells the nodes again what this machine is called."""
         name = cluster.settings.name
         say(f"starting {name}")
         arguments = ("cluster", "start", name, "--wait", f"--timeout={CREATE_SECONDS}s")

@@ -1,7 +1,7 @@
-"""kind: Kubernetes in Docker. The cluster is called as ``--name`` says; one of that name that runs is adopted.
+"""kind: Kubernetes in Docker. The cluster is named by ``--name``; one of that name that runs is adopted.
 
-kind's own kubeconfig entry goes to a file of ours and not into the user's, since ``up`` adds one for every provider.
-"""
+kind's own kubeconfig entry goes to Wasilet's own file and not into the user's, since ``up`` adds one for every
+provider."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class KindProvider(ContainedProvider):
     options = ("image", "kubernetes_version", "config")
 
     def detect(self, settings: Settings) -> Detection:
-        """Docker must answer; kind itself is brought when it is not there. Raises UsageError."""
+        """Docker must answer; kind itself is installed when it is not there. Raises UsageError."""
         if len(settings.name) > NAME_LENGTH:
             raise UsageError(
                 f"{settings.name!r} is no name for a kind cluster: {len(settings.name)} characters",

@@ -1,8 +1,8 @@
 """Which Kubernetes a cluster of the host provider runs, and the way from an older minor to it.
 
 A cluster that was made with ``--kubernetes-version`` stays with that minor until another is asked for; any other
-follows the newest that this Wasilet brings. Kubernetes is upgraded one minor at a time and never back (its version skew
-policy): so the API server of each minor between runs once on the cluster's own etcd, until it is ready.
+follows the newest that this Wasilet supports. Kubernetes is upgraded one minor at a time and never back (its version
+skew policy): so the API server of each minor between runs once on the cluster's own etcd, until it is ready.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Components = Callable[[Cluster], Mapping[str, Callable[[], Component]]]
 
 def wanted(cluster: Cluster) -> str:
     """The version that is to run, as ``1.37.2``; empty where another tool decides. Raises UsageError for one that is
-    not brought, or that lies before what the cluster has."""
+    not supported, or that lies before what the cluster has."""
     if cluster.provider.name != "host":
         return ""
     asked = cluster.settings.kubernetes_version
@@ -48,7 +48,7 @@ def running(cluster: Cluster) -> str:
 
 def between(have: str, want: str) -> list[str]:
     """The versions on the way, without both ends: ``["1.35.4", "1.36.3"]`` from 1.34 to 1.37. Raises UsageError for a
-    minor on the way that is not brought."""
+    minor on the way that is not supported."""
     major, last = (int(part) for part in minor_of(want).split("."))
     _, first = (int(part) for part in minor_of(have).split("."))
     way = [f"{major}.{minor}" for minor in range(first + 1, last)]

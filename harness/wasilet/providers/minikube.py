@@ -63,7 +63,7 @@ class MinikubeProvider(ExternalProvider):
     options = ("kubernetes_version",)
 
     def detect(self, settings: Settings) -> Detection:
-        """minikube must be there, and its profile's name be one; whether its driver works, it says itself. Raises
+        """minikube must be there, and its profile's name be one; whether its driver works, it reports itself. Raises
         UsageError."""
         check_name(settings.name)
         path, version = user_minikube(settings)
@@ -107,7 +107,7 @@ class MinikubeProvider(ExternalProvider):
             )
 
     def _check_driver_wish(self, cluster: Cluster) -> None:
-        """Before a profile is made. Which driver minikube takes when nobody names one is seen afterwards."""
+        """Before a profile is made. Which driver minikube takes when no one names one is seen afterwards."""
         wanted = cluster.settings.environ.get("MINIKUBE_DRIVER") or cluster.settings.environ.get("MINIKUBE_VM_DRIVER")
         if wanted and wanted not in DRIVERS | {"kvm"}:
             raise UsageError(
@@ -134,7 +134,7 @@ class MinikubeProvider(ExternalProvider):
         try:
             self._check_driver(cluster, profile)
         except UsageError as error:
-            # It was made a moment ago, nobody can use it, and the next run would only find it again.
+            # It was made a moment ago, no one can use it, and the next run would only find it again.
             self._minikube(cluster, "delete", timeout_seconds=180.0)
             raise UsageError(f"{error.message}; it was deleted again", hint=DRIVER_HINT) from error
         return self._found(cluster, profile, created=True)
@@ -192,7 +192,7 @@ class MinikubeProvider(ExternalProvider):
     def _statuses(self, cluster: Cluster) -> list[dict[str, Any]]:
         """One entry per node, control planes first; empty when there is no profile.
 
-        The exit code has a bit for each part that does not run; the words on stdout say the same. One node is an
+        The exit code has a bit for each part that does not run; the text on stdout says the same. One node is an
         object, several are a list, and a missing profile is two lines of events with exit code 85."""
         done = self._minikube(cluster, "status", "--output=json", check=False)
         try:
@@ -233,7 +233,7 @@ class MinikubeProvider(ExternalProvider):
         return address
 
     def _kubeconfig(self, cluster: Cluster, *, created: bool) -> KubeObject:
-        """Wasilet's is in a file of its own; an adopted profile's context is where minikube put it."""
+        """Wasilet's is in its own file; an adopted profile's context is where minikube put it."""
         name = cluster.settings.name
         file = self._context_file(cluster, created=created)
         if not _has_context(file, name):

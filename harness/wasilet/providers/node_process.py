@@ -17,7 +17,7 @@ def node_component(node: str) -> str:
 
 
 def end_node(cluster: Cluster, name: str) -> str:
-    """End a node's containers and its agent, in an orderly way; words for the report."""
+    """End a node's containers and its agent, in an orderly way; text for the report."""
     settings, state = cluster.settings, cluster.state
     limit = settings.timeouts.node_stop_seconds
     try:

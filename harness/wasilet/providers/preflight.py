@@ -1,9 +1,9 @@
 """What a cluster must offer before wasm nodes can join it, asked without changing anything; and the one thing that can
 only be tried.
 
-Whether bootstrap tokens are accepted is nowhere told by the API. Where the control plane runs as static pods (kubeadm
+Whether bootstrap tokens are accepted is not reported by the API. Where the control plane runs as static pods (kubeadm
 and all that build on it) its command lines say it; elsewhere a token is made, used once and deleted
-(:func:`try_bootstrap_token`), which is a change and so waits for the user's word.
+(:func:`try_bootstrap_token`), which is a change and so waits for the user's consent.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def inspect(kube: Kube, *, what: str) -> list[str]:
 
 
 def check_node_names(kube: Kube, names: Sequence[str]) -> None:
-    """See that nobody else runs nodes of these names: two agents on one Node would fight, and `down` would delete what
+    """See that no one else runs nodes of these names: two agents on one Node would fight, and `down` would delete what
     is another's. One that is not Ready is of an agent that is gone. Raises UsageError."""
     from wasilet.kube.resources import node_is_ready
 

@@ -37,7 +37,7 @@ EXIT_TERMINATED = 143
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM; a BaseException, so that nothing but the door below handles it."""
+    """SIGTERM; a BaseException, so that nothing but the entry point below handles it."""
 
 
 def command(body: Callable[P, R]) -> Callable[P, R]:
@@ -59,7 +59,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
         except _TerminatedError:
             raise Exit("ended by SIGTERM", code=EXIT_TERMINATED) from None
         except BrokenPipeError:
-            # Whoever read our output has gone (`| head`): nothing is wrong, and nothing more can be said.
+            # The reader of the output has gone (`| head`): nothing is wrong, and nothing more can be printed.
             silence_stdout()
             raise Exit(code=0) from None
         except OSError as error:
@@ -67,7 +67,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
         except Exit:
             raise
         except Exception as error:
-            # A bug of ours: for its report the whole stack, for scripts the exit code of every failure.
+            # A bug in Wasilet: for its report the whole stack, for scripts the exit code of every failure.
             traceback.print_exception(error)
             raise Exit(f"error: internal error: {type(error).__name__}: {error}", code=EXIT_FAILED) from error
         finally:
@@ -102,7 +102,7 @@ def settings_of(context: Context, /, **given: Any) -> Settings:
             given[key] = invocation_path(given[key])
     settings = load(section, **given)
     if not given.get("provider") and not settings.environ.get("WASILET_PROVIDER"):
-        # Nobody has to say again what a cluster was made with.
+        # No one has to say again what a cluster was made with.
         with contextlib.suppress(StateError):
             if recorded := State.of(settings).cluster.provider:
                 settings = replace(settings, provider=recorded)
@@ -120,7 +120,7 @@ def _section(context: Context) -> Any:
     for level in levels:
         over = level.get("wasilet", {})
         if not isinstance(over, dict) or not isinstance(section, dict):
-            return over if isinstance(section, dict) else section  # what is no mapping is told by load()
+            return over if isinstance(section, dict) else section  # what is no mapping is reported by load()
         try:
             merge_dicts(section, over)
         except TypeError as error:  # Invoke's AmbiguousMergeError: a section in one file, a number in the other

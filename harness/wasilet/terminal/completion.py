@@ -1,6 +1,6 @@
 """What makes a shell complete the tasks: Invoke's own answers, and for the tasks that take an app the samples too.
 
-Invoke completes task names and options by ``--complete``, which starts Python once a key press. Samples and folders
+Invoke completes task names and options by ``--complete``, which starts Python once per key press. Samples and folders
 need no process: the script lists the samples' folder by itself.
 """
 

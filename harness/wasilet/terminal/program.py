@@ -1,7 +1,7 @@
 """Invoke's program with this project's manners, for ``./run`` and for plain ``invoke``.
 
 Invoke ends with exit code 1 when it cannot make sense of the command line, with a traceback when a number is none, and
-without a word on Ctrl-C. Here each is one clear line, and exit code 2 or 130, as for everything else that is typed.
+with no message on Ctrl-C. Here each is one clear line, and exit code 2 or 130, as for everything else that is typed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INVOKES_OWN = "invoke.main"
 
 
 class TaskProgram(Program):
-    """Invoke's own program but for what it says about a command line that is wrong."""
+    """Invoke's own program but for what it prints about a command line that is wrong."""
 
     def create_config(self) -> None:
         """Read the configuration files."""
@@ -135,7 +135,7 @@ def _clear_words(program: Program) -> Iterator[None]:
         except (yaml.YAMLError, AmbiguousMergeError, UnknownFileType, UnicodeDecodeError) as error:
             raise _unusable_file(error, getattr(program, "config", None)) from error
         except ValueError as error:
-            # An option that takes a number was given none; Invoke lets Python's own words through.
+            # An option that takes a number was given none; Invoke lets Python's own message through.
             given = str(error).rpartition(": ")[2]
             raise Exit(f"error: an option takes a number, and was given {given}", code=EXIT_FAILED) from error
 
@@ -196,7 +196,7 @@ def _interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         raise Exit("interrupted", code=EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        # Whoever read the help or the list has gone (`--list | head`): nothing is wrong.
+        # The reader of the help or the list has gone (`--list | head`): nothing is wrong.
         silence_stdout()
         raise Exit(code=0) from None
     except OSError as error:

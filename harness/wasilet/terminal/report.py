@@ -31,7 +31,7 @@ class Written:
 
 
 def write_report(settings: Settings, *, app: str, namespace: str, file: Path, reporter: Reporter) -> Written:
-    """Run the demo of ``app`` and tell of it; without ``app`` tell of what is in the namespace now.
+    """Run the demo of ``app`` and report it; without ``app`` report what is in the namespace now.
 
     Raises UsageError when there is no such cluster or app, StateError when the file cannot be written."""
     if not app and not State.of(settings).exists():

@@ -1,6 +1,6 @@
 """What a failed test leaves to be read: pods, logs, events, nodes and the agents' logs of its namespace, in a folder.
 
-Gathered before the namespace goes. Nothing here may fail the test once more: what cannot be had is said in the folder.
+Gathered before the namespace goes. Nothing here may fail the test once more: what cannot be had is noted in the folder.
 """
 
 from __future__ import annotations

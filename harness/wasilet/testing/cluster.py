@@ -166,7 +166,7 @@ def _processes(data: Mapping[str, Any]) -> list[ProcessRecord]:
 
 
 def join(wish: Wish, user: ProcessRecord, *, say: Callable[[str], None] = lambda _: None) -> WasmCluster:
-    """The cluster of the test run, stood up when it does not run. Raises HarnessError that says what to start."""
+    """The cluster of the test run, started when it does not run. Raises HarnessError that says what to start."""
     if wish.kubeconfig:
         return _adopt(wish)
     from wasilet.cluster.up import check_provider
@@ -204,7 +204,7 @@ def join(wish: Wish, user: ProcessRecord, *, say: Callable[[str], None] = lambda
 
 
 def leave(wish: Wish, user: ProcessRecord) -> str:
-    """The test run is over: the last one brings back what was before. What was done, in words. Raises HarnessError."""
+    """The test run is over: the last one brings back what was before. What was done, as text. Raises HarnessError."""
     if wish.kubeconfig:
         return ""
     settings = wish.settings()
@@ -253,7 +253,7 @@ def _fit(settings: Settings) -> bool:
 
 
 class _LongStepsReporter(PlainReporter):
-    """Writes everything down, and tells of steps that take long."""
+    """Writes everything down, and reports steps that take long."""
 
     def __init__(self, log: io.StringIO, say: Callable[[str], None]) -> None:
         super().__init__(log)
@@ -350,7 +350,7 @@ def _is_ready(node: Mapping[str, Any]) -> bool:
 
 
 def _registry_of(server: str, settings: Settings) -> str:
-    """The registry of the cluster of ours that has this API server; empty when none of ours has."""
+    """The registry of Wasilet's cluster that has this API server; empty when none has."""
     from wasilet.controlplane.local_registry import registry_address
 
     for file in settings.state_root.glob("*/cluster.json"):

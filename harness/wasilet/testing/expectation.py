@@ -2,9 +2,9 @@
 never will be, or until the time is over.
 
 The one judge of ``demo.yaml`` and of the plugin's assertions, so that the two cannot disagree. A yes rests on what was
-seen. A no, and everything said of what is *absent*, rests on whole logs: read to the end where the container is over,
-and to the line that was the last one at the time of the question where it runs on. Where a log cannot be read whole,
-that is the verdict.
+seen. A no, and every statement about what is *absent*, rests on whole logs: read to the end where the container is
+over, and to the line that was the last one at the time of the question where it runs on. Where a log cannot be read
+whole, that is the verdict.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Subject:
 
     belongs: Callable[[PodView], bool] = lambda _: True
     owner: tuple[str, str, str] | None = None
-    """Plural, API group and name of what makes the pods; None for a pod that somebody made himself."""
+    """Plural, API group and name of what makes the pods; None for a pod that a user made directly."""
 
     @property
     def is_job(self) -> bool:
@@ -88,7 +88,7 @@ class Wait:
     subject: Subject
     expected: Expectation
     missing: str = ""
-    """What had not come at the last look, in words."""
+    """What had not come at the last look, as text."""
 
     seconds: float = 0.0
     """How long it was waited for."""
@@ -241,7 +241,7 @@ class Wait:
         ]  # fmt: skip
 
     def _over(self, known: _Known) -> str:
-        """That nothing further can come, in words; empty while something can."""
+        """That nothing further can come, as text; empty while something can."""
         views = known.views
         if not views or any(not (view.deleted or view.phase in TERMINAL_PHASES) for view in views):
             return ""
@@ -262,7 +262,7 @@ class Wait:
     # --- whole logs ------------------------------------------------------------------------------------------------
 
     def _absent_is_proven(self, known: _Known, *, over: str) -> str | None:
-        """Before the yes: whether all was read that had been written when it could have been said."""
+        """Before the yes: whether all was read that had been written when it could have been answered."""
         judge = self.expected.judge
         if judge is None or not judge.absent:
             return ""

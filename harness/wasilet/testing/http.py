@@ -1,4 +1,4 @@
-"""HTTP as a test speaks it: one request, what is expected of its answer, and asking again until it is so.
+"""HTTP as a test uses it: one request, what is expected of its answer, and asking again until it is so.
 
 No redirect is followed, no proxy of the environment is used and no answer is cached: a test sees what the app sent.
 """
@@ -113,7 +113,7 @@ class WantedAnswer:
     absent: Sequence[Text] = ()
 
     def lacks(self, answer: Answer) -> list[str]:
-        """What is not as wanted, in words."""
+        """What is not as wanted, as text."""
         said = []
         if self.status is not None:
             wanted = {self.status} if isinstance(self.status, int) else set(self.status)

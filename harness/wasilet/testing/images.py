@@ -32,7 +32,7 @@ class Images:
         """The image of ``app``: a sample's name, the path of a folder, or a ``.wasm`` file. The answer names the
         digest: ``host:port/name:latest@sha256:...``.
 
-        Raises UsageError when there is no such app or no registry, HarnessError with the compiler's own words when it
+        Raises UsageError when there is no such app or no registry, HarnessError with the compiler's own message when it
         does not compile, RegistryError when the registry does not answer.
         """
         given = os.fspath(app)

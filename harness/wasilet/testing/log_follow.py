@@ -25,7 +25,7 @@ REFUSALS = 4
 """A log that the API server refused so often in a row is lost; an API server or node that is away is waited for."""
 
 STATUS_SECONDS = 1.0
-"""A log may end this much before the status of its container tells."""
+"""A log may end this much before the status of its container reports it."""
 
 LAST_LINE_SECONDS = 5.0
 
@@ -67,7 +67,7 @@ class InstanceLog:
 
     @property
     def first_at(self) -> float:
-        """When the first line was written; 0.0 while there is none, or when the node did not say."""
+        """When the first line was written; 0.0 while there is none, or when the node did not report it."""
         first = self.kept.first
         return 0.0 if first is None else line_of(first).at
 
@@ -83,7 +83,7 @@ class _OtherLogError(Exception):
 
 
 class LogFollower:
-    """One log being read, in a thread of its own."""
+    """One log being read, in its own thread."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a log must and must not hold, judged line by line as it comes, and said in words when it does not.
+"""What a log must and must not hold, judged line by line as it comes, and reported as text when it does not.
 
 Pure: no cluster, no clock. A log of a million lines is looked at once, whatever the number of waits.
 """
@@ -193,7 +193,7 @@ def _marked(expected: str, got: str) -> list[str]:
 
 
 def numbered(lines: Sequence[str], judge: Judge, *, shown: int) -> list[str]:
-    """The end of the log with line numbers; a ``>`` before each line that an assertion speaks of."""
+    """The end of the log with line numbers; a ``>`` before each line that an assertion refers to."""
     first = max(0, len(lines) - shown)
     marked = {want.line for want in judge.wanted if want.line}
     marked |= {n for n, line in enumerate(lines[first:], first + 1) if any(found(text, line) for text in judge.absent)}

@@ -50,7 +50,7 @@ class LogLine:
     """One line of a container's log."""
 
     at: float
-    """When it was written, by the node's clock, in seconds since the epoch; 0.0 when the node did not say."""
+    """When it was written, by the node's clock, in seconds since the epoch; 0.0 when the node did not report it."""
 
     text: str
 

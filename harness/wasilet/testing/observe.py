@@ -1,10 +1,10 @@
-"""What goes on in a namespace, kept by watches: pods, events, and the logs of the containers that somebody asked for.
+"""What goes on in a namespace, kept by watches: pods, events, and the logs of the containers that someone asked for.
 
-One thread a watch and one a log that is followed; each only reads, writes down and wakes whoever waits. Nothing is
+One thread per watch and one per followed log; each only reads, writes down and wakes those who wait. Nothing is
 polled, so an assertion learns of a line as soon as it has come over the wire, and a second one on the same pod costs no
 request at all. The pytest plugin, ``invoke ui`` and ``invoke report`` look at clusters through this.
 
-Times: what is seen to happen is stamped with this machine's clock; of what had happened before, the API server tells
+Times: what is seen to happen is stamped with this machine's clock; of what had happened before, the API server reports
 only whole seconds. Log lines carry the node's own time stamps. All are seconds since the epoch.
 """
 
@@ -53,7 +53,7 @@ class PodView:
         return phase_of(self.object)
 
     def first_line_at(self) -> float | None:
-        """When its first line was written; None when nobody knows: of a container that was started again, the logs of
+        """When its first line was written; None when no one knows: of a container that was started again, the logs of
         the instances before the last two are gone."""
         if self.unread_instances():
             return None
@@ -177,7 +177,7 @@ class Observer:
                 self.pods[uid].marks[what] = at
 
     def add(self, pod: KubeObject, *, created_at: float) -> PodView:
-        """A pod that the caller has just created: known at once, before the watch tells."""
+        """A pod that the caller has just created: known at once, before the watch reports it."""
         with self.changed:
             uid = str(pod["metadata"]["uid"])
             if uid not in self.pods:
@@ -338,7 +338,7 @@ class Observer:
         now = time.time()
         status, spec = view.object.get("status") or {}, view.object.get("spec") or {}
         created = seconds_of(view.object["metadata"].get("creationTimestamp")) or now
-        # A time stamp of the API server is cut to the second: an older one is all there is, a recent one is our own.
+        # A time stamp of the API server is cut to the second: an older one is all there is, a recent one the test's.
         old = created < self._began - 1.0
         view.from_birth = view.from_birth or not old
         view.marks.setdefault("created", created if old else now)

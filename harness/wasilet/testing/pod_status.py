@@ -1,4 +1,4 @@
-"""What a pod's status says of its containers, and in words for people. Pure, but for the events that are asked for."""
+"""A pod's containers by its status, and as text for people. Pure, but for the events that are asked for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The pytest plugin: fixtures and assertions for wasm apps on a cluster. See docs/testing.md.
 
-Every pytest run of whoever has Wasilet installed loads this module, so it imports nothing but pytest; what a fixture
+Every pytest run where Wasilet is installed loads this module, so it imports nothing but pytest; what a fixture
 needs is imported when a test first asks for it.
 """
 
@@ -238,7 +238,7 @@ def _clearly() -> AbstractContextManager[None]:
 
 
 def _sayer(config: pytest.Config) -> Callable[[str], None]:
-    """Tells of what takes long, past pytest's capturing; a worker has nobody to tell."""
+    """Reports what takes long, past pytest's capturing; a worker has no one to report to."""
     capture = config.pluginmanager.getplugin("capturemanager")
 
     def say(line: str) -> None:
@@ -257,7 +257,7 @@ def _sayer(config: pytest.Config) -> Callable[[str], None]:
 def cluster(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iterator[WasmCluster]:
     """A running cluster with a Ready wasm node (wasilet.testing.cluster.WasmCluster), shared by all tests and workers.
 
-    One that runs already is used and left running; else one is stood up, and taken down after the last test. With
+    One that runs already is used and left running; else one is started, and deleted after the last test. With
     pytest-kind installed and provider kind, its fixture makes the cluster, and this one joins a node to it."""
     from wasilet.testing.cluster import join, own_process
 

@@ -1,7 +1,7 @@
 """``invoke report``: a page of what pods did, from create to the first line of their logs, in one HTML file.
 
 Nothing is loaded from anywhere, no script runs, and the page's own policy forbids both: names, events and logs are what
-strangers wrote. Everything passes through the template's escaping.
+untrusted modules wrote. Everything passes through the template's escaping.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _AFTER = {
 
 @dataclass(frozen=True, kw_only=True)
 class PodStory:
-    """A pod, as the page tells it."""
+    """A pod, as the page shows it."""
 
     name: str
     namespace: str

@@ -1,4 +1,4 @@
-"""One test's namespace on the cluster, and the pods in it, as a test speaks of them."""
+"""One test's namespace on the cluster, and the pods in it, as a test refers to them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def save(test_namespace: TestNamespace, test: str, folder: Path, *, failed: bool
 
 
 def write_report(folder: Path, target: Path) -> str:
-    """The page of all the tests that wrote something; words about it."""
+    """The page of all the tests that wrote something; a text about it."""
     chapters = []
     for file in sorted(folder.glob("*.json")):
         try:

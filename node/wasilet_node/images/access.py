@@ -7,7 +7,7 @@ An image that was pulled without a login, or with the node's own, is for all. Th
 pulled which kept no such records.
 
 What is kept of a login is a keyed hash, beside the Secret's coordinates. The key is in the same private file, so
-whoever reads that could try guesses at a password, as with kubelet's own records.
+any reader of that could try guesses at a password, as with kubelet's own records.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class AccessRecords:
     def __init__(self) -> None:
         self._key = secrets.token_hex(32)
         self._grants: dict[str, dict[str, _Grant]] = {}
-        """By digest, then by repository: a login for one repository says nothing of another."""
+        """By digest, then by repository: a login for one repository says nothing about another."""
 
     def may_use(self, digest: str, reference: Reference, credentials: Iterable[Credential]) -> bool:
-        """Whether a pod with these credentials may use the image without the registry's word. What matches in part (a
+        """Whether a pod with these credentials may use the image without asking the registry. What matches in part (a
         Secret that was changed, another one with the same login) is noted in full."""
         grants = self._grants.get(digest, {})
         if _ANY_REPOSITORY in grants:

@@ -1,6 +1,6 @@
 """Images and artifacts as files, for image volumes (KEP-4639).
 
-They have a store of their own, where an image's "module" is one plain archive of all its files: policies, events,
+They have their own store, where an image's "module" is one plain archive of all its files: policies, events,
 back-off, access, verification and garbage collection are then those of every image. A pod's volume is unpacked from the
 archive and goes with the pod, so that nothing of the store is in use by pods.
 """

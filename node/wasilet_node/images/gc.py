@@ -3,7 +3,7 @@
 Above the high threshold, images that no running pod uses go, least recently used first, until use is down to the low
 threshold; an image younger than the minimum age, or used within it, stays. Compiled files go with the modules that they
 were made from: they can be made again, but never outlive their source. Blobs without an image (left by a crash), and
-downloads that nobody resumed for a day, go whatever the disk use is; above the threshold, downloads go before images.
+downloads that no one resumed for a day, go whatever the disk use is; above the threshold, downloads go before images.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ class GarbageCollector:
         return freed
 
     async def _free(self, wanted: int) -> int:
-        # Downloads that nobody goes on with just now first: a registry that breaks off could fill the disk with them.
+        # Downloads that no one goes on with just now first: a registry that breaks off could fill the disk with them.
         young = self._clock() - self._settings.gc_minimum_age_seconds
         freed = await asyncio.to_thread(self._store.clear_partials, older_than=young)
         candidates = sorted(self._store.records(), key=lambda record: self._store.last_used(record.digest))
         for record in candidates:
             if freed >= wanted:
                 break
-            # Asked anew for each: a pod may have begun to use the image while another one was deleted.
+            # Asked again for each: a pod may have begun to use the image while another one was deleted.
             if self._may_go(record):
                 freed += await self._store.remove(record.digest)
                 logger.info("removed image %s, unused", record.digest)

@@ -1,7 +1,7 @@
-"""Images as the pod workers see them: kubelet's image manager, with its pull policies, words, events and back-off.
+"""Images as the pod workers see them: kubelet's image manager, with its pull policies, messages, events and back-off.
 
 Texts and order of events are those of Kubernetes 1.37's pkg/kubelet/images/image_manager.go and, for the closing
-``Error: ...``, of kuberuntime_container.go. Who may use an image that is present is said in
+``Error: ...``, of kuberuntime_container.go. Who may use an image that is present is stated in
 ``wasilet_node.images.access``; ``imagePullPolicy: Always`` asks the registry every time but moves no bytes twice.
 """
 
@@ -192,7 +192,7 @@ class ImageManager:
                 message = f"Container image {quoted} already present on machine and can be accessed by the pod"
                 await _emit(event, "Normal", "Pulled", message)
                 return await self._image(name, reference, record)
-            # Whether the image is here is not told to those who may not use it.
+            # Whether the image is here is not shown to those who may not use it.
             if policy is PullPolicy.NEVER:
                 message = f"Container image {quoted} is not present with pull policy of Never"
                 await _emit(event, "Warning", "ErrImageNeverPull", message)
@@ -315,7 +315,7 @@ class ImageManager:
         """Read from the component once per agent: which world it has is in no manifest of older images."""
         if digest not in self._servers:
             interfaces = await asyncio.to_thread(interfaces_of, path)
-            # What cannot be read is named by whoever compiles it.
+            # What cannot be read is named by the compile step.
             self._servers[digest] = interfaces is not None and interfaces.is_server
         return self._servers[digest]
 

@@ -3,7 +3,7 @@
 The CNCF config lists them (``component.imports``); where it does not, they are read from the component. What is not
 offered is named with what to do, rather than left to a linker's message after minutes of pulling and compiling. Only
 interfaces of packages are judged, as ``wasi:http/types@0.2.0``: a name without a package may be a type, which asks for
-nothing, and a config does not tell.
+nothing, and a config does not show it.
 """
 
 from __future__ import annotations

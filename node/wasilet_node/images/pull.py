@@ -295,7 +295,7 @@ class Puller:
             else:
                 await uninterrupted(self._store.adopt, path, file, blob.digest)
                 return
-        # The part on disk was not of this blob: begin anew, once.
+        # The part on disk was not of this blob: begin again, once.
         await self._download(repository, blob)
 
     async def _write(self, chunks: AsyncIterator[bytes], file: BinaryIO, hasher: hashlib._Hash) -> None:
@@ -365,7 +365,7 @@ def _rewind(file: BinaryIO) -> None:
 
 
 def interfaces_of(component: Path) -> Interfaces | None:
-    """None: its names cannot be read; whoever compiles it says what is wrong with it."""
+    """None: its names cannot be read; the compile step reports what is wrong with it."""
     try:
         with component.open("rb") as file:
             return read_interfaces(file)

@@ -17,7 +17,7 @@ the blob that it names, so a crash leaves at most blobs without a record: the ne
 collection removes them. Because disks and people damage files, a blob is hashed again at its first use in each process.
 While a pull needs a blob it pins it, so that garbage collection cannot take it away between two steps.
 
-Methods that are said to block are meant for a thread; in-memory state changes only on the event loop.
+Methods that are documented to block are meant for a thread; in-memory state changes only on the event loop.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ class Store:
         return self.directory / "partial" / digest.replace(":", "-")
 
     async def has(self, digest: str, size: int | None = None) -> bool:
-        """Whether a blob is here and whole; one that is damaged is deleted. Hashes it once a process, for however many
-        pods ask at once after a restart."""
+        """Whether a blob is here and whole; one that is damaged is deleted. Hashes it once per process, for however
+        many pods ask at once after a restart."""
         path = self.blob_path(digest)
         try:
             found = path.stat().st_size
@@ -357,7 +357,7 @@ class Store:
         ]
 
     def clear_partials(self, *, older_than: float) -> int:
-        """Delete downloads that nobody went on with since a time. Returns the bytes freed. Blocking."""
+        """Delete downloads that no one went on with since a time. Returns the bytes freed. Blocking."""
         paths = list((self.directory / "partial").iterdir())
         return sum(_unlink(path) for path in paths if path.stat().st_mtime < older_than)
 

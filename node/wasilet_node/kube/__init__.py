@@ -1,1 +1,1 @@
-"""The one door to the API server: requests, watches, errors, retries, events."""
+"""The one entry point to the API server: requests, watches, errors, retries, events."""

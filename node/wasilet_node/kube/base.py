@@ -26,7 +26,7 @@ KubeObject = dict[str, Any]
 def as_object(decoded: Any) -> KubeObject | None:
     """Decoded JSON that is what every answer and every object in a watch is, of a kind; None for anything else.
 
-    What comes without metadata, as a Status may, gets an empty one, so that nobody stumbles over it.
+    What comes without metadata, as a Status may, gets an empty one, so that no one stumbles over it.
     """
     if not isinstance(decoded, dict) or not isinstance(decoded.get("kind"), str):
         return None

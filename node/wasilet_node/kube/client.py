@@ -47,7 +47,7 @@ _LIST_PAGE = 500
 
 
 class _Generation:
-    """One identity's connections. Watches have a pool of their own: they must never starve a status patch."""
+    """One identity's connections. Watches have their own pool: they must never starve a status patch."""
 
     def __init__(self, calls: Transport, watches: Transport) -> None:
         self.calls = calls

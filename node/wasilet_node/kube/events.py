@@ -1,6 +1,6 @@
 """core/v1 Events, as every kubelet user knows them from ``kubectl describe``.
 
-Events are told to people, so they may be lost but must never hurt: ``event`` only puts into a bounded queue, a few
+Events are for people, so they may be lost but must never hurt: ``event`` only puts into a bounded queue, a few
 tasks write (one after another for one object, so that its Events stay in order), and what cannot be written is dropped
 with a log line. A single writer falls behind by minutes when a busy API server takes 0.1 s for each and pods come in
 bursts. The three rules that keep a crash loop from filling etcd are those of client-go's correlator
@@ -205,7 +205,7 @@ class KubeEventRecorder:
             logger.exception("an event (%s) was not written", said.reason)
 
     async def flush(self, *, timeout_seconds: float) -> None:
-        """Wait until everything said so far is written, but no longer than that. ``run`` must be running."""
+        """Wait until everything reported so far is written, but no longer than that. ``run`` must be running."""
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._queue.join()
@@ -227,7 +227,7 @@ class KubeEventRecorder:
             except ApiUnavailableError:
                 await asyncio.sleep(_RETRY_SECONDS)
             except ApiStatusError as error:
-                # A namespace that ends refuses its own last events: nobody will read them.
+                # A namespace that ends refuses its own last events: no one will read them.
                 level = logging.DEBUG if error.code in (403, 404) else logging.WARNING
                 logger.log(level, "an event (%s) was refused: %s", said.reason, error)
                 return
@@ -269,7 +269,7 @@ class KubeEventRecorder:
                 await self._kube.patch(f"{path}/{observed.name}", patch)
                 return
             except NotFoundError:
-                # Events live an hour; this one is gone, so it is told anew, with its count.
+                # Events live an hour; this one is gone, so it is recorded again, with its count.
                 pass
         body: KubeObject = {
             "apiVersion": "v1",

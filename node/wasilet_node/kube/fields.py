@@ -177,7 +177,7 @@ def hostname(pod: Pod) -> str:
 
 
 def process_hostname(pod: Pod, cluster_domain: str = CLUSTER_DOMAIN) -> str:
-    """The name of the host that a process of the pod is told: the pod's, the full one with ``setHostnameAsFQDN``, the
+    """The name of the host that a process of the pod is given: the pod's, the full one with ``setHostnameAsFQDN``, the
     machine's own with ``hostNetwork``. Raises FieldError when no kernel would take it (``GetNodenameForKernel``)."""
     spec = pod.get("spec", {})
     if spec.get("hostNetwork"):

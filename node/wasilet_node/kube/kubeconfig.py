@@ -1,8 +1,8 @@
-"""Kubeconfig files, as the node needs them: a server, what to trust, and one way to say who we are.
+"""Kubeconfig files, as the node needs them: a server, what to trust, and one way to identify itself.
 
 Not the loader of the official client: that one runs the commands of ``exec`` users, writes certificates into temporary
-files and merges ``KUBECONFIG`` lists. A node reads exactly one file, written by whoever lets it join, so everything it
-cannot use is refused by name, and nothing is ever executed.
+files and merges ``KUBECONFIG`` lists. A node reads exactly one file, written by the user who lets it join, so
+everything it cannot use is refused by name, and nothing is ever executed.
 
 The client CA of the cluster (against which the node's HTTPS server checks its callers) is not part of the format.
 Where it is another one than the server CA (k3s), it travels in an extension of the cluster entry, because a node may

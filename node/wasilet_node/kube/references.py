@@ -1,8 +1,8 @@
 """Secrets, ConfigMaps, claims, tokens and services that pods name: the agent's one reader of them.
 
 A node may read a Secret or ConfigMap only while a pod bound to it names it, one by name, so there is nothing to list.
-How they are kept fresh was a choice between kubelet's two managers: a watch an object costs a connection each (1,000
-pods with secrets of their own are 1,000 connections), a timed re-read costs a request a minute an object and a request
+How they are kept fresh was a choice between kubelet's two managers: a watch per object costs a connection each (1,000
+pods with their own secrets are 1,000 connections), a timed re-read costs a request per minute and object and a request
 a pod start. Here an object used by one pod is read on demand, and one that several pods share (``kube-root-ca.crt`` is
 in all of them) is watched, up to a limit. So:
 
@@ -13,7 +13,7 @@ in all of them) is watched, up to a limit. So:
 * an object is forgotten with the last pod that names it, and so is its watch.
 
 Right after a binding the node authorizer lags: 403 is retried at 5, 10, 20, 40 ms... for 1 s after a pod was first
-heard of, and reported then.
+seen, and reported then.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ReferenceSettings:
     """How references are kept fresh."""
 
     lag_seconds: float = 1.0
-    """How long after a pod was first heard of a 403 (for tokens also a 404) may be the authorizer's lag."""
+    """How long after a pod was first seen a 403 (for tokens also a 404) may be the authorizer's lag."""
 
     ttl_seconds: float = 45.0
     """A refresh does not read an object again that was read less than this ago."""
@@ -92,7 +92,7 @@ class _Entry:
 
 
 class References:
-    """One object a node. Nothing is read before a pod asks; ``start`` begins the watch of services."""
+    """One object per node. Nothing is read before a pod asks; ``start`` begins the watch of services."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class References:
                     entry.reading = None
 
         task = asyncio.create_task(run(), name=f"read {entry.key.resource}")
-        # Whoever asked may have gone (its pod was deleted): a failure that nobody awaits is not an event-loop error.
+        # The caller may have gone (its pod was deleted): a failure that no one awaits is not an event-loop error.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 

@@ -67,7 +67,7 @@ class TrustBundles:
 
     def _read_out(self, task: asyncio.Task[Sequence[KubeObject]]) -> None:
         self._reading = None
-        # Whoever asked may have gone: a failure that nobody awaits is not an event-loop error.
+        # The caller may have gone: a failure that no one awaits is not an event-loop error.
         if not task.cancelled():
             task.exception()
 

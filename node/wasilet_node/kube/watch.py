@@ -3,7 +3,7 @@
 A watch ends all the time: after the ``timeoutSeconds`` that is asked for, when the API server restarts, when a network
 is cut. Each end is a reconnect from the last resource version (bookmarks keep that young); a new list is made only when
 the server has forgotten the version (410). A read time-out just above the server's bookmark interval (one minute, plus
-a quarter of jitter) notices a connection that went dead without a word.
+a quarter of jitter) notices a connection that went dead silently.
 
 Several watches must not come back in step after an outage, hence jitter everywhere.
 """
@@ -139,7 +139,7 @@ async def watch(
             version = ""
         except KubeError as error:
             if isinstance(error, ApiStatusError) and error.code == _TOO_LARGE_RESOURCE_VERSION:
-                # A restored or replaced etcd knows lower versions than we do.
+                # A restored or replaced etcd knows lower versions than this client.
                 version = ""
             await delay.wait(error)
 

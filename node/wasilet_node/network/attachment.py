@@ -48,7 +48,7 @@ class Networks(Protocol):
         """A TCP connection to a port of a pod's own loopback, else of its address. Raises OSError."""
 
     def uids(self) -> list[str]:
-        """Of all pods that have a network of their own."""
+        """Of all pods that have their own network."""
 
 
 class MachineNetwork:
@@ -59,7 +59,7 @@ class MachineNetwork:
         return None
 
     async def detach(self, uid: str) -> None:
-        """Nothing to take down."""
+        """Nothing to remove."""
 
     def addresses(self, pod: Pod) -> tuple[str, ...] | None:  # noqa: ARG002
         """None."""

@@ -1,7 +1,7 @@
 """Host ports: what comes to a port of the machine goes to a pod, byte by byte.
 
-The agent listens in the machine's own namespace, where no rule of ours may be, and connects from the node's. So such a
-connection ends with the agent, unlike one to the pod's address or a NodePort. TCP only.
+The agent listens in the machine's own namespace, where Wasilet may have no rule, and connects from the node's. So such
+a connection ends with the agent, unlike one to the pod's address or a NodePort. TCP only.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ MAX_NAME_LENGTH = 15
 """IFNAMSIZ less the final zero."""
 
 _TIMEOUT_SECONDS = 10.0
-"""A kernel that takes down hundreds of namespaces holds the rtnetlink lock for up to a third of a second (measured)."""
+"""A kernel that deletes hundreds of namespaces holds the rtnetlink lock for up to a third of a second (measured)."""
 
 _RECEIVE_BYTES = 65536
 _HEADER = struct.Struct("=IHHII")

@@ -54,7 +54,7 @@ def base_rules(pod_cidr: ipaddress.IPv4Network, settings: NetworkSettings) -> st
     kube-proxy's rules are behind it has none, and must not go back and forth between the node and the machine. And what
     the machine sends to a Service whose pod is on another node must come back the way it went.
 
-    Beyond the machine nobody knows the way back, so what goes there is refused at once, and nothing leaves the machine
+    Beyond the machine no one knows the way back, so what goes there is refused at once, and nothing leaves the machine
     with an address that is not its own."""
     return f"""
 table ip wasilet
@@ -199,7 +199,7 @@ class NodeNetwork:
         self._join_machine(machine, name)
 
     def _check_uplink(self, machine: Netlink) -> None:
-        """Two links with one address would take each other's packets. One of ours may still be on its way out."""
+        """Two links with one address would take each other's packets. One of Wasilet's may still be on its way out."""
         names = dict(machine.links())
         for route in machine.routes():
             name = names.get(route.interface_index, "")

@@ -5,8 +5,8 @@ used; on the way back the namespace is let go, then the record. Whatever dies in
 both, or a namespace without record, which is dropped, or a record without namespace, whose pod gets a new network.
 
 Deletion is ``close()`` and never RTM_DELLINK, which waits 14 to 20 ms for the kernel; one after the other, since the
-kernel takes namespaces down in batches and holds up whoever makes one meanwhile (500 at once: 336 ms; 20: 10 ms). The
-name of a veth is never used again, because the old one may still be there.
+kernel deletes namespaces in batches and delays every process that makes one meanwhile (500 at once: 336 ms; 20: 10 ms).
+The name of a veth is never used again, because the old one may still be there.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ allows returns from it. So a packet between two pods of one node passes both. Wh
 forwarded, what the machine sends is allowed, and a pod always reaches itself. Answers belong to what was allowed.
 
 The cluster's DNS is a process of the machine and no pod. For policies it is one: in the namespace kube-system, with the
-label and the port that everybody's DNS has, so that the rule which every egress policy needs means what it says.
+label and the port that everyone's DNS has, so that the rule which every egress policy needs means what it says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keeps the rules of NetworkPolicies in the network namespace that it is started in, with a credential of its own.
+"""Keeps the rules of NetworkPolicies in the network namespace that it is started in, with its own credential.
 
 ``python -P -m wasilet_node.network.policy_agent --kubeconfig FILE ...``, started by the agent, as kube-proxy is: a node
 may read neither other nodes' pods nor namespaces. Rules stay when it ends, and are made again by the next.

@@ -1,4 +1,4 @@
-"""The pod network as the agent sees it: asynchronous, made when the Node has its podCIDR, mended when it broke.
+"""The pod network as the agent sees it: asynchronous, made when the Node has its podCIDR, repaired when it broke.
 
 Everything that touches the kernel happens in one thread, which stays in the node's network namespace; a second one
 makes sockets there, for probes and port-forward, so that these never wait behind a pod's start. The agent itself stays
@@ -80,7 +80,7 @@ class PodNetwork:
     # ---- life
 
     def set_pod_cidr(self, text: str | None) -> None:
-        """What ``Node.spec.podCIDR`` says."""
+        """What ``Node.spec.podCIDR`` holds."""
         if not text or self._pod_cidr is not None:
             return
         try:

@@ -1,1 +1,1 @@
-"""Pods: watch, one worker a pod, status. Every module here is level-triggered: it compares, it never replays."""
+"""Pods: watch, one worker per pod, status. Every module here is level-triggered: it compares, it never replays."""

@@ -9,8 +9,8 @@ would put a new pod in its place, Failed starts a loop: ReplicaSets replace fail
 with a back-off. So such a pod is *held*: Pending, its containers waiting with ``CreateContainerConfigError`` and the
 reason, one event, and nothing that repeats. That is also what becomes of DaemonSet pods meant for Linux (kube-proxy, a
 CNI) which tolerate every taint: those whose node selector asks for Linux are never bound here, since the node's labels
-say otherwise; for the rest the image has the wrong architecture, which leaves one pod a node in ImagePullBackOff, tried
-every five minutes, instead of a stream of failed ones.
+say otherwise; for the rest the image has the wrong architecture, which leaves one pod per node in ImagePullBackOff,
+tried every five minutes, instead of a stream of failed ones.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Neighbour:
 
 
 def never(pod: Pod, *, volumes: Volumes) -> Refusal:
-    """What no change of the node will mend. No I/O."""
+    """What no change of the node will repair. No I/O."""
     os_name = (pod["spec"].get("os") or {}).get("name", "")
     if os_name not in ("", "linux"):
         return _never(pod, "PodOSNotSupported", "Failed to admit pod as the OS field doesn't match node OS")
@@ -79,7 +79,7 @@ def never(pod: Pod, *, volumes: Volumes) -> Refusal:
 
 
 def _forbidden_sysctl(pod: Pod) -> str:
-    """kubelet's words for the first sysctl that it would not allow; empty for none."""
+    """kubelet's wording for the first sysctl that it would not allow; empty for none."""
     for sysctl in (pod["spec"].get("securityContext") or {}).get("sysctls") or ():
         name = str(sysctl["name"])
         if "/" in name.partition(".")[0]:

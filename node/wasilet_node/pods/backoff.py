@@ -77,7 +77,7 @@ class RetryBackoff:
 class NotBefore:
     """A time before which nothing is tried again: ``seconds`` from ``since``, which is seconds since the epoch.
 
-    A clock that is set back ends the wait, since nobody can tell by then how long it should still be."""
+    A clock that is set back ends the wait, since no one can tell by then how long it should still be."""
 
     since: float = 0.0
     seconds: float = 0.0

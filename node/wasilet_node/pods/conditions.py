@@ -1,7 +1,7 @@
 """The pod conditions that a kubelet owns, with kubelet's reasons and messages (``pkg/kubelet/status/generate.go``).
 
 ``PodScheduled`` is written by the scheduler; a kubelet repeats it as True, which also serves pods that were bound by
-``spec.nodeName``. All other types belong to somebody else and are never touched, but for DisruptionTarget, which an
+``spec.nodeName``. All other types belong to someone else and are never touched, but for DisruptionTarget, which an
 eviction adds.
 """
 
@@ -118,7 +118,7 @@ def owned_conditions(
     foreign: Sequence[Mapping[str, Any]],
     old: Sequence[Mapping[str, Any]] = (),
 ) -> list[Condition]:
-    """The five conditions of a kubelet, without transition times. ``foreign``: everybody else's, for the gates;
+    """The five conditions of a kubelet, without transition times. ``foreign``: everyone else's, for the gates;
     ``old``: all that the pod had."""
     was_initialized = any(each["type"] == "Initialized" and each.get("status") == "True" for each in old)
     containers = containers_ready(pod, statuses, phase)

@@ -76,7 +76,7 @@ async def launch(
     try:
         config = await _prepare(services, pod, container, attempt, sandbox)
     except ImageError as error:
-        # Of what goes wrong with a pull the images tell themselves, in events of their own.
+        # What goes wrong with a pull is reported by the images, in their own events.
         if error.reason == "CreateContainerError":
             warn(error.message)
         raise LaunchError(error.reason, error.message) from error
@@ -108,7 +108,7 @@ async def launch(
 
 
 async def _to_its_end(services: PodDependencies, config: ContainerConfig, late: Late) -> ContainerStatus:
-    """``runtime.start``, which a cancellation does not interrupt: whoever cancelled is told what has come up.
+    """``runtime.start``, which a cancellation does not interrupt: the caller that cancelled learns what has started.
 
     It is not stopped here: the one who cancels may be a pod's deletion, which stops all that it knows of, but also the
     end of the agent, and then containers go on.
@@ -208,7 +208,7 @@ async def _prepare(
 
 
 def _tell_ports(container: Container, kind: GuestKind, attempt: int, event: Callable[[str, str, str], None]) -> None:
-    """Once: nothing will ever answer on the ports of a core module, and nothing else would say so."""
+    """Once: nothing will ever answer on the ports of a core module, and nothing else would report it."""
     if kind is GuestKind.MODULE and container.get("ports") and attempt == 0:
         event(
             "Warning",

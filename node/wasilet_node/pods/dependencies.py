@@ -1,4 +1,4 @@
-"""What every pod worker works with: one object a node, handed down by the manager."""
+"""What every pod worker works with: one object per node, handed down by the manager."""
 
 from __future__ import annotations
 

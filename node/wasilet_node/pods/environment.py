@@ -29,7 +29,7 @@ _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class EnvironmentBuilder:
-    """Builds environments; one object a node."""
+    """Builds environments; one object per node."""
 
     def __init__(self, references: References, volumes: Volumes) -> None:
         self._references = references
@@ -102,7 +102,7 @@ class EnvironmentBuilder:
     async def _file_key(self, pod: Pod, reference: Mapping[str, Any]) -> str | None:
         """A variable of a file; None: it is not there, and need not be. An empty value counts as none, as in kubelet.
 
-        A missing file is like a missing key, as the API's description of ``optional`` says it.
+        A missing file is like a missing key, as the API's description of ``optional`` has it.
         """
         volume, path, key = (str(reference.get(name) or "") for name in ("volumeName", "path", "key"))
         data = await self._volumes.read_file(pod, volume, path, limit_bytes=envfiles.MAX_BYTES)
@@ -183,7 +183,7 @@ def expand_command(container: Container, environment: Mapping[str, str], image: 
     """The argv of a container.
 
     ``command`` replaces the image's entrypoint and cmd, ``args`` its cmd, and ``$(NAME)`` is expanded in both from
-    ``environment`` (what ``build`` gave); the image's own words are taken as they are. Without ``command`` and
+    ``environment`` (what ``build`` gave); the image's own message are taken as they are. Without ``command`` and
     entrypoint, argv[0] is the module's name, unless the image's cmd stands alone and so begins with it.
     """
     mapping = mapping_for(environment)

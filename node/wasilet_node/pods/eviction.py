@@ -58,7 +58,7 @@ def rank(usages: Iterable[Usage], resource: str) -> list[Usage]:
 
     def requested(usage: Usage) -> int:
         if resource == INODES:
-            return 0  # nobody can ask for any
+            return 0  # no one can ask for any
         asked = resources.pod_requests(usage.pod)
         return asked.memory if resource == "memory" else asked.ephemeral_storage
 
@@ -72,7 +72,7 @@ def rank(usages: Iterable[Usage], resource: str) -> list[Usage]:
 
 
 def verdict(usage: Usage, pressure: Pressure) -> Verdict:
-    """kubelet's words for an eviction."""
+    """kubelet's wording for an eviction."""
     quantity = str if pressure.resource == INODES else _quantity
     message = (
         f"The node was low on resource: {pressure.resource}. "
@@ -103,7 +103,7 @@ class Evictor:
         self._services = services
 
     async def round(self, workers: Mapping[str, PodWorker]) -> None:
-        """Evict what has to go; raises RuntimeUnavailableError and OSError when that cannot be told."""
+        """Evict what has to go; raises RuntimeUnavailableError and OSError when that cannot be found out."""
         active = {uid: worker for uid, worker in workers.items() if worker.holds_resources and worker.verdict is None}
         await self._check_storage_limits(active)
         pressures = self._services.node().pressures
@@ -171,7 +171,7 @@ class Evictor:
         return [Usage(pod=worker.pod, by_container=used.get(uid, {})) for uid, worker in active.items()]
 
     async def _inode_usage(self, uid: str, worker: PodWorker) -> Usage:
-        """Files and folders that the pod made, whoever of its containers it was."""
+        """Files and folders that the pod made, by whichever of its containers."""
         paths = self._services.paths
         everything = [paths.pods / uid, log_layout.pod_folder(paths, worker.pod)]
         return Usage(pod=worker.pod, by_container={}, elsewhere=await asyncio.to_thread(_inodes, everything))

@@ -1,6 +1,6 @@
 """What probes and lifecycle hooks do: run a command, get a URL, open a TCP connection.
 
-A pod that has a network of its own is asked at its address. One that shares the machine's network has the node's
+A pod that has its own network is asked at its address. One that shares the machine's network has the node's
 address: there a network handler without an explicit ``host`` would reach whatever process of the machine happens to
 listen on that port, and report its health as the container's. So it fails, and says why; with ``host`` it does what it
 says.
@@ -64,7 +64,7 @@ class Reach:
         return Reach(address=own[0] if own else "", networks=networks, unknown=unknown)
 
     def host(self, action: dict[str, Any]) -> str:
-        """Whom a handler asks; empty: nobody. Raises HandlerError when it is not known yet."""
+        """Whom a handler asks; empty: no one. Raises HandlerError when it is not known yet."""
         if self.unknown and not action.get("host"):
             raise HandlerError("the pod's network is not known yet")
         return str(action.get("host") or self.address)
@@ -134,7 +134,7 @@ async def http_get(
 
 
 def _dial_words(error: Exception, host: str, port: int) -> str:
-    """A failed connection as Go words it, which is what people search for; anything else in its own words."""
+    """A failed connection as Go words it, which is what people search for; anything else by its own text."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, socket.gaierror):
         return f"dial tcp: lookup {host}: no such host"

@@ -1,8 +1,8 @@
-"""What is known of the instances of one pod's containers, whoever told it and in whatever order.
+"""What is known of the instances of one pod's containers, from any source and in any order.
 
-Events of the runtime, answers to a start or a stop, and whole lists tell of the same instances, late, twice or not at
+Events of the runtime, answers to a start or a stop, and whole lists report the same instances, late, twice or not at
 all. Knowledge only grows: an instance goes from created to running to exited and never back, one that a list lacks has
-ended in an unknown way, and a list that was asked for before an instance was seen says nothing of it.
+ended in an unknown way, and a list that was asked for before an instance was seen says nothing about it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Instances:
         changed: Callable[[], None],
         ended: Callable[[ContainerStatus, bool], None],
     ) -> None:
-        """``known``: by container, newest first. ``changed`` is called at every news. ``ended`` is told of every
-        instance that is heard to have ended, and whether it is its container's newest; it may be told again."""
+        """``known``: by container, newest first. ``changed`` is called at every news. ``ended`` is called for every
+        instance that is reported to have ended, and whether it is its container's newest; it may be called again."""
         self.by_container = known
         self._changed = changed
         self._ended = ended
@@ -59,7 +59,7 @@ class Instances:
         return {name: i for name, i in self.latest().items() if i.state is ContainerState.RUNNING}
 
     def observe(self, instance: ContainerStatus) -> None:
-        """The runtime's word on one instance."""
+        """The runtime's report on one instance."""
         known = self.by_container.setdefault(instance.container_name, [])
         for i, before in enumerate(known):
             if before.id == instance.id:
@@ -96,7 +96,7 @@ class Instances:
                 self.observe(listed)
 
     def assume_dead(self, instance: ContainerStatus) -> None:
-        """It was stopped, so it does not run, even if the runtime could not say how it ended."""
+        """It was stopped, so it does not run, even if the runtime could not report how it ended."""
         for known in self.of(instance.container_name):
             if known.id == instance.id and known.state is not ContainerState.EXITED:
                 self.observe(recovery.unknown_end(known))

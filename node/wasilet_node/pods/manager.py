@@ -1,4 +1,4 @@
-"""All pods of the node: the watch, one worker a pod, the runtime's events, clean-up after a restart, eviction.
+"""All pods of the node: the watch, one worker per pod, the runtime's events, clean-up after a restart, eviction.
 
 The manager only connects. It makes a worker for every uid that the watch shows, hands on what concerns it, and drops it
 when the pod is gone from the API server and from the node. Nothing is removed before the first complete list has been
@@ -63,7 +63,7 @@ class PodManager:
         return [worker.pod_with_status() for worker in self._workers.values()]
 
     def pod(self, namespace: str, name: str) -> Pod | None:
-        """One pod with its latest status. Of two uids of one name (deleted, made anew) the living one."""
+        """One pod with its latest status. Of two uids of one name (deleted, made again) the living one."""
         found = [worker for worker in self._workers.values() if spec.key(worker.pod) == (namespace, name)]
         if not found:
             return None

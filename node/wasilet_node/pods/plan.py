@@ -32,7 +32,7 @@ class KillReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """Stop this instance; ``restart``: start the container again at once, whatever its restart policy says."""
+    """Stop this instance; ``restart``: start the container again at once, whatever its restart policy is."""
 
     container: str
     container_id: str

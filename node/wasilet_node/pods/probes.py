@@ -5,7 +5,7 @@ in the loop's heap, so thousands of probed pods are no burden. Rules and message
 result moves only when a threshold is reached, readiness and liveness begin after startup has succeeded, liveness ends
 at its first failure (the container is then restarted, and a new instance has a new probe).
 
-After a restart of the agent a probe begins with what the API server's status says of the same instance, so that a
+After a restart of the agent a probe begins with what the API server's status states about the same instance, so that a
 healthy pod does not turn unready meanwhile.
 """
 
@@ -58,7 +58,7 @@ ProbeObserver = Callable[[ProbeReport], None]
 
 
 def ignore(_report: ProbeReport) -> None:
-    """Nobody wants to know."""
+    """No one wants to know."""
 
 
 class PodProbes:
@@ -235,7 +235,7 @@ class _Probe:
         return self._run_length >= int(self._settings.get("successThreshold") or 1)
 
     async def _outcome(self) -> Result | None:
-        """None: the probe itself could not be made, which says nothing of the container."""
+        """None: the probe itself could not be made, which says nothing about the container."""
         problem = ""
         for _ in range(_ATTEMPTS_ON_ERROR):
             try:

@@ -1,4 +1,4 @@
-"""What is known of containers whose runtime record is lost: only what the API server's status says.
+"""What is known of containers whose runtime record is lost: only what the API server's status holds.
 
 After a restart the agent learns of its containers from the runtime. Where a record is missing (the data folder was
 emptied) the status in the API server is the memory that is left: a container that ended stays ended, one that ran has
@@ -61,7 +61,7 @@ def with_start_of(instance: ContainerStatus, started_at_ns: int) -> ContainerSta
 
 
 def _as_told(pod: Pod, instance: ContainerStatus) -> ContainerStatus:
-    """An end that the runtime has forgotten (its record was not on disk when the power went), as it was told before."""
+    """An end that the runtime has forgotten (its record was not on disk when the power went), as reported before."""
     if instance.reason != _UNKNOWN["reason"]:
         return instance
     if (terminated := _told_end(pod, instance.id)) is not None:

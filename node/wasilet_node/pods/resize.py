@@ -6,7 +6,7 @@ on the instance itself, by the supervisor, so that an agent that starts again kn
 
 As kubelet of 1.36 and later: what does not fit is Deferred, also where it never will; what this node cannot do is
 Infeasible. Unlike kubelet, which asks again every three minutes in an order of priorities, a deferred resize is asked
-for again every ten seconds, and whoever asks first is served.
+for again every ten seconds, and the first to ask is served.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Resizes:
         return held({"spec": {"resources": made[1]}}, {**container, "resources": made[0]})
 
     async def make(self, pod: Pod, change: Change, now: float) -> ContainerStatus | None:
-        """Move the limits of one instance. None: they could not be moved, which conditions and an event tell."""
+        """Move the limits of one instance. None: they could not be moved, which conditions and an event report."""
         accepted = self.accepted(pod)
         wanted = held(accepted, change.container)
         try:

@@ -26,7 +26,7 @@ def encoded(container: Container) -> str:
 
 
 def held_to(pod: Pod, container: Container) -> dict[str, str]:
-    """Both annotations of an instance that is held to what the pod says now."""
+    """Both annotations of an instance that is held to what the pod's spec states now."""
     return {ANNOTATION_RESOURCES: encoded(container), ANNOTATION_POD_RESOURCES: encoded(pod["spec"])}
 
 
@@ -112,7 +112,7 @@ def pod_limit(pod: Pod, name: str) -> str | None:
 
 
 def pod_status(pod: Pod) -> dict[str, dict[str, str]]:
-    """What a pod has as a whole, for ``status.resources`` (KEP-5419): the pod's own where it says so, else its
+    """What a pod has as a whole, for ``status.resources`` (KEP-5419): the pod's own where it has some, else its
     containers' together."""
     found: dict[str, dict[str, str]] = {}
     for field in ("requests", "limits"):
@@ -129,7 +129,7 @@ def pod_status(pod: Pod) -> dict[str, dict[str, str]]:
 
 
 def _pod_total(pod: Pod, field: str, name: str) -> str | None:
-    """``PodRequests`` and ``PodLimits`` of k8s.io/component-helpers, but for what the pod itself says: the larger of
+    """``PodRequests`` and ``PodLimits`` of k8s.io/component-helpers, but for what the pod itself states: the larger of
     running and initializing, plus overhead."""
     running = _total(name, *(_text(each, field, name) for each in spec.regular_containers(pod)))
     sidecars: str | None = None

@@ -40,7 +40,7 @@ class PodSandbox:
     def __init__(self, instances: Iterable[ContainerStatus]) -> None:
         """``instances``: what is known of the pod when its worker begins."""
         known = list(instances)
-        # Not by time alone: after a restart a machine without a clock of its own may be behind what it knew before.
+        # Not by time alone: after a restart a machine without its own clock may be behind what it knew before.
         newest = max(known, key=lambda instance: (not instance.inherited, instance.created_at_ns), default=None)
         self._id = secrets.token_hex(8) if newest is None else _sandbox_of(newest)[0]
         self._round = max((_sandbox_of(each)[1] for each in known if self.holds(each)), default=0)

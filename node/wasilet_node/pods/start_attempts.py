@@ -64,7 +64,7 @@ class StartAttempts:
         return self._crash_loop.remaining(_key(container), finished_at=instance.finished_at_ns / NANOSECONDS, now=now)
 
     def note_back_off(self, pod: Pod, name: str, instance: ContainerStatus) -> None:
-        """The container waits after a crash: say so in the status, and once in an event."""
+        """The container waits after a crash: report it in the status, and once in an event."""
         found = spec.find_container(pod, name)
         if found is None or self._told.get(name) == instance.id:
             return
@@ -122,7 +122,7 @@ class StartAttempts:
             state.pop(name, None)
 
     def _tell_cpu_limit(self, pod: Pod, container: Container) -> None:
-        """Once a pod: its cpu limit is not kept, because this machine lets the agent make no cgroup."""
+        """Once per pod: its cpu limit is not kept, because this machine lets the agent make no cgroup."""
         limit = resources.enforced_limit_text(pod, container, "cpu")
         if limit is None or self._cpu_limit_told:
             return

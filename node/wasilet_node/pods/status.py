@@ -267,7 +267,7 @@ def _state(facts: Facts, latest: ContainerStatus | None) -> dict[str, Any]:
 
 
 def _default_waiting(pod: Pod) -> str:
-    """PodInitializing for all containers of a pod that has init containers, as kubelet says it."""
+    """PodInitializing for all containers of a pod that has init containers, as kubelet reports it."""
     return "PodInitializing" if spec.init_containers(pod) else "ContainerCreating"
 
 
@@ -343,7 +343,7 @@ def _set_resources(status: dict[str, Any], container: Container, latest: Contain
         mounted = {"name": mount["name"], "mountPath": mount["mountPath"]}
         if mount.get("readOnly"):
             asked = mount.get("recursiveReadOnly") in ("Enabled", "IfPossible")
-            # Nothing below a read-only preopen can be written, so whoever asks for it has it.
+            # Nothing below a read-only preopen can be written, so a container that asks for it has it.
             mounted |= {"readOnly": True, "recursiveReadOnly": "Enabled" if asked else "Disabled"}
         mounts.append(mounted)
     if mounts:

@@ -6,7 +6,7 @@ others never appear in it. What the server answered is remembered beside what wa
 in another form would otherwise be patched again and again.
 
 A status that only says "being created" is held back for a moment: most wasm containers run before it would have
-arrived, and one request a pod instead of two is what a burst of pods is limited by.
+arrived, and one request per pod instead of two is what a burst of pods is limited by.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _REPLACED_LISTS = ("hostIPs", "podIPs")
 _NOT_OURS = "no relationship found between node"
-"""The node authorizer's words on a pod that is not on this node: what it says of one that is gone, too, before 404."""
+"""The node authorizer's message on a pod that is not on this node; also on one that is gone, before 404."""
 
 _KEPT = frozenset({"conditions", "nominatedNodeName", "resize", "resourceClaimStatuses", "extendedResourceClaimStatus"})
 _SETTLE_SECONDS = 0.1
@@ -66,7 +66,7 @@ def _diff_conditions(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
     changed: list[dict[str, Any]] = []
     for condition in new:
         type_ = condition["type"]
-        # A DisruptionTarget of somebody else is in both and equal; one that an eviction added is in ``new`` alone.
+        # A DisruptionTarget of someone else is in both and equal; one that an eviction added is in ``new`` alone.
         if type_ not in OWNED and type_ != "DisruptionTarget":
             continue
         was, now = before.get(type_, {}), _stripped(condition)

@@ -1,7 +1,7 @@
 """Stopping containers: events, preStop hooks, the order of sidecars, and a grace that can only shrink.
 
 A module gets no signal in WASI, so there is nothing to wait for between asking and killing: the grace is a limit for
-preStop hooks and for the turn of sidecars, never a wait of its own. Sidecars end after the regular containers, in
+preStop hooks and for the turn of sidecars, never a separate wait. Sidecars end after the regular containers, in
 reverse order of the spec; when the grace is over all that is left is killed at once (KEP-753).
 """
 
@@ -67,7 +67,7 @@ class Grace:
 
 
 def kill_grace(pod: Pod, container: Mapping[str, Any], reason: str) -> float:
-    """How long a single container may take to end: a probe can have a limit of its own (KEP-2238)."""
+    """How long a single container may take to end: a probe can have its own limit (KEP-2238)."""
     field = {"LivenessProbe": "livenessProbe", "StartupProbe": "startupProbe"}.get(reason, "")
     own = (container.get(field) or {}).get("terminationGracePeriodSeconds")
     return spec.grace_seconds(pod) if own is None else float(own)
@@ -151,7 +151,7 @@ async def stop_instance(services: PodDependencies, container_id: str) -> Contain
 async def stop_pod(
     services: PodDependencies, pod: Pod, live: Mapping[str, ContainerStatus], *, grace: Grace, observe: Observe
 ) -> None:
-    """Stop all instances in ``live`` (by container name), each in its turn; ``observe`` hears of every end."""
+    """Stop all instances in ``live`` (by container name), each in its turn; ``observe`` receives every end."""
     dead = {name: asyncio.Event() for name in live}
 
     async def turn(before: list[str]) -> None:

@@ -1,8 +1,8 @@
-"""What the ended instances of a pod have to say: the runtime's message, the termination message, the tail of the log.
+"""What the ended instances of a pod report: the runtime's message, the termination message, the tail of the log.
 
 The file may lie on a volume of the machine that hangs, so it is read in a thread that is given up on after a while, and
-never on the event loop. Whoever starts the next instance or takes the volumes down waits for the reading first, or the
-file would be gone or another's.
+never on the event loop. A caller that starts the next instance or removes the volumes waits for the reading first, or
+the file would be gone or another's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TerminationMessages:
         return self._texts.get(instance.id, instance.message)
 
     def note(self, pod: Pod, instance: ContainerStatus, *, newest: bool) -> None:
-        """An instance has ended. Only the newest has a file of its own that is sure to be there still."""
+        """An instance has ended. Only the newest has its own file that is sure to be there still."""
         if instance.id in self._texts or instance.id in self._reading:
             return
         found = spec.find_container(pod, instance.container_name)

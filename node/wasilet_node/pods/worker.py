@@ -1,8 +1,8 @@
 """One pod: the task that brings what runs to what the spec asks for, and the status to what runs.
 
 A worker is level-triggered. Whatever happens (a watch event, an exit, a probe, a timer) only wakes it; it then looks at
-everything anew, computes the status, and decides. It never waits itself: work that takes time is one job at a time in
-a task of its own (sync, end or finish), so that a deletion is seen while an image is pulled.
+everything again, computes the status, and decides. It never waits itself: work that takes time is one job at a time in
+its own task (sync, end or finish), so that a deletion is seen while an image is pulled.
 
 Stages go one way::
 
@@ -107,7 +107,7 @@ class PodWorker:
         self._counted: tuple[Pod, Requests] | None = None
         self._containers.seed_back_off()
 
-    # ---- what the manager tells
+    # ---- what the manager reports
 
     def update(self, pod: Pod, *, listed: bool = False) -> None:
         """A newer state of the pod from the watch; ``listed``: from a whole list."""
@@ -130,7 +130,7 @@ class PodWorker:
         self._wake.set()
 
     def observe(self, instance: ContainerStatus) -> None:
-        """The runtime's word on one instance."""
+        """The runtime's report on one instance."""
         self.instances.observe(instance)
 
     def relisted(self, alive: Mapping[str, ContainerStatus], *, asked_at: float) -> None:
@@ -326,14 +326,14 @@ class PodWorker:
                 return
         # From here on the pod may still be seen (a finalizer keeps it), but nothing of it is left on the node.
         for instance in self.instances:
-            # What only the status knows has no record here, and its id is whatever somebody wrote there.
+            # What only the status knows has no record here, and its id is whatever someone wrote there.
             if instance.log_path:
                 await self.services.runtime.remove(instance.id)
         self.services.references.release(self.uid)
         await asyncio.to_thread(log_layout.remove_folder, log_layout.pod_folder(self.services.paths, self.pod))
         self._finished = True
 
-    # ---- what is told
+    # ---- what is reported
 
     def _publish(self) -> None:
         """Compute the status and have it sent; one that only says "being created" may wait for what comes next."""
@@ -381,7 +381,7 @@ class PodWorker:
         return None if own is None and networks.shares_machine(self.pod) else own or ()
 
     def _old_status(self) -> Mapping[str, Any]:
-        """The last computed status, with everybody else's conditions as the API server has them now."""
+        """The last computed status, with everyone else's conditions as the API server has them now."""
         api = self.pod.get("status") or {}
         if not self.status or self.status is api:
             return api

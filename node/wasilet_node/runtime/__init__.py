@@ -1,1 +1,1 @@
-"""The runtime: a supervisor process that forks one sandboxed wasm process a container, and its client."""
+"""The runtime: a supervisor process that forks one sandboxed wasm process per container, and its client."""

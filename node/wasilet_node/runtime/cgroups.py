@@ -8,11 +8,11 @@ else is left of it. The next need not run in the same group: those beside its ow
 Version 1 has one tree a controller; memory and cpu are taken independently. Version 2 lets controllers be handed to
 children only by a group without processes of its own (cgroup v2, "no internal process constraint"), so the supervisor
 first moves itself and its neighbours of the same service into a leaf, and only in a group that was delegated to it,
-that is: one that it may write, below the root, with nobody else's processes in it, and neither a login session's nor a
-systemd service's, which could not be restarted then; under systemd it has a scope of its own
+that is: one that it may write, below the root, with no one else's processes in it, and neither a login session's nor a
+systemd service's, which could not be restarted then; under systemd it has its own scope
 (``wasilet_node.runtime.systemd_scope``).
 
-Shares follow kubelet (``MilliCPUToShares``: 1024 a core, at least 2) and for version 2 the runtimes' conversion to
+Shares follow kubelet (``MilliCPUToShares``: 1024 per core, at least 2) and for version 2 the runtimes' conversion to
 weights. A container without memory limit, cpu limit and cpu request gets no group, and yields by its nice value: moving
 a process into a group waits for an RCU grace period with all forks of the machine held up, 5 to 25 ms each time, which
 is several times what a whole start takes.
@@ -159,7 +159,7 @@ class CgroupManager:
 
     @property
     def directories(self) -> tuple[str, ...]:
-        """The groups of this supervisor, for whoever has to clean up after it."""
+        """The groups of this supervisor, for the process that has to clean up after it."""
         return tuple(sorted({str(path) for path in (self._memory, self._cpu) if path is not None}))
 
     def make(
@@ -304,7 +304,7 @@ class CgroupManager:
                 directory.rmdir()
 
     def _vacate(self, base: Path, process: Path) -> bool:
-        """Move every process of ``base`` into a leaf; False: somebody else's are among them."""
+        """Move every process of ``base`` into a leaf; False: someone else's are among them."""
         pids = [int(word) for word in _read_words(base / "cgroup.procs")]
         uid = os.geteuid()
         for pid in pids:
@@ -412,7 +412,7 @@ def controller_mounts(process: Path, root: Path) -> Mapping[str, Path]:
 
 
 def _remove_orphans(parent: Path) -> None:
-    """Empty groups of this user's supervisors that are gone. None is emptied: what runs in it is somebody's."""
+    """Empty groups of this user's supervisors that are gone. None is emptied: what runs in it is someone's."""
     for directory in parent.glob(f"{_PREFIX}*-*"):
         match = _OWNER.fullmatch(directory.name)
         if match is None or linux.start_time(int(match[1])) == int(match[2]) or not _is_abandoned(directory):

@@ -72,8 +72,8 @@ class RuntimeClient:
     async def connect(self) -> None:
         """Find or start a supervisor, and the older ones that still keep containers. Raises RuntimeUnavailableError.
 
-        Whoever calls while an attempt is under way shares its outcome, and for a moment after a failure its error: a
-        thousand pods do not start a thousand supervisors one after the other.
+        A caller that comes while an attempt is under way shares its outcome, and for a moment after a failure its
+        error: a thousand pods do not start a thousand supervisors one after the other.
         """
         if self._closed:
             raise RuntimeUnavailableError("the client is closed")
@@ -125,7 +125,7 @@ class RuntimeClient:
             self._links.append(old)
 
     async def ping(self) -> None:
-        """Hear from every supervisor, or start one. Raises RuntimeUnavailableError within ``PING_TIMEOUT_SECONDS``."""
+        """Reach every supervisor, or start one. Raises RuntimeUnavailableError within ``PING_TIMEOUT_SECONDS``."""
         try:
             async with asyncio.timeout(PING_TIMEOUT_SECONDS):
                 links = await self._all()

@@ -76,8 +76,8 @@ class Compiler:
             task.exception()
 
     async def prune(self, keep_digests: Collection[str]) -> None:
-        """Remove what no module in ``keep_digests`` needs, older engines' files included. Running guests keep theirs:
-        a file that is mapped lives on without its name."""
+        """Remove what no module in ``keep_digests`` needs, older engines' files included. Running guests keep their
+        modules: a file that is mapped lives on without its name."""
         keep = {self._target(digest, server=server).name for digest in keep_digests for server in (False, True)}
         await asyncio.to_thread(self._prune, keep)
 

@@ -1,4 +1,4 @@
-"""One compilation in a process of its own: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND
+"""One compilation in a separate process: ``python -P -m wasilet_node.runtime.compile_worker IN OUT KIND
 MEMORY_BYTES``.
 
 KIND is ``module``, ``component`` or ``server``, which is a component that answers requests.
@@ -27,7 +27,7 @@ UNPRIVILEGED_ID = 65534
 
 
 def main(arguments: list[str]) -> int:
-    """Compile, or say on stderr what the compiler says."""
+    """Compile, or print on stderr what the compiler reports."""
     source, target, kind, memory_text = arguments
     parent = os.getppid()
     linux.set_parent_death_signal()

@@ -1,7 +1,7 @@
 """The supervisor's table of containers: start, output, memory watch, exit, records, removal.
 
-State changes in one order only: start record, fork, running; exit record, then exited, then events. Whoever asks in
-between sees the state before.
+State changes in one order only: start record, fork, running; exit record, then exited, then events. A client that asks
+in between sees the state before.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Containers:
             try:
                 self._records.remove(container_id)
             except OSError as error:
-                # What is left tells of an ended container, which the next supervisor lists and the agent removes.
+                # What is left belongs to an ended container, which the next supervisor lists and the agent removes.
                 logger.error("cannot remove the records of container %s: %s", container_id, error)  # noqa: TRY400
             done()
 
@@ -396,7 +396,7 @@ class Containers:
             message=message,
         )
         container.status = status
-        # Told even if it cannot be written: the agent puts it into the pod's status, the record that matters most.
+        # Reported even if it cannot be written: the agent puts it into the pod's status, the record that matters most.
         self._write_exit(container)
         if outcome.bad_artifact:
             self._drop_artifact(container.config.artifact)

@@ -4,7 +4,7 @@ A precompiled file loads only into an engine with the settings it was compiled w
 supervisor and ``invoke run`` must never differ: they all come here. No fuel and no epochs: both cost guest speed, and
 neither can wake a module that sleeps in ``poll_oneoff``; a sandbox is a process and is ended by a signal. Servers are
 the exception: they answer many requests in one process, so one that computes without end must be interrupted without
-the others' end. They are compiled with epochs, have a key of their own, and only the component host loads them.
+the others' end. They are compiled with epochs, have their own key, and only the component host loads them.
 
 Nothing here builds a ``Module``: that starts threads, and the supervisor forks. wasmtime itself is imported where an
 engine is made: the agent needs the key alone, and is spared the library.

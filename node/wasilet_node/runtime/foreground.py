@@ -1,7 +1,7 @@
 """Run a module in the foreground, in the same sandbox as a pod's container but without supervisor or cluster.
 
 ``run_local`` compiles through the same cache and then starts ``python -P -m wasilet_node.runtime.foreground`` with the
-descriptors it was given: a process of its own, because the caller may have threads and a fork would copy their locks.
+descriptors it was given: a separate process, because the caller may have threads and a fork would copy their locks.
 What to run goes through a pipe and never on the command line, since environments hold secrets."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run_local(
     """The guest's exit code; 134 and its message on ``stderr_fd`` for a trap, 126 and why for one that cannot start,
     124 after ``timeout_seconds``, 130 after Ctrl-C, 128 + n for signal n.
 
-    A component that answers HTTP requests listens on ``port`` of loopback (0: any that is free), and says so on
+    A component that answers HTTP requests listens on ``port`` of loopback (0: any that is free), and reports it on
     ``stderr_fd``: ``SERVING`` and its URL.
 
     Raises CompileError with the compiler's message, and OSError when ``module_path`` cannot be read.
@@ -83,7 +83,7 @@ def run_local(
         env=tuple(env.items()),
         mounts=tuple(mounts),
         log_path="",
-        # Whoever types the command is the machine's operator: what is allowed by name is allowed on this machine too.
+        # The user who types the command is the machine's operator: what is allowed by name is allowed here too.
         http=HttpPolicy(allowed_origins=tuple(allowed_origins), local_origins=tuple(allowed_origins)),
         server=ServerSettings(port=port) if server else None,
     )

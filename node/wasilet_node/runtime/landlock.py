@@ -1,4 +1,4 @@
-"""A fence around the sandbox process by Landlock, the kernel's own and open to everybody, root or not.
+"""A fence around the sandbox process by Landlock, the kernel's own and open to everyone, root or not.
 
 Should a guest break out of WebAssembly it would have the rights of the agent's user. With this it reaches the folders
 that are mounted into its container and no other file, makes no TCP connections, and can neither signal nor trace
@@ -87,7 +87,7 @@ def confine(mounts: Iterable[Mount], *, files: Iterable[str], tcp: bool) -> bool
 
 
 def _allow(ruleset: int, path: str, rights: int, *, root: str = "") -> None:
-    """What cannot be opened is told by whoever needs it."""
+    """What cannot be opened is reported by the code that needs it."""
     if not rights:
         return
     try:

@@ -5,7 +5,7 @@ supervisor, and the kernel removes what a killed one leaves. They are made by on
 unshared cannot come back, and they belong to the supervisor's user namespace: only so may its sandboxes enter them.
 The agent gets each descriptor and plugs it in.
 
-The agent speaks to this over a connection of its own (operation ``namespaces``): one request at a time, each a line of
+The agent speaks to this over its own connection (operation ``namespaces``): one request at a time, each a line of
 JSON with at most one descriptor (SCM_RIGHTS), and each answered by such a line.
 """
 
@@ -35,7 +35,7 @@ Made = Callable[[int, str], None]
 
 
 class NamespaceMaker:
-    """Makes network namespaces in a child of its own, one after the other."""
+    """Makes network namespaces in a separate child process, one after the other."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -176,14 +176,14 @@ class PodNamespaces:
         self._maker.make(keep)
 
     def hold(self, key: str, descriptor: int) -> None:
-        """Keep a namespace that somebody else made."""
+        """Keep a namespace that someone else made."""
         before = self._kept.get(key)
         self._kept[key] = descriptor
         if before is not None:
             os.close(before)
 
     def drop(self, keys: list[str]) -> None:
-        """Forget; the kernel takes a namespace down when nobody is in it any more."""
+        """Forget; the kernel deletes a namespace when no process is in it any more."""
         for key in keys:
             descriptor = self._kept.pop(key, None)
             if descriptor is not None:

@@ -1,7 +1,7 @@
 """One sandbox as the supervisor sees it: pipes, report, pidfd, outcome.
 
 The write ends of a child's pipes are closed in the parent before the next fork, so end of file means that this very
-child is gone. What it wrote before it died is still in the pipes then, and is read before its end is told.
+child is gone. What it wrote before it died is still in the pipes then, and is read before its end is reported.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class SandboxProcess:
                 self._fds[name] = descriptor
                 self._watch(name)
             self._pid_watch = self._loop.watch(self._pidfd, lambda _events: self._reap(), urgent=True)
-            spare.start(plan)  # last: a sandbox that nobody watches must not run, since its end would never be told
+            spare.start(plan)  # last: a sandbox that no one watches must not run, since its end would never be reported
         except OSError as error:
             if spare is not None:
                 spare.discard()

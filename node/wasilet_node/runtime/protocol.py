@@ -171,7 +171,7 @@ class ContainerConfig:
     """An attached client may interrupt the guest, as a terminal's Ctrl-C does."""
 
     annotations: dict[str, str] = field(default_factory=dict)
-    """Opaque to the runtime, given back by ``list``: what the agent needs after a restart of its own."""
+    """Opaque to the runtime, given back by ``list``: what the agent needs after its own restart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +244,7 @@ class RuntimeCapabilities:
     """What this machine lets the runtime enforce; part of the hello."""
 
     cpu_limits: bool
-    """False: ``cpu_limit_millicores`` is not enforced (no cgroup may be made); the agent says so in an event."""
+    """False: ``cpu_limit_millicores`` is not enforced (no cgroup may be made); the agent reports it in an event."""
 
     memory_cgroup: bool
     """False: memory limits are kept by the supervisor's own watch on resident size instead."""
@@ -289,7 +289,7 @@ class ExecStream(Protocol):
         """Waits until the guest's pipe has taken it; data for a guest that is gone is dropped."""
 
     async def close_stdin(self) -> None:
-        """End of file for the guest; of an attach only where the container's ``stdin_once`` says so."""
+        """End of file for the guest; of an attach only where the container's ``stdin_once`` asks for it."""
 
     async def interrupt(self) -> None:
         """Ctrl-C: SIGINT for the guest. Of an attach only where the container has a ``tty``."""
@@ -317,7 +317,7 @@ class Runtime(Protocol):
     ) -> ContainerStatus | None:
         """End an instance and wait until it is reaped and its log is drained. None: unknown id.
 
-        A server drains for ``grace_seconds`` before it is killed; nothing else hears of its end beforehand.
+        A server drains for ``grace_seconds`` before it is killed; nothing else is told of its end beforehand.
         """
 
     async def resize(

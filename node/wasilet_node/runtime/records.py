@@ -1,14 +1,14 @@
-"""What the supervisor must not forget: a start record and an exit record a container, beneath ``<data>/containers``.
+"""What the supervisor must not forget: a start and an exit record per container, beneath ``<data>/containers``.
 
 The start record is written before the fork and on disk before the guest runs (its sandbox sees to that, since a sync
 takes longer than all else and would hold up every other start), so that a container never runs twice. The exit record
-is written before anybody is told, so that a finished container stays finished whoever is killed; of a machine that
-loses its power the kernel may not yet have it on disk, and then the container is one of those below unless the API
-server had been told. Neither is renamed into place: a record that a crash left torn was never acted on, so a torn start
-record means that no guest ran, and a torn exit record that nobody was told.
+is written before any client is notified, so that a finished container stays finished whichever process is killed; of a
+machine that loses its power the kernel may not yet have it on disk, and then the container is one of those below unless
+the API server had been notified. Neither is renamed into place: a record that a crash left torn was never acted on, so
+a torn start record means that no guest ran, and a torn exit record that no client was notified.
 
-A start record without exit record whose supervisor is gone tells of a container that died with it; how it ended nobody
-knows, and it is reported as kubelet does: exit code 137, reason ContainerStatusUnknown.
+A start record without exit record whose supervisor is gone stands for a container that died with it; how it ended no
+one knows, and it is reported as kubelet does: exit code 137, reason ContainerStatusUnknown.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Records:
         try:
             self.write_exit(status)
         except OSError as error:
-            # Whoever comes next finds the same, at another time; a full disk must not keep all others from running.
+            # The next caller finds the same, at another time; a full disk must not keep all others from running.
             logger.error("cannot write the exit record of container %s: %s", status.id, error)  # noqa: TRY400
         return status
 

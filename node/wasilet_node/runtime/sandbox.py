@@ -5,13 +5,13 @@ order matters: descriptors first (an inherited epoll or agent socket would break
 with the parent, then privileges, and only then a byte of the image. Nothing is imported here: all is loaded before the
 first fork, so that children share the pages.
 
-The outcome goes through a pipe of its own, as JSON lines, because a wait status cannot tell a trap from an exit with
+The outcome goes through its own pipe, as JSON lines, because a wait status cannot tell a trap from an exit with
 134: ``{"started": true}`` once guest code is about to run, then one of ``{"exit": code}``, ``{"trap": message}``,
 ``{"error": message, "artifact": bool}``.
 
 Privileges (``linux.drop_privileges``). The uid stays: volumes belong to the agent's user, and secrets are 0600. Every
 capability is dropped but CAP_DAC_OVERRIDE, which root in a container holds too and without which a hostPath of another
-user could not be read; root's supplementary groups go. ``no_new_privs`` holds for everybody. The supervisor needs none
+user could not be read; root's supplementary groups go. ``no_new_privs`` holds for everyone. The supervisor needs none
 of all this itself, so it drops it once, before its first fork, and a sandbox never had it.
 """
 
@@ -132,11 +132,11 @@ class ChildPlan:
 
 
 def make_tools(linkers: Linkers) -> GuestTools:
-    """Add our own host functions to the linkers; before the first fork."""
+    """Add Wasilet's own host functions to the linkers; before the first fork."""
     http = HttpHost()
     exit_type = wasmtime.FuncType([wasmtime.ValType.i32()], [])
     module: Any = linkers.module
-    # wasmtime refuses codes from 126 up ("invalid exit status"); ours takes every code.
+    # wasmtime refuses codes from 126 up ("invalid exit status"); Wasilet's takes every code.
     module.define_func(_PREVIEW1, "proc_exit", exit_type, _proc_exit)
     http.define(linkers.module)
     components = ComponentHost()
@@ -553,14 +553,14 @@ def _why_no_instance(error: str) -> str:
 
 
 class _CliExit:
-    """``wasi:cli/exit``: wasmtime links ``exit`` alone, and nothing of ``exit-with-code``; we want its code."""
+    """``wasi:cli/exit``: wasmtime links ``exit`` alone, and nothing of ``exit-with-code``, whose code is wanted."""
 
     def __init__(self) -> None:
         self.request: GuestExit | None = None
         """Kept here because an exception does not come through ``instantiate``, where start functions run."""
 
     def define(self, linkers: Linkers, names: list[str]) -> None:
-        """For the interfaces, one a version, that a component imports."""
+        """For the interfaces, one per version, that a component imports."""
         linker: Any = linkers.component
         for name in names:
             with linker.root() as root, root.add_instance(name) as interface:
@@ -588,4 +588,4 @@ def _report(descriptor: int, message: dict[str, object]) -> None:
     try:
         os.write(descriptor, json.dumps(message).encode() + b"\n")
     except OSError:
-        pass  # nobody listens any more: then nobody needs to know
+        pass  # no one listens any more: then no one needs to know

@@ -1,7 +1,7 @@
 """An allow-list of system calls for processes that run or parse foreign code, as a classic BPF program by ctypes alone.
 
 Landlock guards files and TCP; everything else that the kernel offers is guarded here: a process under this filter
-starts no process, changes no mode, traces and signals nobody, and reaches no kernel subsystem that WASI does not need
+starts no process, changes no mode, traces and signals no one, and reaches no kernel subsystem that WASI does not need
 (io_uring, userfaultfd, keyrings, namespaces, BPF, vsock, netlink, MPTCP). A call that is not on the list fails with
 EPERM and is not run; one of another architecture's table (32-bit, x32) ends the process, since its numbers mean other
 calls.
@@ -41,7 +41,7 @@ class Network(Enum):
     """TCP and UDP over IPv4 and IPv6, outward: requests and name look-ups."""
 
     SERVER = "server"
-    """Likewise, and it may bind, listen and accept: for sandboxes with a network of their own."""
+    """Likewise, and it may bind, listen and accept: for sandboxes with their own network."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ GUARDED: Mapping[str, Guarded] = {
     "fcntl": Guarded((72, 25), ((Test(1, (0, 1, 2, 3, 4, 1030)),),)),
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX
     "ioctl": Guarded((16, 29), ((Test(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5451)),),), errno.ENOTTY),
-    # futimens, for a file that is open: with a path it would reach files that Landlock lets nobody write.
+    # futimens, for a file that is open: with a path it would reach files that Landlock lets no one write.
     "utimensat": Guarded((280, 88), ((Test(1, (0,), pointer=True),),)),
 }
 CLIENT_GUARDED: Mapping[str, Guarded] = {

@@ -1,6 +1,6 @@
-"""Connections of the supervisor: requests and answers, events, and sessions (exec, attach) that take over theirs.
+"""Connections of the supervisor: requests and answers, events, and sessions (exec, attach) that take over a connection.
 
-An exec's or attach's output has a connection of its own, so that back-pressure is the socket's: while its buffer is
+An exec's or attach's output has its own connection, so that back-pressure is the socket's: while its buffer is
 full the exec's pipes are not read, and the guest waits. An attach must never slow its container down: one that does not
 keep up is cut off.
 """
@@ -86,7 +86,7 @@ class Connection:
         self.send({"seq": seq, "error": {"type": kind, "message": message}})
 
     def event(self, status: ContainerStatus) -> None:
-        """Tell a subscriber of a change."""
+        """Notify a subscriber of a change."""
         if self.subscribed:
             self.send({"event": wire.dump_status(status)})
 
@@ -107,7 +107,7 @@ class Connection:
         self._flush()
 
     def hand_over(self) -> socket.socket:
-        """The socket, for who speaks another protocol over it from now on; this connection is over."""
+        """The socket, for the caller that uses another protocol over it from now on; this connection is over."""
         if self._out:
             raise RequestError("BadRequest", "answers are still on their way")
         self.open = False
@@ -129,7 +129,7 @@ class Connection:
 
     def _ready(self, events: int) -> None:
         if events & GONE:
-            # Nobody waits for the answers. What a client asked for before it was gone must not be done late: a start
+            # No one waits for the answers. What a client asked for before it was gone must not be done late: a start
             # that lay here while this process could not run would come beside the one that the next agent asks for.
             self.close()
             return
@@ -338,7 +338,7 @@ class ExecSession:
         self._process.resume()
 
     def on_closed(self) -> None:
-        """Nobody waits for the outcome."""
+        """No one waits for the outcome."""
         self._process.kill()
 
     def _output(self, stream: str, data: bytes) -> None:

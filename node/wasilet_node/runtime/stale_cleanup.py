@@ -1,4 +1,4 @@
-"""What supervisors leave behind when they are killed, and how it is told from what is still in use.
+"""What supervisors leave behind when they are killed, and how it is told apart from what is still in use.
 
 A pointer names its process by pid and start time, so a dead one is known for sure; its control groups are emptied and
 removed. A socket without a pointer is of a supervisor that was killed before it had announced itself.

@@ -60,7 +60,7 @@ class GuestInput:
             self._flush()
 
     def end(self) -> None:
-        """The guest is gone: nothing is written, and nobody waits."""
+        """The guest is gone: nothing is written, and no one waits."""
         self._closing = True
         self._give_up()
         self._process.close_stdin()

@@ -14,7 +14,7 @@ from wasilet_node.runtime.supervisor_connection import CALL_TIMEOUT_SECONDS, err
 
 
 class SupervisorStream:
-    """Implements ``wasilet_node.runtime.protocol.ExecStream`` over a connection of its own."""
+    """Implements ``wasilet_node.runtime.protocol.ExecStream`` over its own connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -70,7 +70,7 @@ class SupervisorStream:
             self._release()
 
     async def write_stdin(self, data: bytes) -> None:
-        """Waits until the guest's pipe has it, which needs somebody to iterate ``frames`` meanwhile."""
+        """Waits until the guest's pipe has it, which needs someone to iterate ``frames`` meanwhile."""
         for start in range(0, len(data), 65536):
             await self._stdin({"data": base64.b64encode(data[start : start + 65536]).decode("ascii")})
 

@@ -5,7 +5,7 @@ outlives the agent. It loads everything before it forks the zygote and never bui
 threads. It daemonises itself, so that the agent that started it has no child to reap.
 
 It ends on ``shutdown`` (containers are killed and their exits recorded first), on SIGTERM likewise, when it was
-retired and nothing is left of its containers, and when its data folder is gone, since then nobody can reach it.
+retired and nothing is left of its containers, and when its data folder is gone, since then no one can reach it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ACCEPT_RETRY_SECONDS = 0.5
 _CAPABILITIES = frozenset(
     {linux.CAP_DAC_OVERRIDE, linux.CAP_KILL, linux.CAP_SETGID, linux.CAP_SETUID, linux.CAP_SETPCAP, linux.CAP_SYS_ADMIN}
 )
-"""What it keeps in a user namespace of its own: sandboxes are put into namespaces, and drop the right to do so."""
+"""What it keeps in its own user namespace: sandboxes are put into namespaces, and drop the right to do so."""
 
 
 class Supervisor:
@@ -59,7 +59,7 @@ class Supervisor:
     def __init__(
         self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True, pod_networks: bool = False
     ) -> None:
-        """``pod_networks``: this process is in a user namespace of its own, which may own network namespaces. Raises
+        """``pod_networks``: this process is in its own user namespace, which may own network namespaces. Raises
         OSError when the data folder cannot be used."""
         pid = os.getpid()
         start_time = linux.start_time(pid)
@@ -351,7 +351,7 @@ class Supervisor:
                 logger.error("cannot be found by others: %s", error)  # noqa: TRY400
 
     def _announce_again(self) -> None:
-        """Somebody removed the socket or the pointer: containers must not die of that, nor be started once more by an
+        """Someone removed the socket or the pointer: containers must not die of that, nor be started once more by an
         agent that takes this supervisor for gone. Raises OSError."""
         logger.warning("the socket or the pointer of this supervisor is gone: made anew")
         if not Path(self._pointer.socket).is_socket():

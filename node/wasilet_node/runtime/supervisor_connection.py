@@ -119,7 +119,7 @@ class Link:
         if self.lost:
             return
         self.lost = True
-        # At once, unsent requests and all: the supervisor must see that nobody waits for them any more.
+        # At once, unsent requests and all: the supervisor must see that no one waits for them any more.
         self._writer.transport.abort()
         for future in self._waiting.values():
             if not future.done():
@@ -178,7 +178,7 @@ def hello_to(pointer: supervisor_registry.Pointer) -> wire.Message:
 
 
 async def connect(pointer: supervisor_registry.Pointer) -> Link:
-    """A control connection that has said hello. Raises RuntimeUnavailableError."""
+    """A control connection that has sent its hello. Raises RuntimeUnavailableError."""
     reader, writer = await open_connection(pointer)
     link = Link(pointer, reader, writer)
     try:

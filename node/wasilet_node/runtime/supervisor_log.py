@@ -1,4 +1,4 @@
-"""The supervisor's own log, ``<data>/supervisor.log``, bounded: it lives for months, and nobody else rotates it.
+"""The supervisor's own log, ``<data>/supervisor.log``, bounded: it lives for months, and nothing else rotates it.
 
 The file is descriptor 2, so that what Python or wasmtime say on their way down is in it too. When it has grown too
 long it becomes ``supervisor.log.1``, in place of the one before, and descriptors 1 and 2 are turned to a new file.

@@ -1,4 +1,4 @@
-"""Where supervisors leave word of themselves, so that agents, the harness and their successors find them.
+"""Where supervisors register themselves, so that agents, the harness and their successors find them.
 
 ``<data>/supervisor.json`` names the current supervisor, ``<data>/supervisors/<pid>.json`` every one that may still keep
 containers (after an upgrade there are two). A pointer is believed only while its pid runs since its start time.
@@ -43,7 +43,7 @@ class Pointer:
     """``wasilet_node.runtime.engine.engine_key``: which precompiled files it can load."""
 
     secret: str = field(default="", repr=False)
-    """What a client says in its hello, to show that it can read this file."""
+    """What a client sends in its hello, to show that it can read this file."""
 
     cgroups: tuple[str, ...] = ()
     """Groups to remove when it is gone."""

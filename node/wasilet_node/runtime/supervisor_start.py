@@ -76,7 +76,7 @@ async def _start_supervisor(paths: NodePaths, logs: LogSettings) -> None:
 
 
 async def _spawn(paths: NodePaths, logs: LogSettings, prefix: Sequence[str]) -> bytes:
-    """Its last word on whether it is ready. Raises OSError, RuntimeUnavailableError."""
+    """Its last message on whether it is ready. Raises OSError, RuntimeUnavailableError."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     reader = asyncio.StreamReader()
     with os.fdopen(write_end, "wb", 0) as ready, os.fdopen(read_end, "rb", 0) as pipe:
@@ -112,8 +112,8 @@ async def _spawn(paths: NodePaths, logs: LogSettings, prefix: Sequence[str]) -> 
 
 
 async def _wait_until_ready(reader: asyncio.StreamReader, process: asyncio.subprocess.Process) -> bytes:
-    """First the supervisor says its pid, then whether it is ready. One that does not get so far is ended: it keeps no
-    container yet, and whoever starts the next must not find it there some day."""
+    """First the supervisor reports its pid, then whether it is ready. One that does not get so far is ended: it keeps
+    no container yet, and the process that starts the next must not find it there some day."""
     descriptor = -1
     try:
         async with asyncio.timeout(START_TIMEOUT_SECONDS):
@@ -152,6 +152,6 @@ def _environment() -> dict[str, str]:
             "WASILET_CACHE",
             "WASILET_COMPONENT_HOST",
         ),
-        "WASILET_RUN_ID",  # by which the harness finds what it started, whoever started it in between
+        "WASILET_RUN_ID",  # by which the harness finds what it started, whichever process started it in between
     ]
     return {name: os.environ[name] for name in names if name in os.environ}

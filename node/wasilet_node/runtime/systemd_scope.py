@@ -3,7 +3,7 @@
 There a service whose group has handed controllers to groups beneath it cannot be started again while one of them is in
 use: systemd cannot put the new process into the service's group ("Device or resource busy", status 219/CGROUP; seen
 with systemd 252, and so by the kernel's rule that inner groups hold no processes). That is just what an agent does that
-is restarted while its containers run on. So the supervisor gets a unit of its own, delegated to it, in the service's
+is restarted while its containers run on. So the supervisor gets its own unit, delegated to it, in the service's
 slice; ``systemd-run --scope`` makes one and becomes the supervisor, so that it still is a child of the agent.
 
 It needs a manager that lets this user make units: the system's for root, the user's own for services beneath it. Where
@@ -51,7 +51,7 @@ def command_prefix(
         f"--description=Containers of {service}",
         "--property=Delegate=yes",
         "--property=TasksMax=infinity",
-        # At the machine's end the agent goes first, or it would tell of containers that failed.
+        # At the machine's end the agent goes first, or it would report containers that failed.
         f"--property=Before={service}",
         "--",
     )

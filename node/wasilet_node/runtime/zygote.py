@@ -2,11 +2,11 @@
 
 A fork copies all memory. Forked from the supervisor, every sandbox would hold the environments, secrets included, of
 all containers that were ever started. So the supervisor forks a zygote before it knows of any container, and all
-sandboxes come from there. A sandbox gets its own config and descriptors over a socket, and nobody else's.
+sandboxes come from there. A sandbox gets its own config and descriptors over a socket, and no one else's.
 
 A few are made ahead of time and wait for that message, so that a start need not wait for a fork. Each is the
 supervisor's child, not the zygote's: the zygote forks a process that forks the sandboxes and ends, and the supervisor,
-being their subreaper, becomes their parent. So it reaps them, they die with it, and the end of the zygote harms nobody.
+being their subreaper, becomes their parent. So it reaps them, they die with it, and the end of the zygote harms no one.
 
 What if a process dies: sandboxes that wait and the zygote see the end of their sockets when the supervisor goes. A
 zygote that was killed is replaced by one that is executed, since a fork of the supervisor would no longer be clean.
@@ -37,7 +37,7 @@ READY_SANDBOXES = 6
 """How many wait; after a burst, twice as many. Each has about 1 MiB of its own."""
 
 REFILL_BELOW = 3
-"""Then all that are missing are made at once, since the process between costs a fork of its own."""
+"""Then all that are missing are made at once, since the process between costs a separate fork."""
 
 SANDBOX_NAME = "wasilet-sandbox"
 """What ``ps`` shows of a process that has a container."""
@@ -277,7 +277,7 @@ def _serve(commands: socket.socket, tools: sandbox.GuestTools) -> None:
 
 def _make(count: int, tools: sandbox.GuestTools) -> tuple[list[int], list[socket.socket]]:
     """Sandboxes that wait, with the supervisor's ends of their sockets. Raises OSError; those that were made until then
-    see the end of theirs."""
+    see end of file on their sockets."""
     threads = linux.thread_count()
     if threads != 1:
         raise OSError(0, f"the zygote has {threads} threads and must not fork")
@@ -334,7 +334,7 @@ def _wait(channel: int, tools: sandbox.GuestTools) -> NoReturn:
             file.seek(0)
             plan = _decoded(json.loads(file.read()), descriptors[1:])
         linux.set_name(SANDBOX_NAME)
-    except BaseException:  # noqa: BLE001 - there is nobody yet to whom it could be told but the supervisor, by the end
+    except BaseException:  # noqa: BLE001 - there is no one to report to yet but the supervisor, by the end
         os._exit(1)
     sandbox.run_child(plan, tools)
 

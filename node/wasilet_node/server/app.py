@@ -1,9 +1,9 @@
 """The kubelet API: routes, the guard in front of all of them, and the server that listens.
 
-Every request passes the guard first, also one for a path that does not exist: strangers learn nothing but ``401``. The
-server runs from the start of the agent and listens once it has an address and a serving certificate, so pods run while
-the node's first certificate request still waits for approval. Routes and answers are those of pkg/kubelet/server.
-"""
+Every request passes the guard first, also one for a path that does not exist: unauthenticated clients learn nothing but
+``401``. The server runs from the start of the agent and listens once it has an address and a serving certificate, so
+pods run while the node's first certificate request still waits for approval. Routes and answers are those of
+pkg/kubelet/server."""
 
 from __future__ import annotations
 
@@ -400,11 +400,11 @@ async def _unnamed(_: web.Request, response: web.StreamResponse) -> None:
 
 
 class _HttpLogger(logging.Logger):
-    """The HTTP parser's complaints: at debug and without its text, which quotes headers of strangers, tokens too."""
+    """The HTTP parser's complaints: at debug and without its text, which quotes clients' headers, tokens too."""
 
     def exception(self, msg: object, *args: object, exc_info: Any = True, **_: Any) -> None:
         """A request that cannot be parsed, a client that left (``kubectl logs | head``), or a fault of the HTTP server
-        itself, which is told in full."""
+        itself, which is reported in full."""
         if isinstance(exc_info, HttpProcessingError):
             logger.debug("a client sent what is no HTTP: %s", type(exc_info).__name__)
         elif isinstance(exc_info, ConnectionError):

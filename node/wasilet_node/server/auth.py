@@ -113,7 +113,7 @@ def bearer_token(authorization: str, websocket_protocols: str = "") -> str | Non
 
 
 def certificate_user(der: bytes, *, now: datetime) -> User | None:
-    """The user a verified client certificate names: CN and O. None: it names nobody, or is no longer valid.
+    """The user a verified client certificate names: CN and O. None: it names no one, or is no longer valid.
 
     The handshake verified it once; a connection may live longer than the certificate, so the time is looked at again.
     """

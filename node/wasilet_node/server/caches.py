@@ -1,7 +1,7 @@
 """A bounded cache whose entries expire.
 
 The kubelet asks the API server about every caller; without this and ``wasilet_common.singleflight`` a scraper, or
-somebody who guesses tokens, would turn each request into two more against the API server. Both are bounded, because
+someone who guesses tokens, would turn each request into two more against the API server. Both are bounded, because
 their keys come from unauthenticated clients.
 """
 
@@ -17,7 +17,7 @@ V = TypeVar("V")
 
 
 class ExpiringCache(Generic[K, V]):
-    """At most ``max_entries``; the least recently used goes first. Every entry has a lifetime of its own."""
+    """At most ``max_entries``; the least recently used goes first. Every entry has its own lifetime."""
 
     def __init__(self, *, max_entries: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_entries = max_entries

@@ -3,7 +3,7 @@
 A follower waits for two things. New text comes by inotify on the log's folder, at once, however many follow. That the
 container ended is known to the pod manager, in memory; one timer asks for all followers. Hundreds of followers with
 timers and descriptors of their own would cost more than the containers they watch. Without inotify (the instances of a
-user are limited to 128) the timer wakes everybody, which keeps the delay below 100 ms.
+user are limited to 128) the timer wakes everyone, which keeps the delay below 100 ms.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Waiter:
 
 
 class LogWatcher:
-    """Shared by all followers of one server; needs a running loop only once somebody follows."""
+    """Shared by all followers of one server; needs a running loop only once someone follows."""
 
     def __init__(self) -> None:
         self._inotify: _Inotify | None = None

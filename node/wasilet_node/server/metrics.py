@@ -1,7 +1,7 @@
 """Prometheus metrics: ``/metrics``, ``/metrics/resource``, ``/metrics/probes`` and ``/metrics/cadvisor``.
 
 Names, labels and timestamps are kubelet's, so that metrics-server and existing dashboards read them. Each server has a
-registry of its own. What changes with every pod is made anew for each scrape and never kept, or the series of pods
+registry of its own. What changes with every pod is made again for each scrape and never kept, or the series of pods
 long gone would pile up. ``/metrics/cadvisor`` holds only what is known here: CPU, memory, start times and the machine.
 """
 
@@ -69,7 +69,7 @@ class HttpMetrics:
 
     @staticmethod
     def labels(method: str, path: str) -> tuple[str, str, str, str]:
-        """Labels of a request; a path or method of a stranger's making is ``other``."""
+        """Labels of a request; a path or method that an unknown client made up is ``other``."""
         parts = path.strip("/").split("/")
         root = "/".join(parts[:2]) if parts[0] == "metrics" else parts[0]
         bucket = root if root in _PATHS else "other"

@@ -55,7 +55,7 @@ def full_name(pod: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def known_pod(pods: PodSource, namespace: str, name: str) -> Pod | None:
-    """One pod, None when there is none. Raises as ``require_synced``: before that nobody can say so."""
+    """One pod, None when there is none. Raises as ``require_synced``: before that it cannot be known."""
     pod = pods.pod(namespace, name)
     if pod is None:
         require_synced(pods)

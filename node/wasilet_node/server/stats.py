@@ -1,6 +1,6 @@
 """Resource usage of the node, its pods and their containers, and ``GET /stats/summary``.
 
-One reading of the runtime serves everybody who asks within a moment. Usage per second (``usageNanoCores``) is the
+One reading of the runtime serves everyone who asks within a moment. Usage per second (``usageNanoCores``) is the
 difference between two readings at least five seconds apart; before there are two, the average since the start. What
 this node cannot know is left out rather than given as zero: there is no pod network, and no writable image layer.
 Source of the shapes: k8s.io/kubelet/pkg/apis/stats/v1alpha1.
@@ -28,7 +28,7 @@ from wasilet_node.server.pods import PodSource, full_name
 from wasilet_node.settings import NodeSettings
 
 SNAPSHOT_SECONDS = 0.2
-"""Short enough that whoever saw a pod become Ready finds it; scrapes are seconds apart."""
+"""Short enough that a client that saw a pod become Ready finds it; scrapes are seconds apart."""
 
 RATE_SECONDS = 5.0
 IMAGE_SIZE_SECONDS = 60.0

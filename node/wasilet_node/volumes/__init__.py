@@ -1,1 +1,1 @@
-"""Volumes: one file a kind, one interface."""
+"""Volumes: one file per kind, one interface."""

@@ -27,7 +27,7 @@ class ContainerConfigError(Exception):
 
 
 class Volumes(Protocol):
-    """One object a node, all pods."""
+    """One object per node, all pods."""
 
     def check(self, pod: Pod) -> None:
         """Admission: raises VolumeRefusedError naming the volume and its kind. No I/O."""

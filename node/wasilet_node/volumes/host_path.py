@@ -1,7 +1,7 @@
 """hostPath volumes: a folder or file of the machine, with the type checks and messages of kubelet's host_path.go.
 
-Links in the path are followed, as everywhere in Kubernetes: whoever may create hostPath pods has the machine's files.
-The checks run in threads of their own, since a path can be on a file system that hangs.
+Links in the path are followed, as everywhere in Kubernetes: a user who may create hostPath pods has the machine's
+files. The checks run in their own threads, since a path can be on a file system that hangs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _mode(path: Path) -> int | None:
 
 
 def locate(path: Path, type_: str, *, read_only: bool = False) -> Place:
-    """Check the path against its type, make it where the type says so. Blocks. Raises VolumeError, OSError."""
+    """Check the path against its type, make it where the type asks for it. Blocks. Raises VolumeError, OSError."""
     if type_ and type_ not in _KINDS:
         raise VolumeError(f"{type_} is an invalid volume type")
     if not path.is_absolute() or ".." in path.parts or "\0" in str(path):

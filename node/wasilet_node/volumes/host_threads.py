@@ -51,7 +51,7 @@ class HostThreads:
             problem: Exception | None = None
             try:
                 result = function()
-            except Exception as error:  # noqa: BLE001 - handed to whoever awaits
+            except Exception as error:  # noqa: BLE001 - handed to the caller that awaits
                 problem = error
             # The loop may have ended while the file system hung.
             with contextlib.suppress(RuntimeError):

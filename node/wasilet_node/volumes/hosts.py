@@ -1,4 +1,4 @@
-"""The contents of ``/etc/hosts``, in the words of kubelet's managed hosts file.
+"""The contents of ``/etc/hosts``, with the text of kubelet's managed hosts file.
 
 Every container has the file, as with kubelet, unless it mounts something of its own there. It is given in a folder
 preopened as ``/etc``, which would hide what a volume mounted at ``/`` has there: with such a volume, only pods that ask

@@ -36,7 +36,7 @@ class Place:
     """A hostPath that is a file: mounted alone."""
 
     unusable: str = ""
-    """Why a module can never use it (a socket, a device), told when a container mounts it."""
+    """Why a module can never use it (a socket, a device), reported when a container mounts it."""
 
     in_memory: bool = False
     """Copies of its files must not reach a disk."""

@@ -7,7 +7,7 @@ On disk (and, for what must stay off it, in memory) a pod has::
         termination/  files-<n>/  copy-<n>/  cwd/  root/  tmp/  termination.json
 
 Where a volume is was found out by ``setup`` and is kept in memory only: after a restart of the agent ``setup`` runs
-again for every pod, finds the files, and mends what is missing. A volume that was published before stays usable while
+again for every pod, finds the files, and repairs what is missing. A volume that was published before stays usable while
 the API server does not answer, as it does in kubelet.
 """
 

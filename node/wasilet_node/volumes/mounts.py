@@ -12,7 +12,7 @@ What that gives up, compared with a mount namespace:
 
 What no mount covers is the container's root file system, in small: a folder that starts empty but for the mount points
 and ``/tmp``, and ends with the instance. With a ``workingDir`` there is none, since ``/`` would win over ``.``; then
-``/tmp`` is a folder of its own, and so it is where single files make up ``/``.
+``/tmp`` is its own folder, and so it is where single files make up ``/``.
 
 ``mountPropagation`` changes nothing, as guests cannot mount; a read-only preopen is read-only all the way down, so
 ``recursiveReadOnly`` always holds.
@@ -293,7 +293,7 @@ def _below(mount: Mount) -> tuple[str, ...]:
 
 
 def _termination(plan: _Plan) -> Message | None:
-    """Where the termination message goes: a file in a folder of its own, or, below a volume, a file of the volume."""
+    """Where the termination message goes: a file in its own folder, or, below a volume, a file of the volume."""
     guest = message_path(plan.container)
     if not guest or _guest_path(guest) in plan.files or guest in plan.folders:
         return None

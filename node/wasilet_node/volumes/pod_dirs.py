@@ -3,11 +3,11 @@
 "Memory" is a private folder below ``/dev/shm`` (a tmpfs on every Linux), since ordinary users mount nothing; root
 mounts a tmpfs in it for each volume with a size (``wasilet_node.volumes.sized_memory``). The folder is named by user
 and data directory, so that two nodes on a machine stay apart. Where there is no such tmpfs, the disk takes its place,
-and the log says so once: Secrets then lie in 0700 folders on disk.
+and the log reports it once: Secrets then lie in 0700 folders on disk.
 
-A link in the folder, ``.owner``, says whose it is, so that what nobody will ever ask for again can be told: a node that
-was killed and its data removed by hand leaves its pods' Secrets in memory, until the machine is restarted or another
-node finds them (``remove_strays``).
+A link in the folder, ``.owner``, says whose it is, so that what no one will ever ask for again can be recognised: a
+node that was killed and its data removed by hand leaves its pods' Secrets in memory, until the machine is restarted or
+another node finds them (``remove_strays``).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class PodDirs:
     def memory_root(self) -> Path | None:
         """The private folder in memory, made when missing; None when there can be none.
 
-        Anybody may make names in ``/dev/shm``: where somebody else holds the folder's, another one is used, which is
+        Anyone may make names in ``/dev/shm``: where someone else holds the folder's, another one is used, which is
         found again after a restart. Raises VolumeError when none can be had.
         """
         if self._memory is None:
@@ -157,7 +157,7 @@ class PodDirs:
         return other
 
     def _mark(self, link: Path) -> None:
-        with contextlib.suppress(OSError):  # a full tmpfs: then it is not told whose the folder is, and it stays
+        with contextlib.suppress(OSError):  # a full tmpfs: then the folder's owner is not recorded, and it stays
             try:
                 link.symlink_to(self._owner)
             except FileExistsError:
@@ -181,7 +181,7 @@ class PodDirs:
 
     def clear_memory(self) -> None:
         """Remove the memory area and all that is in it, as a restart of the machine would; for when no container is
-        left. A folder of that name that is somebody else's is left alone."""
+        left. A folder of that name that is someone else's is left alone."""
         if self._memory is not None:
             with contextlib.suppress(OSError):
                 _remove_own(self._memory)

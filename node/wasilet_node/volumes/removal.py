@@ -1,8 +1,8 @@
 """Removing and measuring trees that guests made: any depth, any names, any permissions, any links.
 
 Removal works with three descriptors at most, however deep the tree is: a folder found inside another is first moved up
-into the root under a short name of ours, then emptied from there. Nothing is opened by a path longer than one name, no
-link is followed, and another file system mounted inside is left alone and reported.
+into the root under a short name of Wasilet's, then emptied from there. Nothing is opened by a path longer than one
+name, no link is followed, and another file system mounted inside is left alone and reported.
 
 Every call can be repeated after dying half-way: what is left is still below the root.
 """
@@ -30,7 +30,7 @@ _MOST_PENDING = 16 * _BATCH
 
 
 def _open_folder(name: str, dir_fd: int) -> int:
-    """A readable descriptor of a folder, whose owner's permissions are mended first if they must be."""
+    """A readable descriptor of a folder, whose owner's permissions are repaired first if they must be."""
     try:
         fd = os.open(name, _OPEN_FOLDER, dir_fd=dir_fd)
     except PermissionError:

@@ -1,6 +1,6 @@
 """secret volumes: in memory where there is a tmpfs, and readable by the agent's user alone.
 
-``defaultMode`` keeps its owner bits only. A module cannot see permission bits, and nobody but its own user has business
+``defaultMode`` keeps its owner bits only. A module cannot see permission bits, and no one but its own user has business
 with the files, so 0644 (the default) becomes 0600.
 """
 

@@ -1,11 +1,11 @@
-"""Memory volumes whose size the kernel holds: a tmpfs of its own for each, where this process may mount.
+"""Memory volumes whose size the kernel holds: its own tmpfs for each, where this process may mount.
 
-The folder in ``/dev/shm`` that a memory volume is otherwise can take half of the machine's memory before anybody
+The folder in ``/dev/shm`` that a memory volume is otherwise can take half of the machine's memory before anyone
 measures it. A tmpfs with a size is full at exactly that, and what is written to it fails with "no space left on
 device". Mounting needs CAP_SYS_ADMIN; without it the volume is such a folder, and is looked at often
 (``wasilet_node.pods.eviction``).
 
-A mount outlives the agent, as the folder does; whoever removes a pod's folders takes it down first
+A mount outlives the agent, as the folder does; the code that removes a pod's folders unmounts it first
 (``unmount_volumes``), so an agent that died half-way leaves nothing that its successor would not find.
 """
 
@@ -53,7 +53,7 @@ def is_sized(folder: Path) -> bool:
 
 
 def unmount_volumes(pod_folder: Path) -> None:
-    """Take down what ``hold_size`` mounted for a pod's volumes, whoever still uses it. Raises OSError."""
+    """Unmount what ``hold_size`` mounted for a pod's volumes, even while it is used. Raises OSError."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for folder in (pod_folder / "volumes").iterdir():
             if not folder.is_symlink() and is_sized(folder):

@@ -1,6 +1,6 @@
 """Termination messages: where an instance writes its own, and how the agent reads it afterwards.
 
-Each instance has a file of its own, so that an old message is never reported for a new one. Where the path lies in a
+Each instance has its own file, so that an old message is never reported for a new one. Where the path lies in a
 volume that the container mounts, the message is a file of that volume; then what was there at the start is remembered,
 and an unchanged file is no message (and a user's file is never cleared).
 
@@ -39,7 +39,7 @@ def message_path(container: Container) -> str:
 
 
 def _identity(root: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """What changes when somebody writes; None when there is no such file."""
+    """What changes when someone writes; None when there is no such file."""
     with contextlib.suppress(OSError), opened(open_root(root)) as root_fd, opened(walk(root_fd, names)) as fd:
         status = os.fstat(fd)
         return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -3,7 +3,7 @@
 As kubelet's token manager: a token is renewed after 80 % of its life or after 24 hours, whichever comes first, a little
 earlier by chance so that 1,000 pods do not ask at once; a renewal that fails leaves the old token in use while it is
 valid. Unlike kubelet, an agent that starts again takes the tokens it finds published in the pods' volumes, so a restart
-does not ask for all of them anew.
+does not ask for all of them again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _claims(token: bytes) -> dict[str, Any]:
 
 
 class Tokens:
-    """One object a node."""
+    """One object per node."""
 
     def __init__(
         self,

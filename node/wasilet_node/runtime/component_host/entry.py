@@ -1,7 +1,7 @@
 """A sandbox's way into the component host: what is prepared before the fork, and in the child before the fences.
 
 The supervisor opens the library when the first component comes, so that children share its pages. The listening socket
-is made in the child before the fences close: behind them a server that calls nobody can neither bind nor connect.
+is made in the child before the fences close: behind them a server that calls no one can neither bind nor connect.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def spec(
 
 
 def _has_sockets(config: ContainerConfig) -> bool:
-    """Sockets are for those with a network of their own; on the node's they would reach what only the node may."""
+    """Sockets are for those with their own network; on the node's they would reach what only the node may."""
     return bool(config.network)
 
 

@@ -18,7 +18,7 @@ ABI_VERSION = 1
 
 
 class HostUnavailableError(Exception):
-    """There is no component host; the message says why, and what brings it."""
+    """There is no component host; the message gives the reason, and what installs it."""
 
 
 class Library:

@@ -21,7 +21,7 @@ VARIABLE = "WASILET_COMPONENT_HOST"
 
 FILE_NAME = "libwasilet_component_host.so"
 COMMAND = "wasilet-node component-host"
-"""What brings it."""
+"""What installs it."""
 
 _PACKAGED = Path(__file__).resolve().parent / FILE_NAME
 """Where a wheel has it."""
@@ -76,7 +76,7 @@ def candidates(env: Mapping[str, str] = os.environ) -> Iterator[Path]:
 
 
 def find(env: Mapping[str, str] = os.environ) -> Path:
-    """The library's path. Raises HostUnavailableError with the command that brings it."""
+    """The library's path. Raises HostUnavailableError with the command that installs it."""
     for path in candidates(env):
         if path.is_file():
             _check_owner(path)
@@ -93,7 +93,7 @@ def load(env: Mapping[str, str] = os.environ) -> Library:
 
 
 def _check_owner(path: Path) -> None:
-    """Opening a library is running it: it must be this user's or root's, and writable by nobody else."""
+    """Opening a library is running it: it must be this user's or root's, and writable by no one else."""
     try:
         found = path.stat()
     except OSError as error:

@@ -1,7 +1,7 @@
 """The host functions of wasi-experimental-http: module ``wasi_experimental_http``, the ABI of the crate's 0.7 to 0.10.
 
 Every function returns 0 or one of the crate's error numbers; results go through pointers into the guest's memory named
-``memory``. Requests block the guest, which has a process of its own, so no thread is needed. Bodies are streamed.
+``memory``. Requests block the guest, which has its own process, so no thread is needed. Bodies are streamed.
 
 What a guest may reach. A request passes when its origin (scheme, host and port; the crate compared hosts only) is in
 the list of the container; so must every redirect, which otherwise ends with DESTINATION_NOT_ALLOWED. Guests share the
@@ -11,7 +11,7 @@ cluster's API server or a kubelet (``wasilet_common.addresses``). Every address 
 the one that was judged is connected to. An origin that the node's operator allows (``--allow-local-origins``) passes.
 The crate's ``insecure:allow-all`` is no origin: it allows nothing.
 
-Host, Content-Length and the hop-by-hop headers are ours: a guest that set Host could speak to a neighbour of the
+Host, Content-Length and the hop-by-hop headers are Wasilet's: a guest that set Host could speak to a neighbour of the
 server that it may speak to.
 """
 
@@ -130,7 +130,7 @@ def parse_url(url: str) -> Target:
 
 
 def parse_headers(text: str) -> list[tuple[str, str]]:
-    """Header lines ``name:value``. Raises HttpCallError INVALID_ENCODING. Headers that are ours are left out."""
+    """Header lines ``name:value``. Raises HttpCallError INVALID_ENCODING. Headers that are Wasilet's are left out."""
     headers = []
     for line in text.split("\n"):
         entry = line.removesuffix("\r")
@@ -158,7 +158,7 @@ def allowed_origins(origins: tuple[str, ...]) -> frozenset[Origin]:
 
 
 class _Answer(io.RawIOBase):
-    """The bytes that a server sends. A socket's own limit begins anew with every byte, so a server that drips could
+    """The bytes that a server sends. A socket's own limit begins again with every byte, so a server that drips could
     hold its guest for ever: there is one for the whole head, too."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
@@ -338,8 +338,8 @@ class HttpClient:
         raise last or TimeoutError(f"no connection to {origin.host}:{origin.port} in time")
 
     def _judge_connection(self, origin: Origin, sock: socket.socket) -> None:
-        """The kernel's word, before a byte is sent: a machine that speaks to itself has one address at both ends. So an
-        address that the node got after the policy was made is refused, too."""
+        """The kernel's answer, before a byte is sent: a machine that connects to itself has one address at both ends.
+        So an address that the node got after the policy was made is refused, too."""
         if origin not in self._local and sock.getsockname()[0] == sock.getpeername()[0]:
             raise HttpCallError(HttpErrno.DESTINATION_NOT_ALLOWED, f"{origin.host} is the node itself")
 
@@ -489,7 +489,7 @@ class HttpHost:
 
 
 def _guarded(function: Any) -> Any:
-    """The error number instead of the exception; a defect of ours is RUNTIME_ERROR for the guest."""
+    """The error number instead of the exception; a defect of Wasilet's is RUNTIME_ERROR for the guest."""
 
     def call(caller: Any, *numbers: int) -> int:
         try:

@@ -67,7 +67,7 @@ class Channels(Protocol):
         """What the client types, until it closes stdin or goes away."""
 
     async def write(self, name: str, data: bytes) -> None:
-        """To ``stdout`` or ``stderr``; waits while the client does not read. A stream nobody asked for is dropped."""
+        """To ``stdout`` or ``stderr``; waits while the client does not read. A stream no one asked for is dropped."""
 
     async def finish(self, status: dict[str, Any]) -> None:
         """The outcome, a v1.Status, and the end of all streams."""
@@ -202,7 +202,7 @@ class _WebSocketChannels:
         except binascii.Error:
             pass
         finally:
-            # Whatever ended it: what the client says is no longer understood, or it is gone.
+            # Whatever ended it: what the client sends is no longer understood, or it is gone.
             self.closed.set()
 
 

@@ -3,7 +3,7 @@
 The API server still speaks SPDY to kubelets (it translates kubectl's WebSockets), and no maintained Python
 implementation exists. This is the part of "SPDY Protocol - Draft 3.1" that its streams need: SYN_STREAM, SYN_REPLY,
 RST_STREAM, SETTINGS, PING, GOAWAY, HEADERS, WINDOW_UPDATE and data. Header blocks share one zlib context for the life
-of a connection, so every block must be decoded, also that of a stream nobody wants.
+of a connection, so every block must be decoded, also that of a stream no one wants.
 
 Input is hostile: frames have a largest size, and header blocks a largest decompressed one.
 """
@@ -108,7 +108,7 @@ class FrameDecoder:
         self._buffer += data
 
     def frames(self) -> Iterator[Frame]:
-        """The frames that are here; whoever stops half-way gets the rest by calling again. Raises SpdyError."""
+        """The frames that are here; a caller that stops half-way gets the rest by calling again. Raises SpdyError."""
         while True:
             if self._data_left:
                 if not self._buffer:

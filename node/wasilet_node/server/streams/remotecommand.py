@@ -104,8 +104,8 @@ class RemoteCommandViews:
         )
 
     async def _running(self, request: web.Request) -> str:
-        """The id of the instance that runs, from the runtime: a status may be older than this process, and whoever may
-        write it could name another pod's container. Raises RuntimeUnavailableError."""
+        """The id of the instance that runs, from the runtime: a status may be older than this process, and a user who
+        may write it could name another pod's container. Raises RuntimeUnavailableError."""
         pod = find_pod(self._pods, request)
         _, pod_name, uid = full_name(pod)
         name = request.match_info["container"]

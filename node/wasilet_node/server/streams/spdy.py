@@ -25,7 +25,7 @@ READ_AHEAD_BYTES = 256 * 1024
 WRITE_CHUNK_BYTES = 32 * 1024
 WINDOW_BYTES = 32 * 1024
 MAX_UNSENT_BYTES = 4 * 1024 * 1024
-"""Answers wait for no reader; a peer that makes us answer and reads nothing is hung up on, whatever its frames are."""
+"""Answers wait for no reader; a peer that causes answers and reads nothing is hung up on, whatever its frames are."""
 
 READ_BYTES = 64 * 1024
 
@@ -76,7 +76,7 @@ class Stream:
             await self._connection.drain()
 
     def ignore(self) -> None:
-        """What comes in is dropped: nobody will read it."""
+        """What comes in is dropped: no one will read it."""
         self._ignored = True
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Stream:
             self.remote_end(drop=True)
 
     def remote_data(self, data: bytes) -> bool:
-        """A piece came in; False: nobody wants it any more."""
+        """A piece came in; False: no one wants it any more."""
         if self._remote_closed or self._ignored:
             return False
         self._data += data
@@ -142,7 +142,7 @@ class SpdyConnection:
         self._answers = Allowance()
         self._replies = bytearray()
         self.closed = asyncio.Event()
-        """The connection is gone, or the peer said so."""
+        """The connection is gone, or the peer reported it."""
 
     def receive(self, data: bytes | bytearray) -> None:
         """Bytes of the peer."""
@@ -175,7 +175,7 @@ class SpdyConnection:
         return None
 
     def _answer(self, data: bytes) -> None:
-        """Send what the peer made us send, when this step ends."""
+        """Send what the peer caused, when this step ends."""
         self._answers.spend()
         self._replies += data
 
@@ -229,7 +229,7 @@ class SpdyConnection:
         if frame.type == frames.SYN_STREAM:
             self._on_open(frame)
         elif frame.type == frames.PING:
-            if frame.value % 2:  # the client's numbers are odd; an even one answers a ping of ours
+            if frame.value % 2:  # the client's numbers are odd; an even one answers a ping of this side's
                 self._answer(frames.ping(frame.value))
         elif frame.type == frames.RST_STREAM:
             stream = self._streams.get(frame.stream_id)

@@ -24,7 +24,7 @@ ANSWERS_AT_ONCE = 2048
 
 
 class Connection(Protocol):
-    """A protocol that was spoken to us, without I/O."""
+    """The receiving side of a protocol, without I/O."""
 
     def receive(self, data: bytes | bytearray) -> None:
         """Take bytes in, and handle none of them."""

@@ -211,7 +211,7 @@ class _Link(asyncio.Protocol):
         return self._transport.get_write_buffer_size()
 
     def pause(self, stop: bool) -> None:  # noqa: FBT001 - a callback with one meaning
-        """Stop reading, since nobody takes what was read; or go on."""
+        """Stop reading, since no one takes what was read; or go on."""
         self._stopped = stop
         self._regulate()
 
