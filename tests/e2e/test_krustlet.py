@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.cluster.known_nodes import remember_node
 from wasilet.controlplane.local_registry import login_file
 from wasilet.kube.client import Kube, KubeObject, api_path
 
@@ -72,6 +73,8 @@ def krustlet(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
     }
     command = [sys.executable, "-P", "-m", "wasilet_node", *(word for taint in TAINTS for word in ("--taint", taint))]
     stage = Stage(cluster.cluster.admin_credentials())
+    # As `token create --node` does: it has the address of another node of this machine, which nobody gets unknown.
+    remember_node(cluster.cluster, NODE, local=True)
     with log.open("wb") as output:
         agent = subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
