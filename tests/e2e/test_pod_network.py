@@ -72,6 +72,12 @@ class Net:
             {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec},
         )
 
+    def answers(self, node: int) -> bool:
+        """Whether a node's kube-proxy knows the endpoints by now, which follow the pods' readiness in their own time."""
+        address = self.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]["clusterIP"]
+        name = f"early-{node}-{time.monotonic_ns()}"
+        return "answered" in self.said(name, "connect", address, "80", "hello", node=node)
+
     def said(self, name: str, *args: str, node: int | None = None, **fields: Any) -> str:
         """What a client pod that ran to its end wrote, and remove it."""
         self.run(name, *args, node=node, restartPolicy="Never", **fields)
@@ -114,6 +120,8 @@ def net() -> Iterator[Net]:
         for node in (0, 1):
             wait(lambda node=node: ready(net.pod(f"server-{node}")), f"server-{node}")  # type: ignore[misc]
         wait(lambda: net.cluster.status()["ready"], "CoreDNS")
+        for node in (0, 1):
+            wait(lambda node=node: net.answers(node), f"the Service on node {node}")  # type: ignore[misc]
         yield net
 
 
