@@ -73,7 +73,7 @@ class Net:
         )
 
     def answers(self, node: int) -> bool:
-        """Whether a node's kube-proxy knows the endpoints by now, which follow the pods' readiness in their own time."""
+        """Whether a node's kube-proxy knows the endpoints by now: they follow the pods' readiness in their own time."""
         address = self.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]["clusterIP"]
         name = f"early-{node}-{time.monotonic_ns()}"
         return "answered" in self.said(name, "connect", address, "80", "hello", node=node)
