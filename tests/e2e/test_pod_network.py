@@ -297,11 +297,6 @@ def bring_up(net: Net) -> bool:
     return up(net.cluster.settings, reporter=PlainReporter(io.StringIO())).succeeded
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known fault: after a restart of the agent a lost supervisor's network is not always made again (EINVAL for "
-    "the machine's route to the node's pods)",
-)
 def test_a_pod_whose_supervisor_is_killed_begins_again_with_an_address(net: Net) -> None:
     node = net.cluster.cluster.node_names()[0]
     pointer = supervisor_registry.current(net.cluster.cluster.state.node(node))

@@ -306,6 +306,9 @@ class PodNetwork:
         else:
             node = NodeNetwork(self.settings, pod_cidr, data=self._paths.data)
             descriptor = self._enter_or_make(node, channel)
+            # At once: this thread is in the namespace from here on, also when the supervisor is lost the next moment.
+            # A forgotten one would be made again from inside itself.
+            self._node = node
             self._dial = ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="pod sockets", initializer=_move_to, initargs=(os.dup(descriptor),)
             )
