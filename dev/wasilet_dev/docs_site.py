@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from wasilet import process
 from wasilet.steps import Finding, Play, Progress, Recap, Step
 
-from wasilet_dev.docs_tasks import checkout, page, updated
-from wasilet_dev.docs_tasks import write as write_tasks
+from wasilet_dev.docs_tasks import checkout
 
 if TYPE_CHECKING:
     from wasilet.steps import Reporter
@@ -40,12 +39,15 @@ def build_site(*, environ: Mapping[str, str], reporter: Reporter) -> Recap:
     tools = root / ".venvs" / f"docs-{key}"
     python = tools / "bin" / "python"
 
+    # In a process of its own: Invoke has parsed the command line of this one, and with that used up the help texts.
+    maker = [sys.executable, "-P", "-m", "wasilet_dev.docs_tasks"]
+
     def look_reference() -> Finding:
-        text = page().read_text()
-        return Finding.ok("up to date") if updated(text) == text else Finding.differs("write docs/harness.md")
+        done = process.run([*maker, "--check"], timeout_seconds=60, check=False, env=environ)
+        return Finding.ok("up to date") if done.returncode == 0 else Finding.differs("write docs/harness.md")
 
     def change_reference(_: Progress) -> str:
-        write_tasks()
+        process.run(maker, timeout_seconds=60, env=environ)
         return "docs/harness.md"
 
     def look_tools() -> Finding:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,7 +78,8 @@ def _section(task: Any) -> Iterator[str]:
     yield ""
     text, _, examples = (inspect.getdoc(task.body) or "").partition("\n\nExample")
     yield text
-    # Invoke hands the help texts out, and has none left the second time.
+    # Invoke hands the help texts out, and has none left the second time: so a process whose command line it has parsed
+    # cannot make this page any more.
     texts = dict(task.help)
     arguments = task.get_arguments()
     task.help = texts
@@ -106,12 +107,15 @@ def _cell(text: str | None) -> str:
     return (text or "").replace("|", "\\|").replace("<", "&lt;")
 
 
-def main() -> int:
-    """Write the page."""
+def main(words: Sequence[str] = ()) -> int:
+    """Write the page; with ``--check`` only compare it, and 1 when it is out of date."""
+    if list(words) == ["--check"]:
+        text = page().read_text()
+        return 0 if updated(text) == text else 1
     changed = write()
     sys.stderr.write(f"{page()}: {'written' if changed else 'up to date'}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
