@@ -28,8 +28,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked slow, unless the marker expression or a path on the command line names it."""
+    """Leave out what is marked slow, unless the marker expression or a path on the command line names it; and run last
+    what needs the rig's Docker engine, which runs to the session's end. Docker refuses what the machine forwards for
+    others (``docs/network.md``), pods of two nodes among it."""
+    items.sort(key=lambda item: "kind_rig" in getattr(item, "fixturenames", ()))
     if "slow" in (config.option.markexpr or ""):
         return
     named = {str(Path(argument.partition("::")[0]).resolve()) for argument in config.args}

@@ -128,6 +128,7 @@ def test_up_mends_what_was_killed_and_only_that(own: TestCluster, component: str
     before.pop(name)
     assert after == before
     assert len([step for step in changed(recap) if step != "Ready"]) == 1
+    wait_for_dns(own)
     assert status(own.settings)["ready"]
 
 

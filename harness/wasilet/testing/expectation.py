@@ -78,6 +78,12 @@ class _Known:
     views: list[PodView]
     owner: KubeObject | None
     logs: list[InstanceLog]
+    ended: frozenset[str]
+    """The instances whose logs had ended at this look. The logs grow on while they are judged, so what a judge has
+    certainly read is what was there before it began to read."""
+
+    last_at_ns: dict[str, int]
+    """When the last line of each was written that was there at this look; by instance."""
 
 
 @dataclass
@@ -151,7 +157,9 @@ class Wait:
                     observer.follow(view)
             owner = observer.owners.get((self.subject.owner[0], self.subject.owner[2])) if self.subject.owner else None
             logs = [log for view in views for log in view.logs.values() if container in {"", log.container}]
-            return _Known(observer.revision, views, owner, logs)
+            ended = frozenset(log.instance for log in logs if log.ended)
+            last = {log.instance: log.last_at_ns for log in logs}
+            return _Known(observer.revision, views, owner, logs, ended, last)
 
     def _sleep(self, revision: int, deadline: float) -> None:
         with self.observer.changed:
@@ -245,7 +253,7 @@ class Wait:
         views = known.views
         if not views or any(not (view.deleted or view.phase in TERMINAL_PHASES) for view in views):
             return ""
-        if self._reading is not None and not all(log.ended for log in known.logs):
+        if self._reading is not None and any(log.instance not in known.ended for log in known.logs):
             return ""
         phases = ", ".join(sorted({view.phase if view.phase in TERMINAL_PHASES else "gone" for view in views}))
         if self.subject.owner is None:
@@ -271,7 +279,7 @@ class Wait:
             return f"what is absent cannot be judged: {unread}"
         if over:
             return ""
-        behind = [log for log in known.logs if not log.ended and not self._is_caught_up(known, log)]
+        behind = [log for log in known.logs if log.instance not in known.ended and not self._is_caught_up(known, log)]
         if not behind:
             return ""
         why = self._ask_error or f"it has {behind[0].count} lines so far"
@@ -295,7 +303,7 @@ class Wait:
             except ApiError as error:
                 self._ask_error = error.message
                 return False
-        return log.last_at_ns >= self._asked[log.instance]
+        return known.last_at_ns[log.instance] >= self._asked[log.instance]
 
 
 def _first_missing(judge: Judge) -> str:

@@ -33,6 +33,11 @@ class NamespaceChannel:
             self._socket.close()
             raise
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is still open. A call that fails closes it: what comes next could be its answer, late."""
+        return self._socket.fileno() >= 0
+
     def close(self) -> None:
         """Idempotent; what is kept stays."""
         self._socket.close()
@@ -102,7 +107,6 @@ class NamespaceChannel:
                 self._socket.sendall(data[sent:])
             return self._line()
         except (OSError, ValueError, wire.WireError) as error:
-            # What comes next may be this answer, late: the connection is of no more use.
             self._socket.close()
             raise NetworkError(f"supervisor {self.pointer.pid} does not answer {request['op']}: {error}") from error
 

@@ -97,11 +97,13 @@ class PodNetworks:
 
     def release(self, uid: str) -> None:
         """Idempotent. Raises NetworkError."""
-        record = self._pods.pop(uid, None)
+        record = self._pods.get(uid)
         if record is None:
             return
         self._channel.drop([record.key])
         self._records.remove(uid)
+        # Last: until all of it is done, another try must find it.
+        del self._pods[uid]
         self._addresses.give_back(ipaddress.IPv4Address(record.address))
 
     def uids(self) -> list[str]:

@@ -279,8 +279,12 @@ class PodNetwork:
         if pointer is None or self._pod_cidr is None:
             raise NetworkError("there is no supervisor that could keep the pods' networks")
         if self._pods is not None and self._channel is not None and self._channel.pointer.pid == pointer.pid:
-            return self._pods
-        if self._channel is not None:
+            if self._channel.usable:
+                return self._pods
+            # That supervisor gave no answer once, which may be long ago. It has kept the pods' networks all the same,
+            # so they stay known until they are found again over a new connection.
+            self._channel.close()
+        elif self._channel is not None:
             self._channel.close()
             self._channel = self._pods = None
         channel = NamespaceChannel(pointer)
@@ -338,7 +342,7 @@ class PodNetwork:
 
     def _release(self, uid: str) -> None:
         if self._pods is not None:
-            self._pods.release(uid)
+            self._ensure().release(uid)
 
     def _refill(self) -> bool:
         return self._ensure().refill()

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet_node.network import channel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.service import PodNetwork
-from wasilet_node.runtime import linux
+from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
 from wasilet_node.settings import NetworkSettings, NodePaths
 
@@ -165,6 +166,38 @@ def test_a_lost_supervisor_takes_the_pods_networks_and_the_next_one_gets_new_one
             assert first is not None
             assert second is not None
             assert second.key != first.key
+
+    with_machine(work)
+
+
+def test_a_supervisor_that_hung_is_asked_again_and_has_kept_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "_TIMEOUT_SECONDS", 0.3)
+
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            before = await pods.attach(pod("u1"))
+            assert before is not None
+            await pods.attach(pod("u2"))
+            pointer = supervisor_registry.current(rig.paths.data)
+            assert pointer is not None
+            os.kill(pointer.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(NetworkError, match="does not answer"):
+                    await pods.detach("u2")
+                with pytest.raises(NetworkError, match="does not answer"):
+                    await pods.detach("u2")
+                assert pods.addresses(pod("u1")) == before.addresses
+            finally:
+                os.kill(pointer.pid, signal.SIGCONT)
+            await pods.detach("u2")
+            assert pods.uids() == ["u1"]
+            assert await pods.attach(pod("u1")) == before
+            assert await pods.attach(pod("u3")) is not None
+            (made, address) = await pods._in_thread(pods._socket_inside, "u1")
+            made.close()
+            assert (address,) == before.addresses
 
     with_machine(work)
 
