@@ -111,7 +111,10 @@ def main(words: Sequence[str] = ()) -> int:
     """Write the page; with ``--check`` only compare it, and 1 when it is out of date."""
     if list(words) == ["--check"]:
         text = page().read_text()
-        return 0 if updated(text) == text else 1
+        if updated(text) == text:
+            return 0
+        sys.stderr.write(f"{page()} is out of date: type python -P -m wasilet_dev.docs_tasks\n")
+        return 1
     changed = write()
     sys.stderr.write(f"{page()}: {'written' if changed else 'up to date'}\n")
     return 0

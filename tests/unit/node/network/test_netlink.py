@@ -32,7 +32,8 @@ def in_namespace(work: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(30)
+    # While the kernel takes down the namespaces of earlier tests, all that touches links waits for it.
+    thread.join(90)
     assert not thread.is_alive()
     if problems:
         raise problems[0]

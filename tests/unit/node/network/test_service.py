@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import ipaddress
 import os
 import shutil
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -262,29 +264,62 @@ def test_an_uplink_that_is_taken_leaves_pods_in_the_machines_network_and_says_wh
     with_machine(work)
 
 
+@contextlib.asynccontextmanager
+async def two_nodes(tmp_path: Path) -> AsyncIterator[tuple[PodNetwork, PodNetwork]]:
+    """On one machine."""
+    other = dataclasses.replace(SETTINGS, uplink=ipaddress.IPv4Interface("10.9.255.6/30"))
+    async with (
+        running_supervisor(tmp_path / "a") as one,
+        running_supervisor(tmp_path / "b") as two,
+        Running(network(one.paths)) as here,
+        Running(network(two.paths, other), "10.9.8.0/24") as there,
+    ):
+        yield here, there
+
+
+async def reach(here: PodNetwork, there: PodNetwork, *, name: str, limit_seconds: float) -> None:
+    """From a new pod of one node to a new one of the other. Raises TimeoutError."""
+    near, far = await here.attach(pod(f"{name}1")), await there.attach(pod(f"{name}2"))
+    assert near is not None
+    assert far is not None
+    listener, _ = await there._in_thread(there._socket_inside, f"{name}2")
+    client, _ = await here._in_thread(here._socket_inside, f"{name}1")
+    with listener, client:
+        listener.bind(("0.0.0.0", 80))
+        listener.listen()
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(limit_seconds):
+            await loop.sock_connect(client, (far.addresses[0], 80))
+            accepted, peer = await loop.sock_accept(listener)
+        accepted.close()
+        assert peer[0] == near.addresses[0]
+
+
 def test_two_nodes_of_one_machine_reach_each_others_pods(tmp_path: Path) -> None:
     async def work() -> None:
-        other = dataclasses.replace(SETTINGS, uplink=ipaddress.IPv4Interface("10.9.255.6/30"))
-        async with (
-            running_supervisor(tmp_path / "a") as one,
-            running_supervisor(tmp_path / "b") as two,
-            Running(network(one.paths)) as here,
-            Running(network(two.paths, other), "10.9.8.0/24") as there,
-        ):
-            near, far = await here.attach(pod("u1")), await there.attach(pod("u2"))
-            assert near is not None
-            assert far is not None
-            listener, _ = await there._in_thread(there._socket_inside, "u2")
-            listener.bind(("0.0.0.0", 80))
-            listener.listen()
-            client, _ = await here._in_thread(here._socket_inside, "u1")
-            loop = asyncio.get_running_loop()
-            async with asyncio.timeout(5):
-                await loop.sock_connect(client, (far.addresses[0], 80))
-                accepted, peer = await loop.sock_accept(listener)
-            assert peer[0] == near.addresses[0]
-            for each in (client, accepted, listener):
-                each.close()
+        async with two_nodes(tmp_path) as (here, there):
+            await reach(here, there, name="u", limit_seconds=5)
+
+    with_machine(work)
+
+
+@pytest.mark.skipif(not shutil.which("iptables"), reason="the machine's firewall is set with iptables")
+def test_where_the_machine_drops_what_it_forwards_the_documented_rule_lets_the_pods_of_two_nodes_through(
+    tmp_path: Path,
+) -> None:
+    """As it does beside a Docker engine: ``docs/network.md``."""
+
+    def iptables(*words: str) -> None:
+        subprocess.run(["iptables", *words], check=True, timeout=10)
+
+    async def work() -> None:
+        async with two_nodes(tmp_path) as (here, there):
+            iptables("-P", "FORWARD", "DROP")
+            with pytest.raises(TimeoutError):
+                await reach(here, there, name="dropped", limit_seconds=1.5)
+            pods = str(SETTINGS.cluster_cidr)
+            iptables("-I", "FORWARD", "-s", pods, "-d", pods, "-j", "ACCEPT")
+            await reach(here, there, name="through", limit_seconds=5)
 
     with_machine(work)
 
