@@ -240,7 +240,8 @@ class NamespaceSession:
         """Takes a descriptor that it keeps out of ``descriptors``."""
         match request["op"]:
             case "make":
-                self._namespaces.make(str(request["key"]), self._made)
+                key = str(request["key"])
+                self._namespaces.make(key, lambda descriptor, problem: self._made_anew(key, descriptor, problem))
             case "get":
                 self._made(self._namespaces.descriptor(str(request["key"])) or -1, "not kept here")
             case "hold":
@@ -253,6 +254,12 @@ class NamespaceSession:
                 self._answer({"keys": self._namespaces.keys()})
             case operation:
                 self._answer({"error": f"unknown operation {operation!r}"})
+
+    def _made_anew(self, key: str, descriptor: int, problem: str) -> None:
+        self._made(descriptor, problem)
+        if descriptor >= 0 and self._watch is None:
+            # The agent gave up waiting: it asks under another key, and nobody would drop this one.
+            self._namespaces.drop([key])
 
     def _made(self, descriptor: int, problem: str) -> None:
         if descriptor < 0:

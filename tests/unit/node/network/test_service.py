@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from wasilet_node.network import channel
+from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.service import PodNetwork
@@ -200,6 +201,24 @@ def test_a_supervisor_that_hung_is_asked_again_and_has_kept_all(
             (made, address) = await pods._in_thread(pods._socket_inside, "u1")
             made.close()
             assert (address,) == before.addresses
+
+    with_machine(work)
+
+
+def test_a_namespace_that_is_made_when_nobody_waits_for_it_any_more_is_not_kept(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig:
+            pointer = supervisor_registry.current(rig.paths.data)
+            assert pointer is not None
+            gone = NamespaceChannel(pointer)
+            gone._socket.sendall(b'{"op": "make", "key": "late"}')
+            gone.close()
+            asked = NamespaceChannel(pointer)
+            # They are made one after another, so the other has been made when this one is.
+            os.close(asked.make("after"))
+            kept = asked.kept()
+            asked.close()
+            assert kept == ["after"]
 
     with_machine(work)
 
