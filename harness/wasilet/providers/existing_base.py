@@ -23,7 +23,7 @@ from wasilet.controlplane.components import Component, component_step
 from wasilet.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import load_yaml, read_credentials
-from wasilet.process import check_cancelled, stop
+from wasilet.process import ProcessRecord, check_cancelled, stop
 from wasilet.providers.approver_credential import SIGN_SECONDS, approver_credential
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
 from wasilet.providers.detach import HOSTING, OURS, forget_identities, is_ours, withdraw
@@ -255,10 +255,13 @@ class ExternalProvider:
 
     def _end_orphans(self, cluster: Cluster) -> None:
         """A tool that outlived the run that started it would undo, or double, what is made now."""
+        stop(self.orphans(cluster), grace_seconds=cluster.settings.timeouts.stop_grace_seconds)
+
+    def orphans(self, cluster: Cluster) -> list[ProcessRecord]:
+        """The processes of its tool that outlived the run that started them."""
         known = {record.process.pid for record in cluster.state.records()}
-        orphans = [process for process in cluster.state.stray_processes() if process.pid not in known]
-        tools = [process for process in orphans if self.name in _programs(process.pid)]
-        stop(tools, grace_seconds=cluster.settings.timeouts.stop_grace_seconds)
+        strays = [process for process in cluster.state.stray_processes() if process.pid not in known]
+        return [process for process in strays if self.name in _programs(process.pid)]
 
     def _unchanged(self, cluster: Cluster, there: Found) -> bool:
         known = facts(cluster)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wasilet.controlplane.acquire import acquire, locate
 from wasilet.errors import CommandError, HarnessError, UsageError
-from wasilet.kube.client import KubeObject
+from wasilet.kube.client import Kube, KubeObject
 from wasilet.kube.credentials import load_yaml
 from wasilet.process import run
 from wasilet.providers.base import API_SERVER_STEP, Cluster, Detection
@@ -68,6 +68,10 @@ class KindProvider(ContainedProvider):
     def is_node(self, container: Container) -> bool:
         """Control planes run pods too."""
         return container.labels.get(ROLE_LABEL) in {"control-plane", "worker"}
+
+    def is_whole(self, kube: Kube) -> bool:
+        """By its StorageClass, which kind makes after all else on a control plane."""
+        return bool(kube.get("/apis/storage.k8s.io/v1/storageclasses").get("items"))
 
     def kubeconfig(self, cluster: Cluster) -> KubeObject:
         """``kind get kubeconfig``."""
