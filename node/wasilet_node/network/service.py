@@ -283,7 +283,6 @@ class PodNetwork:
                 return self._pods
             # That supervisor gave no answer once, which may be long ago. It has kept the pods' networks all the same,
             # so they stay known until they are found again over a new connection.
-            self._channel.close()
         elif self._channel is not None:
             self._channel.close()
             self._channel = self._pods = None
