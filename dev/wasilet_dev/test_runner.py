@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wasilet import process
+from wasilet.controlplane.binaries import HOST_PROVIDER, LATER
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import Settings, load
 from wasilet.steps import Finding, Play, Progress, Step
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from wasilet.steps import Reporter
 
 LINT_TIMEOUT_SECONDS = 600.0
-BINARIES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry", "kubectl")
+BINARIES = (*HOST_PROVIDER, *LATER)
 
 
 def pytest_command(settings: Settings, words: Sequence[str], *, reporter: Reporter) -> tuple[list[str], dict[str, str]]:

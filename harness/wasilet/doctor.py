@@ -19,7 +19,7 @@ from typing import Any
 from wasilet import process
 from wasilet.build import apt
 from wasilet.controlplane.acquire import locate
-from wasilet.controlplane.binaries import HOST_PROVIDER
+from wasilet.controlplane.binaries import HOST_PROVIDER, LATER
 from wasilet.controlplane.gobuild import Go, find_go, minimum_go
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings
@@ -161,13 +161,14 @@ def _memory_limits() -> Check:
 
 
 def _binaries(settings: Settings, go: Go) -> Iterator[Check]:
-    for name in HOST_PROVIDER:
+    for name in (*HOST_PROVIDER, *LATER):
         found = locate(name, cache=settings.cache, environ=settings.environ)
         if found is not None:
             yield Check(name=name, status="ok", detail=f"{found.version}, {found.source}: {found.path}")
         elif settings.download or go.path is not None:
             ways = [*(["downloaded"] if settings.download else []), *(["built by Go"] if go.path else [])]
-            yield Check(name=name, status="will", detail=f"will be {' or '.join(ways)} by the first `up`")
+            when = "after the first `up`" if name in LATER else "by the first `up`"
+            yield Check(name=name, status="will", detail=f"will be {' or '.join(ways)} {when}")
         else:
             yield Check(
                 name=name,

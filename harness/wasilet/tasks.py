@@ -208,7 +208,7 @@ def kubectl(c: Context, name: str = "") -> None:
     """
     from wasilet.cluster.status import kubectl_command
 
-    argv, env = kubectl_command(settings_of(c, name=name), remainder())
+    argv, env = kubectl_command(settings_of(c, name=name), remainder(), say=reporter().notice)
     exec_program(argv, env=env, cwd=os.environ.get("WASILET_INVOCATION_DIR"))
 
 

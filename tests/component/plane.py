@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from wasilet.controlplane.kubectl import ensure_kubectl
 from wasilet.controlplane.pki import CLUSTER_CA, Pki
 from wasilet.kube.client import api_path
 
@@ -25,8 +26,8 @@ class ControlPlane:
 
     def kubectl(self, *arguments: str) -> list[str]:
         """argv of a kubectl command as admin."""
-        binary = self._cluster.cluster.binary("kubectl")
-        return [binary, "--kubeconfig", str(self._cluster.admin_kubeconfig), *arguments]
+        binary = ensure_kubectl(self._cluster.settings, say=lambda _: None)
+        return [str(binary), "--kubeconfig", str(self._cluster.admin_kubeconfig), *arguments]
 
     def place_node(self, port: int) -> None:
         """The Node object, whose kubelet listens on this port of loopback."""

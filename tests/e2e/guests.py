@@ -24,8 +24,10 @@ import pytest
 import wasmtime
 from wasilet.apps.samples import find_app
 from wasilet.build.application import build
+from wasilet.build.component_host import ensure_component_host, found_component_host
 from wasilet.build.toolchain import find_rust
 from wasilet.demo.demo_services import private_registry
+from wasilet.errors import HarnessError
 from wasilet.oci.artifact import Artifact, Blob, Layout, make_artifact
 from wasilet.oci.logins import basic_header, logins_for
 from wasilet.oci.push import push, reference_named
@@ -147,6 +149,15 @@ def push_guests(cluster: Cluster, registry: str) -> Guests:
 def build_toolbox() -> bytes:
     """The module of ``tests/e2e/toolbox``."""
     return build_guest(str(FOLDER / "toolbox"))
+
+
+def needs_a_component_host() -> None:
+    """Skip where the component host is not here and cannot be built: no Rust, or one that is too old."""
+    if found_component_host(os.environ) is None:
+        try:
+            ensure_component_host(lambda _: None, os.environ)
+        except HarnessError as error:
+            pytest.skip(error.message)
 
 
 def needs_rust_for_bindings() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -16,15 +15,13 @@ from typing import Any
 import pytest
 from wasilet.apps.new_app import new_app
 from wasilet.apps.samples import sample_names
-from wasilet.build.component_host import ensure_component_host, found_component_host
 from wasilet.console import PlainReporter
 from wasilet.demo import demo as apps
-from wasilet.errors import HarnessError
 from wasilet.kube.client import api_path
 from wasilet.settings import Settings
 
 from tests.clusters import TestCluster
-from tests.e2e.guests import needs_rust_for_bindings
+from tests.e2e.guests import needs_a_component_host, needs_rust_for_bindings
 
 pytestmark = pytest.mark.e2e
 
@@ -53,14 +50,6 @@ def demo(name: str, settings: Settings, **options: Any) -> apps.DemoResult:
     result = apps.demo(name, settings, options=apps.DemoOptions(**options), reporter=PlainReporter(log))
     assert result.recap.succeeded, log.getvalue()
     return result
-
-
-def needs_a_component_host() -> None:
-    if found_component_host(os.environ) is None:
-        try:
-            ensure_component_host(lambda _: None, os.environ)
-        except HarnessError as error:
-            pytest.skip(error.message)
 
 
 def needs_what_it_is_built_with(name: str) -> None:

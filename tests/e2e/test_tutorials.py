@@ -25,6 +25,7 @@ from wasilet.controlplane.acquire import locate
 from wasilet.settings import cache_root
 
 from tests.docs_pages import DOCS, Command, File, begins, items, matches
+from tests.e2e.guests import needs_a_component_host, needs_rust_for_bindings
 
 pytestmark = pytest.mark.e2e
 
@@ -49,6 +50,8 @@ PAGES = (
     "tutorials/cat-facts.md",
     "tutorials/web-service.md",
 )
+SERVES = ("tutorials/web-service.md",)
+"""Its app is a component in Rust that answers HTTP requests."""
 
 
 class Shell:
@@ -237,6 +240,9 @@ def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_works_as_it_is_printed(shell: Shell, page: str) -> None:
+    if page in SERVES:
+        needs_a_component_host()
+        needs_rust_for_bindings()
     done = items((DOCS / page).read_text(), name=page)
     assert done
     for number, item in enumerate(done):

@@ -1,7 +1,7 @@
 """The cluster's DNS: the real CoreDNS as a process of this machine, behind the usual Service ``kube-dns``.
 
 ``python -P -m wasilet.cluster.cluster_dns ...`` installs what Services and names need (CoreDNS, and kube-proxy for the
-nodes), waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
+nodes) and kubectl, waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
 be built, that takes minutes, at the lowest priority: it begins when nothing that the user waits for is left to do.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wasilet.controlplane.acquire import Found, acquire, locate
+from wasilet.controlplane.binaries import LATER
 from wasilet.controlplane.components import Component, Probe
 from wasilet.controlplane.pod_network import NetworkPlan
 from wasilet.errors import HarnessError
@@ -24,8 +25,6 @@ from wasilet.state import State
 from wasilet.storage import write_file
 
 COMPONENT = "coredns"
-BINARIES = ("kube-proxy", "coredns")
-
 DNS_PORT, READY_PORT = "dns", "dns_ready"
 """Names of the ports: for queries at the machine's end of the nodes' links, for health on loopback."""
 
@@ -37,7 +36,7 @@ _RETRY_SECONDS = 60.0
 def has_binaries(settings: Settings) -> bool:
     """Whether nothing has to be installed first."""
     version = State.of(settings).cluster.kubernetes
-    return all(locate(name, cache=settings.cache, environ=settings.environ, kubernetes=version) for name in BINARIES)
+    return all(locate(name, cache=settings.cache, environ=settings.environ, kubernetes=version) for name in LATER)
 
 
 def corefile(plan: NetworkPlan, *, port: int, ready_port: int, kubeconfig: Path, resolv_conf: Path | None) -> str:
@@ -160,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kubernetes", default="")
     parser.add_argument("--no-download", action="store_true")
     options = parser.parse_args(argv)
-    path = _bring(options, BINARIES)[COMPONENT].path
+    path = _bring(options, LATER)[COMPONENT].path
     _wait_for(options.address)
     os.execv(path, [str(path), "-conf", str(options.corefile)])  # noqa: S606 - no shell is wanted
 

@@ -21,6 +21,7 @@ from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.up import own_components, steps
 from wasilet.controlplane import pod_network
 from wasilet.controlplane.components import Component
+from wasilet.controlplane.kubectl import ensure_kubectl
 from wasilet.controlplane.local_registry import login_file, registry_address
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import KubeObject, api_path
@@ -171,15 +172,16 @@ def kubeconfig_path(settings: Settings) -> Path:
     return recorded.path
 
 
-def kubectl_command(settings: Settings, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a kubectl that has the administrator's rights. Raises UsageError."""
+def kubectl_command(
+    settings: Settings, words: Sequence[str], *, say: Callable[[str], None]
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a kubectl that has the administrator's rights, brought now where the machine has
+    none. Raises UsageError; AcquireError: it cannot be had."""
     state = State.of(settings)
     if not state.exists():
         raise unknown_cluster(settings)
-    cluster = open_cluster(settings)
-    _find_binaries(cluster)
     env = {**settings.environ, "KUBECONFIG": str(state.admin_kubeconfig)}
-    return [cluster.binary("kubectl"), *words], env
+    return [str(ensure_kubectl(settings, say=say)), *words], env
 
 
 # --- logs ------------------------------------------------------------------------------------------------------------

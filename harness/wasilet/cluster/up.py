@@ -231,7 +231,7 @@ def _binaries_step(cluster: Cluster) -> Step:
     from wasilet.controlplane.acquire import acquire, locate
 
     settings = cluster.settings
-    names = (*cluster.provider.binaries, "registry", "kubectl")
+    names = (*cluster.provider.binaries, "registry")
     version = kubernetes_version.wanted(cluster)
 
     def look() -> Finding:

@@ -174,5 +174,7 @@ def binaries(kubernetes: str = "") -> Mapping[str, Binary]:
 
 
 BINARIES = binaries()
-HOST_PROVIDER = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry", "kubectl")
+HOST_PROVIDER = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "registry")
 """What ``up`` needs on the ``host`` provider."""
+LATER = ("kubectl", "kube-proxy", "coredns")
+"""What no node needs to be Ready: brought after it, where minutes of building would come before the first log line."""

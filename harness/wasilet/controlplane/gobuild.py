@@ -22,6 +22,11 @@ from wasilet.errors import CommandError, HarnessError
 from wasilet.process import run
 
 BUILD_TIMEOUT_SECONDS = 3600.0
+COMPILER_FLAGS = ("-gcflags=all=-dwarf=false",)
+"""The linker would throw the debugging information away (``-s -w``): not making it saves a tenth of the time."""
+COMPILER_SETTINGS = {"GOGC": "400"}
+"""Collect garbage less often than by default (100): compilers live for seconds. Less time for some 40 MB more each."""
+_BUILD_SETTINGS = {"CGO_ENABLED": "0", "GOWORK": "off", "GOTOOLCHAIN": "local", "GOFLAGS": ""}
 FREE_BYTES_NEEDED = 3 * 1024**3
 """Go's build cache of all four components takes 2.1 GB."""
 
@@ -85,7 +90,7 @@ def build(
         variables += [template.format(**fields) for template in binary.linker_variables]
     flags = " ".join(["-s", "-w", *(f"-X {variable}" for variable in dict.fromkeys(variables))])
     argv = [
-        *(str(go), "build", "-v", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", flags),
+        *(str(go), "build", "-v", "-mod=readonly", "-trimpath", "-buildvcs=false", *COMPILER_FLAGS, "-ldflags", flags),
         *("-o", f"{output}{os.sep}", *(binary.package for binary in binaries)),
     ]
     names = ", ".join(f"{binary.name} v{binary.version}" for binary in binaries)
@@ -94,7 +99,7 @@ def build(
             run(
                 argv,
                 cwd=HERE / pin,
-                env={**environ, "CGO_ENABLED": "0", "GOWORK": "off", "GOTOOLCHAIN": "local", "GOFLAGS": ""},
+                env={**COMPILER_SETTINGS, **environ, **_BUILD_SETTINGS},
                 timeout_seconds=BUILD_TIMEOUT_SECONDS,
                 on_line=ticker.line,
             )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 
-from wasilet.errors import UsageError
+from wasilet.errors import HarnessError
 from wasilet.process import run
 from wasilet.testing.cluster import WasmCluster
 
@@ -21,7 +22,7 @@ def run_kubectl(
     timeout_seconds: float = 60.0,
     check: bool = True,
 ) -> str:
-    """Its stdout (with ``check=False`` its stderr too). Raises CommandError; UsageError: no kubectl."""
+    """Its stdout (with ``check=False`` its stderr too). Raises CommandError; AcquireError: no kubectl can be had."""
     elsewhere = any(word in _ELSEWHERE or word.startswith(("-n=", "--namespace=")) for word in words)
     where = () if elsewhere else ("--namespace", namespace)
     done = run(
@@ -35,15 +36,15 @@ def run_kubectl(
 
 
 def _binary(cluster: WasmCluster) -> str:
-    from wasilet.controlplane.acquire import locate
-    from wasilet.controlplane.versions import minor_of, versions
-    from wasilet.state import State
+    from wasilet.controlplane.kubectl import ensure_kubectl
 
-    environ = cluster.settings.environ
-    version = State.of(cluster.settings).cluster.kubernetes
-    known = version if minor_of(version) in versions().kubernetes else ""
-    found = locate("kubectl", cache=cluster.settings.cache, environ=environ, kubernetes=known)
-    path = str(found.path) if found is not None else shutil.which("kubectl", path=environ.get("PATH"))
-    if path is None:
-        raise UsageError("there is no kubectl on this machine", hint="`invoke up` brings one")
-    return path
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201 - pytest keeps it with the test
+
+    try:
+        return str(ensure_kubectl(cluster.settings, say=say))
+    except HarnessError:
+        # Any will do for most of what tests ask it.
+        if path := shutil.which("kubectl", path=cluster.settings.environ.get("PATH")):
+            return path
+        raise
