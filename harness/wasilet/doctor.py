@@ -214,7 +214,7 @@ def _other_compilers(environ: Mapping[str, str]) -> Iterator[Check]:
     path = environ.get("PATH")
     for name, purpose, hint in (
         ("clang", "the sample in C", apt.command(CLANG_PACKAGES)),
-        ("npm", "the sample in TypeScript", "install Node.js 20 or newer"),
+        ("npm", "apps in JavaScript and TypeScript", "install Node.js 20 or newer"),
     ):
         found = shutil.which(name, path=path)
         if found:

@@ -696,7 +696,7 @@ def samples(c: Context) -> None:
     help={
         "app": "the app's name: a folder of that name is made here",
         "folder": "where to make it (default: here)",
-        "template": "command (default), or a service that answers HTTP: http-rust or http-python",
+        "template": "command (default), or a service that answers HTTP: http-rust, http-python or http-js",
     },
 )
 @command

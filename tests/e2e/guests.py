@@ -25,6 +25,7 @@ import wasmtime
 from wasilet.apps.samples import find_app
 from wasilet.build.application import build
 from wasilet.build.component_host import ensure_component_host, found_component_host
+from wasilet.build.npm import find_node
 from wasilet.build.toolchain import find_rust
 from wasilet.demo.demo_services import private_registry
 from wasilet.errors import HarnessError
@@ -158,6 +159,14 @@ def needs_a_component_host() -> None:
             ensure_component_host(lambda _: None, os.environ)
         except HarnessError as error:
             pytest.skip(error.message)
+
+
+def needs_node() -> None:
+    """Skip where no Node.js can run the compilers that come by npm."""
+    try:
+        find_node("this test", os.environ)
+    except HarnessError as error:
+        pytest.skip(error.message)
 
 
 def needs_rust_for_bindings() -> None:

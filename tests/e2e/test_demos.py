@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +18,7 @@ from wasilet.kube.client import api_path
 from wasilet.settings import Settings
 
 from tests.clusters import TestCluster
-from tests.e2e.guests import needs_a_component_host, needs_rust_for_bindings
+from tests.e2e.guests import needs_a_component_host, needs_node, needs_rust_for_bindings
 
 pytestmark = pytest.mark.e2e
 
@@ -57,12 +54,8 @@ def needs_what_it_is_built_with(name: str) -> None:
         needs_a_component_host()
     if name in {"http-rust", "tcp-echo"}:
         needs_rust_for_bindings()
-    if name != "hello-ts":
-        return
-    node = shutil.which("node")
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout if node else "v0"
-    if int(re.findall(r"\d+", version)[0]) < 20 or shutil.which("npm") is None:
-        pytest.skip("AssemblyScript's compiler needs Node.js 20 or newer and npm, which are not installed")
+    if name in {"hello-ts", "http-js"}:
+        needs_node()
 
 
 @pytest.mark.parametrize(

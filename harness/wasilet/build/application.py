@@ -1,7 +1,7 @@
 """An application's folder becomes one wasm module in the cache: ``invoke build``.
 
-What the folder holds decides how: ``Cargo.toml`` (cargo), ``package.json`` with AssemblyScript (npm), ``app.py``
-(componentize-py), ``*.c`` (clang).
+What the folder holds decides how: ``Cargo.toml`` (cargo), ``app.js`` or ``app.ts`` (componentize-js), ``package.json``
+with AssemblyScript (npm), ``app.py`` (componentize-py), ``*.c`` (clang).
 Nothing is ever written into the folder but what the tools themselves keep there (a missing ``Cargo.lock``).
 
 A second build of unchanged sources starts no tool at all: a record beside the module names every file that went into
@@ -128,8 +128,12 @@ def wasi_version(module: Path) -> str:
 
 
 def _builder(app: App) -> Callable[[App, Path, Say, Mapping[str, str]], Made]:
+    from wasilet.build.componentize_js import build_javascript, entry_of
+
     if (app.folder / "Cargo.toml").is_file():
         return _build_rust
+    if entry_of(app.folder) is not None:
+        return build_javascript
     if (app.folder / "package.json").is_file():
         from wasilet.build.assemblyscript import build_assemblyscript
 
@@ -144,8 +148,8 @@ def _builder(app: App) -> Callable[[App, Path, Say, Mapping[str, str]], Made]:
         return build_c
     raise UsageError(
         f"{app.folder} holds nothing to build",
-        hint="an app has a Cargo.toml (Rust), a package.json (AssemblyScript), an app.py (Python) or *.c files; "
-        "`invoke new` makes one",
+        hint="an app has a Cargo.toml (Rust), an app.js or app.ts (JavaScript, TypeScript), a package.json "
+        "(AssemblyScript), an app.py (Python) or *.c files; `invoke new` makes one",
     )
 
 
