@@ -1,11 +1,10 @@
-"""``invoke bench``: how fast, on this machine, in medians and beside the figures that the project holds itself to.
+"""``invoke bench up`` and ``pods``: the command line, and what a node does.
 
-It measures and prints and judges nothing: a figure on a busy machine says more about the machine. A separate cluster
-is started for it and deleted with all it held, so that no one's images, kubeconfig or pods have a part in it.
+``up``: the command line as a person types it, interpreter and all. ``pods``: from the creation of a pod to the status
+that says Running, as a watch sees it; bursts, deletions, the agent's memory over many pods, and logs.
 
-Three modes. ``up``: the command line as a person types it, interpreter and all. ``pods``: from the creation of a pod to
-the status that says Running, as a watch sees it; bursts, deletions, the agent's memory over many pods, and logs.
-``http``: requests against what serves them elsewhere (``bench_throughput``), and pods that serve (``bench_http``).
+A separate cluster is started for it and deleted with all it held, so that no one's images, kubeconfig or pods have a
+part in it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from wasilet import process
-from wasilet.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
+from wasilet.errors import ApiError, HarnessError, WaitTimeoutError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
 from wasilet.providers.base import Cluster
 from wasilet.settings import Settings
@@ -73,37 +72,6 @@ class Figure:
             text += f" target {self.target:g}, ratio {self.value / self.target:.2f}"
         notes = "; ".join(note for note in (self.detail, self.peers) if note)
         return text + (f"  ({notes})" if notes else "")
-
-
-class Measured(Protocol):
-    """What a benchmark prints."""
-
-    def to_json(self) -> dict[str, Any]:
-        """For ``--output json``."""
-
-    def line(self) -> str:
-        """For people."""
-
-
-def figures(what: str, settings: Settings, *, runs: int, pods: int, reporter: Reporter) -> Iterator[Measured]:
-    """``up``, ``pods`` or ``http``, as they are measured. Raises UsageError for anything else."""
-
-    def say(line: str) -> None:
-        sys.stderr.write(f"bench: {line}\n")
-
-    if runs < 1 or pods < 0:
-        raise UsageError("at least one run, and at least one pod (0: as many as is usual)")
-    if what == "up":
-        yield from bench_up(settings, runs=runs, say=say)
-    elif what == "pods":
-        yield from bench_pods(settings, pods=pods or TURN_PODS, reporter=reporter, say=say)
-    elif what == "http":
-        from wasilet_dev import bench_http, bench_throughput
-
-        yield from bench_throughput.compare(settings, rounds=runs, say=say)
-        yield from bench_http.bench_servers(settings, pods=pods or bench_http.PODS, reporter=reporter, say=say)
-    else:
-        raise UsageError(f"there is no benchmark {what!r}", hint="there are up, pods and http")
 
 
 # --- up --------------------------------------------------------------------------------------------------------------

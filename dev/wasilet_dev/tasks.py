@@ -61,7 +61,7 @@ def bench(c: Context, what: str, runs: int = 3, pods: int = 0, output: str = "te
       invoke bench up --runs 5
       invoke bench http --pods 500
     """
-    from wasilet_dev.bench import figures
+    from wasilet_dev.benchmarks import figures
 
     checked_output(output)
     measured = figures(what, settings_of(c), runs=runs, pods=pods, reporter=reporter())
