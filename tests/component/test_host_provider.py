@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from wasilet.cluster import cluster_dns
+from wasilet.cluster import cluster_dns, service_ports
 from wasilet.cluster.down import down
 from wasilet.cluster.status import status
 from wasilet.cluster.up import up
@@ -90,7 +90,11 @@ def pids(settings: Settings) -> dict[str, int | None]:
 
 def of_the_pod_network(made: TestCluster) -> tuple[str, ...]:
     """The components that are there on machines that allow it."""
-    return () if pod_network.plan_of(made.cluster.state) is None else (pod_network.DOOR, cluster_dns.COMPONENT)
+    return (
+        ()
+        if pod_network.plan_of(made.cluster.state) is None
+        else (pod_network.DOOR, service_ports.COMPONENT, cluster_dns.COMPONENT)
+    )
 
 
 def dns_is_there(made: TestCluster) -> bool:

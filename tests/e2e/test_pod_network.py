@@ -188,6 +188,68 @@ def test_the_machine_reaches_pods_services_and_node_ports(net: Net) -> None:
         assert echo(plan.uplink(node).partition("/")[0], service["ports"][0]["nodePort"], "by port") == "by port"
 
 
+def test_a_node_port_is_open_on_the_machines_own_addresses_while_the_service_lasts(net: Net) -> None:
+    body = {"type": "NodePort", "selector": {"app": "echo"}, "ports": [{"port": 80, "targetPort": "echo"}]}
+    made = net.kube.create(api_path("services", namespace=NAMESPACE), {"metadata": {"name": "local"}, "spec": body})
+    port = made["spec"]["ports"][0]["nodePort"]
+    places = [("127.0.0.1", port), (net.cluster.access.node_address, port)]
+    for place in places:
+        wait(lambda place=place: answers(*place), f"a listener at {place}")  # type: ignore[misc]
+    net.kube.delete(api_path("services", "local", namespace=NAMESPACE))
+    for place in places:
+        wait(lambda place=place: refused(*place), f"the end of the listener at {place}")  # type: ignore[misc]
+
+
+def test_a_load_balancer_has_its_own_port_or_a_free_one_and_says_which(net: Net) -> None:
+    address = net.cluster.access.node_address
+    with socket.create_server((address, 0)) as foreign:
+        taken = foreign.getsockname()[1]
+    with socket.create_server((address, taken)):
+        spec = {"type": "LoadBalancer", "selector": {"app": "echo"}}
+        for name, number in (("taken", taken), ("free", taken + 1 if taken < 65535 else taken - 1)):
+            ports = [{"port": number, "targetPort": "echo"}]
+            net.kube.create(
+                api_path("services", namespace=NAMESPACE),
+                {"metadata": {"name": name}, "spec": {**spec, "ports": ports}},
+            )
+        try:
+            wait(lambda: ingress(net, "taken") and ingress(net, "free"), "addresses of both")
+            where = {name: ingress(net, name)["ports"][0]["port"] for name in ("taken", "free")}
+            assert where["taken"] != taken
+            for name, own in where.items():
+                assert ingress(net, name)["ip"] == address
+                wait(lambda own=own: answers(address, own), f"the balancer of {name}")  # type: ignore[misc]
+            events = net.kube.get(api_path("events", namespace=NAMESPACE))["items"]
+            told = [event["message"] for event in events if event["involvedObject"]["name"] == "taken"]
+            assert f"taken on this machine already: {taken} is at {address}:{where['taken']}" in told
+        finally:
+            for name in ("taken", "free"):
+                net.kube.delete(api_path("services", name, namespace=NAMESPACE))
+        wait(lambda: refused(address, where["taken"]), "the end of the balancer")
+
+
+def ingress(net: Net, service: str) -> dict[str, Any]:
+    """What the status of a load balancer names first; empty: nothing yet."""
+    status = net.kube.get(api_path("services", service, namespace=NAMESPACE)).get("status") or {}
+    return next(iter((status.get("loadBalancer") or {}).get("ingress") or ()), {})
+
+
+def answers(address: str, port: int) -> bool:
+    """Whether an echo server is behind it by now."""
+    with contextlib.suppress(OSError):
+        return echo(address, port, "hello") == "hello"
+    return False
+
+
+def refused(address: str, port: int) -> bool:
+    """Whether nobody listens there."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_a_network_policy_lets_friends_in_and_nobody_else(net: Net) -> None:
     peer = {"podSelector": {"matchLabels": {"friend": "yes"}}}
     spec = {

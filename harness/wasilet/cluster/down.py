@@ -120,7 +120,8 @@ def _components_step(cluster: Cluster) -> Step:
         _check_gone(left)
         for record in chosen:
             state.forget(record.name)
-        (state.run / "approver.status").unlink(missing_ok=True)
+        for status in state.run.glob("*.status"):
+            status.unlink(missing_ok=True)
         return f"ended {len(chosen)}"
 
     return Step(name="components", look=look, change=change, after=())

@@ -30,7 +30,7 @@ _IP_FREEBIND = 15
 """``linux/in.h``; Python has no name for it."""
 
 
-def _listener(address: tuple[str, int], *, freebind: bool) -> socket.socket:
+def listener(address: tuple[str, int], *, freebind: bool) -> socket.socket:
     """``freebind``: also at an address that this machine does not have yet. Raises OSError."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -73,11 +73,11 @@ async def serve(
                 logger.warning("more than %d connections: one was refused", MAX_CONNECTIONS)
                 return
             async with places:
-                await _forward(reader, writer, to)
+                await forward(reader, writer, to)
         finally:
             await _close(writer)
 
-    server = await asyncio.start_server(accept, sock=_listener(listen, freebind=freebind))
+    server = await asyncio.start_server(accept, sock=listener(listen, freebind=freebind))
     logger.info("%s:%d leads to %s:%d", *listen, *to)
     async with server:
         await stop.wait()
@@ -91,7 +91,7 @@ def _is_within(peer: tuple[str, int] | None, allowed: Sequence[Network]) -> bool
     return peer is not None and any(ipaddress.ip_address(peer[0]) in network for network in allowed)
 
 
-async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tuple[str, int]) -> None:
+async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tuple[str, int]) -> None:
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             there_reader, there_writer = await asyncio.open_connection(*to)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasilet.cluster import cluster_dns
+from wasilet.cluster import cluster_dns, service_ports
 from wasilet.cluster.join import door_steps, doors
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster_record import KubeconfigRecord
@@ -166,6 +166,7 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     made.update(doors(cluster))
     if (plan := pod_network.plan_of(cluster.state)) is not None:
         made[pod_network.DOOR] = lambda: pod_network.door_component(plan, cluster.ports()["apiserver"])
+        made[service_ports.COMPONENT] = lambda: _service_ports_component(cluster)
         if cluster.state.record(cluster_dns.COMPONENT) is not None:
             made[cluster_dns.COMPONENT] = lambda: cluster_dns.component(plan, cluster.settings, cluster.state)
     for index, node in enumerate(cluster.node_names()):
@@ -420,6 +421,10 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
     )
 
 
+def _service_ports_component(cluster: Cluster) -> Component:
+    return service_ports.component(cluster.state, cluster.provider.access(cluster).node_address)
+
+
 def local_origins(cluster: Cluster) -> tuple[str, ...]:
     """What pods may call on this machine: the demos' own API, and what the user allowed."""
     from wasilet.controlplane.components import cat_facts_origin
@@ -458,6 +463,8 @@ def _pod_network_steps(cluster: Cluster) -> list[Step]:
         text = f"pods {plan.pods}, Services {plan.services}"
         if record is None or not _api_answers(cluster):
             return Finding.differs(text, [f"+ {pod_network.DOOR}"])
+        if state.alive(service_ports.COMPONENT) is None:
+            return Finding.differs(text, [f"+ {service_ports.COMPONENT}"])
         if cluster_dns.has_binaries(cluster.settings) and state.alive(cluster_dns.COMPONENT) is None:
             return Finding.differs(text, [f"+ {cluster_dns.COMPONENT}"])
         wanted = pod_network.objects(plan, cluster.ports())
@@ -470,6 +477,7 @@ def _pod_network_steps(cluster: Cluster) -> list[Step]:
         ports, settings = cluster.ports(), cluster.settings
         ensure_running(pod_network.door_component(plan, ports["apiserver"]), state=state, settings=settings)
         create_missing(cluster.admin(), pod_network.objects(plan, ports))
+        ensure_running(_service_ports_component(cluster), state=state, settings=settings)
         text = f"pods {plan.pods}, Services {plan.services}"
         if not cluster_dns.has_binaries(settings):
             return f"{text}; what makes Services and names work comes after all else"

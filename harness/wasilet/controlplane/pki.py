@@ -84,6 +84,7 @@ def host_specs(*, addresses: Sequence[str], service_ip: str) -> tuple[Certificat
         CertificateSpec(name="netpol", authority=CLUSTER_CA, common_name="wasilet:network-policies"),
         CertificateSpec(name="coredns", authority=CLUSTER_CA, common_name="system:coredns"),
         CertificateSpec(name="approver", authority=CLUSTER_CA, common_name="wasilet:approver"),
+        CertificateSpec(name="service-ports", authority=CLUSTER_CA, common_name="wasilet:service-ports"),
         CertificateSpec(
             name="admin", authority=CLUSTER_CA, common_name="wasilet-admin", organizations=("system:masters",)
         ),

@@ -29,6 +29,7 @@ _CLIENTS = {
     "scheduler": "scheduler",
     "approver": "approver",
     "coredns": "coredns",
+    "service-ports": "service-ports",
 }
 """Kubeconfig ``etc/<key>.conf`` for certificate ``<value>``."""
 

@@ -14,8 +14,9 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from wasilet_node.runtime import supervisor_registry, supervisor_start, wire
+from wasilet_node.runtime import supervisor_registry, supervisor_start, wire, zygote
 from wasilet_node.runtime.client import RuntimeClient, ensure_supervisor
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, RuntimeUnavailableError, StartError
 from wasilet_node.runtime.records import Owner, Records
@@ -269,15 +270,30 @@ async def test_a_folder_that_cannot_be_used_is_an_unavailable_runtime(tmp_path: 
 # ---- nothing is left: descriptors, disk
 
 
+def _descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def _spares(pid: int) -> int:
+    """The sandboxes made ahead of time: one descriptor each, and how many there are is a matter of the moment."""
+    return sum(child.name() == "wasilet-ready" for child in psutil.Process(pid).children(recursive=True))
+
+
 async def test_without_descriptors_a_start_and_an_exec_are_refused_at_once(rig: Rig) -> None:
     running = await rig.client.start(rig.config(rig.artifact(SLEEPER)))
     pid = rig.pid()
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+    async def refilled() -> bool | None:
+        return _spares(pid) >= zygote.REFILL_BELOW or None
+
+    await eventually(refilled)
+    used = _descriptors(pid)
+    beside_the_spares = used - _spares(pid)
     refused = rig.config(rig.artifact(SLEEPER))
     for spare in (1, 3, 5):  # the exec's own connection, then some of the pipes
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + spare, before[1]))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             result = await rig.client.exec(running.id, ["guest"], timeout_seconds=5)
             assert result.exit_code == 126, result
             assert "Too many open files" in result.error
@@ -286,7 +302,7 @@ async def test_without_descriptors_a_start_and_an_exec_are_refused_at_once(rig: 
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
     async def all_closed() -> bool | None:
-        return len(list(Path(f"/proc/{pid}/fd").iterdir())) == used or None
+        return _descriptors(pid) - _spares(pid) == beside_the_spares or None
 
     await eventually(all_closed)
     assert (await rig.run(HELLO)).exit_code == 0
