@@ -1,10 +1,10 @@
-"""``invoke bench``: how fast, on this machine, in medians and beside the figures that the project holds itself to.
+"""``invoke bench up`` and ``pods``: the command line, and what a node does.
 
-It measures and prints and judges nothing: a figure on a busy machine says more about the machine. A separate cluster
-is started for it and deleted with all it held, so that no one's images, kubeconfig or pods have a part in it.
+``up``: the command line as a person types it, interpreter and all. ``pods``: from the creation of a pod to the status
+that says Running, as a watch sees it; bursts, deletions, the agent's memory over many pods, and logs.
 
-Two modes. ``up``: the command line as a person types it, interpreter and all. ``pods``: from the creation of a pod to
-the status that says Running, as a watch sees it; bursts, deletions, the agent's memory over many pods, and logs.
+A separate cluster is started for it and deleted with all it held, so that no one's images, kubeconfig or pods have a
+part in it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from wasilet import process
-from wasilet.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
+from wasilet.errors import ApiError, HarnessError, WaitTimeoutError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
 from wasilet.providers.base import Cluster
 from wasilet.settings import Settings
@@ -38,6 +38,7 @@ IN_FLIGHT = 10
 PROGRESS_SECONDS = 10.0
 LOG_MEGABYTES = 50
 LATENCY_RUNS = 30
+TURN_PODS = 300
 
 Say = Callable[[str], None]
 
@@ -73,21 +74,6 @@ class Figure:
         return text + (f"  ({notes})" if notes else "")
 
 
-def figures(what: str, settings: Settings, *, runs: int, pods: int, reporter: Reporter) -> list[Figure]:
-    """``up`` or ``pods``. Raises UsageError for anything else."""
-
-    def say(line: str) -> None:
-        sys.stderr.write(f"bench: {line}\n")
-
-    if runs < 1 or pods < 1:
-        raise UsageError("at least one run, and at least one pod")
-    if what == "up":
-        return bench_up(settings, runs=runs, say=say)
-    if what == "pods":
-        return bench_pods(settings, pods=pods, reporter=reporter, say=say)
-    raise UsageError(f"there is no benchmark {what!r}", hint="there are up and pods")
-
-
 # --- up --------------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +84,7 @@ def bench_up(settings: Settings, *, runs: int, say: Say) -> list[Figure]:
     if not (root / "tasks.py").is_file():
         raise HarnessError("the benchmark of the command line is part of a checkout, not of the installed package")
     taken: dict[str, list[float]] = defaultdict(list)
-    with _environment(settings) as bench:
+    with bench_cluster(settings) as bench:
 
         def timed(what: str, *words: str) -> None:
             say(what)
@@ -115,7 +101,7 @@ def bench_up(settings: Settings, *, runs: int, say: Say) -> list[Figure]:
                 timed("demo hello-world", "demo", "hello-world")
                 timed("down", "down", "--purge")
         finally:
-            _remove(bench)
+            remove_cluster(bench)
     targets = {"up, nothing there": 12.0, "up, all there": 1.5, "down": 3.0, "demo hello-world": 3.0}
     peers = {"up, nothing there": "kind, k3d and minikube: 12 to 35 s"}
     return [
@@ -141,13 +127,13 @@ def bench_pods(settings: Settings, *, pods: int, reporter: Reporter, say: Say) -
     from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import up
 
-    with _environment(replace(settings, max_pods=BURST_PODS + 50)) as bench:
+    with bench_cluster(replace(settings, max_pods=BURST_PODS + 50)) as bench:
         try:
             up(bench, reporter=reporter).raise_for_failure()
             with open_cluster(bench) as cluster:
                 return _Pods(cluster, say).measure(pods)
         finally:
-            _remove(bench)
+            remove_cluster(bench)
 
 
 class _Pods:
@@ -158,10 +144,8 @@ class _Pods:
         self.sleeper, self.ender, self.writer = _push_guests(cluster)
 
     def measure(self, pods: int) -> list[Figure]:
-        body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
-        self.kube.create("/api/v1/namespaces", body)
-        self._wait_for_service_account()
-        with _Watched(Kube(self.cluster.admin_credentials())) as watched:
+        make_namespace(self.kube)
+        with Watched(Kube(self.cluster.admin_credentials())) as watched:
             for image in (self.sleeper, self.ender, self.writer):
                 self._create("warm", image)
                 watched.wait({"warm": "Running"}, "Running")
@@ -173,7 +157,7 @@ class _Pods:
                 self._log(watched),
             ]
 
-    def _latency(self, watched: _Watched) -> list[Figure]:
+    def _latency(self, watched: Watched) -> list[Figure]:
         self.say(f"{LATENCY_RUNS} pods, one at a time")
         running, gone = [], []
         for number in range(LATENCY_RUNS):
@@ -193,7 +177,7 @@ class _Pods:
                 target=100.0,
                 peers="Krustlet 1073, kind 982",
             ),
-            Figure(name="create to Running, p90", value=_quantile(running, 0.9), unit="ms"),
+            Figure(name="create to Running, p90", value=quantile(running, 0.9), unit="ms"),
             Figure(
                 name="delete to gone, p50",
                 value=statistics.median(gone),
@@ -202,7 +186,7 @@ class _Pods:
             ),
         ]
 
-    def _burst(self, watched: _Watched) -> list[Figure]:
+    def _burst(self, watched: Watched) -> list[Figure]:
         self.say(f"{BURST_PODS} pods at once")
         names = [f"burst-{number}" for number in range(BURST_PODS)]
         began = time.monotonic()
@@ -225,7 +209,7 @@ class _Pods:
             Figure(name=f"burst of {BURST_PODS}, all gone", value=gone, unit="s"),
         ]
 
-    def _one_after_another(self, watched: _Watched, pods: int) -> list[Figure]:
+    def _one_after_another(self, watched: Watched, pods: int) -> list[Figure]:
         self.say(f"{pods} pods, {IN_FLIGHT} at a time")
         started = told = time.monotonic()
         sizes = [self._agent_mebibytes()]
@@ -256,7 +240,7 @@ class _Pods:
             ),
         ]
 
-    def _log(self, watched: _Watched) -> Figure:
+    def _log(self, watched: Watched) -> Figure:
         self.say(f"{LOG_MEGABYTES} MB of log")
         began = time.monotonic()
         self._create("writer", self.writer)
@@ -277,18 +261,10 @@ class _Pods:
         pod: KubeObject = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
         self.kube.create(api_path("pods", namespace=NAMESPACE), pod)
 
-    def _delete(self, watched: _Watched, names: Sequence[str]) -> None:
+    def _delete(self, watched: Watched, names: Sequence[str]) -> None:
         for name in names:
             self.kube.delete(api_path("pods", name, namespace=NAMESPACE))
         watched.wait(dict.fromkeys(names, "gone"), "gone")
-
-    def _wait_for_service_account(self) -> None:
-        path = api_path("serviceaccounts", "default", namespace=NAMESPACE)
-        deadline = time.monotonic() + WAIT_SECONDS
-        while self.kube.find(path) is None:
-            if time.monotonic() > deadline:
-                raise WaitTimeoutError(f"namespace {NAMESPACE} got no ServiceAccount within {WAIT_SECONDS:g} s")
-            time.sleep(0.05)
 
     def _agent_mebibytes(self) -> float:
         import psutil
@@ -297,8 +273,20 @@ class _Pods:
         return float(psutil.Process(record.process.pid).memory_info().rss) / 2**20
 
 
-class _Watched:
-    """When the bench's pods first showed each phase, on this process's clock; ``gone`` when they were deleted."""
+def make_namespace(kube: Kube) -> None:
+    """With its ServiceAccount. Raises WaitTimeoutError."""
+    kube.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+    path = api_path("serviceaccounts", "default", namespace=NAMESPACE)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while kube.find(path) is None:
+        if time.monotonic() > deadline:
+            raise WaitTimeoutError(f"namespace {NAMESPACE} got no ServiceAccount within {WAIT_SECONDS:g} s")
+        time.sleep(0.05)
+
+
+class Watched:
+    """When the bench's pods first showed each phase, on this process's clock; ``gone`` when they were deleted,
+    ``address`` and ``Ready`` when they had that."""
 
     def __init__(self, kube: Kube) -> None:
         self._kube = kube
@@ -309,6 +297,8 @@ class _Watched:
         self._failures = 0
         self._there: set[str] = set()
         self.at: dict[tuple[str, str], float] = {}
+        self.addresses: dict[str, str] = {}
+        """Of pods that were seen with ``address``."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -365,9 +355,15 @@ class _Watched:
         if name not in self._there:
             self._there.add(name)
             with self._changed:
-                for seen in ("Running", "Succeeded", "gone"):
+                for seen in ("Running", "Succeeded", "gone", "address", "Ready"):
                     self.at.pop((name, seen), None)
-        self._see(name, str(change["object"]["status"].get("phase")))
+        status = change["object"]["status"]
+        if status.get("podIP"):
+            self.addresses[name] = str(status["podIP"])
+            self._see(name, "address")
+        if any(each["type"] == "Ready" and each["status"] == "True" for each in status.get("conditions") or ()):
+            self._see(name, "Ready")
+        self._see(name, str(status.get("phase")))
 
     def _see(self, name: str, what: str) -> None:
         now = time.monotonic()
@@ -413,31 +409,31 @@ _WRITER = f"""(module {_IMPORTS}
       (br_if $again (local.get $left)))))"""
 
 
-def _push_guests(cluster: Cluster) -> tuple[str, str, str]:
-    """One that sleeps, one that ends at once, one that writes: references with digests."""
-    import wasmtime
+def push_guest(cluster: Cluster, module: Path) -> str:
+    """Its reference, with the digest."""
     from wasilet.controlplane.local_registry import registry_address
     from wasilet.oci.artifact import make_artifact
     from wasilet.oci.push import push, reference_named
 
-    registry = registry_address(cluster.ports()["registry"])
+    reference = f"{registry_address(cluster.ports()['registry'])}/bench/{module.stem.replace('_', '-')}:v1"
+    return push(make_artifact(module), reference_named(reference), environ=cluster.settings.environ).pinned
+
+
+def _push_guests(cluster: Cluster) -> tuple[str, str, str]:
+    """One that sleeps, one that ends at once, one that writes: references with digests."""
+    import wasmtime
+
     pinned = []
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("sleeper", _SLEEPER), ("ender", _ENDER), ("writer", _WRITER)):
             file = Path(folder) / f"{name}.wasm"
             file.write_bytes(wasmtime.wat2wasm(text))
-            pinned.append(
-                push(
-                    make_artifact(file),
-                    reference_named(f"{registry}/bench/{name}:v1"),
-                    environ=cluster.settings.environ,
-                ).pinned
-            )
+            pinned.append(push_guest(cluster, file))
     return pinned[0], pinned[1], pinned[2]
 
 
 @contextlib.contextmanager
-def _environment(settings: Settings) -> Iterator[Settings]:
+def bench_cluster(settings: Settings) -> Iterator[Settings]:
     """Settings for a cluster that touches nothing of the user's; the cache of binaries and builds is shared."""
     root = Path(tempfile.mkdtemp(prefix="wasilet-b", dir="/tmp"))
     environ = {
@@ -454,12 +450,12 @@ def _environment(settings: Settings) -> Iterator[Settings]:
             shutil.rmtree(root, ignore_errors=True)
 
 
-def _remove(bench: Settings) -> None:
+def remove_cluster(bench: Settings) -> None:
     from wasilet.cluster.down import down
 
     down(bench, reporter=SilentReporter(), purge=True).raise_for_failure()
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
+def quantile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]

@@ -41,32 +41,35 @@ def docs(c: Context) -> None:
     positional=["what"],
     auto_shortflags=False,
     help={
-        "what": "up (the command line) or pods (what the node does)",
-        "runs": "bench up: how often (default: 3); medians are printed",
-        "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300)",
+        "what": "up (the command line), pods (what the node does) or http (what serves)",
+        "runs": "bench up, bench http: how often (default: 3); medians are printed",
+        "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300); "
+        "bench http: how many serve at the same time (default: 20)",
         "output": OUTPUT_HELP,
     },
 )
 @command
-def bench(c: Context, what: str, runs: int = 3, pods: int = 300, output: str = "text") -> None:
+def bench(c: Context, what: str, runs: int = 3, pods: int = 0, output: str = "text") -> None:
     """Measure this machine and print the figures beside the targets; judges nothing.
 
-    A cluster of its own is brought up and taken down again.
+    A cluster of its own is brought up and taken down again. http compares the component host with `wasmtime serve` and
+    takes about ten minutes.
 
     Examples:
       invoke bench pods
       invoke bench pods --pods 10000     half an hour; is memory flat?
       invoke bench up --runs 5
+      invoke bench http --pods 500
     """
-    from wasilet_dev.bench import figures
+    from wasilet_dev.benchmarks import figures
 
     checked_output(output)
     measured = figures(what, settings_of(c), runs=runs, pods=pods, reporter=reporter())
     if output == "json":
         emit_json([figure.to_json() for figure in measured])
-    else:
-        for figure in measured:
-            emit(figure.line())
+        return
+    for figure in measured:
+        emit(figure.line())
 
 
 @task

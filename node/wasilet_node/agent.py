@@ -199,6 +199,7 @@ class _Agent:
         network: PodNetwork | None,
     ) -> Registration:
         from wasilet_node.identity import instance_id
+        from wasilet_node.images.offer import world_labels
         from wasilet_node.machine import is_advertisable
         from wasilet_node.registration import Registration
 
@@ -222,6 +223,7 @@ class _Agent:
             problem=lambda: self._problem or (network.problem if network is not None else None),
             network=network,
             images=images.list,
+            worlds=world_labels,
             on_names=on_names,
             on_unauthorized=certificates.rejected,
         )

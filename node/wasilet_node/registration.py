@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -111,11 +111,13 @@ class Registration:
         images: Callable[[], Awaitable[Sequence[dict[str, object]]]],
         on_names: Callable[[NodeNames], None],
         on_unauthorized: Callable[[], None],
+        worlds: Callable[[], Mapping[str, str]] = dict,
         network: NodeNetworkState | None = None,
     ) -> None:
         """``server``: the API server's URL, by which the node's address is found. ``port``: of the kubelet API.
         ``instance_id``: see ``wasilet_node.identity``.
-        ``problem``: why no pod can run, None when it can. ``on_names`` is called after the status holds them."""
+        ``problem``: why no pod can run, None when it can. ``worlds``: labels of what runs here, asked at each report.
+        ``on_names`` is called after the status holds them."""
         self._kube = kube
         self._contract = Contract(kube)
         self._events = events
@@ -130,6 +132,7 @@ class Registration:
         self._images = images
         self._on_names = on_names
         self._on_unauthorized = on_unauthorized
+        self._worlds = worlds
         self._network = network
         if network is not None:
             network.on_change = self.wake
@@ -204,6 +207,7 @@ class Registration:
         if node is None:
             return
         await self._look_up_address()
+        await self._keep_world_labels(node)
         now_levels = levels(self._settings.paths.data)
         status = await self._status(now_levels)
         verdicts = self._verdicts(now_levels)
@@ -443,8 +447,17 @@ class Registration:
             "kubernetes.io/os": ARCHITECTURE_LABEL,
             "kubernetes.io/hostname": self._hostname,
             "type": "wasilet",
+            **self._worlds(),
             **self._settings.labels,
         }
+
+    async def _keep_world_labels(self, node: KubeObject) -> None:
+        """What runs here may have come or gone while the agent runs. Raises KubeError."""
+        labels = (node.get("metadata") or {}).get("labels") or {}
+        wanted = {name: self._settings.labels.get(name, value) for name, value in self._worlds().items()}
+        changed = {name: value for name, value in wanted.items() if labels.get(name) != value}
+        if changed:
+            self._node = await self._kube.patch(self._path, {"metadata": {"labels": changed}})
 
     def _tell(self, before: Sequence[dict[str, Any]], verdicts: Sequence[Verdict]) -> None:
         known = {condition.get("type"): condition.get("status") for condition in before}

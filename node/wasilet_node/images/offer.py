@@ -1,6 +1,6 @@
 """What this node offers to components: what wasmtime's Python bindings do, and with the component host more.
 
-Asked at each pull, since the host may have been built a moment ago.
+Asked at each pull, since the host may have been built a moment ago; the Node's labels say the same for schedulers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,21 @@ HOST_OFFER: Final = COMMAND_OFFER | {
     *("wasi:http@0.2", "wasi:http@0.3", "wasi:config@0.2.0-rc.1"),
 }
 """What the crate's ``worlds.rs`` links; a further interface goes there and here."""
+
+
+def world_labels(*, find: Callable[[], object] = locate.find) -> dict[str, str]:
+    """The worlds that run here, each with ``true`` or ``false``: for a ``nodeSelector`` where nodes differ."""
+    try:
+        find()
+        with_host = "true"
+    except HostUnavailableError:
+        with_host = "false"
+    return {
+        **dict.fromkeys(("wasilet.dev/wasi-cli-0.1", "wasilet.dev/wasi-cli-0.2"), "true"),
+        **dict.fromkeys(
+            ("wasilet.dev/wasi-cli-0.3", "wasilet.dev/wasi-http-0.2", "wasilet.dev/wasi-http-0.3"), with_host
+        ),
+    }
 
 
 def offered(interfaces: Interfaces, *, find: Callable[[], object] = locate.find) -> str:

@@ -50,12 +50,13 @@ def run_local(
     cache_dir: Path,
     timeout_seconds: float | None = None,
     port: int = DEFAULT_PORT,
+    reuse: int | None = None,
 ) -> int:
     """The guest's exit code; 134 and its message on ``stderr_fd`` for a trap, 126 and why for one that cannot start,
     124 after ``timeout_seconds``, 130 after Ctrl-C, 128 + n for signal n.
 
     A component that answers HTTP requests listens on ``port`` of loopback (0: any that is free), and reports it on
-    ``stderr_fd``: ``SERVING`` and its URL.
+    ``stderr_fd``: ``SERVING`` and its URL. ``reuse`` is the setting of that name (``ServerSettings``).
 
     Raises CompileError with the compiler's message, and OSError when ``module_path`` cannot be read.
     """
@@ -85,7 +86,7 @@ def run_local(
         log_path="",
         # The user who types the command is the machine's operator: what is allowed by name is allowed here too.
         http=HttpPolicy(allowed_origins=tuple(allowed_origins), local_origins=tuple(allowed_origins)),
-        server=ServerSettings(port=port) if server else None,
+        server=ServerSettings(port=port, reuse=reuse) if server else None,
     )
     return _run(config, stdin_fd, stdout_fd, stderr_fd, timeout_seconds)
 

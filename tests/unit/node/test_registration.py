@@ -48,6 +48,7 @@ class Rig:
         self.names: list[NodeNames] = []
         self.unauthorized = 0
         self.problem: str | None = None
+        self.worlds: dict[str, str] = {}
         self.instance_id = "a" * 32
         self.settings = NodeSettings(
             **{
@@ -79,6 +80,7 @@ class Rig:
             runtime_version="50.0.1",
             problem=lambda: self.problem,
             images=images,
+            worlds=lambda: self.worlds,
             on_names=self.names.append,
             on_unauthorized=count,
         )
@@ -150,6 +152,24 @@ async def test_a_new_node_says_what_it_is(rig: Rig) -> None:
     }  # fmt: skip
     assert rig.names == [NodeNames(dns=frozenset({"n1"}), ips=frozenset({"192.0.2.7"}))]
     assert registration.uid() == rig.node["metadata"]["uid"]
+
+
+async def test_the_worlds_that_run_here_are_labels_that_follow_what_is_there(tmp_path: Path, rig: Rig) -> None:
+    rig.worlds = {"wasilet.dev/wasi-http-0.2": "false"}
+    async with running(rig.make()):
+        assert rig.node["metadata"]["labels"]["wasilet.dev/wasi-http-0.2"] == "false"
+        rig.worlds = {"wasilet.dev/wasi-http-0.2": "true"}
+        await until(lambda: rig.node["metadata"]["labels"]["wasilet.dev/wasi-http-0.2"] == "true")
+        assert rig.node["metadata"]["labels"]["type"] == "wasilet"
+
+
+async def test_a_label_of_the_operator_goes_before_what_runs_here(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, labels={"wasilet.dev/wasi-http-0.2": "never"})
+    rig.worlds = {"wasilet.dev/wasi-http-0.2": "true"}
+    registration = rig.make()
+    await registration.register()
+    await registration.report()
+    assert rig.node["metadata"]["labels"]["wasilet.dev/wasi-http-0.2"] == "never"
 
 
 async def test_labels_taints_and_provider_id_are_given_at_creation(rig: Rig) -> None:

@@ -13,7 +13,7 @@ from wasilet_common.components import Interfaces
 from wasilet_common.oci import mediatypes
 from wasilet_node.images.manager import ImageManager
 from wasilet_node.images.model import ImageError, PullPolicy
-from wasilet_node.images.offer import offered
+from wasilet_node.images.offer import offered, world_labels
 from wasilet_node.images.preflight import COMMAND_OFFER, refusal
 from wasilet_node.runtime.component_host.library import HostUnavailableError
 from wasilet_node.settings import ImageSettings
@@ -218,6 +218,16 @@ def test_what_needs_the_component_host_is_told_how_to_have_it(
     for find, why in ((lambda: None, with_host), (_no_host, without)):
         refused = offered(interfaces, find=find)
         assert (why in refused) if why else refused == ""
+
+
+def test_the_labels_name_what_runs_here_now() -> None:
+    labels = {find: world_labels(find=find) for find in (_no_host, lambda: None)}
+    without, with_host = labels.values()
+    assert set(with_host.values()) == {"true"}
+    assert {name for name, value in without.items() if value == "true"} == {
+        "wasilet.dev/wasi-cli-0.1",
+        "wasilet.dev/wasi-cli-0.2",
+    }
 
 
 @pytest.mark.parametrize(
