@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from wasilet_common.backoff import ImagePullBackoff
 from wasilet_common.oci import credentials as pull_credentials
 from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import InvalidReferenceError, Reference, parse
@@ -25,7 +26,6 @@ from wasilet_common.oci.registry import RegistryClient
 from wasilet_common.singleflight import SingleFlight
 from wasilet_common.time_format import go_duration
 
-from wasilet_node.images.backoff import Backoff
 from wasilet_node.images.compile import Begins, CompileError
 from wasilet_node.images.files import FilePuller
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
@@ -103,7 +103,7 @@ class ImageManager:
                 monotonic=monotonic,
                 of_files=True,
             )
-        self._backoff = Backoff(clock=monotonic)
+        self._backoff = ImagePullBackoff(clock=monotonic)
         self._in_use: frozenset[str] = frozenset()
         self._servers: dict[str, bool] = {}
         self._pulls: SingleFlight[Hashable, Pulled] = SingleFlight()

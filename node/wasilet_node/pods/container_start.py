@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
 from wasilet_common.cri_log import layout
 from wasilet_common.oci.credentials import Credential
 from wasilet_common.pod_fields import Container, Pod
@@ -22,7 +23,6 @@ from wasilet_node.kube.base import KubeError
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import resources
-from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.environment import expand_command, process_environment
 from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX

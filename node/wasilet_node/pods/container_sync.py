@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any, Protocol
 
 from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
 from wasilet_common.cri_log import layout
 from wasilet_common.pod_fields import Container, Pod, Role
 
 from wasilet_node.kube import fields
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import sandboxes, termination
-from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
 from wasilet_node.pods.plan import Kill, KillReason, Plan, make_plan

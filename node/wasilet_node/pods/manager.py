@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
 from wasilet_common.cri_log import layout
 from wasilet_common.pod_fields import Pod
 
@@ -21,7 +22,6 @@ from wasilet_node.kube.base import KubeObject
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import admission, resources, termination
 from wasilet_node.pods.admission import Neighbour
-from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.container_start import ANNOTATION_MODULE
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.eviction import Evictor

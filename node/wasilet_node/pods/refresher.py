@@ -7,10 +7,10 @@ import logging
 import random
 
 from wasilet_common import pod_fields
+from wasilet_common.backoff import NotBefore
 from wasilet_common.pod_fields import Pod
 
 from wasilet_node.kube.base import KubeError
-from wasilet_node.pods.backoff import NotBefore
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError
 

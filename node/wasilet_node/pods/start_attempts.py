@@ -6,17 +6,11 @@ import logging
 import random
 
 from wasilet_common import pod_fields
+from wasilet_common.backoff import CrashLoopBackoff, RetryBackoff, crash_loop_seconds
 from wasilet_common.pod_fields import Container, Pod
 from wasilet_common.time_format import NANOSECONDS, go_duration
 
 from wasilet_node.pods import hooks, resources
-from wasilet_node.pods.backoff import (
-    CRASH_LOOP_INITIAL_SECONDS,
-    CRASH_LOOP_MAX_SECONDS,
-    CrashLoopBackoff,
-    NotBefore,
-    RetryBackoff,
-)
 from wasilet_node.pods.container_start import Late, LaunchError, launch
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.status import Waiting
@@ -147,7 +141,7 @@ class StartAttempts:
             return _RUNTIME_RETRY_SECONDS
         if error.counts:
             failures = self._failed_starts[name] = self._failed_starts.get(name, 0) + 1
-            return float(min(CRASH_LOOP_INITIAL_SECONDS * 2 ** min(failures - 1, 10), CRASH_LOOP_MAX_SECONDS))
+            return crash_loop_seconds(failures)
         if error.reason in _IMAGE_REASONS:
             # How long a registry is left alone is the image store's business; this is only how often it is asked. The
             # first time soon, so that a failed pull is seen as what it then is, a back-off; then ever more rarely, as

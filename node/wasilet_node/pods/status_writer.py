@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
 from wasilet_common.pod_fields import Pod
 
 from wasilet_node.kube.base import (
@@ -29,7 +30,6 @@ from wasilet_node.kube.base import (
     NotFoundError,
     TooManyRequestsError,
 )
-from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.conditions import OWNED, TRANSIENT
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
 from wasilet_common.pod_fields import Container, Pod, Role
 
 from wasilet_node.pods import hooks
-from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.runtime.protocol import ContainerStatus, RuntimeUnavailableError
 

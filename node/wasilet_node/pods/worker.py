@@ -19,6 +19,7 @@ from enum import IntEnum
 from typing import Any
 
 from wasilet_common import pod_fields
+from wasilet_common.backoff import NotBefore, RetryBackoff
 from wasilet_common.cri_log import layout
 from wasilet_common.pod_fields import Pod
 from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
@@ -26,7 +27,6 @@ from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
 from wasilet_node.kube.base import KubeError, NotFoundError
 from wasilet_node.pods import recovery, resources, termination
 from wasilet_node.pods import status as status_of
-from wasilet_node.pods.backoff import NotBefore, RetryBackoff
 from wasilet_node.pods.container_sync import ContainerSync, Job, soonest
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from wasilet_common import pod_fields
+from wasilet_common.backoff import CrashLoopBackoff, NotBefore, RetryBackoff
 from wasilet_common.cri_log import layout, reader
 from wasilet_common.time_format import go_duration
-from wasilet_node.pods.backoff import CrashLoopBackoff, NotBefore, RetryBackoff
 from wasilet_node.pods.http_policy import ALLOWED_DOMAINS, MAX_CONCURRENT_REQUESTS, http_policy
 from wasilet_node.pods.plan import KillReason
 from wasilet_node.pods.termination import kill_grace
