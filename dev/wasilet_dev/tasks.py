@@ -41,8 +41,8 @@ def docs(c: Context) -> None:
     positional=["what"],
     auto_shortflags=False,
     help={
-        "what": "up (the command line), pods (what the node does), floor (the node beside the least that a node must do) "
-        "or http (what serves)",
+        "what": "up (the command line), pods (what the node does), "
+        "floor (the node beside the least that a node must do) or http (what serves)",
         "runs": "bench up, floor, http: how often (default: 3); medians are printed",
         "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300); "
         "bench floor: how many are a burst (default: 100); "

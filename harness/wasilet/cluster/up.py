@@ -446,6 +446,10 @@ def _late_binary(cluster: Cluster, name: str) -> Path:
     )
 
 
+def _why_no_pod_network(state: State) -> str:
+    return pod_network.why_absent(state) or "this cluster was made without one; `invoke down --purge` ends it for good"
+
+
 def _pod_network_steps(cluster: Cluster) -> list[Step]:
     """Whether there is a pod network is decided by the first step, so these are always in the list."""
     from wasilet.kube.manifests import create_missing, missing_objects
@@ -457,8 +461,11 @@ def _pod_network_steps(cluster: Cluster) -> list[Step]:
     def look() -> Finding:
         plan = pod_network.plan_of(state)
         if plan is None:
-            reason = pod_network.why_absent(state)
-            return Finding.ok(f"none: {reason}") if state.exists() else Finding.differs("choose addresses")
+            return (
+                Finding.ok(f"none: {_why_no_pod_network(state)}")
+                if state.exists()
+                else Finding.differs("choose addresses")
+            )
         record = state.alive(pod_network.DOOR)
         text = f"pods {plan.pods}, Services {plan.services}"
         if record is None or not _api_answers(cluster):
@@ -473,7 +480,7 @@ def _pod_network_steps(cluster: Cluster) -> list[Step]:
     def change(_: Progress) -> str:
         plan = pod_network.plan_of(state)
         if plan is None:
-            return f"none: {pod_network.why_absent(state)}"
+            return f"none: {_why_no_pod_network(state)}"
         ports, settings = cluster.ports(), cluster.settings
         ensure_running(pod_network.door_component(plan, ports["apiserver"]), state=state, settings=settings)
         create_missing(cluster.admin(), pod_network.objects(plan, ports))

@@ -26,7 +26,7 @@ from wasilet_common.singleflight import SingleFlight
 from wasilet_common.time_format import go_duration
 
 from wasilet_node.images.backoff import Backoff
-from wasilet_node.images.compile import CompileError
+from wasilet_node.images.compile import Begins, CompileError
 from wasilet_node.images.files import FilePuller
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
 from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 _GC_INTERVAL_SECONDS: Final = 300.0
 """kubelet's ImageGCPeriod."""
 
+_TOLD_BYTES: Final = 4 * 2**20
+"""Larger images take seconds to compile, and who waits should know for what; smaller ones are not worth an event."""
+
 _STATUS_IMAGES: Final = 50
 """kubelet's nodeStatusMaxImages."""
 
@@ -49,7 +52,14 @@ class ModuleCompiler(Protocol):
     """What is needed of ``wasilet_node.images.compile.Compiler``. Who made it closes it."""
 
     async def compile(
-        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False, owner: str = ""
+        self,
+        module_path: Path,
+        module_digest: str,
+        kind: GuestKind,
+        *,
+        server: bool = False,
+        owner: str = "",
+        begins: Begins | None = None,
     ) -> Path: ...
 
     async def prune(self, keep_digests: Collection[str]) -> None: ...
@@ -225,14 +235,26 @@ class ImageManager:
         self._backoff.forget_expired()
         return await self._image(name, reference, pulled.record)
 
-    async def compiled(self, image: Image, *, owner: str = "") -> Path:
+    async def compiled(self, image: Image, *, owner: str = "", event: EventSink | None = None) -> Path:
         """See ``Images``."""
         self._store.touch(image.manifest_digest)
+
+        async def begins() -> None:
+            if event is not None and image.size_bytes >= _TOLD_BYTES:
+                size = f"{image.size_bytes / 2**20:.0f} MiB"
+                message = f"Compiling image {_quote(image.reference)} ({size}), once on this node"
+                await _emit(event, "Normal", "Compiling", message)
+
         try:
             return await self._compiles.do(
                 image.module_digest,
                 lambda: self._compiler.compile(
-                    image.module_path, _cache_key(image.module_digest), image.kind, server=image.server, owner=owner
+                    image.module_path,
+                    _cache_key(image.module_digest),
+                    image.kind,
+                    server=image.server,
+                    owner=owner,
+                    begins=begins,
                 ),
             )
         except CompileError as error:

@@ -173,7 +173,7 @@ async def _prepare(
     argv = expand_command(container, environment, image)
     if not argv:
         raise ContainerConfigError("no command specified")
-    artifact = await services.images.compiled(image, owner=pod["metadata"]["namespace"])
+    artifact = await services.images.compiled(image, owner=pod["metadata"]["namespace"], event=event)
     return ContainerConfig(
         id=secrets.token_hex(32),
         pod_uid=spec.uid(pod),

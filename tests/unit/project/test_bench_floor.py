@@ -119,7 +119,8 @@ async def test_the_stand_in_writes_each_thing_once_and_in_order(
             for _ in range(2):  # its own writes come back to it
                 kube.changes.put_nowait(WatchEvent(type="MODIFIED", object=shown))
             async with asyncio.timeout(5), kube.wrote:
-                await kube.wrote.wait_for(lambda wanted=len(expected): len(kube.written) >= wanted)  # type: ignore[misc]
+                while len(kube.written) < len(expected):
+                    await kube.wrote.wait()
             assert kube.written == expected
     finally:
         agent.cancel()
