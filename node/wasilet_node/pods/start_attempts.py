@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import random
 
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Container, Pod
 from wasilet_common.time_format import NANOSECONDS, go_duration
 
-from wasilet_node.pods import hooks, resources, spec
+from wasilet_node.pods import hooks, resources
 from wasilet_node.pods.backoff import (
     CRASH_LOOP_INITIAL_SECONDS,
     CRASH_LOOP_MAX_SECONDS,
@@ -17,7 +19,6 @@ from wasilet_node.pods.backoff import (
 )
 from wasilet_node.pods.container_start import Late, LaunchError, launch
 from wasilet_node.pods.dependencies import PodDependencies
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.pods.status import Waiting
 from wasilet_node.runtime.protocol import ContainerStatus, RuntimeUnavailableError
 
@@ -65,26 +66,26 @@ class StartAttempts:
 
     def note_back_off(self, pod: Pod, name: str, instance: ContainerStatus) -> None:
         """The container waits after a crash: report it in the status, and once in an event."""
-        found = spec.find_container(pod, name)
+        found = pod_fields.find_container(pod, name)
         if found is None or self._told.get(name) == instance.id:
             return
         self._told[name] = instance.id
         delay = go_duration(self._crash_loop.delay(_key(found[1])))
         self.waiting[name] = Waiting(
             reason="CrashLoopBackOff",
-            message=f"back-off {delay} restarting failed container={name} pod={spec.format_pod(pod)}",
+            message=f"back-off {delay} restarting failed container={name} pod={pod_fields.format_pod(pod)}",
         )
         self._services.events.event(
             pod,
             "Warning",
             "BackOff",
-            f"Back-off restarting failed container {name} in pod {spec.format_pod(pod)}",
-            field_path=spec.field_path(pod, name),
+            f"Back-off restarting failed container {name} in pod {pod_fields.format_pod(pod)}",
+            field_path=pod_fields.field_path(pod, name),
         )
 
     def retry_in(self, pod: Pod, name: str, now: float) -> float:
         """Seconds until a container that could not be started is tried again."""
-        found = spec.find_container(pod, name)
+        found = pod_fields.find_container(pod, name)
         image, not_before = self._retry_at.get(name, ("", NotBefore()))
         if found is None or image == found[1].get("image", ""):
             return not_before.left(now)
@@ -137,7 +138,7 @@ class StartAttempts:
                 "Warning",
                 "CPULimitNotEnforced",
                 f"The cpu limit of {limit} is not enforced: the node may not make a cgroup for the container",
-                field_path=spec.field_path(pod, container["name"]),
+                field_path=pod_fields.field_path(pod, container["name"]),
             )
 
     def _delay(self, name: str, error: LaunchError) -> float:
@@ -179,7 +180,7 @@ class StartAttempts:
                 timeout_seconds=hooks.POST_START_TIMEOUT_SECONDS,
             )
         except hooks.HookError as error:
-            path = spec.field_path(pod, container["name"])
+            path = pod_fields.field_path(pod, container["name"])
             self._services.events.event(pod, "Warning", "FailedPostStartHook", "PostStartHook failed", field_path=path)
             self.waiting[container["name"]] = Waiting(reason="PostStartHookError", message=str(error))
             return False
