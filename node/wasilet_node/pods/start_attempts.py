@@ -6,7 +6,7 @@ import logging
 import random
 
 from wasilet_common import pod_fields
-from wasilet_common.backoff import CrashLoopBackoff, RetryBackoff, crash_loop_seconds
+from wasilet_common.backoff import CrashLoopBackoff, NotBefore, RetryBackoff, crash_loop_seconds
 from wasilet_common.pod_fields import Container, Pod
 from wasilet_common.time_format import NANOSECONDS, go_duration
 
