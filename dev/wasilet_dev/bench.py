@@ -419,6 +419,16 @@ def push_guest(cluster: Cluster, module: Path) -> str:
     return push(make_artifact(module), reference_named(reference), environ=cluster.settings.environ).pinned
 
 
+def push_sleeper(cluster: Cluster) -> str:
+    """A guest that sleeps for an hour: its reference with the digest."""
+    import wasmtime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "sleeper.wasm"
+        file.write_bytes(wasmtime.wat2wasm(_SLEEPER))
+        return push_guest(cluster, file)
+
+
 def _push_guests(cluster: Cluster) -> tuple[str, str, str]:
     """One that sleeps, one that ends at once, one that writes: references with digests."""
     import wasmtime

@@ -15,7 +15,7 @@ from wasilet.errors import UsageError
 from wasilet.settings import Settings
 from wasilet.steps import Reporter
 
-from wasilet_dev import bench, bench_http, bench_throughput
+from wasilet_dev import bench, bench_floor, bench_http, bench_throughput
 
 
 class Measured(Protocol):
@@ -29,7 +29,7 @@ class Measured(Protocol):
 
 
 def figures(what: str, settings: Settings, *, runs: int, pods: int, reporter: Reporter) -> Iterator[Measured]:
-    """``up``, ``pods`` or ``http``, as they are measured. Raises UsageError for anything else."""
+    """``up``, ``pods``, ``floor`` or ``http``, as they are measured. Raises UsageError for anything else."""
 
     def say(line: str) -> None:
         sys.stderr.write(f"bench: {line}\n")
@@ -40,8 +40,11 @@ def figures(what: str, settings: Settings, *, runs: int, pods: int, reporter: Re
         yield from bench.bench_up(settings, runs=runs, say=say)
     elif what == "pods":
         yield from bench.bench_pods(settings, pods=pods or bench.TURN_PODS, reporter=reporter, say=say)
+    elif what == "floor":
+        burst = pods or bench_floor.BURST_PODS
+        yield from bench_floor.bench_floor(settings, runs=runs, pods=burst, reporter=reporter, say=say)
     elif what == "http":
         yield from bench_throughput.compare(settings, rounds=runs, say=say)
         yield from bench_http.bench_servers(settings, pods=pods or bench_http.PODS, reporter=reporter, say=say)
     else:
-        raise UsageError(f"there is no benchmark {what!r}", hint="there are up, pods and http")
+        raise UsageError(f"there is no benchmark {what!r}", hint="there are up, pods, floor and http")

@@ -41,9 +41,11 @@ def docs(c: Context) -> None:
     positional=["what"],
     auto_shortflags=False,
     help={
-        "what": "up (the command line), pods (what the node does) or http (what serves)",
-        "runs": "bench up, bench http: how often (default: 3); medians are printed",
+        "what": "up (the command line), pods (what the node does), "
+        "floor (the node beside the least that a node must do) or http (what serves)",
+        "runs": "bench up, floor, http: how often (default: 3); medians are printed",
         "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300); "
+        "bench floor: how many are a burst (default: 100); "
         "bench http: how many serve at the same time (default: 20)",
         "output": OUTPUT_HELP,
     },
@@ -52,13 +54,15 @@ def docs(c: Context) -> None:
 def bench(c: Context, what: str, runs: int = 3, pods: int = 0, output: str = "text") -> None:
     """Measure this machine and print the figures beside the targets; judges nothing.
 
-    A cluster of its own is brought up and taken down again. http compares the component host with `wasmtime serve` and
-    takes about ten minutes.
+    A cluster of its own is brought up and taken down again. floor has the node take turns with two stand-ins that only
+    write what a kubelet writes: the ratios hold on a busy machine too. http compares the component host with `wasmtime
+    serve` and takes about ten minutes.
 
     Examples:
       invoke bench pods
       invoke bench pods --pods 10000     half an hour; is memory flat?
       invoke bench up --runs 5
+      invoke bench floor --pods 500
       invoke bench http --pods 500
     """
     from wasilet_dev.benchmarks import figures

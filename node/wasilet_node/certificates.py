@@ -22,6 +22,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from wasilet_common.backoff import RetryBackoff
 from wasilet_common.files import write_private
 
 from wasilet_node.certificates_csr import (
@@ -66,6 +67,7 @@ _REFUSED_TOKEN_PATIENCE_SECONDS = 10.0
 _ATTEMPT_LIMIT_SECONDS = 900.0
 _FIRST_RETRY_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 60.0
+_LONGEST_FIRST_RETRY_SECONDS = 10.0
 _AFTER_REFUSAL_SECONDS = 60.0
 _LONGEST_AFTER_REFUSAL_SECONDS = 900.0
 _CLOCK_STEP_SECONDS = 60.0
@@ -208,7 +210,7 @@ class Certificates:
         loop = asyncio.get_running_loop()
         began = loop.time()
         wanted = Wanted(signer=CLIENT_SIGNER, node_name=self._node_name)
-        retry = _FIRST_RETRY_SECONDS / 5
+        retry = RetryBackoff(_FIRST_RETRY_SECONDS / 5, _LONGEST_FIRST_RETRY_SECONDS)
         while True:
             left = _JOIN_LIMIT_SECONDS - (loop.time() - began)
             try:
@@ -226,11 +228,11 @@ class Certificates:
                 failure = error
             else:
                 return pair
-            if left <= retry:
+            delay = retry.next()
+            if left <= delay:
                 raise JoinError(f"the API server could not be asked for a certificate: {failure}") from failure
             logger.warning("cannot ask for a certificate yet: %s", failure)
-            await asyncio.sleep(retry * random.uniform(0.8, 1.2))  # noqa: S311  # jitter, not a secret
-            retry = min(retry * 2, 10.0)
+            await asyncio.sleep(delay * random.uniform(0.8, 1.2))  # noqa: S311  # jitter, not a secret
 
     def _explain_refusal(self, error: ApiStatusError) -> str:
         if error.code == 401:
@@ -254,7 +256,7 @@ class Certificates:
         return True
 
     async def _keep_client_valid(self, kube: KubeClient) -> None:
-        retry = _FIRST_RETRY_SECONDS
+        retry = RetryBackoff(_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS)
         planned: Pair | None = None
         deadline = self._now()
         while True:
@@ -267,7 +269,7 @@ class Certificates:
             self._rejected.clear()
             try:
                 await self._renew_client(kube, pair, rejected=rejected)
-                retry = _FIRST_RETRY_SECONDS
+                retry.reset()
                 if self._client is not pair:
                     await self._pause_if_old(self._client, self._rejected)
             except CertificatePendingError as error:
@@ -275,10 +277,8 @@ class Certificates:
             except (KubeError, CertificateError, JoinError, KubeconfigError, OSError, ValueError) as error:
                 logger.warning("the client certificate (valid until %s) was not renewed: %s",
                                _text(pair.not_after), error)  # fmt: skip
-                if isinstance(error, CertificateRefusedError):
-                    retry = max(retry, _AFTER_REFUSAL_SECONDS)
-                await asyncio.sleep(retry)
-                retry = min(retry * 2, _LONGEST_RETRY_SECONDS)
+                refused = isinstance(error, CertificateRefusedError)
+                await asyncio.sleep(retry.next(at_least=_AFTER_REFUSAL_SECONDS if refused else 0.0))
                 if rejected:
                     self._rejected.set()
 
@@ -310,8 +310,8 @@ class Certificates:
         logger.info("the client certificate was renewed; it is valid until %s", _text(renewed.not_after))
 
     async def _keep_serving_valid(self, kube: KubeClient) -> None:
-        retry = _FIRST_RETRY_SECONDS
-        refused = _AFTER_REFUSAL_SECONDS
+        retry = RetryBackoff(_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS)
+        refusal = RetryBackoff(_AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS)
         planned: Pair | None = None
         deadline = self._now()
         while True:
@@ -331,19 +331,19 @@ class Certificates:
                         continue
             try:
                 await self._renew_serving(kube, self._names or names)
-                retry, refused = _FIRST_RETRY_SECONDS, _AFTER_REFUSAL_SECONDS
+                retry.reset()
+                refusal.reset()
                 if self._serving is not pair:
                     await self._pause_if_old(self._serving, self._names_changed)
             except CertificatePendingError as error:
                 logger.debug("%s", error)
             except CertificateRefusedError as error:
-                logger.error("%s; asking again in %d s", error, refused)  # noqa: TRY400  # a traceback says no more
-                await self._sleep(refused, self._names_changed)
-                refused = min(refused * 2, _LONGEST_AFTER_REFUSAL_SECONDS)
+                delay = refusal.next()
+                logger.error("%s; asking again in %d s", error, delay)  # noqa: TRY400  # a traceback says no more
+                await self._sleep(delay, self._names_changed)
             except (KubeError, CertificateError, OSError) as error:
                 logger.warning("no new serving certificate yet: %s", error)
-                await self._sleep(retry, self._names_changed)
-                retry = min(retry * 2, _LONGEST_RETRY_SECONDS)
+                await self._sleep(retry.next(), self._names_changed)
 
     async def _renew_serving(self, kube: KubeClient, names: NodeNames) -> None:
         """Raises what ``obtain`` does; ends without a new pair when the names change meanwhile."""

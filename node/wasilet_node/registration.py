@@ -21,6 +21,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
+from wasilet_common.backoff import RetryBackoff
 from wasilet_common.time_format import rfc3339
 
 from wasilet_node import identity
@@ -181,7 +182,7 @@ class Registration:
 
         Raises NodeTakenError.
         """
-        retry = _FIRST_RETRY_SECONDS
+        retry = RetryBackoff(_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS)
         said_at = 0.0
         while True:
             try:
@@ -192,8 +193,7 @@ class Registration:
                 if time.monotonic() - said_at >= _SAY_AGAIN_SECONDS:
                     said_at = time.monotonic()
                     logger.warning("the node is not registered yet: %s", error)
-            await asyncio.sleep(retry)
-            retry = min(retry * 2, _LONGEST_RETRY_SECONDS)
+            await asyncio.sleep(retry.next())
 
     async def run(self) -> None:
         """Keep the Node there and true, until cancelled. Raises NodeTakenError."""

@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from wasilet_common.pod_fields import TERMINAL_PHASES
+
 from wasilet.errors import ApiError
 from wasilet.kube.client import KubeObject
 from wasilet.testing.log_follow import InstanceLog, last_written
 from wasilet.testing.log_match import Judge
 from wasilet.testing.merged_log import LogLines, Reading
 from wasilet.testing.observe import Observer, PodView
-from wasilet.testing.pod_status import FINAL_WAITING, TERMINAL_PHASES, container_statuses, ends_of, main_status
+from wasilet.testing.pod_status import FINAL_WAITING, container_statuses, ends_of, main_status
 
 TICK_SECONDS = 0.2
 """A wait looks at least this often whether it was cancelled."""

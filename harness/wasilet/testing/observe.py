@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+from wasilet_common.pod_fields import TERMINAL_PHASES
 from wasilet_common.time_format import parse_rfc3339
 
 from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
 from wasilet.testing.log_follow import InstanceLog, LogFollower
 from wasilet.testing.log_spool import LogSpool, LogTail
-from wasilet.testing.pod_status import TERMINAL_PHASES, container_statuses, instances_of, phase_of
+from wasilet.testing.pod_status import container_statuses, instances_of, phase_of
 
 WATCH_SECONDS = 240
 RETRY_SECONDS = 0.5

@@ -10,7 +10,6 @@ from wasilet.kube.client import Kube, KubeObject, api_path
 FINAL_WAITING = frozenset({"InvalidImageName", "ErrImageNeverPull", "ImagePullBackOff"})
 """Waiting reasons that nothing but a change of the manifest, or of the registry, will end."""
 
-TERMINAL_PHASES = frozenset({"Succeeded", "Failed"})
 SHOWN_EVENTS = 15
 EVENTS_SECONDS = 5.0
 

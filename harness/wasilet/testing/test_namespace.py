@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from wasilet_common.pod_fields import TERMINAL_PHASES
+
 from wasilet.errors import ApiError, UsageError, WaitTimeoutError
 from wasilet.kube.client import KubeObject, api_path
 from wasilet.testing.cluster import RUN_LABEL, WasmCluster
@@ -16,7 +18,7 @@ from wasilet.testing.http import REQUEST_SECONDS, Answer, ask
 from wasilet.testing.log_match import Judge, Text, explain, numbered, printable, texts
 from wasilet.testing.merged_log import LogLines
 from wasilet.testing.observe import Observer, PodView
-from wasilet.testing.pod_status import TERMINAL_PHASES, describe, ends_of, events_of
+from wasilet.testing.pod_status import describe, ends_of, events_of
 from wasilet.testing.service import Service
 
 SERVICE_ACCOUNT_SECONDS = 30.0

@@ -5,6 +5,6 @@ images."""
 
 from __future__ import annotations
 
-from wasilet_node.runtime.compile import CompileError, Compiler
+from wasilet_node.runtime.compile import Begins, CompileError, Compiler
 
-__all__ = ["CompileError", "Compiler"]
+__all__ = ["Begins", "CompileError", "Compiler"]

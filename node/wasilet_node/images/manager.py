@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from wasilet_common.backoff import ImagePullBackoff
 from wasilet_common.oci import credentials as pull_credentials
 from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import InvalidReferenceError, Reference, parse
@@ -25,8 +26,7 @@ from wasilet_common.oci.registry import RegistryClient
 from wasilet_common.singleflight import SingleFlight
 from wasilet_common.time_format import go_duration
 
-from wasilet_node.images.backoff import Backoff
-from wasilet_node.images.compile import CompileError
+from wasilet_node.images.compile import Begins, CompileError
 from wasilet_node.images.files import FilePuller
 from wasilet_node.images.gc import Collected, GarbageCollector, Usage
 from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 _GC_INTERVAL_SECONDS: Final = 300.0
 """kubelet's ImageGCPeriod."""
 
+_TOLD_BYTES: Final = 4 * 2**20
+"""Larger images take seconds to compile, and who waits should know for what; smaller ones are not worth an event."""
+
 _STATUS_IMAGES: Final = 50
 """kubelet's nodeStatusMaxImages."""
 
@@ -49,7 +52,14 @@ class ModuleCompiler(Protocol):
     """What is needed of ``wasilet_node.images.compile.Compiler``. Who made it closes it."""
 
     async def compile(
-        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False, owner: str = ""
+        self,
+        module_path: Path,
+        module_digest: str,
+        kind: GuestKind,
+        *,
+        server: bool = False,
+        owner: str = "",
+        begins: Begins | None = None,
     ) -> Path: ...
 
     async def prune(self, keep_digests: Collection[str]) -> None: ...
@@ -93,7 +103,7 @@ class ImageManager:
                 monotonic=monotonic,
                 of_files=True,
             )
-        self._backoff = Backoff(clock=monotonic)
+        self._backoff = ImagePullBackoff(clock=monotonic)
         self._in_use: frozenset[str] = frozenset()
         self._servers: dict[str, bool] = {}
         self._pulls: SingleFlight[Hashable, Pulled] = SingleFlight()
@@ -225,14 +235,26 @@ class ImageManager:
         self._backoff.forget_expired()
         return await self._image(name, reference, pulled.record)
 
-    async def compiled(self, image: Image, *, owner: str = "") -> Path:
+    async def compiled(self, image: Image, *, owner: str = "", event: EventSink | None = None) -> Path:
         """See ``Images``."""
         self._store.touch(image.manifest_digest)
+
+        async def begins() -> None:
+            if event is not None and image.size_bytes >= _TOLD_BYTES:
+                size = f"{image.size_bytes / 2**20:.0f} MiB"
+                message = f"Compiling image {_quote(image.reference)} ({size}), once on this node"
+                await _emit(event, "Normal", "Compiling", message)
+
         try:
             return await self._compiles.do(
                 image.module_digest,
                 lambda: self._compiler.compile(
-                    image.module_path, _cache_key(image.module_digest), image.kind, server=image.server, owner=owner
+                    image.module_path,
+                    _cache_key(image.module_digest),
+                    image.kind,
+                    server=image.server,
+                    owner=owner,
+                    begins=begins,
                 ),
             )
         except CompileError as error:

@@ -93,8 +93,9 @@ class Images(Protocol):
         """As ``ensure``, for an image volume: ``module_path`` is one archive of the image's files, and
         ``module_digest`` its digest. Raises ImageError."""
 
-    async def compiled(self, image: Image, *, owner: str = "") -> Path:
-        """The precompiled file for this engine, made in a worker process when it is missing. Raises ImageError
+    async def compiled(self, image: Image, *, owner: str = "", event: EventSink | None = None) -> Path:
+        """The precompiled file for this engine, made in a worker process when it is missing; of a large module
+        ``event`` is told when that begins, of the caller that comes first. Raises ImageError
         (reason CreateContainerError) with the compiler's message."""
 
     async def list(self) -> Sequence[dict[str, object]]:

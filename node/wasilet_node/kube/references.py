@@ -27,6 +27,8 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
+from wasilet_common.backoff import RetryBackoff
+
 from wasilet_node.kube.base import ApiStatusError, ForbiddenError, Kube, KubeError, KubeObject, NotFoundError
 from wasilet_node.kube.pod_certificates import PodCertificates
 from wasilet_node.kube.trust_bundles import TrustBundles
@@ -224,7 +226,7 @@ class References:
         self, call: Callable[[], Awaitable[KubeObject]], pod_uid: str, *lagging: type[ApiStatusError]
     ) -> KubeObject:
         since = self._pods.get(pod_uid, (self._clock(), None))[0]
-        delay = _FIRST_RETRY_SECONDS
+        retry = RetryBackoff(_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS)
         while True:
             try:
                 return await call()
@@ -232,8 +234,7 @@ class References:
                 left = since + self._settings.lag_seconds - self._clock()
                 if left <= 0:
                     raise
-            await asyncio.sleep(min(delay, left))
-            delay = min(delay * 2, _LONGEST_RETRY_SECONDS)
+            await asyncio.sleep(min(retry.next(), left))
 
     # ---- watches of shared objects
 

@@ -20,6 +20,8 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlencode
 
+from wasilet_common.backoff import RetryBackoff
+
 from wasilet_node.kube.base import (
     ApiStatusError,
     ApiUnavailableError,
@@ -74,7 +76,7 @@ class _Delay:
     def __init__(self, client: Requests, what: str) -> None:
         self._client = client
         self._what = what
-        self._next = _FIRST_DELAY_SECONDS
+        self._backoff = RetryBackoff(_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS)
         self._said_at: float | None = None
         self._failed = False
 
@@ -84,20 +86,18 @@ class _Delay:
         if self._said_at is None or now - self._said_at >= _SAY_AGAIN_SECONDS:
             self._said_at = now
             logger.warning("watching %s failed and will be tried again: %s", self._what, error)
-        seconds = self._next * random.uniform(0.5, 1.0)  # noqa: S311  # jitter, not a secret
+        seconds = self._backoff.next() * random.uniform(0.5, 1.0)  # noqa: S311  # jitter, not a secret
         if not isinstance(error, ApiUnavailableError):
             await asyncio.sleep(seconds)
         elif await self._client.wait_back(timeout_seconds=seconds):
-            self._next = _FIRST_DELAY_SECONDS
-            return
-        self._next = min(self._next * 2, _LONGEST_DELAY_SECONDS)
+            self._backoff.reset()
 
     def succeeded(self) -> None:
         if self._failed:
             logger.info("watching %s again", self._what)
         self._failed = False
         self._said_at = None
-        self._next = _FIRST_DELAY_SECONDS
+        self._backoff.reset()
 
 
 async def watch(

@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from wasilet_common.backoff import RetryBackoff
+
 from wasilet_node.settings import NetworkSettings
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ class Kept:
     async def run(self) -> None:
         """Start it whenever it does not run."""
         executable = self._program.argv[0]
-        retry = FIRST_RETRY_SECONDS
+        retry = RetryBackoff(FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
         loop = asyncio.get_running_loop()
         while True:
             if not os.access(executable, os.X_OK):
@@ -111,9 +113,8 @@ class Kept:
             begun = loop.time()
             await self._once()
             if loop.time() - begun > STEADY_SECONDS:
-                retry = FIRST_RETRY_SECONDS
-            await asyncio.sleep(retry)
-            retry = min(2 * retry, LONGEST_RETRY_SECONDS)
+                retry.reset()
+            await asyncio.sleep(retry.next())
 
     async def _once(self) -> None:
         try:

@@ -17,12 +17,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from wasilet_common.pod_fields import TERMINAL_PHASES
+
 from wasilet_node.network.selectors import matches
 
 TABLE = "wasilet-policies"
 DNS_PORT = 53
 _PROTOCOLS = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
-_ENDED = frozenset({"Succeeded", "Failed"})
 
 Object = Mapping[str, Any]
 
@@ -79,7 +80,7 @@ def _directions(spec: Object) -> list[str]:
 def _peer(pod: Object) -> Peer | None:
     spec, status = pod.get("spec") or {}, pod.get("status") or {}
     address = str(status.get("podIP") or "")
-    if not address or spec.get("hostNetwork") or status.get("phase") in _ENDED:
+    if not address or spec.get("hostNetwork") or status.get("phase") in TERMINAL_PHASES:
         return None
     try:
         ipaddress.IPv4Address(address)

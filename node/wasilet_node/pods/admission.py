@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Pod
 from wasilet_common.quantity import QuantityError
 
-from wasilet_node.pods import resources, spec
+from wasilet_node.pods import resources
 from wasilet_node.pods.nodeinfo import NodeInfo
 from wasilet_node.pods.resources import Requests
-from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import Verdict, Waiting
 from wasilet_node.volumes.base import VolumeRefusedError, Volumes
 
@@ -194,8 +195,8 @@ HostPort = tuple[str, str, int]
 
 def _host_ports(pod: Pod) -> Iterable[HostPort]:
     """``(address, protocol, port)`` of containers and sidecars."""
-    for role, container in spec.every_container(pod):
-        if role in (spec.Role.REGULAR, spec.Role.SIDECAR):
+    for role, container in pod_fields.every_container(pod):
+        if role in (pod_fields.Role.REGULAR, pod_fields.Role.SIDECAR):
             for port in container.get("ports") or ():
                 if port.get("hostPort"):
                     yield port.get("hostIP") or "0.0.0.0", port.get("protocol") or "TCP", int(port["hostPort"])  # noqa: S104

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wasilet_node.pods import spec
-from wasilet_node.pods.spec import Pod
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Pod
 
 Condition = dict[str, Any]
 TRANSIENT = frozenset({"PodResizePending", "PodResizeInProgress"})
@@ -45,8 +45,8 @@ def _go_list(names: Sequence[str]) -> str:
 
 def containers_ready(pod: Pod, statuses: Mapping[str, Mapping[str, Any]], phase: str) -> Condition:
     """ContainersReady: every regular container and sidecar is ready."""
-    names = [c["name"] for c in spec.init_containers(pod) if spec.is_sidecar(c)]
-    names += [c["name"] for c in spec.regular_containers(pod)]
+    names = [c["name"] for c in pod_fields.init_containers(pod) if pod_fields.is_sidecar(c)]
+    names += [c["name"] for c in pod_fields.regular_containers(pod)]
     unknown = [name for name in names if name not in statuses]
     unready = [name for name in names if name in statuses and not statuses[name].get("ready")]
     if phase == "Succeeded" and not unknown:
@@ -87,15 +87,15 @@ def initialized(pod: Pod, statuses: Mapping[str, Mapping[str, Any]], phase: str,
     stays so when the pod begins again."""
     unknown: list[str] = []
     incomplete: list[str] = []
-    for container in spec.init_containers(pod):
+    for container in pod_fields.init_containers(pod):
         status = statuses.get(container["name"])
         if status is None:
             unknown.append(container["name"])
-        elif not status.get("started" if spec.is_sidecar(container) else "ready"):
+        elif not status.get("started" if pod_fields.is_sidecar(container) else "ready"):
             incomplete.append(container["name"])
     if phase == "Succeeded" and not unknown:
         return _condition("Initialized", status=True, reason="PodCompleted")
-    for container in spec.regular_containers(pod):
+    for container in pod_fields.regular_containers(pod):
         state = (statuses.get(container["name"]) or {}).get("state") or {}
         if "running" in state or "terminated" in state:
             return _condition("Initialized", status=True)
@@ -138,9 +138,9 @@ def owned_conditions(
 
 def all_containers_restarting(pod: Pod, phase: str, *, restarting: bool) -> list[Condition]:
     """AllContainersRestarting, for pods that may: from the end that restarts them all until the others are stopped."""
-    if not spec.may_restart_all(pod):
+    if not pod_fields.may_restart_all(pod):
         return []
-    if phase in spec.TERMINAL_PHASES:
+    if phase in pod_fields.TERMINAL_PHASES:
         condition = _condition(
             RESTARTING_ALL, status=False, reason="PodCompleted" if phase == "Succeeded" else "PodFailed"
         )

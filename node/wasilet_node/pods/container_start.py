@@ -12,19 +12,21 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 
+from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
+from wasilet_common.cri_log import layout
 from wasilet_common.oci.credentials import Credential
+from wasilet_common.pod_fields import Container, Pod
 
 from wasilet_node.images.model import EventSink, ImageError, PullPolicy
 from wasilet_node.kube.base import KubeError
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.errors import NetworkError
-from wasilet_node.pods import log_layout, resources, spec
-from wasilet_node.pods.backoff import RetryBackoff
+from wasilet_node.pods import resources
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.environment import expand_command, process_environment
 from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX
 from wasilet_node.pods.server_settings import server_settings
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import (
     ContainerConfig,
     ContainerStatus,
@@ -70,7 +72,7 @@ async def launch(
 
     def warn(message: str) -> None:
         services.events.event(
-            pod, "Warning", "Failed", f"Error: {message}", field_path=spec.field_path(pod, container["name"])
+            pod, "Warning", "Failed", f"Error: {message}", field_path=pod_fields.field_path(pod, container["name"])
         )
 
     try:
@@ -88,7 +90,7 @@ async def launch(
         "Normal",
         "Created",
         f"Created container: {container['name']}",
-        field_path=spec.field_path(pod, container["name"]),
+        field_path=pod_fields.field_path(pod, container["name"]),
     )
     try:
         started = await _to_its_end(services, config, late)
@@ -102,7 +104,7 @@ async def launch(
         "Normal",
         "Started",
         f"Started container {container['name']}",
-        field_path=spec.field_path(pod, container["name"]),
+        field_path=pod_fields.field_path(pod, container["name"]),
     )
     return started
 
@@ -142,7 +144,7 @@ async def _prepare(
     name = container["name"]
 
     def event(type_: str, reason: str, message: str) -> None:
-        services.events.event(pod, type_, reason, message, field_path=spec.field_path(pod, name))
+        services.events.event(pod, type_, reason, message, field_path=pod_fields.field_path(pod, name))
 
     # Read before the image is pulled: a mistake in an annotation should not cost a download.
     policy = await services.outbound.policy(pod)
@@ -154,7 +156,7 @@ async def _prepare(
         policy=_pull_policy(container.get("imagePullPolicy")),
         credentials=credentials,
         event=event,
-        pod_uid=spec.uid(pod),
+        pod_uid=pod_fields.uid(pod),
     )
     _tell_ports(container, image.kind, attempt, event)
     node = services.node()
@@ -173,12 +175,12 @@ async def _prepare(
     argv = expand_command(container, environment, image)
     if not argv:
         raise ContainerConfigError("no command specified")
-    artifact = await services.images.compiled(image, owner=pod["metadata"]["namespace"])
+    artifact = await services.images.compiled(image, owner=pod["metadata"]["namespace"], event=event)
     return ContainerConfig(
         id=secrets.token_hex(32),
-        pod_uid=spec.uid(pod),
-        pod_namespace=spec.namespace(pod),
-        pod_name=spec.name(pod),
+        pod_uid=pod_fields.uid(pod),
+        pod_namespace=pod_fields.namespace(pod),
+        pod_name=pod_fields.name(pod),
         container_name=name,
         attempt=attempt,
         artifact=str(artifact),
@@ -186,7 +188,7 @@ async def _prepare(
         argv=argv,
         env=process_environment(environment, pod, container, image),
         mounts=tuple(mounts),
-        log_path=str(log_layout.log_path(services.paths, pod, name, attempt)),
+        log_path=str(layout.log_file(services.paths.logs, pod, name, attempt)),
         image=container.get("image", ""),
         image_id=image.image_id,
         memory_limit_bytes=resources.enforced_limit(pod, container, "memory"),
@@ -254,7 +256,7 @@ async def _image_volumes(
             policy=_pull_policy(source.get("pullPolicy")),
             credentials=credentials,
             event=event,
-            pod_uid=spec.uid(pod),
+            pod_uid=pod_fields.uid(pod),
         )
         try:
             await services.volumes.place_image(pod, volume["name"], files.module_path, files.module_digest)
@@ -272,7 +274,9 @@ async def _credentials(services: PodDependencies, pod: Pod) -> Sequence[Credenti
         try:
             # A pod that restarts its containers need not read them again each time.
             found.append(
-                await services.references.secret(spec.namespace(pod), name, pod_uid=spec.uid(pod), max_age_seconds=30.0)
+                await services.references.secret(
+                    pod_fields.namespace(pod), name, pod_uid=pod_fields.uid(pod), max_age_seconds=30.0
+                )
             )
         except KubeError:
             missing.append(name)

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
+from wasilet_common.cri_log import layout
+from wasilet_common.pod_fields import Container, Pod, Role
+
 from wasilet_node.kube import fields
 from wasilet_node.network.errors import NetworkError
-from wasilet_node.pods import log_layout, sandboxes, spec, termination
-from wasilet_node.pods.backoff import RetryBackoff
+from wasilet_node.pods import sandboxes, termination
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
 from wasilet_node.pods.plan import Kill, KillReason, Plan, make_plan
@@ -24,7 +28,6 @@ from wasilet_node.pods.refresher import Refresher
 from wasilet_node.pods.renewal import Renewal
 from wasilet_node.pods.resize import Change, Resizes
 from wasilet_node.pods.results import ProbeResults
-from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.pods.start_attempts import StartAttempts
 from wasilet_node.pods.status import Waiting
 from wasilet_node.pods.termination import Grace
@@ -96,7 +99,7 @@ class ContainerSync:
         if self.renewal.is_lost():
             return
         for name, latest in self._instances.latest().items():
-            found = spec.find_container(self.pod, name)
+            found = pod_fields.find_container(self.pod, name)
             if found is not None:
                 self.attempts.seed_back_off(found[1], latest)
 
@@ -111,7 +114,7 @@ class ContainerSync:
                 return Decision(end=True)
             return _begin(self._renew_sandbox, busy=busy, put_off_seconds=put_off_seconds)
         source = self.renewal.restarts_all(self.pod)
-        found = spec.find_container(self.pod, source) if source else None
+        found = pod_fields.find_container(self.pod, source) if source else None
         left = self.attempts.backoff_remaining(found[1], latest[source], now) if found is not None else 0.0
         if found is not None and left <= 0:
             return _begin(self._restart_all, busy=busy, put_off_seconds=put_off_seconds)
@@ -208,7 +211,7 @@ class ContainerSync:
     async def _carry_out(self, plan: Plan) -> None:
         fresh = set()
         for kill in plan.kill:
-            found = spec.find_container(self.pod, kill.container)
+            found = pod_fields.find_container(self.pod, kill.container)
             instance = self._instances.latest().get(kill.container)
             if found is None or instance is None or instance.id != kill.container_id:
                 continue
@@ -248,7 +251,7 @@ class ContainerSync:
 
     async def _start(self, name: str, *, fresh: bool = False) -> None:
         pod = self.resizes.accepted(self.pod)
-        found = spec.find_container(pod, name)
+        found = pod_fields.find_container(pod, name)
         if found is None:
             return
         role, container = found
@@ -266,7 +269,7 @@ class ContainerSync:
         self._instances.started(started)
         await self._forget_older(container["name"])
         if not await self.attempts.post_start(self.pod, container, started):
-            grace_seconds = spec.grace_seconds(self.pod)
+            grace_seconds = pod_fields.grace_seconds(self.pod)
             await self._kill(container, started, message="FailedPostStartHook", grace_seconds=grace_seconds)
 
     async def _kill(
@@ -292,7 +295,7 @@ class ContainerSync:
             self._jobs.put_off()
             return False
         known = {instance.id for instance in self._instances}
-        found = [i for i in listed if i.pod_uid == spec.uid(self.pod) and i.id not in known]
+        found = [i for i in listed if i.pod_uid == pod_fields.uid(self.pod) and i.id not in known]
         for instance in found:
             self._instances.observe(instance)
         self.attempts.unsure = False
@@ -307,7 +310,8 @@ class ContainerSync:
             except RuntimeUnavailableError as error:
                 logger.info("the record of %s is left to the next restart: %s", old.id, error)
                 return
-            await asyncio.to_thread(log_layout.remove_attempt, self._services.paths, self.pod, name, old.attempt)
+            folder = layout.folder_of_pod(self._services.paths.logs, self.pod) / name
+            await asyncio.to_thread(layout.remove_attempt, folder, old.attempt)
             self._instances.forget(old)
             self._messages.forget(old.id)
 

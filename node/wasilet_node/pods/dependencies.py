@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from wasilet_common.oci.credentials import Credential
+from wasilet_common.pod_fields import Container, Pod
 
 from wasilet_node.images.model import Images
 from wasilet_node.kube.base import EventRecorder, Kube, KubeObject
@@ -15,7 +16,6 @@ from wasilet_node.network.attachment import MachineNetwork, Networks
 from wasilet_node.pods.http_policy import Outbound
 from wasilet_node.pods.nodeinfo import NodeSource
 from wasilet_node.pods.probes import ProbeObserver, ignore
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import Runtime
 from wasilet_node.settings import NodePaths
 from wasilet_node.volumes.base import Volumes

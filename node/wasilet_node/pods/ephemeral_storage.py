@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from wasilet_common import quantity
+from wasilet_common import pod_fields, quantity
+from wasilet_common.pod_fields import Pod
 
-from wasilet_node.pods import resources, spec
-from wasilet_node.pods.spec import Pod
+from wasilet_node.pods import resources
 from wasilet_node.pods.status import Verdict
 
 RESOURCE = "ephemeral-storage"
@@ -68,7 +68,7 @@ def _pod_over(pod: Pod, usage: StorageUsage) -> str:
 
 
 def _container_over(pod: Pod, usage: StorageUsage) -> str:
-    for container in spec.regular_containers(pod):
+    for container in pod_fields.regular_containers(pod):
         limit = resources.limit(container, RESOURCE)
         if limit is not None and usage.containers.get(container["name"], 0) > limit:
             text = resources.limit_text(container, RESOURCE)

@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wasilet_node.pods import ephemeral_storage, log_layout, resources, spec
+from wasilet_common import pod_fields
+from wasilet_common.cri_log import layout
+from wasilet_common.pod_fields import Pod
+
+from wasilet_node.pods import ephemeral_storage, resources
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.nodeinfo import Pressure
-from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import Verdict
 from wasilet_node.pods.worker import PodWorker
 from wasilet_node.volumes.removal import Usage as TreeUsage
@@ -79,7 +82,7 @@ def verdict(usage: Usage, pressure: Pressure) -> Verdict:
         f"Threshold quantity: {quantity(pressure.threshold_bytes)}, available: {quantity(pressure.available_bytes)}. "
     )
     for name, used in usage.by_container.items() if pressure.resource != INODES else ():
-        found = spec.find_container(usage.pod, name)
+        found = pod_fields.find_container(usage.pod, name)
         asked = resources.request(found[1], pressure.resource) if found else None
         if used > (asked or 0):
             message += (
@@ -132,10 +135,10 @@ class Evictor:
         usages = await self._usages(active, pressure.resource)
         ranked = rank(usages, pressure.resource)
         if ranked:
-            self._evict(active[spec.uid(ranked[0].pod)], verdict(ranked[0], pressure))
+            self._evict(active[pod_fields.uid(ranked[0].pod)], verdict(ranked[0], pressure))
 
     def _evict(self, worker: PodWorker, verdict: Verdict) -> None:
-        logger.warning("evicting %s: %s", spec.format_pod(worker.pod), verdict.message)
+        logger.warning("evicting %s: %s", pod_fields.format_pod(worker.pod), verdict.message)
         self._services.events.event(worker.pod, "Warning", verdict.reason, verdict.message)
         worker.end(verdict, grace_seconds=0)
 
@@ -149,7 +152,7 @@ class Evictor:
 
     async def _storage(self, worker: PodWorker) -> ephemeral_storage.StorageUsage:
         volumes = self._services.volumes
-        logs = log_layout.pod_folder(self._services.paths, worker.pod)
+        logs = layout.folder_of_pod(self._services.paths.logs, worker.pod)
         folders = {
             name: (logs / name, volumes.instance_folder(worker.pod, name, instance.attempt))
             for name, instance in worker.latest().items()
@@ -173,13 +176,13 @@ class Evictor:
     async def _inode_usage(self, uid: str, worker: PodWorker) -> Usage:
         """Files and folders that the pod made, by whichever of its containers."""
         paths = self._services.paths
-        everything = [paths.pods / uid, log_layout.pod_folder(paths, worker.pod)]
+        everything = [paths.pods / uid, layout.folder_of_pod(paths.logs, worker.pod)]
         return Usage(pod=worker.pod, by_container={}, elsewhere=await asyncio.to_thread(_inodes, everything))
 
     async def _disk_usage(self, uid: str, worker: PodWorker) -> Usage:
         paths = self._services.paths
         own = (await self._storage(worker)).containers
-        everything = [paths.pods / uid, log_layout.pod_folder(paths, worker.pod)]
+        everything = [paths.pods / uid, layout.folder_of_pod(paths.logs, worker.pod)]
         total = await asyncio.to_thread(_bytes, everything)
         return Usage(pod=worker.pod, by_container=own, elsewhere=max(total - sum(own.values()), 0))
 

@@ -18,11 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Container, Pod
 from yarl import URL
 
 from wasilet_node.network.attachment import MachineNetwork, Networks
-from wasilet_node.pods import spec
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import Runtime, UnknownContainerError
 
 MAX_BODY_BYTES = 10 * 1024
@@ -109,7 +109,7 @@ async def http_get(
     if not host:
         return Outcome(ok=False, output=no_network("httpGet"))
     try:
-        port = spec.resolve_port(action["port"], container)
+        port = pod_fields.resolve_port(action["port"], container)
     except ValueError as error:
         raise HandlerError(str(error)) from error
     scheme = str(action.get("scheme") or "HTTP").lower()
@@ -193,7 +193,7 @@ async def tcp_connect(
     if not host:
         return Outcome(ok=False, output=no_network("tcpSocket"))
     try:
-        port = spec.resolve_port(action["port"], container)
+        port = pod_fields.resolve_port(action["port"], container)
     except ValueError as error:
         raise HandlerError(str(error)) from error
     try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Container, Pod
+
 from wasilet_node.network.attachment import Networks
-from wasilet_node.pods import handlers, spec
+from wasilet_node.pods import handlers
 from wasilet_node.pods.handlers import Reach
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import Runtime, RuntimeUnavailableError
 
 POST_START_TIMEOUT_SECONDS = 300.0
@@ -31,7 +33,7 @@ async def run_hook(
 ) -> None:
     """Carry out one handler within ``timeout_seconds``. Raises HookError."""
     reach = Reach.of(networks, pod) if networks is not None else Reach()
-    where = f'Container "{container["name"]}" in Pod "{spec.format_pod(pod)}"'
+    where = f'Container "{container["name"]}" in Pod "{pod_fields.format_pod(pod)}"'
     if "exec" in hook:
         command = [str(word) for word in hook["exec"].get("command") or ()]
         what = f"Exec lifecycle hook ([{' '.join(command)}]) for {where}"

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from wasilet_common import addresses
+from wasilet_common.pod_fields import Pod
 
-from wasilet_node.pods.spec import Pod
 from wasilet_node.runtime.protocol import HttpPolicy
 from wasilet_node.volumes.base import ContainerConfigError
 

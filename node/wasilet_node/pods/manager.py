@@ -13,16 +13,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from wasilet_node import logfolders
+from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
+from wasilet_common.cri_log import layout
+from wasilet_common.pod_fields import Pod
+
 from wasilet_node.kube.base import KubeObject
 from wasilet_node.network.errors import NetworkError
-from wasilet_node.pods import admission, log_layout, resources, spec, termination
+from wasilet_node.pods import admission, resources, termination
 from wasilet_node.pods.admission import Neighbour
-from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.container_start import ANNOTATION_MODULE
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.eviction import Evictor
-from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.worker import PodWorker
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, RuntimeUnavailableError
 from wasilet_node.volumes.base import VolumeError
@@ -64,10 +66,10 @@ class PodManager:
 
     def pod(self, namespace: str, name: str) -> Pod | None:
         """One pod with its latest status. Of two uids of one name (deleted, made again) the living one."""
-        found = [worker for worker in self._workers.values() if spec.key(worker.pod) == (namespace, name)]
+        found = [worker for worker in self._workers.values() if pod_fields.key(worker.pod) == (namespace, name)]
         if not found:
             return None
-        return min(found, key=lambda worker: (worker.removed, spec.is_deleted(worker.pod))).pod_with_status()
+        return min(found, key=lambda worker: (worker.removed, pod_fields.is_deleted(worker.pod))).pod_with_status()
 
     # ---- life
 
@@ -111,7 +113,7 @@ class PodManager:
         listed.sort(key=lambda pod: (not self._was_admitted(pod), pod["metadata"].get("creationTimestamp") or ""))
         for pod in listed:
             self._seen(pod, listed=True)
-        present = {spec.uid(pod) for pod in listed}
+        present = {pod_fields.uid(pod) for pod in listed}
         for uid, worker in list(self._workers.items()):
             if uid not in present:
                 worker.remove()
@@ -119,7 +121,7 @@ class PodManager:
         self._spawn_cleaning()
 
     def _seen(self, pod: KubeObject, *, listed: bool = False) -> None:
-        uid = spec.uid(pod)
+        uid = pod_fields.uid(pod)
         worker = self._workers.get(uid)
         try:
             if worker is not None:
@@ -130,30 +132,32 @@ class PodManager:
             worker = self._make_worker(pod)
         except (KeyError, TypeError, ValueError, AttributeError):
             # One pod that cannot be read must not end the watch of all others.
-            logger.exception("pod %s cannot be taken in", spec.format_pod(pod))
+            logger.exception("pod %s cannot be taken in", pod_fields.format_pod(pod))
             return
         self._workers[uid] = worker
-        task = asyncio.create_task(worker.run(), name=f"worker {spec.format_pod(pod)}")
+        task = asyncio.create_task(worker.run(), name=f"worker {pod_fields.format_pod(pod)}")
         self._tasks[uid] = task
         task.add_done_callback(lambda done: self._worker_ended(uid, done))
 
     def _removed(self, pod: KubeObject) -> None:
-        worker = self._workers.get(spec.uid(pod))
+        worker = self._workers.get(pod_fields.uid(pod))
         if worker is not None:
             worker.update(pod)
             worker.remove()
 
     def _was_admitted(self, pod: Pod) -> bool:
         return bool(
-            spec.is_terminal(pod) or (pod.get("status") or {}).get("startTime") or self._unclaimed.get(spec.uid(pod))
+            pod_fields.is_terminal(pod)
+            or (pod.get("status") or {}).get("startTime")
+            or self._unclaimed.get(pod_fields.uid(pod))
         )
 
     def _make_worker(self, pod: Pod) -> PodWorker:
         services = self._services
         admitted = self._was_admitted(pod)
-        instances = self._unclaimed.pop(spec.uid(pod), {}).values()
+        instances = self._unclaimed.pop(pod_fields.uid(pod), {}).values()
         refusal = admission.ADMITTED
-        if not spec.is_deleted(pod) and not spec.is_terminal(pod) and not instances:
+        if not pod_fields.is_deleted(pod) and not pod_fields.is_terminal(pod) and not instances:
             # What can never run is asked after a restart of the agent too: such a pod was held, not admitted.
             refusal = admission.never(pod, volumes=services.volumes)
             if not admitted and refusal is admission.ADMITTED:
@@ -173,7 +177,7 @@ class PodManager:
 
     def room(self, pod: Pod) -> str:
         """See ``PodDependencies.room``. Raises QuantityError."""
-        others = [each for each in self._neighbours() if spec.uid(each.pod) != spec.uid(pod)]
+        others = [each for each in self._neighbours() if pod_fields.uid(each.pod) != pod_fields.uid(pod)]
         short = admission.lacking(resources.pod_requests(pod), others, self._services.node().allocatable)
         return "" if short is None else short.message
 
@@ -255,7 +259,7 @@ class PodManager:
         """Stop and remove what belongs to no pod of the API server: containers, volumes, logs."""
         limit = asyncio.Semaphore(_ORPHANS_AT_ONCE)
         containers = [i for i in await self._list_runtime() if i.pod_uid not in self._workers]
-        folders = await asyncio.to_thread(_log_folders, logfolders.pods_root(self._services.paths.logs))
+        folders = await asyncio.to_thread(_log_folders, layout.pods_root(self._services.paths.logs))
         orphans = await self._services.volumes.orphans()
         uids = {*orphans, *(i.pod_uid for i in containers), *folders, *self._services.networks.uids()}
 
@@ -276,7 +280,7 @@ class PodManager:
                     logger.warning("remains of pod %s: %s", uid, error)
                     return
                 if uid in folders:
-                    await asyncio.to_thread(log_layout.remove_folder, folders[uid])
+                    await asyncio.to_thread(layout.remove_folder, folders[uid])
                 self._unclaimed.pop(uid, None)
 
         await asyncio.gather(*(clean(uid) for uid in uids if uid and uid not in self._workers))
@@ -321,4 +325,4 @@ def _log_folders(root: Path) -> dict[str, Path]:
     """Pod uid to log folder."""
     if not root.is_dir():
         return {}
-    return {logfolders.uid_of(entry.name): entry for entry in root.iterdir() if "_" in entry.name}
+    return {layout.uid_of(entry.name): entry for entry in root.iterdir() if "_" in entry.name}

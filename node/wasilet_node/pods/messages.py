@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wasilet_node.pods import spec
-from wasilet_node.pods.spec import Pod
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Pod
 
 MAX_POD_BYTES = 12 * 1024
 MAX_CONTAINER_BYTES = 4 * 1024
@@ -19,7 +19,7 @@ MAX_CONTAINER_BYTES = 4 * 1024
 
 def bytes_per_container(pod: Pod) -> int:
     """What one message may have. Ephemeral containers count, init containers too."""
-    return min(MAX_CONTAINER_BYTES, MAX_POD_BYTES // max(1, sum(1 for _ in spec.every_container(pod))))
+    return min(MAX_CONTAINER_BYTES, MAX_POD_BYTES // max(1, sum(1 for _ in pod_fields.every_container(pod))))
 
 
 def cut(status: dict[str, Any], limit: int) -> dict[str, Any]:

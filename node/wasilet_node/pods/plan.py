@@ -15,9 +15,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from wasilet_node.pods import spec
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Container, Pod
+
 from wasilet_node.pods.results import ProbeKind, ProbeResults
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus
 
 
@@ -67,7 +68,7 @@ BackoffRemaining = Callable[[Container, ContainerStatus], float]
 
 def has_ever_started(pod: Pod, latest: Mapping[str, ContainerStatus]) -> bool:
     """A regular container has had an instance: initialization is over."""
-    return any(container["name"] in latest for container in spec.regular_containers(pod))
+    return any(container["name"] in latest for container in pod_fields.regular_containers(pod))
 
 
 def make_plan(
@@ -88,17 +89,17 @@ def make_plan(
     known = {name: instance for name, instance in latest.items() if name not in reset}
     present = {name: instance for name, instance in known.items() if name not in former}
     # First, and while the pod is initialized too: a pod that hangs there is one that people want to look into.
-    plan.start += [each["name"] for each in spec.ephemeral_containers(pod) if each["name"] not in latest]
+    plan.start += [each["name"] for each in pod_fields.ephemeral_containers(pod) if each["name"] not in latest]
     plan.initialized = _plan_init_containers(plan, pod, present, probes, backoff)
     if plan.finished or not plan.initialized:
         return plan
     kept = 0
-    for container in spec.regular_containers(pod):
+    for container in pod_fields.regular_containers(pod):
         instance = known.get(container["name"])
         if instance is None:
             plan.start.append(container["name"])
         elif instance.state is ContainerState.EXITED:
-            if spec.should_restart(container, pod, _exit_code(instance)):
+            if pod_fields.should_restart(container, pod, _exit_code(instance)):
                 _start_or_wait(plan, container, instance, backoff)
         else:
             kill = _kill_of(container, instance, probes, restartable=_restartable(container, pod))
@@ -117,7 +118,7 @@ def make_plan(
 
 
 def _regular_pending(pod: Pod, plan: Plan) -> bool:
-    regular = {container["name"] for container in spec.regular_containers(pod)}
+    regular = {container["name"] for container in pod_fields.regular_containers(pod)}
     return any(name in regular for name in plan.start) or any(wait.container in regular for wait in plan.waiting)
 
 
@@ -129,14 +130,14 @@ def _plan_init_containers(
     The frontier is the last init container that has an instance: those before it are done, and only their sidecars
     are kept alive; the frontier itself decides whether the next one starts.
     """
-    containers = spec.init_containers(pod)
+    containers = pod_fields.init_containers(pod)
     if not containers:
         return True
     frontier = max((i for i, container in enumerate(containers) if container["name"] in latest), default=-1)
     if has_ever_started(pod, latest):
         frontier = len(containers)
     for container in containers[: max(frontier, 0)]:
-        if spec.is_sidecar(container):
+        if pod_fields.is_sidecar(container):
             _keep_sidecar(plan, container, latest.get(container["name"]), probes, backoff)
     if frontier == len(containers):
         return True
@@ -161,7 +162,7 @@ def _frontier_done(
     probes: ProbeResults,
     backoff: BackoffRemaining,
 ) -> bool:
-    if spec.is_sidecar(container):
+    if pod_fields.is_sidecar(container):
         _keep_sidecar(plan, container, instance, probes, backoff)
         return instance.state is ContainerState.RUNNING and probes.started(
             instance.id, has_probe="startupProbe" in container
@@ -171,7 +172,7 @@ def _frontier_done(
     code = _exit_code(instance)
     if code == 0:
         return True
-    if spec.should_restart(container, pod, code):
+    if pod_fields.should_restart(container, pod, code):
         _start_or_wait(plan, container, instance, backoff)
     else:
         plan.start.clear()

@@ -19,15 +19,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Container, Pod
 from wasilet_common.time_format import NANOSECONDS
 
 from wasilet_node.kube.base import EventRecorder
 from wasilet_node.kube.expansion import expand, mapping_for
 from wasilet_node.network.attachment import MachineNetwork, Networks
-from wasilet_node.pods import grpc_health, handlers, spec
+from wasilet_node.pods import grpc_health, handlers
 from wasilet_node.pods.handlers import HandlerError, Outcome, Reach
 from wasilet_node.pods.results import ProbeKind, ProbeResults, Result
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import ContainerStatus, Runtime, RuntimeUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class PodProbes:
         for key in [key for key in self._probes if key[0] not in wanted]:
             self._probes.pop(key).close()
             self.results.forget(key[0])
-        for _role, container in spec.every_container(pod):
+        for _role, container in pod_fields.every_container(pod):
             instance = running.get(container["name"])
             if instance is None:
                 continue
@@ -272,7 +273,9 @@ class _Probe:
             )
         if "grpc" in settings:
             return await grpc_health.check(settings["grpc"], reach=self._reach(), timeout_seconds=self._timeout)
-        raise HandlerError(f"missing probe handler for {spec.format_pod(self._pod.pod)}:{self._container['name']}")
+        raise HandlerError(
+            f"missing probe handler for {pod_fields.format_pod(self._pod.pod)}:{self._container['name']}"
+        )
 
     def _reach(self) -> Reach:
         return Reach.of(self._pod.networks, self._pod.pod)
@@ -280,5 +283,5 @@ class _Probe:
     def _event(self, reason: str, message: str) -> None:
         pod = self._pod.pod
         self._pod.events.event(
-            pod, "Warning", reason, message, field_path=spec.field_path(pod, self._container["name"])
+            pod, "Warning", reason, message, field_path=pod_fields.field_path(pod, self._container["name"])
         )

@@ -13,10 +13,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Pod
 from wasilet_common.time_format import NANOSECONDS, parse_rfc3339
 
-from wasilet_node.pods import spec
-from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import ID_PREFIX
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus
 
@@ -101,9 +101,9 @@ def _from_status(pod: Pod, status: Mapping[str, Any], known: set[str]) -> Contai
         return None
     like = ContainerStatus(
         id=container_id,
-        pod_uid=spec.uid(pod),
-        pod_namespace=spec.namespace(pod),
-        pod_name=spec.name(pod),
+        pod_uid=pod_fields.uid(pod),
+        pod_namespace=pod_fields.namespace(pod),
+        pod_name=pod_fields.name(pod),
         container_name=status["name"],
         attempt=int(status.get("restartCount") or 0),
         image=str(status.get("image", "")),

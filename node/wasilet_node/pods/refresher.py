@@ -6,11 +6,12 @@ import asyncio
 import logging
 import random
 
+from wasilet_common import pod_fields
+from wasilet_common.backoff import NotBefore
+from wasilet_common.pod_fields import Pod
+
 from wasilet_node.kube.base import KubeError
-from wasilet_node.pods import spec
-from wasilet_node.pods.backoff import NotBefore
 from wasilet_node.pods.dependencies import PodDependencies
-from wasilet_node.pods.spec import Pod
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ class Refresher:
             return None
         if self._due.left(now) <= 0 and self._task is None:
             self._due = NotBefore(now, self._interval())
-            self._task = asyncio.create_task(self._refresh(pod), name=f"refresh volumes of {spec.format_pod(pod)}")
+            self._task = asyncio.create_task(
+                self._refresh(pod), name=f"refresh volumes of {pod_fields.format_pod(pod)}"
+            )
             self._task.add_done_callback(self._ended)
         return self._due.left(now) or self._interval()
 

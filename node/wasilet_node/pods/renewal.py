@@ -5,11 +5,13 @@ What a sandbox is, and when a pod begins again, is in ``wasilet_node.pods.sandbo
 
 from __future__ import annotations
 
-from wasilet_node.pods import sandboxes, spec, termination
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Container, Pod, Role
+
+from wasilet_node.pods import sandboxes, termination
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
 from wasilet_node.pods.sandboxes import PodSandbox
-from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.pods.termination import Grace
 from wasilet_node.runtime.protocol import ContainerStatus
 
@@ -56,13 +58,16 @@ class Renewal:
         if self._sandbox.is_present(ended):
             return True
         if self._sandbox.holds(ended):
-            return ended.exit_code is not None and spec.exit_action(container, ended.exit_code) == spec.RESTART_ALL
+            return (
+                ended.exit_code is not None
+                and pod_fields.exit_action(container, ended.exit_code) == pod_fields.RESTART_ALL
+            )
         return role is Role.REGULAR
 
     async def replace_sandbox(self, pod: Pod) -> None:
         """The sandbox is gone: stop what is left of the pod, and have it begin in another. May be repeated."""
         self._services.events.event(pod, "Normal", sandboxes.CHANGED_REASON, sandboxes.CHANGED_MESSAGE)
-        await self._stop(pod, self._instances.live(), grace_seconds=spec.grace_seconds(pod))
+        await self._stop(pod, self._instances.live(), grace_seconds=pod_fields.grace_seconds(pod))
         self._sandbox.replace()
 
     async def restart_all(self, pod: Pod) -> None:
@@ -85,4 +90,4 @@ class Renewal:
 
 
 def _ephemeral(pod: Pod) -> set[str]:
-    return {str(container["name"]) for container in spec.ephemeral_containers(pod)}
+    return {str(container["name"]) for container in pod_fields.ephemeral_containers(pod)}

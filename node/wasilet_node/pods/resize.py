@@ -16,11 +16,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Container, Pod
 from wasilet_common.quantity import QuantityError
 
-from wasilet_node.pods import resources, spec
+from wasilet_node.pods import resources
 from wasilet_node.pods.dependencies import PodDependencies
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import (
     ContainerStatus,
     ResizeError,
@@ -125,7 +126,7 @@ class Resizes:
             self._pending = None
             return False
         try:
-            if all(self._is_same(pod, container) for _, container in spec.every_container(pod)):
+            if all(self._is_same(pod, container) for _, container in pod_fields.every_container(pod)):
                 self._accept(pod)  # written in another way, or nothing that is held to
                 return True
             problem = self._infeasible(pod, running)
@@ -145,7 +146,7 @@ class Resizes:
 
     def _is_same(self, pod: Pod, container: Container) -> bool:
         before = self.accepted(pod)
-        found = spec.find_container(before, container["name"])
+        found = pod_fields.find_container(before, container["name"])
         return found is None or held(before, found[1]) == held(pod, container)
 
     def _accept(self, pod: Pod) -> None:
@@ -201,7 +202,7 @@ class Resizes:
 
     def _changes(self, pod: Pod, running: Mapping[str, ContainerStatus]) -> list[Change]:
         found: list[tuple[bool, Change]] = []
-        for _, container in spec.every_container(pod):
+        for _, container in pod_fields.every_container(pod):
             instance = running.get(container["name"])
             made = self._held_now(instance, container) if instance is not None else None
             wanted = held(pod, container)
@@ -285,7 +286,7 @@ def _sorted(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wanted(pod: Pod) -> dict[str, dict[str, Any]]:
-    containers = (*spec.init_containers(pod), *spec.regular_containers(pod))
+    containers = (*pod_fields.init_containers(pod), *pod_fields.regular_containers(pod))
     return {each["name"]: each.get("resources") or {} for each in containers}
 
 

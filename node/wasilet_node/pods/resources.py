@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from wasilet_common import quantity
-
-from wasilet_node.pods import spec
-from wasilet_node.pods.spec import Container, Pod
+from wasilet_common import pod_fields, quantity
+from wasilet_common.pod_fields import Container, Pod
 
 ANNOTATION_RESOURCES = "wasilet.dev/resources"
 """On every instance: the resources that it is held to, which a change of the pod alters only once it is made."""
@@ -71,13 +69,13 @@ def pod_requests(pod: Pod) -> Requests:
     init container with the sidecars before it), plus overhead; pod-level requests win for cpu and memory (KEP-2837).
     """
     running = Requests()
-    for container in spec.regular_containers(pod):
+    for container in pod_fields.regular_containers(pod):
         running += _requests(container.get("resources"))
     sidecars = Requests()
     peak = Requests()
-    for container in spec.init_containers(pod):
+    for container in pod_fields.init_containers(pod):
         own = _requests(container.get("resources"))
-        if spec.is_sidecar(container):
+        if pod_fields.is_sidecar(container):
             sidecars += own
             peak = peak.at_least(sidecars)
         else:
@@ -119,7 +117,7 @@ def pod_status(pod: Pod) -> dict[str, dict[str, str]]:
         own = (pod["spec"].get("resources") or {}).get(field) or {}
         names = {"cpu", "memory", *own} | {
             name
-            for container in (*spec.regular_containers(pod), *spec.init_containers(pod))
+            for container in (*pod_fields.regular_containers(pod), *pod_fields.init_containers(pod))
             for name in (container.get("resources") or {}).get(field) or {}
         }
         totals = {name: str(own[name]) if name in own else _pod_total(pod, field, name) for name in sorted(names)}
@@ -131,12 +129,12 @@ def pod_status(pod: Pod) -> dict[str, dict[str, str]]:
 def _pod_total(pod: Pod, field: str, name: str) -> str | None:
     """``PodRequests`` and ``PodLimits`` of k8s.io/component-helpers, but for what the pod itself states: the larger of
     running and initializing, plus overhead."""
-    running = _total(name, *(_text(each, field, name) for each in spec.regular_containers(pod)))
+    running = _total(name, *(_text(each, field, name) for each in pod_fields.regular_containers(pod)))
     sidecars: str | None = None
     peak: str | None = None
-    for container in spec.init_containers(pod):
+    for container in pod_fields.init_containers(pod):
         own = _text(container, field, name)
-        if spec.is_sidecar(container):
+        if pod_fields.is_sidecar(container):
             sidecars = _total(name, sidecars, own)
             own = sidecars
         else:
@@ -193,7 +191,7 @@ def _compute_lists(pod: Pod) -> Iterable[Mapping[str, Any]]:
     if pod["spec"].get("resources"):
         yield pod["spec"]["resources"]
         return
-    for container in (*spec.regular_containers(pod), *spec.init_containers(pod)):
+    for container in (*pod_fields.regular_containers(pod), *pod_fields.init_containers(pod)):
         yield container.get("resources") or {}
 
 

@@ -17,8 +17,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 
-from wasilet_node.pods import spec
-from wasilet_node.pods.spec import Pod
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Pod
+
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus
 
 ANNOTATION_SANDBOX = "wasilet.dev/sandbox"
@@ -79,26 +80,26 @@ def begins_anew(pod: Pod, latest: Mapping[str, ContainerStatus]) -> bool:
     """
     if pod["spec"].get("restartPolicy") == "Never":
         return not latest
-    instances = {container["name"]: latest.get(container["name"]) for container in spec.regular_containers(pod)}
+    instances = {container["name"]: latest.get(container["name"]) for container in pod_fields.regular_containers(pod)}
     if not any(instances.values()):
         return True
     return any(
-        instance is None or instance.exit_code is None or spec.should_restart(container, pod, instance.exit_code)
-        for container in spec.regular_containers(pod)
+        instance is None or instance.exit_code is None or pod_fields.should_restart(container, pod, instance.exit_code)
+        for container in pod_fields.regular_containers(pod)
         for instance in [instances[container["name"]]]
     )
 
 
 def restarts_all(pod: Pod, latest: Mapping[str, ContainerStatus], sandbox: PodSandbox) -> str:
     """The container whose end restarts the whole pod; empty: there is none."""
-    for container in (*spec.init_containers(pod), *spec.regular_containers(pod)):
+    for container in (*pod_fields.init_containers(pod), *pod_fields.regular_containers(pod)):
         instance = latest.get(container["name"])
         if (
             instance is not None
             and instance.state is ContainerState.EXITED
             and instance.exit_code is not None
             and sandbox.is_present(instance)
-            and spec.exit_action(container, instance.exit_code) == spec.RESTART_ALL
+            and pod_fields.exit_action(container, instance.exit_code) == pod_fields.RESTART_ALL
         ):
             return str(container["name"])
     return ""

@@ -12,8 +12,8 @@ from fractions import Fraction
 from typing import Any
 
 from wasilet_common import quantity
+from wasilet_common.pod_fields import Container, Pod
 
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import ServerSettings
 from wasilet_node.volumes.base import ContainerConfigError
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 import logging
 import random
 
+from wasilet_common import pod_fields
+from wasilet_common.backoff import CrashLoopBackoff, NotBefore, RetryBackoff, crash_loop_seconds
+from wasilet_common.pod_fields import Container, Pod
 from wasilet_common.time_format import NANOSECONDS, go_duration
 
-from wasilet_node.pods import hooks, resources, spec
-from wasilet_node.pods.backoff import (
-    CRASH_LOOP_INITIAL_SECONDS,
-    CRASH_LOOP_MAX_SECONDS,
-    CrashLoopBackoff,
-    NotBefore,
-    RetryBackoff,
-)
+from wasilet_node.pods import hooks, resources
 from wasilet_node.pods.container_start import Late, LaunchError, launch
 from wasilet_node.pods.dependencies import PodDependencies
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.pods.status import Waiting
 from wasilet_node.runtime.protocol import ContainerStatus, RuntimeUnavailableError
 
@@ -65,26 +60,26 @@ class StartAttempts:
 
     def note_back_off(self, pod: Pod, name: str, instance: ContainerStatus) -> None:
         """The container waits after a crash: report it in the status, and once in an event."""
-        found = spec.find_container(pod, name)
+        found = pod_fields.find_container(pod, name)
         if found is None or self._told.get(name) == instance.id:
             return
         self._told[name] = instance.id
         delay = go_duration(self._crash_loop.delay(_key(found[1])))
         self.waiting[name] = Waiting(
             reason="CrashLoopBackOff",
-            message=f"back-off {delay} restarting failed container={name} pod={spec.format_pod(pod)}",
+            message=f"back-off {delay} restarting failed container={name} pod={pod_fields.format_pod(pod)}",
         )
         self._services.events.event(
             pod,
             "Warning",
             "BackOff",
-            f"Back-off restarting failed container {name} in pod {spec.format_pod(pod)}",
-            field_path=spec.field_path(pod, name),
+            f"Back-off restarting failed container {name} in pod {pod_fields.format_pod(pod)}",
+            field_path=pod_fields.field_path(pod, name),
         )
 
     def retry_in(self, pod: Pod, name: str, now: float) -> float:
         """Seconds until a container that could not be started is tried again."""
-        found = spec.find_container(pod, name)
+        found = pod_fields.find_container(pod, name)
         image, not_before = self._retry_at.get(name, ("", NotBefore()))
         if found is None or image == found[1].get("image", ""):
             return not_before.left(now)
@@ -137,7 +132,7 @@ class StartAttempts:
                 "Warning",
                 "CPULimitNotEnforced",
                 f"The cpu limit of {limit} is not enforced: the node may not make a cgroup for the container",
-                field_path=spec.field_path(pod, container["name"]),
+                field_path=pod_fields.field_path(pod, container["name"]),
             )
 
     def _delay(self, name: str, error: LaunchError) -> float:
@@ -146,7 +141,7 @@ class StartAttempts:
             return _RUNTIME_RETRY_SECONDS
         if error.counts:
             failures = self._failed_starts[name] = self._failed_starts.get(name, 0) + 1
-            return float(min(CRASH_LOOP_INITIAL_SECONDS * 2 ** min(failures - 1, 10), CRASH_LOOP_MAX_SECONDS))
+            return crash_loop_seconds(failures)
         if error.reason in _IMAGE_REASONS:
             # How long a registry is left alone is the image store's business; this is only how often it is asked. The
             # first time soon, so that a failed pull is seen as what it then is, a back-off; then ever more rarely, as
@@ -179,7 +174,7 @@ class StartAttempts:
                 timeout_seconds=hooks.POST_START_TIMEOUT_SECONDS,
             )
         except hooks.HookError as error:
-            path = spec.field_path(pod, container["name"])
+            path = pod_fields.field_path(pod, container["name"])
             self._services.events.event(pod, "Warning", "FailedPostStartHook", "PostStartHook failed", field_path=path)
             self.waiting[container["name"]] = Waiting(reason="PostStartHookError", message=str(error))
             return False

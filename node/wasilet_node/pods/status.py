@@ -12,14 +12,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Container, Pod, Role
 from wasilet_common.time_format import rfc3339
 
-from wasilet_node.pods import conditions, messages, spec
+from wasilet_node.pods import conditions, messages
 from wasilet_node.pods.nodeinfo import NodeInfo
 from wasilet_node.pods.resources import ANNOTATION_RESOURCES, pod_status, qos_class
 from wasilet_node.pods.results import ProbeResults
 from wasilet_node.pods.sandboxes import RESTARTING_MESSAGE, RESTARTING_REASON
-from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus
 
 PodStatus = dict[str, Any]
@@ -124,7 +125,7 @@ def compute(facts: Facts) -> PodStatus:
             status[field_name] = [messages.cut(each, limit) for each in statuses]
     old_conditions: list[dict[str, Any]] = list(old.get("conditions") or ())
     foreign = [condition for condition in old_conditions if condition["type"] not in conditions.OWNED]
-    if facts.verdict is not None and facts.verdict.disruption and phase in spec.TERMINAL_PHASES:
+    if facts.verdict is not None and facts.verdict.disruption and phase in pod_fields.TERMINAL_PHASES:
         foreign = [condition for condition in foreign if condition["type"] != "DisruptionTarget"]
         added = {
             "type": "DisruptionTarget",
@@ -142,7 +143,7 @@ def compute(facts: Facts) -> PodStatus:
         old=old_conditions,
     )
     owned += conditions.all_containers_restarting(pod, phase, restarting=facts.restarting_all)
-    if phase not in spec.TERMINAL_PHASES:
+    if phase not in pod_fields.TERMINAL_PHASES:
         owned += facts.resize
     status["conditions"] = foreign + conditions.with_transition_times(owned, old_conditions, facts.now)
     return status
@@ -193,7 +194,7 @@ def _name_of(status: Mapping[str, Any]) -> str:
 
 
 def _listed(pod: Pod, *roles: Role) -> list[tuple[Role, Container]]:
-    return [(role, container) for role, container in spec.every_container(pod) if role in roles]
+    return [(role, container) for role, container in pod_fields.every_container(pod) if role in roles]
 
 
 def _set_addresses(status: PodStatus, facts: Facts) -> None:
@@ -245,7 +246,7 @@ def _may_run_again(facts: Facts, container: Container, latest: ContainerStatus |
     """Only then is a container that does not run *waiting*; else it has ended."""
     if latest is None:
         return True
-    if latest.state is not ContainerState.EXITED or spec.is_deleted(facts.pod) or facts.terminated:
+    if latest.state is not ContainerState.EXITED or pod_fields.is_deleted(facts.pod) or facts.terminated:
         return False
     name = container["name"]
     if role is Role.SIDECAR or name in facts.reset or (role is Role.INIT and name in facts.former):
@@ -253,7 +254,7 @@ def _may_run_again(facts: Facts, container: Container, latest: ContainerStatus |
     code = 137 if latest.exit_code is None else latest.exit_code
     if role is Role.EPHEMERAL or (role is Role.INIT and code == 0):
         return False
-    return spec.should_restart(container, facts.pod, code)
+    return pod_fields.should_restart(container, facts.pod, code)
 
 
 def _state(facts: Facts, latest: ContainerStatus | None) -> dict[str, Any]:
@@ -268,7 +269,7 @@ def _state(facts: Facts, latest: ContainerStatus | None) -> dict[str, Any]:
 
 def _default_waiting(pod: Pod) -> str:
     """PodInitializing for all containers of a pod that has init containers, as kubelet reports it."""
-    return "PodInitializing" if spec.init_containers(pod) else "ContainerCreating"
+    return "PodInitializing" if pod_fields.init_containers(pod) else "ContainerCreating"
 
 
 def _waiting(waiting: Waiting) -> dict[str, str]:
@@ -353,9 +354,9 @@ def _set_resources(status: dict[str, Any], container: Container, latest: Contain
 def _terminate_the_missing(pod: Pod, init: list[dict[str, Any]], regular: list[dict[str, Any]]) -> None:
     """A pod at its end has no container that waits or runs: what was never seen to end has ended unknown."""
     unknown = {"terminated": {"exitCode": 137, "reason": "ContainerStatusUnknown", "message": UNKNOWN_MESSAGE}}
-    init_containers = spec.init_containers(pod)
+    init_containers = pod_fields.init_containers(pod)
     initialized = not init_containers or any("terminated" in s["state"] or s["lastState"] for s in regular)
-    if not initialized and not spec.is_sidecar(init_containers[-1]):
+    if not initialized and not pod_fields.is_sidecar(init_containers[-1]):
         initialized = bool(init[-1]["ready"])
     if initialized:
         for status in regular:
@@ -400,11 +401,11 @@ def _is_reset(status: Mapping[str, Any]) -> bool:
 
 def _count(pod: Pod, statuses: Mapping[str, Mapping[str, Any]]) -> _Counts:
     counts = _Counts()
-    for container in spec.init_containers(pod):
+    for container in pod_fields.init_containers(pod):
         status = statuses[container["name"]]
         ended = _ended(status)
         running = "running" in status["state"]
-        if spec.is_sidecar(container):
+        if pod_fields.is_sidecar(container):
             if running:
                 counts.running += 1
                 counts.pending_sidecars += not status["started"]
@@ -413,11 +414,11 @@ def _count(pod: Pod, statuses: Mapping[str, Mapping[str, Any]]) -> _Counts:
                 counts.waiting += 1
         elif running or ended is None or _is_reset(status):
             counts.pending_init += 1
-        elif ended["exitCode"] != 0 and not spec.should_restart(container, pod, ended["exitCode"]):
+        elif ended["exitCode"] != 0 and not pod_fields.should_restart(container, pod, ended["exitCode"]):
             counts.init_failed_for_good += 1
         elif ended["exitCode"] != 0:
             counts.pending_init += 1
-    for container in spec.regular_containers(pod):
+    for container in pod_fields.regular_containers(pod):
         status = statuses[container["name"]]
         ended = _ended(status)
         if "running" in status["state"]:
@@ -426,7 +427,9 @@ def _count(pod: Pod, statuses: Mapping[str, Mapping[str, Any]]) -> _Counts:
             counts.waiting += 1
         else:
             counts.stopped += 1
-            counts.stopped_for_good += not (_is_reset(status) or spec.should_restart(container, pod, ended["exitCode"]))
+            counts.stopped_for_good += not (
+                _is_reset(status) or pod_fields.should_restart(container, pod, ended["exitCode"])
+            )
             counts.succeeded += "terminated" in status["state"] and ended["exitCode"] == 0
     return counts
 
@@ -452,21 +455,21 @@ def get_phase(
 def _phase(facts: Facts, statuses: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, str]:
     old, api = facts.old, facts.pod.get("status") or {}
     for before in (old, api):
-        if before.get("phase") in spec.TERMINAL_PHASES:
+        if before.get("phase") in pod_fields.TERMINAL_PHASES:
             return before["phase"], before.get("reason", ""), before.get("message", "")
     running = any(i.state is ContainerState.RUNNING for known in facts.instances.values() for i in known[:1])
-    regular = {container["name"] for container in spec.regular_containers(facts.pod)}
+    regular = {container["name"] for container in pod_fields.regular_containers(facts.pod)}
     active = any(
         known[0].state is ContainerState.RUNNING for name, known in facts.instances.items() if name in regular and known
     )
     phase = get_phase(facts.pod, statuses, terminal=facts.terminal or facts.terminated, has_active_regular=active)
-    if facts.verdict is not None or (facts.terminated and phase not in spec.TERMINAL_PHASES):
+    if facts.verdict is not None or (facts.terminated and phase not in pod_fields.TERMINAL_PHASES):
         phase = "Failed"
     before = str(old.get("phase") or "Pending")
-    if phase in spec.TERMINAL_PHASES and (running or not (facts.terminal or facts.terminated)):
+    if phase in pod_fields.TERMINAL_PHASES and (running or not (facts.terminal or facts.terminated)):
         # Final phases free the pod's resources for others: not before its last container is dead.
         phase = before
-    if phase == before and phase not in spec.TERMINAL_PHASES:
+    if phase == before and phase not in pod_fields.TERMINAL_PHASES:
         reason, message = (str(old.get(name) or api.get(name) or "") for name in ("reason", "message"))
         return phase, reason, message
     if phase == "Failed" and facts.verdict is not None:

@@ -16,6 +16,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
+from wasilet_common.pod_fields import Pod
+
 from wasilet_node.kube.base import (
     ApiStatusError,
     ConflictError,
@@ -26,10 +30,7 @@ from wasilet_node.kube.base import (
     NotFoundError,
     TooManyRequestsError,
 )
-from wasilet_node.pods import spec
-from wasilet_node.pods.backoff import RetryBackoff
 from wasilet_node.pods.conditions import OWNED, TRANSIENT
-from wasilet_node.pods.spec import Pod
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,8 @@ class StatusWriter:
     def __init__(self, kube: Kube, pod: Pod, *, on_gone: Callable[[], None]) -> None:
         """``on_gone`` is called when the server no longer has this pod (or has another of its name)."""
         self._kube = kube
-        self._path = spec.path(pod)
-        self._uid = spec.uid(pod)
+        self._path = pod_fields.path(pod)
+        self._uid = pod_fields.uid(pod)
         self._on_gone = on_gone
         self._base: Mapping[str, Any] = pod.get("status") or {}
         self._version = str(pod["metadata"].get("resourceVersion", ""))

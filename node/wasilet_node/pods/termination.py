@@ -13,10 +13,12 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from wasilet_node.pods import hooks, spec
-from wasilet_node.pods.backoff import RetryBackoff
+from wasilet_common import pod_fields
+from wasilet_common.backoff import RetryBackoff
+from wasilet_common.pod_fields import Container, Pod, Role
+
+from wasilet_node.pods import hooks
 from wasilet_node.pods.dependencies import PodDependencies
-from wasilet_node.pods.spec import Container, Pod, Role
 from wasilet_node.runtime.protocol import ContainerStatus, RuntimeUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ def kill_grace(pod: Pod, container: Mapping[str, Any], reason: str) -> float:
     """How long a single container may take to end: a probe can have its own limit (KEP-2238)."""
     field = {"LivenessProbe": "livenessProbe", "StartupProbe": "startupProbe"}.get(reason, "")
     own = (container.get(field) or {}).get("terminationGracePeriodSeconds")
-    return spec.grace_seconds(pod) if own is None else float(own)
+    return pod_fields.grace_seconds(pod) if own is None else float(own)
 
 
 Observe = Callable[[ContainerStatus], None]
@@ -88,7 +90,7 @@ async def kill_container(
 ) -> ContainerStatus | None:
     """Stop one instance. ``turn``: what to wait for after preStop, within the grace. None: the runtime no longer
     knows it. Raises RuntimeUnavailableError when the runtime stays away."""
-    path = spec.field_path(pod, container["name"])
+    path = pod_fields.field_path(pod, container["name"])
     services.events.event(pod, "Normal", "Killing", message, field_path=path)
     hook = (container.get("lifecycle") or {}).get("preStop")
     try:
@@ -106,7 +108,9 @@ async def kill_container(
                     )
                 )
                 if not done:
-                    logger.info("preStop of %s in %s did not end in time", container["name"], spec.format_pod(pod))
+                    logger.info(
+                        "preStop of %s in %s did not end in time", container["name"], pod_fields.format_pod(pod)
+                    )
             except hooks.HookError as error:
                 logger.info("%s", error)
                 services.events.event(pod, "Warning", "FailedPreStopHook", "PreStopHook failed", field_path=path)
@@ -177,13 +181,13 @@ async def stop_pod(
 
     async with asyncio.TaskGroup() as group:
         for name, instance in live.items():
-            found = spec.find_container(pod, name)
+            found = pod_fields.find_container(pod, name)
             role, container = found or (Role.REGULAR, {"name": name})
             group.create_task(stop(role, container, instance))
 
 
 def _before(pod: Pod, sidecar: str, live: Mapping[str, ContainerStatus]) -> list[str]:
     """The containers that end before this sidecar does: all regular ones, and the init containers after it."""
-    names = [container["name"] for container in spec.init_containers(pod)]
+    names = [container["name"] for container in pod_fields.init_containers(pod)]
     earlier = set(names[: names.index(sidecar) + 1])
     return [name for name in live if name not in earlier]

@@ -11,9 +11,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from wasilet_node.pods import log_layout, recovery, spec
+from wasilet_common import pod_fields
+from wasilet_common.cri_log.reader import last_text
+from wasilet_common.pod_fields import Container, Pod
+
+from wasilet_node.pods import recovery
 from wasilet_node.pods.dependencies import PodDependencies
-from wasilet_node.pods.spec import Container, Pod
 from wasilet_node.runtime.protocol import ContainerStatus
 from wasilet_node.volumes.base import VolumeError
 
@@ -42,7 +45,7 @@ class TerminationMessages:
         """An instance has ended. Only the newest has its own file that is sure to be there still."""
         if instance.id in self._texts or instance.id in self._reading:
             return
-        found = spec.find_container(pod, instance.container_name)
+        found = pod_fields.find_container(pod, instance.container_name)
         known = recovery.known_message(pod, instance.id)
         if known is not None or found is None or not newest or not instance.log_path:
             self._texts[instance.id] = instance.message if known is None else known
@@ -78,7 +81,7 @@ class TerminationMessages:
                 "the termination message", lambda: self._words(pod, container, instance)
             )
         except (OSError, ValueError, VolumeError) as error:
-            logger.warning("termination message of %s in %s: %s", container["name"], spec.format_pod(pod), error)
+            logger.warning("termination message of %s in %s: %s", container["name"], pod_fields.format_pod(pod), error)
         self._texts[instance.id] = text
 
     def _words(self, pod: Pod, container: Container, instance: ContainerStatus) -> str:
@@ -86,5 +89,5 @@ class TerminationMessages:
         said = self._services.volumes.termination_message(pod, container, attempt=instance.attempt)
         on_error = container.get("terminationMessagePolicy") == "FallbackToLogsOnError"
         if not said and on_error and instance.exit_code != 0 and instance.reason != "StartError":
-            said = log_layout.tail(instance.log_path)
+            said = last_text(instance.log_path)
         return ": ".join(part for part in (instance.message, said) if part)

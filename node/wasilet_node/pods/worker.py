@@ -18,12 +18,15 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
+from wasilet_common import pod_fields
+from wasilet_common.backoff import NotBefore, RetryBackoff
+from wasilet_common.cri_log import layout
+from wasilet_common.pod_fields import Pod
 from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
 
 from wasilet_node.kube.base import KubeError, NotFoundError
-from wasilet_node.pods import log_layout, recovery, resources, spec, termination
+from wasilet_node.pods import recovery, resources, termination
 from wasilet_node.pods import status as status_of
-from wasilet_node.pods.backoff import NotBefore, RetryBackoff
 from wasilet_node.pods.container_sync import ContainerSync, Job, soonest
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
@@ -31,7 +34,6 @@ from wasilet_node.pods.plan import has_ever_started
 from wasilet_node.pods.probes import PodProbes
 from wasilet_node.pods.resources import Requests
 from wasilet_node.pods.results import ProbeResults
-from wasilet_node.pods.spec import Pod
 from wasilet_node.pods.status import Facts, Verdict, Waiting
 from wasilet_node.pods.status_writer import StatusWriter
 from wasilet_node.pods.termination import Grace
@@ -71,7 +73,7 @@ class PodWorker:
         kept waiting, because its controller would replace a failed one for ever."""
         self.services = services
         self.pod = pod
-        self.uid = spec.uid(pod)
+        self.uid = pod_fields.uid(pod)
         self.stage = Stage.ACTIVE
         self.verdict = rejected
         self.results = ProbeResults()
@@ -117,8 +119,8 @@ class PodWorker:
         self._containers.pod = pod
         if any(before["metadata"].get(k) != pod["metadata"].get(k) for k in ("labels", "annotations")):
             self._containers.refresher.at_once()
-        if spec.is_deleted(pod) and self._grace is not None:
-            self._grace.shorten(spec.grace_seconds(pod))
+        if pod_fields.is_deleted(pod) and self._grace is not None:
+            self._grace.shorten(pod_fields.grace_seconds(pod))
         self._wake.set()
 
     def remove(self) -> None:
@@ -141,7 +143,7 @@ class PodWorker:
         """Evict: stop the pod and make it Failed for this reason."""
         if self.stage is Stage.ACTIVE and self.verdict is None:
             self.verdict = verdict
-            self._begin_to_end(min(grace_seconds, spec.grace_seconds(self.pod)))
+            self._begin_to_end(min(grace_seconds, pod_fields.grace_seconds(self.pod)))
             self._wake.set()
 
     # ---- what others ask
@@ -149,7 +151,7 @@ class PodWorker:
     @property
     def holds_resources(self) -> bool:
         """It counts against the node's capacity: it may run, or something of it still does."""
-        return not (self._rejected or self._stopped or (spec.is_terminal(self.pod) and not self.instances.live()))
+        return not (self._rejected or self._stopped or (pod_fields.is_terminal(self.pod) and not self.instances.live()))
 
     def requests(self) -> Requests:
         """What counts against the node: of what has been accepted. Raises QuantityError."""
@@ -176,7 +178,7 @@ class PodWorker:
                 try:
                     delay = self._step()
                 except Exception:
-                    logger.exception("pod %s", spec.format_pod(self.pod))
+                    logger.exception("pod %s", pod_fields.format_pod(self.pod))
                     delay = 5.0
                 try:
                     async with asyncio.timeout(delay):
@@ -204,7 +206,7 @@ class PodWorker:
             delay = soonest(delay, self._sync(now))
         if self.stage is Stage.ENDING and self._job is None:
             delay = soonest(delay, self._spawn(self._end, now))
-        gone = spec.is_deleted(self.pod) or self.removed
+        gone = pod_fields.is_deleted(self.pod) or self.removed
         if gone and self.stage is Stage.ENDED and self._job is None and not self._finished:
             delay = soonest(delay, self._spawn(self._finish, now))
         self._publish()
@@ -216,7 +218,7 @@ class PodWorker:
             return None
         decision = self._containers.decide(now, busy=self._job is not None, put_off_seconds=self._not_before.left(now))
         if decision.end:
-            self._begin_to_end(spec.grace_seconds(self.pod))
+            self._begin_to_end(pod_fields.grace_seconds(self.pod))
             return None
         delay = self._spawn(decision.job, now) if decision.job is not None else None
         return soonest(decision.again_in, delay)
@@ -225,7 +227,7 @@ class PodWorker:
         """Begin a job, unless the last one failed a moment ago: then in how many seconds."""
         if (left := self._not_before.left(now)) > 0:
             return left
-        self._job = asyncio.create_task(job(), name=f"pod {spec.format_pod(self.pod)}")
+        self._job = asyncio.create_task(job(), name=f"pod {pod_fields.format_pod(self.pod)}")
         self._job.add_done_callback(self._job_ended)
         return None
 
@@ -252,7 +254,7 @@ class PodWorker:
         if task.cancelled():
             return
         if (error := task.exception()) is not None:
-            logger.error("pod %s: a job failed", spec.format_pod(self.pod), exc_info=error)
+            logger.error("pod %s: a job failed", pod_fields.format_pod(self.pod), exc_info=error)
             self.put_off()
         elif self._not_before.left(self.services.wall_clock()) <= 0:
             self._job_retry.reset()
@@ -261,9 +263,9 @@ class PodWorker:
 
     def _decide_the_end(self, now: float) -> float | None:
         """Begin to end, where something asks for it; else the seconds until the deadline."""
-        if self.removed or spec.is_deleted(self.pod):
-            self._begin_to_end(spec.grace_seconds(self.pod))
-        elif self._rejected or spec.is_terminal(self.pod):
+        if self.removed or pod_fields.is_deleted(self.pod):
+            self._begin_to_end(pod_fields.grace_seconds(self.pod))
+        elif self._rejected or pod_fields.is_terminal(self.pod):
             self._begin_to_end(0)
         elif (limit := self.pod["spec"].get("activeDeadlineSeconds")) is not None:
             started = parse_rfc3339(self.status.get("startTime"))
@@ -271,7 +273,7 @@ class PodWorker:
             if left <= 0:
                 self.services.events.event(self.pod, "Normal", DEADLINE.reason, DEADLINE.message)
                 self.verdict = DEADLINE
-                self._begin_to_end(spec.grace_seconds(self.pod))
+                self._begin_to_end(pod_fields.grace_seconds(self.pod))
             else:
                 return left
         return None
@@ -317,11 +319,11 @@ class PodWorker:
             await self._status_writer.flush()
         if not self.removed:
             try:
-                await self.services.kube.delete(spec.path(self.pod), grace_period_seconds=0, uid=self.uid)
+                await self.services.kube.delete(pod_fields.path(self.pod), grace_period_seconds=0, uid=self.uid)
             except NotFoundError:
                 self.removed = True
             except KubeError as error:
-                logger.warning("deletion of %s: %s", spec.format_pod(self.pod), error)
+                logger.warning("deletion of %s: %s", pod_fields.format_pod(self.pod), error)
                 self.put_off()
                 return
         # From here on the pod may still be seen (a finalizer keeps it), but nothing of it is left on the node.
@@ -330,7 +332,7 @@ class PodWorker:
             if instance.log_path:
                 await self.services.runtime.remove(instance.id)
         self.services.references.release(self.uid)
-        await asyncio.to_thread(log_layout.remove_folder, log_layout.pod_folder(self.services.paths, self.pod))
+        await asyncio.to_thread(layout.remove_folder, layout.folder_of_pod(self.services.paths.logs, self.pod))
         self._finished = True
 
     # ---- what is reported
@@ -339,13 +341,15 @@ class PodWorker:
         """Compute the status and have it sent; one that only says "being created" may wait for what comes next."""
         now = rfc3339(int(self.services.wall_clock() * NANOSECONDS))
         if self._rejected and self.verdict is not None:
-            if not spec.is_terminal(self.pod):
+            if not pod_fields.is_terminal(self.pod):
                 self.status = status_of.rejected(self.pod, self.verdict, now)
                 self._status_writer.submit(self.status)
             return
         waiting = dict(self._containers.attempts.waiting)
         if self._containers.held is not None:
-            waiting = {container["name"]: self._containers.held for _role, container in spec.every_container(self.pod)}
+            waiting = {
+                container["name"]: self._containers.held for _role, container in pod_fields.every_container(self.pod)
+            }
         self.status = status_of.compute(
             Facts(
                 pod=self._containers.resizes.accepted(self.pod),

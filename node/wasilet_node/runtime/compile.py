@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 from wasilet_node.runtime.compile_worker import EXIT_MEMORY, SERVER
@@ -29,6 +29,9 @@ from wasilet_node.settings import ImageSettings
 SUFFIX = ".cwasm"
 WORK_PREFIX = ".compile-"
 MAX_MESSAGE_BYTES = 4096
+
+
+Begins = Callable[[], Awaitable[None]]
 
 
 class CompileError(Exception):
@@ -49,10 +52,18 @@ class Compiler:
         directory.chmod(0o700)
 
     async def compile(
-        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False, owner: str = ""
+        self,
+        module_path: Path,
+        module_digest: str,
+        kind: GuestKind,
+        *,
+        server: bool = False,
+        owner: str = "",
+        begins: Begins | None = None,
     ) -> Path:
         """The precompiled file of a module (``sha256:<hex>``), compiled once for however many callers. ``server``: it
         is a component that answers requests. ``owner``: the namespace that asks first; those that wait take turns.
+        ``begins``: awaited before the compiler starts, of the caller that starts it.
 
         Raises CompileError.
         """
@@ -62,7 +73,7 @@ class Compiler:
         task = self._running.get(module_digest)
         if task is None:
             worker_kind = SERVER if server else kind.value
-            compiling = self._compile(module_path, target, worker_kind, owner)
+            compiling = self._compile(module_path, target, worker_kind, owner, begins)
             task = asyncio.create_task(compiling, name=f"compile {module_digest}")
             self._running[module_digest] = task
             task.add_done_callback(lambda task: self._ended(module_digest, task))
@@ -109,10 +120,12 @@ class Compiler:
         self._verified[target] = identity
         return True
 
-    async def _compile(self, module_path: Path, target: Path, kind: str, owner: str) -> Path:
+    async def _compile(self, module_path: Path, target: Path, kind: str, owner: str, begins: Begins | None) -> Path:
         async with self._slots.slot(owner):
             if await asyncio.to_thread(self._usable, target):
                 return target
+            if begins is not None:
+                await begins()
             try:
                 with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=self._directory) as folder:
                     output = Path(folder) / "out"

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wasilet_common.cri_log.writer import LineFramer, LogFile
 from wasilet_common.time_format import rfc3339_nano
 
 from wasilet_node.runtime import linux, sandbox, wire
 from wasilet_node.runtime.cgroups import CgroupManager, Group
 from wasilet_node.runtime.component_host.counters import CountersPage
-from wasilet_node.runtime.logs import LineFramer, LogFile
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.pod_namespaces import PodNamespaces
 from wasilet_node.runtime.process import ForkRefusedError, Outcome, SandboxProcess

@@ -14,9 +14,10 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from wasilet_common.cri_log.writer import READ_BYTES
+
 from wasilet_node.runtime import sandbox
 from wasilet_node.runtime.cgroups import Group
-from wasilet_node.runtime.logs import READ_BYTES
 from wasilet_node.runtime.loop import Loop, Watch
 from wasilet_node.runtime.protocol import ContainerConfig
 from wasilet_node.runtime.zygote import Spare, Zygote

@@ -18,21 +18,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from aiohttp import HttpVersion11, web
+from wasilet_common import pod_fields
+from wasilet_common.cri_log import layout
+from wasilet_common.cri_log.reader import CHUNK_BYTES, Segment, open_log, open_segment, rotated_names, skip_to_tail
+from wasilet_common.cri_log.render import Renderer, RenderOptions
+from wasilet_common.pod_fields import Pod
 from wasilet_common.time_format import parse_rfc3339_nano
 
-from wasilet_node.logfolders import pod_folder
-from wasilet_node.server.logfiles import (
-    CHUNK_BYTES,
-    Renderer,
-    RenderOptions,
-    Segment,
-    open_log,
-    open_segment,
-    rotated_names,
-    skip_to_tail,
-)
 from wasilet_node.server.logwatch import LogWatcher, Waiter
-from wasilet_node.server.pods import Pod, PodSource, container_status, containers, full_name, known_pod
+from wasilet_node.server.pods import PodSource, known_pod
 
 logger = logging.getLogger(__name__)
 
@@ -111,24 +105,26 @@ def find_log(pod: Pod, container: str, *, previous: bool, log_root: Path) -> Log
     The file's number is the instance's attempt: ``restartCount`` for the latest instance that has started, one less
     for the one before it. A container that waits for its next start has not been counted up yet.
     """
-    namespace, name, uid = full_name(pod)
-    status = container_status(pod, container)
+    name = pod_fields.name(pod)
+    status = pod_fields.container_status(pod, container)
     if status is None:
         raise LogRequestError(400, f'container "{container}" in pod "{name}" is not available')
     state, last = status.get("state") or {}, (status.get("lastState") or {}).get("terminated")
     last_id = (last or {}).get("containerID", "")
     latest = int(status.get("restartCount", 0))
-    folder = pod_folder(log_root, namespace=namespace, name=name, uid=uid) / container
+    folder = layout.folder_of_pod(log_root, pod) / container
     if previous:
         if not last_id:
             raise LogRequestError(400, f'previous terminated container "{container}" in pod "{name}" not found')
         started = "running" in state or bool((state.get("terminated") or {}).get("containerID"))
-        path = folder / f"{latest - 1}.log" if started else _latest(folder, latest)
+        path = layout.attempt_file(folder, latest - 1) if started else _latest(folder, latest)
         return LogTarget(path=path, container_id=last_id, running=False)
     if "running" in state:
-        return LogTarget(path=folder / f"{latest}.log", container_id=status.get("containerID", ""), running=True)
+        return LogTarget(
+            path=layout.attempt_file(folder, latest), container_id=status.get("containerID", ""), running=True
+        )
     if "terminated" in state and (container_id := state["terminated"].get("containerID", "")):
-        return LogTarget(path=folder / f"{latest}.log", container_id=container_id, running=False)
+        return LogTarget(path=layout.attempt_file(folder, latest), container_id=container_id, running=False)
     if "terminated" in state or last is not None:
         if not last_id:
             raise LogRequestError(400, f'container "{container}" in pod "{name}" is terminated')
@@ -168,7 +164,7 @@ class LogViews:
             pod = known_pod(self._pods, namespace, name)
             if pod is None:
                 raise LogRequestError(404, f'pod "{name}" does not exist')
-            if all(each.get("name") != container for each in containers(pod)):
+            if pod_fields.find_container(pod, container) is None:
                 raise LogRequestError(404, f'container "{container}" not found in pod "{name}"')
             target = find_log(pod, container, previous=options.previous, log_root=self._log_root)
         except LogRequestError as error:
@@ -193,13 +189,13 @@ class LogViews:
         return response
 
     def _ended(self, pod: Pod, container: str, container_id: str) -> Callable[[], bool]:
-        namespace, name, uid = full_name(pod)
+        (namespace, name), uid = pod_fields.key(pod), pod_fields.uid(pod)
 
         def ended() -> bool:
             latest = self._pods.pod(namespace, name)
-            if latest is None or full_name(latest)[2] != uid:
+            if latest is None or pod_fields.uid(latest) != uid:
                 return True
-            status = container_status(latest, container) or {}
+            status = pod_fields.container_status(latest, container) or {}
             return "running" not in (status.get("state") or {}) or status.get("containerID", "") != container_id
 
         return ended
@@ -301,7 +297,7 @@ def _next_file(path: Path, inode: tuple[int, int] | None, seen: set[str]) -> Seg
         return None
     if inode == (status.st_dev, status.st_ino):
         return None
-    for name in rotated_names(path.parent, path.name):
+    for name in rotated_names(path):
         if name in seen:
             continue
         segment = open_segment(path.with_name(name))
@@ -322,8 +318,8 @@ def _next_file(path: Path, inode: tuple[int, int] | None, seen: set[str]) -> Seg
 
 def _latest(folder: Path, attempt: int) -> Path:
     """The log of the last instance of a container that waits for its next start, should that be counted already."""
-    path = folder / f"{attempt}.log"
-    before = folder / f"{attempt - 1}.log"
+    path = layout.attempt_file(folder, attempt)
+    before = layout.attempt_file(folder, attempt - 1)
     return before if attempt > 0 and not path.exists() and before.exists() else path
 
 

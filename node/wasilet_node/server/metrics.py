@@ -18,10 +18,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from wasilet_common import pod_fields
 
 from wasilet_node import __version__, machine
 from wasilet_node.runtime.protocol import ContainerState, Runtime, RuntimeUnavailableError
-from wasilet_node.server.pods import PodSource, full_name
+from wasilet_node.server.pods import PodSource
 from wasilet_node.server.serving_metrics import serving
 from wasilet_node.server.stats import ContainerSample, PodSample, Snapshot, UsageReader
 from wasilet_node.settings import NodeSettings
@@ -113,8 +114,8 @@ class ProbeMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The series of pods that still exist; the others are dropped for good."""
-        known = {full_name(pod)[2] for pod in self._pods.pods()}
-        named = {(full_name(pod)[1], full_name(pod)[0]) for pod in self._pods.pods()}
+        known = {pod_fields.uid(pod) for pod in self._pods.pods()}
+        named = {(pod_fields.name(pod), pod_fields.namespace(pod)) for pod in self._pods.pods()}
         self._totals = {key: count for key, count in self._totals.items() if key[5] in known}
         self._durations = {key: sums for key, sums in self._durations.items() if key[2:] in named}
         totals = CounterMetricFamily(

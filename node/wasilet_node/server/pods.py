@@ -6,17 +6,12 @@ Pods are decoded JSON with their latest status, as the pod manager holds them; `
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from aiohttp import web
+from wasilet_common.pod_fields import Pod
 
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, Runtime
-
-Pod = dict[str, Any]
-
-CONTAINER_LISTS = ("containers", "initContainers", "ephemeralContainers")
-STATUS_LISTS = ("containerStatuses", "initContainerStatuses", "ephemeralContainerStatuses")
 
 
 class PodSource(Protocol):
@@ -31,27 +26,6 @@ class PodSource(Protocol):
 
     def pod(self, namespace: str, name: str) -> Pod | None:
         """One pod with its latest status; None: this node has no such pod."""
-
-
-def containers(pod: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """All containers of the spec, init and ephemeral ones included."""
-    for key in CONTAINER_LISTS:
-        yield from pod.get("spec", {}).get(key) or ()
-
-
-def container_status(pod: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """The status entry of a container, whichever list it is in."""
-    for key in STATUS_LISTS:
-        for status in pod.get("status", {}).get(key) or ():
-            if status.get("name") == name:
-                return dict(status)
-    return None
-
-
-def full_name(pod: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(namespace, name, uid)."""
-    metadata = pod["metadata"]
-    return metadata.get("namespace", ""), metadata.get("name", ""), metadata.get("uid", "")
 
 
 def known_pod(pods: PodSource, namespace: str, name: str) -> Pod | None:

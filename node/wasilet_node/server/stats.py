@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from wasilet_common import pod_fields
+from wasilet_common.cri_log.layout import pod_folder
 from wasilet_common.time_format import rfc3339
 
 from wasilet_node import machine
-from wasilet_node.logfolders import pod_folder
 from wasilet_node.runtime import linux
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, HttpCounters, Runtime
-from wasilet_node.server.pods import PodSource, full_name
+from wasilet_node.server.pods import PodSource
 from wasilet_node.settings import NodeSettings
 
 SNAPSHOT_SECONDS = 0.2
@@ -134,7 +135,7 @@ class UsageReader:
                         http=usage.http,
                     )
                 )
-            start_times = {full_name(pod)[2]: pod.get("status", {}).get("startTime", "") for pod in self._pods.pods()}
+            start_times = {pod_fields.uid(pod): pod.get("status", {}).get("startTime", "") for pod in self._pods.pods()}
             pods = tuple(
                 PodSample(
                     namespace=group[0].status.pod_namespace,

@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
+from wasilet_common.backoff import ImagePullBackoff
 from wasilet_common.singleflight import SingleFlight
-from wasilet_node.images.backoff import Backoff
 from wasilet_node.images.uninterrupted import uninterrupted
 
 pytestmark = pytest.mark.unit
@@ -124,7 +124,7 @@ class Clock:
 
 def test_delays_double_from_10_to_300_seconds() -> None:
     clock = Clock()
-    backoff = Backoff(clock=clock)
+    backoff = ImagePullBackoff(clock=clock)
     key = ("uid", "image")
     delays = []
     for number in range(7):
@@ -139,7 +139,7 @@ def test_delays_double_from_10_to_300_seconds() -> None:
 
 def test_an_entry_left_alone_for_ten_minutes_starts_from_the_beginning() -> None:
     clock = Clock()
-    backoff = Backoff(clock=clock)
+    backoff = ImagePullBackoff(clock=clock)
     for _ in range(5):
         backoff.failed(("uid", "image"), "error")
     clock.now += 601
@@ -149,7 +149,7 @@ def test_an_entry_left_alone_for_ten_minutes_starts_from_the_beginning() -> None
 
 
 def test_another_pod_does_not_wait() -> None:
-    backoff = Backoff(clock=Clock())
+    backoff = ImagePullBackoff(clock=Clock())
     backoff.failed(("uid", "image"), "error")
     assert backoff.waiting(("other", "image")) is None
     assert backoff.waiting(("uid", "other")) is None
@@ -157,7 +157,7 @@ def test_another_pod_does_not_wait() -> None:
 
 def test_expired_entries_are_forgotten_and_others_are_not() -> None:
     clock = Clock()
-    backoff = Backoff(clock=clock)
+    backoff = ImagePullBackoff(clock=clock)
     backoff.failed(("old", "image"), "error")
     clock.now += 601
     backoff.failed(("new", "image"), "error")

@@ -132,13 +132,19 @@ def spec(
                 "mounts": [_mount(mount, opened) for mount in config.mounts],
                 "stdin": stdin,
                 "memory_bytes": memory_bytes,
-                "sockets": {"listen": True, "connect": True, "deny": []} if _has_sockets(config) else None,
+                "sockets": {"listen": True, "connect": True, "deny": _refused()} if _has_sockets(config) else None,
                 "outgoing": _outgoing(config.http) if config.http is not None else None,
             }
         ).encode()
     finally:
         for descriptor in opened:
             os.close(descriptor)
+
+
+def _refused() -> list[str]:
+    """Networks (CIDRs) that neither sockets nor outgoing requests reach, judged after names are resolved, whatever the
+    pod's annotation allows. The pod network's rules hold besides; a list of the node's operator goes here."""
+    return []
 
 
 def _has_sockets(config: ContainerConfig) -> bool:
@@ -191,7 +197,7 @@ def _outgoing(policy: HttpPolicy) -> dict[str, Any]:
         "own_addresses": policy.own_addresses,
         "api_servers": [(host.lower(), port) for host, port in policy.api_servers],
         "ports": [10250, 10255, *policy.kubelet_ports],
-        "deny": [],
+        "deny": _refused(),
         "max_concurrent": min(policy.max_concurrent_requests or MAX_CONCURRENT_OUTGOING, MAX_CONCURRENT_OUTGOING),
         "connect_timeout_ms": _milliseconds(http.CONNECT_TIMEOUT_SECONDS),
         "request_timeout_ms": _milliseconds(http.REQUEST_TIMEOUT_SECONDS),

@@ -12,9 +12,11 @@ import os
 import struct
 
 from aiohttp import web
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Pod
 
 from wasilet_node.network.attachment import Networks
-from wasilet_node.server.pods import Pod, PodSource, full_name
+from wasilet_node.server.pods import PodSource
 from wasilet_node.server.streams import frames
 from wasilet_node.server.streams.remotecommand import find_pod
 from wasilet_node.server.streams.spdy import SpdyConnection, Stream, chunks
@@ -52,7 +54,7 @@ class PortForwardView:
     async def port_forward(self, request: web.Request) -> web.StreamResponse:
         """``GET|POST /portForward/{namespace}/{pod}[/{uid}]``."""
         pod = find_pod(self._pods, request)
-        with request.app[LIMITS].stream(full_name(pod)[2]):
+        with request.app[LIMITS].stream(pod_fields.uid(pod)):
             return await self._forward(request, pod)
 
     async def _forward(self, request: web.Request, pod: Pod) -> web.StreamResponse:
@@ -166,7 +168,7 @@ async def connect(networks: Networks, pod: Pod, port: int) -> tuple[asyncio.Stre
         why = "the connection timed out"
     except OSError as error:
         why = os.strerror(error.errno).lower() if error.errno else str(error)
-    _, name, uid = full_name(pod)
+    name, uid = pod_fields.name(pod), pod_fields.uid(pod)
     raise ForwardError(
         f"error forwarding port {port} to pod {name}, uid {uid}: failed to connect to localhost:{port} "
         f"inside the pod's network: {why}"
@@ -241,7 +243,7 @@ class _Channels:
 
 def refusal(pod: Pod, port: int) -> str:
     """Why there is nothing to forward to."""
-    _, name, uid = full_name(pod)
+    name, uid = pod_fields.name(pod), pod_fields.uid(pod)
     return (
         f"error forwarding port {port} to pod {name}, uid {uid}: "
         "the pod has no network of its own, and a port of its node may be anybody's"

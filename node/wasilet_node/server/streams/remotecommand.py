@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aiohttp import web
+from wasilet_common import pod_fields
+from wasilet_common.pod_fields import Pod
 
 from wasilet_node.runtime.protocol import (
     ContainerState,
@@ -25,7 +27,7 @@ from wasilet_node.runtime.protocol import (
     StartError,
     UnknownContainerError,
 )
-from wasilet_node.server.pods import Pod, PodSource, containers, full_name, known_pod
+from wasilet_node.server.pods import PodSource, known_pod
 from wasilet_node.server.streams.channels import Channels, StreamOptions, open_channels
 from wasilet_node.server.streams.terminal import LineDiscipline, to_screen
 from wasilet_node.server.streams.upgrade import LIMITS, Upgraded
@@ -59,7 +61,7 @@ def find_pod(pods: PodSource, request: web.Request) -> Pod:
     if pod is None:
         raise web.HTTPNotFound(text="pod does not exist")
     uid = request.match_info.get("uid")
-    if uid is not None and uid != full_name(pod)[2]:
+    if uid is not None and uid != pod_fields.uid(pod):
         raise web.HTTPNotFound(text="pod not found")
     return pod
 
@@ -92,7 +94,7 @@ class RemoteCommandViews:
         options = StreamOptions.of(request)
         container_id = await self._running(request)
         pod, name = find_pod(self._pods, request), request.match_info["container"]
-        container = next(each for each in containers(pod) if each.get("name") == name)
+        _, container = pod_fields.find_container(pod, name) or (None, {})
         wanted = options.stdin and bool(container.get("stdin"))
         return await self._serve(
             request,
@@ -107,9 +109,9 @@ class RemoteCommandViews:
         """The id of the instance that runs, from the runtime: a status may be older than this process, and a user who
         may write it could name another pod's container. Raises RuntimeUnavailableError."""
         pod = find_pod(self._pods, request)
-        _, pod_name, uid = full_name(pod)
+        pod_name, uid = pod_fields.name(pod), pod_fields.uid(pod)
         name = request.match_info["container"]
-        if all(each.get("name") != name for each in containers(pod)):
+        if pod_fields.find_container(pod, name) is None:
             raise web.HTTPNotFound(text=f'container not found ("{name}")')
         running = [
             each
@@ -130,7 +132,7 @@ class RemoteCommandViews:
         input_: Input,
         with_exit_code: bool,
     ) -> web.StreamResponse:
-        _, _, uid = full_name(find_pod(self._pods, request))
+        uid = pod_fields.uid(find_pod(self._pods, request))
         try:
             with request.app[LIMITS].stream(uid):
                 return await self._stream(

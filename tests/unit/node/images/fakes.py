@@ -19,6 +19,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from wasilet_common.oci import mediatypes
 from wasilet_common.oci.credentials import Credential
+from wasilet_node.images.compile import Begins
 from wasilet_node.runtime.protocol import GuestKind
 
 MODULE = b"\0asm\x01\0\0\0" + b"a core module"
@@ -261,8 +262,17 @@ class FakeCompiler:
         self.error: Exception | None = None
 
     async def compile(
-        self, module_path: Path, module_digest: str, kind: GuestKind, *, server: bool = False, owner: str = ""
+        self,
+        module_path: Path,
+        module_digest: str,
+        kind: GuestKind,
+        *,
+        server: bool = False,
+        owner: str = "",
+        begins: Begins | None = None,
     ) -> Path:
+        if begins is not None:
+            await begins()
         self.compiled.append(module_digest)
         await asyncio.sleep(0)
         if self.error is not None:

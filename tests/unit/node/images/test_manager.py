@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -584,6 +585,18 @@ async def test_a_compiled_file_is_made_once_for_all_who_wait(rig: Rig) -> None:
     image = await rig.ensure()
     assert set(await asyncio.gather(*(rig.manager.compiled(image) for _ in range(5)))) == {image.module_path}
     assert rig.compiler.compiled == [digest_of(MODULE)]
+
+
+@pytest.mark.parametrize(("module", "told"), [(BIG, 1), (MODULE, 0)])
+async def test_a_large_image_is_reported_when_its_compilation_begins(rig: Rig, module: bytes, told: int) -> None:
+    rig.registry.add_cncf("a/hello:v1", module)
+    image = await rig.ensure()
+    events = Events()
+    await asyncio.gather(*(rig.manager.compiled(image, event=events) for _ in range(3)))
+    compiling = [seen for seen in events.seen if seen[1] == "Compiling"]
+    assert len(compiling) == told
+    if told:
+        assert re.fullmatch(r'Compiling image ".*/a/hello:v1" \(5 MiB\), once on this node', compiling[0][2])
 
 
 async def test_a_module_that_does_not_compile_is_a_create_container_error(rig: Rig) -> None:

@@ -447,7 +447,7 @@ class FakeImages:
     ) -> Image:
         return await self.ensure(reference, policy=policy, credentials=credentials, event=event, pod_uid=pod_uid)
 
-    async def compiled(self, image: Image, *, owner: str = "") -> Path:
+    async def compiled(self, image: Image, *, owner: str = "", event: EventSink | None = None) -> Path:
         return Path("/compiled")
 
     async def list(self) -> Sequence[dict[str, object]]:

@@ -7,8 +7,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from wasilet_common import pod_fields
+from wasilet_common.cri_log import layout
 from wasilet_node.kube.base import ForbiddenError, NotFoundError
-from wasilet_node.pods import log_layout, spec
 from wasilet_node.pods.eviction import MINIMUM_INODES, Usage, verdict
 from wasilet_node.pods.nodeinfo import Pressure
 from wasilet_node.pods.worker import PodWorker
@@ -29,7 +30,7 @@ async def test_deletion_stops_then_reports_then_deletes(fakes: Fakes) -> None:
     async with running(fakes) as manager:
         fakes.kube.add(make_pod())
         await eventually(lambda: phase(fakes) == "Running")
-        folder = log_layout.pod_folder(fakes.paths, fakes.kube.pod("a"))
+        folder = layout.folder_of_pod(fakes.paths.logs, fakes.kube.pod("a"))
         assert folder.is_dir()
         fakes.kube.ask_deletion("a")
         await eventually(lambda: gone(fakes))
@@ -104,7 +105,7 @@ async def test_a_pod_made_anew_under_the_same_name_does_not_wait_for_the_old_one
         await eventually(lambda: phase(fakes) == "Running", seconds=0.25)
         found = manager.pod("default", "a")
         assert found is not None
-        assert spec.uid(found) == "two"
+        assert pod_fields.uid(found) == "two"
         await eventually(lambda: len(manager.pods()) == 1)
         assert [i.pod_uid for i in fakes.runtime.known.values()] == ["two"]
 

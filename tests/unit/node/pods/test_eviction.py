@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet_node.pods import log_layout, resources
+from wasilet_common.cri_log import layout
+from wasilet_common.pod_fields import Pod
+from wasilet_node.pods import resources
 from wasilet_node.pods.ephemeral_storage import RESOURCE, StorageUsage, exceeded, is_limited
-from wasilet_node.pods.spec import Pod
 from wasilet_node.volumes.removal import Usage, usage
 
 from tests.unit.node.pods.fakes import Fakes, FakeVolumes, eventually, make_pod
@@ -141,7 +142,7 @@ async def test_a_container_over_its_limit_ends_its_pod_and_no_other(
         for name, size in (("a", 2 * MIB), ("b", MIB // 2), ("critical", 5 * MIB)):
             pod = fakes.kube.pod(name)
             folders = {
-                "log": log_layout.pod_folder(services.paths, pod) / "c",
+                "log": layout.folder_of_pod(services.paths.logs, pod) / "c",
                 "root": volumes.instance_folder(pod, "c", 0),
             }
             write(folders[where], size)

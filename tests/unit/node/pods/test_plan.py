@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from wasilet_node.pods import spec
+from wasilet_common import pod_fields
 from wasilet_node.pods.plan import make_plan
 from wasilet_node.pods.results import ProbeKind, ProbeResults, Result
 from wasilet_node.pods.status import get_phase
@@ -120,7 +120,7 @@ def test_no_plan_starts_what_runs_or_runs_init_containers_side_by_side(
     plan = make_plan(pod, latest, ProbeResults(), lambda _c, _i: 0.0)
     for name in plan.start:
         assert name not in latest or latest[name].state.value == "exited"
-    plain_init = {c["name"] for c in spec.init_containers(pod) if not spec.is_sidecar(c)}
+    plain_init = {c["name"] for c in pod_fields.init_containers(pod) if not pod_fields.is_sidecar(c)}
     assert len(plain_init & set(plan.start)) <= 1
     if plain_init & set(plan.start):
         assert not any(name.startswith("c") for name in plan.start)

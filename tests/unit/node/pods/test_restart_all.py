@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet_node.pods import spec
+from wasilet_common import pod_fields
 
 from tests.unit.node.pods.fakes import Fakes, eventually, make_pod
 from tests.unit.node.pods.rig import condition, container, phase, running
@@ -27,7 +27,7 @@ def watched(*rules: dict[str, Any], policy: str = "Never", name: str = "c") -> d
         "name": name,
         "image": "reg/hello:1",
         "restartPolicy": policy,
-        "restartPolicyRules": list(rules or (rule(spec.RESTART_ALL, 42),)),
+        "restartPolicyRules": list(rules or (rule(pod_fields.RESTART_ALL, 42),)),
     }
 
 
@@ -107,7 +107,7 @@ async def test_another_code_ends_the_pod_as_its_policy_says(fakes: Fakes) -> Non
 
 
 async def test_the_first_rule_that_matches_counts(fakes: Fakes) -> None:
-    rules = (rule("Restart", 42), rule(spec.RESTART_ALL, 42, 43))
+    rules = (rule("Restart", 42), rule(pod_fields.RESTART_ALL, 42, 43))
     async with running(fakes):
         await up(fakes, make_pod(restartPolicy="Never", containers=[watched(*rules), OTHER], initContainers=[FILL]))
         fakes.runtime.exit("c", 42)
@@ -116,7 +116,7 @@ async def test_the_first_rule_that_matches_counts(fakes: Fakes) -> None:
 
 
 async def test_an_init_container_may_restart_all(fakes: Fakes) -> None:
-    second = watched(rule(spec.RESTART_ALL, 0, 1, operator="NotIn"), name="check")
+    second = watched(rule(pod_fields.RESTART_ALL, 0, 1, operator="NotIn"), name="check")
     async with running(fakes):
         fakes.kube.add(make_pod(restartPolicy="Never", initContainers=[FILL, second]))
         await eventually(lambda: "fill" in fakes.runtime.running())

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from wasilet_node import logfolders
+from wasilet_common.cri_log import layout
 from wasilet_node.kube.base import ApiUnavailableError
 from wasilet_node.runtime.protocol import ContainerState
 from wasilet_node.volumes.base import VolumeRefusedError
@@ -77,7 +77,7 @@ async def test_orphans_are_removed_once_the_list_is_known(fakes: Fakes) -> None:
     stranger = make_instance(id="x", pod_uid="uid-gone")
     fakes.runtime.known["x"] = stranger
     fakes.volumes.on_disk = ["uid-gone", "uid-a"]
-    folder = logfolders.pods_root(fakes.paths.logs) / "default_b_uid-gone"
+    folder = layout.pods_root(fakes.paths.logs) / "default_b_uid-gone"
     (folder / "c").mkdir(parents=True)
     fakes.kube.add(make_pod())
     async with running(fakes):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wasilet_common import pod_fields
+from wasilet_common.backoff import CrashLoopBackoff, NotBefore, RetryBackoff
+from wasilet_common.cri_log import layout, reader
 from wasilet_common.time_format import go_duration
-from wasilet_node.pods import log_layout, spec
-from wasilet_node.pods.backoff import CrashLoopBackoff, NotBefore, RetryBackoff
 from wasilet_node.pods.http_policy import ALLOWED_DOMAINS, MAX_CONCURRENT_REQUESTS, http_policy
 from wasilet_node.pods.plan import KillReason
 from wasilet_node.pods.termination import kill_grace
@@ -147,44 +148,44 @@ def write_log(path: Path, lines: list[str], *, partial: bool = False) -> None:
 
 def test_the_tail_is_at_most_80_lines(tmp_path: Path) -> None:
     write_log(tmp_path / "0.log", [str(i) for i in range(200)])
-    assert log_layout.tail(tmp_path / "0.log").split() == [str(i) for i in range(120, 200)]
+    assert reader.last_text(tmp_path / "0.log").split() == [str(i) for i in range(120, 200)]
 
 
 def test_the_tail_is_at_most_2048_bytes_of_the_end(tmp_path: Path) -> None:
     write_log(tmp_path / "0.log", ["x" * 5000, "end"])
-    text = log_layout.tail(tmp_path / "0.log")
+    text = reader.last_text(tmp_path / "0.log")
     assert len(text.encode()) == 2048
     assert text.endswith("x\nend\n")
 
 
 def test_pieces_of_a_line_are_joined(tmp_path: Path) -> None:
     write_log(tmp_path / "0.log", ["a", "b"], partial=True)
-    assert log_layout.tail(tmp_path / "0.log") == "ab"
+    assert reader.last_text(tmp_path / "0.log") == "ab"
 
 
 def test_a_log_that_is_larger_than_what_is_read(tmp_path: Path) -> None:
     write_log(tmp_path / "0.log", ["y" * 900 for _ in range(200)] + ["end"])
-    assert log_layout.tail(tmp_path / "0.log").endswith("y\nend\n")
+    assert reader.last_text(tmp_path / "0.log").endswith("y\nend\n")
 
 
 @given(st.binary(max_size=300))
 def test_no_content_breaks_the_tail(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("log") / "0.log"
     path.write_bytes(data)
-    assert len(log_layout.tail(path).encode()) <= log_layout.MAX_TAIL_BYTES
+    assert len(reader.last_text(path).encode()) <= reader.MAX_LAST_TEXT_BYTES
 
 
 def test_a_missing_log_has_no_tail(tmp_path: Path) -> None:
-    assert log_layout.tail(tmp_path / "none") == ""
+    assert reader.last_text(tmp_path / "none") == ""
 
 
 def test_only_the_logs_of_one_attempt_are_removed(tmp_path: Path) -> None:
     paths, pod = NodePaths(data=tmp_path), make_pod()
-    folder = log_layout.pod_folder(paths, pod) / "c"
+    folder = layout.folder_of_pod(paths.logs, pod) / "c"
     folder.mkdir(parents=True)
     for name in ("1.log", "1.log.20260101-000000", "11.log", "2.log"):
         (folder / name).touch()
-    log_layout.remove_attempt(paths, pod, "c", 1)
+    layout.remove_attempt(folder, 1)
     assert sorted(file.name for file in folder.iterdir()) == ["11.log", "2.log"]
 
 
@@ -195,8 +196,8 @@ def test_removing_a_log_folder_follows_no_link(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()
     (folder / "link").symlink_to(outside)
-    log_layout.remove_folder(folder)
-    log_layout.remove_folder(folder)
+    layout.remove_folder(folder)
+    layout.remove_folder(folder)
     assert not folder.exists()
     assert (outside / "keep").exists()
 
@@ -211,16 +212,16 @@ def test_ports_are_numbers_or_names(value: object, port: int | None) -> None:
     container = {"name": "c", "ports": [{"name": "web", "containerPort": 8080}]}
     if port is None:
         with pytest.raises(ValueError, match=r"port"):
-            spec.resolve_port(value, container)
+            pod_fields.resolve_port(value, container)
     else:
-        assert spec.resolve_port(value, container) == port
+        assert pod_fields.resolve_port(value, container) == port
 
 
 def test_a_deletions_grace_comes_before_the_specs() -> None:
     pod = make_pod(terminationGracePeriodSeconds=12)
-    assert spec.grace_seconds(pod) == 12
+    assert pod_fields.grace_seconds(pod) == 12
     pod["metadata"]["deletionGracePeriodSeconds"] = 0
-    assert spec.grace_seconds(pod) == 0
+    assert pod_fields.grace_seconds(pod) == 0
 
 
 def test_a_probes_own_grace_counts_for_its_kill_alone() -> None:
@@ -234,7 +235,7 @@ def test_a_probes_own_grace_counts_for_its_kill_alone() -> None:
 
 def test_field_paths_name_the_list_that_a_container_is_in() -> None:
     pod = make_pod(initContainers=[{"name": "i"}], ephemeralContainers=[{"name": "e"}])
-    assert spec.field_path(pod, "c") == "spec.containers{c}"
-    assert spec.field_path(pod, "i") == "spec.initContainers{i}"
-    assert spec.field_path(pod, "e") == "spec.ephemeralContainers{e}"
-    assert spec.field_path(pod, "x") == ""
+    assert pod_fields.field_path(pod, "c") == "spec.containers{c}"
+    assert pod_fields.field_path(pod, "i") == "spec.initContainers{i}"
+    assert pod_fields.field_path(pod, "e") == "spec.ephemeralContainers{e}"
+    assert pod_fields.field_path(pod, "x") == ""

@@ -85,3 +85,43 @@ def socket_guest(protocol: str) -> str:
   (instance $run_interface (export "run" (func $run)))
   (export "wasi:cli/run@0.2.3" (instance $run_interface)))
 """
+
+
+def config_guest(key: str) -> str:
+    """Asks ``wasi:config`` for ``key``; exits with the number of the value's first character, 100 where there is no
+    such key, 200 for an error."""
+    return f"""
+(component
+  (import "wasi:config/store@0.2.0-rc.1" (instance $store
+    (type $errors (variant (case "upstream" string) (case "io" string))) (export "error" (type $error (eq $errors)))
+    (export "get" (func (param "key" string) (result (result (option string) (error $error)))))))
+  (import "wasi:cli/exit@0.2.3" (instance $exit {_EXIT_INTERFACE}))
+  (core module $memory
+    (memory (export "memory") 1)
+    (data (i32.const 64) "{key}")
+    (global $at (mut i32) (i32.const 1024))
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32)
+      (global.get $at)
+      (global.set $at (i32.add (global.get $at) (local.get 3)))))
+  (core instance $memory (instantiate $memory))
+  (core func $get (canon lower (func $store "get")
+    (memory (core memory $memory "memory")) (realloc (core func $memory "realloc"))))
+  (core func $exit_code (canon lower (func $exit "exit-with-code")))
+  (core module $main
+    (import "host" "memory" (memory 1))
+    (import "host" "get" (func $get (param i32 i32 i32)))
+    (import "host" "exit_code" (func $exit_code (param i32)))
+    (func (export "run") (result i32)
+      (call $get (i32.const 64) (i32.const {len(key)}) (i32.const 0))
+      (if (i32.load8_u (i32.const 0)) (then (call $exit_code (i32.const 200))))
+      (if (i32.eqz (i32.load8_u (i32.const 4))) (then (call $exit_code (i32.const 100))))
+      (call $exit_code (i32.load8_u (i32.load (i32.const 8))))
+      (i32.const 0)))
+  (core instance $m (instantiate $main (with "host" (instance
+    (export "memory" (memory $memory "memory"))
+    (export "get" (func $get))
+    (export "exit_code" (func $exit_code))))))
+  (func $run (result (result)) (canon lift (core func $m "run")))
+  (instance $run_interface (export "run" (func $run)))
+  (export "wasi:cli/run@0.2.3" (instance $run_interface)))
+"""

@@ -52,6 +52,22 @@ async def test_a_module_is_compiled_once_for_all_who_ask(tmp_path: Path, module:
     assert again.stat().st_mtime_ns == made
 
 
+async def test_who_starts_the_compiler_is_told_and_nobody_else(tmp_path: Path, module: Path) -> None:
+    compiler = Compiler(tmp_path / "compiled", ImageSettings())
+    told: list[int] = []
+
+    async def compile_it(number: int) -> None:
+        async def begins() -> None:
+            told.append(number)
+
+        await compiler.compile(module, DIGEST, GuestKind.MODULE, begins=begins)
+
+    await asyncio.gather(*(compile_it(number) for number in range(4)))
+    assert len(told) == 1
+    await compile_it(9)
+    assert len(told) == 1
+
+
 async def test_the_compiler_runs_without_privileges_and_goes_first_when_memory_ends(tmp_path: Path) -> None:
     path = tmp_path / "large.wasm"
     path.write_bytes(large_module(400))

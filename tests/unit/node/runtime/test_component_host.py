@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from wasilet_node.runtime.protocol import ContainerStatus, GuestKind, HttpPolicy
 from wasilet_node.settings import NodePaths
 from wasmtime import component as wasmtime_component
 
-from tests.unit.node.runtime.component_guests import ACCESS_DENIED, component_guest, socket_guest
+from tests.unit.node.runtime.component_guests import ACCESS_DENIED, component_guest, config_guest, socket_guest
 from tests.unit.node.runtime.guests import Rig, connected, end_supervisors
 
 pytestmark = pytest.mark.unit
@@ -83,9 +84,9 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(
-    rig: Rig, artifact: str, settings: ServerSettings = SETTINGS, **fields: object
+    rig: Rig, artifact: str, settings: ServerSettings = SETTINGS, *, port: int = 0, **fields: object
 ) -> AsyncIterator[Server]:
-    port = free_port()
+    port = port or free_port()
     config = rig.config(artifact, kind=GuestKind.COMPONENT, server=replace(settings, port=port), **fields)
     await rig.client.start(config)
     connector = aiohttp.TCPConnector(force_close=True)
@@ -162,6 +163,19 @@ async def test_a_mount_that_is_not_there_is_named(rig: Rig) -> None:
 async def test_without_a_network_of_its_own_a_component_gets_no_sockets(rig: Rig, protocol: str) -> None:
     status = await rig.run(socket_guest(protocol), kind=GuestKind.COMPONENT)
     assert (status.exit_code, status.message) == (100 + ACCESS_DENIED, "")
+
+
+@pytest.mark.parametrize(("key", "code"), [("GREETING", ord("*")), ("ABSENT", 100)])
+async def test_configuration_is_the_containers_environment(rig: Rig, key: str, code: int) -> None:
+    status = await rig.run(config_guest(key), kind=GuestKind.COMPONENT, env=(("GREETING", "*"), ("OTHER", "x")))
+    assert (status.exit_code, status.message) == (code, "")
+
+
+@pytest.mark.parametrize(("body", "code"), [("(i32.const 0)", 0), ("(call $exit_code (i32.const 7)) (i32.const 0)", 7)])
+async def test_a_command_of_wasi_0_3_runs(rig: Rig, body: str, code: int) -> None:
+    guest = component_guest(body, export="wasi:cli/run@0.3.0").replace("(func $run (result", "(func $run async (result")
+    status = await rig.run(guest, kind=GuestKind.COMPONENT)
+    assert (status.exit_code, status.message) == (code, "")
 
 
 async def test_a_file_that_does_not_load_is_removed(rig: Rig) -> None:
@@ -326,6 +340,77 @@ async def test_many_idle_connections_lock_nobody_out(rig: Rig, artifacts: dict[s
         assert await server.get("/hello") == (200, "hello\n")
         for _, writer in idle:
             writer.close()
+
+
+async def test_ten_thousand_idle_connections_lock_nobody_out(rig: Rig, artifacts: dict[str, str]) -> None:
+    """With the defaults of a pod. The server's descriptors are bounded by what it allows, not by who comes."""
+    settings = replace(ServerSettings(), linger_seconds=0.1)
+    count = 10_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < count + 1000:
+        pytest.skip(f"this process may open {hard} files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + 1000), hard))
+    idle: list[socket.socket] = []
+    try:
+        async with serving(rig, artifacts["http_p2"], settings) as server:
+            for number in range(count):
+                connection = socket.socket()
+                connection.setblocking(False)  # noqa: FBT003
+                idle.append(connection)
+                connection.connect_ex(("127.0.0.1", int(server.url.rpartition(":")[2])))
+                if number % 100 == 99:
+                    await asyncio.sleep(0)
+            assert await server.get("/hello") == (200, "hello\n")
+            (counters,) = [usage.http for usage in await rig.client.usage() if usage.id == server.id]
+            assert counters is not None
+            assert counters.connections <= settings.max_connections
+    finally:
+        for connection in idle:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_body_without_end_is_ended(rig: Rig, artifacts: dict[str, str]) -> None:
+    async with serving(rig, artifacts["http_p2"], replace(SETTINGS, max_body_bytes=100_000)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+        writer.write(b"POST /length HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(20):
+                while not reader.at_eof():
+                    writer.write(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+                    sent += 4096
+                    await asyncio.wait_for(writer.drain(), 10)
+                    with contextlib.suppress(TimeoutError):
+                        if not await asyncio.wait_for(reader.read(65536), 0.001):
+                            break
+        writer.close()
+        assert sent > 100_000
+        assert await server.get("/hello") == (200, "hello\n")
+
+
+async def test_a_body_that_stops_coming_is_a_504(rig: Rig, artifacts: dict[str, str]) -> None:
+    async with serving(rig, artifacts["http_p2"]) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+        writer.write(b"POST /length HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\nbegin")
+        async with asyncio.timeout(10):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 504")
+        writer.close()
+        assert await server.get("/hello") == (200, "hello\n")
+
+
+async def test_a_handler_that_asks_itself_is_answered_or_bounded(rig: Rig, artifacts: dict[str, str]) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    policy = HttpPolicy(allowed_origins=(url,), local_origins=(url,))
+    async with serving(rig, artifacts["http_p2"], port=port, http=policy) as server:
+        assert await server.get(f"/fetch?{url}/fetch?{url}/hello") == (200, "200 12 200 6 hello\n")
+    # With one request at a time the inner one would wait for the outer, and that for it.
+    alone = replace(SETTINGS, max_concurrent_requests=1)
+    async with serving(rig, artifacts["http_p2"], alone, port=port, http=policy) as server:
+        status, text = await server.get(f"/fetch?{url}/hello")
+        assert status == 504 or text.startswith("503 "), (status, text)
+        assert await server.get("/hello") == (200, "hello\n")
 
 
 async def test_requests_beyond_the_bound_wait_for_their_turn(rig: Rig, artifacts: dict[str, str]) -> None:

@@ -277,7 +277,7 @@ async def test_an_answer_that_fails_half_way_is_cut_off_and_not_followed_by_anot
     def broken(*_: object) -> bytes:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("wasilet_node.server.logfiles.Renderer.feed", broken)
+    monkeypatch.setattr("wasilet_common.cri_log.render.Renderer.feed", broken)
     answer = await raw(rig, b"GET /containerLogs/default/web/main HTTP/1.1\r\nHost: node\r\n\r\n")
     assert answer.count(b"HTTP/1.1") == 1
     assert not answer.endswith(b"0\r\n\r\n"), "a cut answer must not look whole"

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wasilet_common.cri_log.layout import rotated_files
+from wasilet_common.cri_log.record import MAX_LINE_BYTES
+from wasilet_common.cri_log.writer import LineFramer, LogFile
 from wasilet_common.time_format import rfc3339_nano
-from wasilet_node.runtime.logs import MAX_LINE_BYTES, LineFramer, LogFile, rotated
 
 pytestmark = pytest.mark.unit
 
@@ -59,7 +61,7 @@ def test_a_full_file_is_rotated_and_the_oldest_go(tmp_path: Path) -> None:
     for number in range(50):
         log.write(b"%049d\n" % number)
     log.close()
-    old = rotated(path)
+    old = rotated_files(path)
     assert len(old) == 2
     text = b"".join(file.read_bytes() for file in [*old, path])
     numbers = [int(line) for line in text.splitlines()]
@@ -73,15 +75,15 @@ def test_one_file_means_that_only_the_current_is_kept(tmp_path: Path) -> None:
     for _ in range(5):
         log.write(b"x" * 10)
     log.close()
-    assert rotated(path) == []
+    assert rotated_files(path) == []
     assert path.stat().st_size == 10
 
 
 def test_other_attempts_are_not_rotated_files_of_this_one(tmp_path: Path) -> None:
     for name in ("1.log", "10.log", "1.log.20240102-030405.000000001"):
         (tmp_path / name).touch()
-    assert [path.name for path in rotated(tmp_path / "1.log")] == ["1.log.20240102-030405.000000001"]
-    assert rotated(tmp_path / "0.log") == []
+    assert [path.name for path in rotated_files(tmp_path / "1.log")] == ["1.log.20240102-030405.000000001"]
+    assert rotated_files(tmp_path / "0.log") == []
 
 
 def test_a_file_that_exists_is_continued(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "full")
         return real(descriptor, data)
 
-    monkeypatch.setattr("wasilet_node.runtime.logs.os.write", full)
+    monkeypatch.setattr("wasilet_common.cri_log.writer.os.write", full)
     log.write(b"broken\n")
     log.write(b"whole\n")
     log.close()
@@ -127,7 +129,7 @@ def test_a_disk_that_stays_full_joins_no_two_lines(tmp_path: Path, monkeypatch: 
             raise OSError(errno.ENOSPC, "full")
         return real(descriptor, data[:room])
 
-    monkeypatch.setattr("wasilet_node.runtime.logs.os.write", full)
+    monkeypatch.setattr("wasilet_common.cri_log.writer.os.write", full)
     for line in (b"broken\n", b"lost\n", b"whole\n"):
         log.write(line)
     log.close()
@@ -147,7 +149,7 @@ def test_a_rotation_that_finds_no_room_leaves_the_file_its_name(
     monkeypatch.setattr(LogFile, "_open", full)
     log.write(b"second\n")
     log.close()
-    assert (path.read_bytes(), rotated(path)) == (b"first\nsecond\n", [])
+    assert (path.read_bytes(), rotated_files(path)) == (b"first\nsecond\n", [])
 
 
 def test_a_log_file_that_is_a_link_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from wasilet_node import logfolders
+from wasilet_common.cri_log import layout
 from wasilet_node.server.logs import find_log
 
 from tests.unit.node.pods.fakes import Fakes, eventually
@@ -19,7 +19,7 @@ UID = "01234567-89ab-cdef-0123-456789abcdef"
 
 
 def folder(namespace: str, name: str, uid: str = UID) -> str:
-    return logfolders.pod_folder(Path("/l"), namespace=namespace, name=name, uid=uid).name
+    return layout.pod_folder(Path("/l"), namespace=namespace, name=name, uid=uid).name
 
 
 @pytest.mark.parametrize("length", [1, 100, 217 - 7])
@@ -33,7 +33,7 @@ def test_a_name_that_is_too_long_fits_and_keeps_namespace_and_uid(namespace: int
     assert len(made.encode()) <= 255
     assert made.startswith("s" * namespace + "_nnn")
     assert made.count("_") == 2
-    assert logfolders.uid_of(made) == UID
+    assert layout.uid_of(made) == UID
 
 
 def test_two_long_names_that_begin_alike_have_two_folders() -> None:
@@ -63,15 +63,15 @@ async def test_a_pod_with_a_long_name_runs_and_leaves_nothing(tmp_path: Path) ->
         fakes.kube.add(bound_pod(name, uid=UID))
         await eventually(lambda: phase(fakes, name) == "Running")
         assert container(fakes, pod=name)["ready"]
-        assert [entry.name for entry in logfolders.pods_root(fakes.paths.logs).iterdir()] == [folder("default", name)]
+        assert [entry.name for entry in layout.pods_root(fakes.paths.logs).iterdir()] == [folder("default", name)]
         fakes.kube.ask_deletion(name)
         await eventually(lambda: gone(fakes, name) and not manager.pods())
-    assert list(logfolders.pods_root(fakes.paths.logs).iterdir()) == []
+    assert list(layout.pods_root(fakes.paths.logs).iterdir()) == []
 
 
 async def test_what_is_left_of_a_pod_with_a_long_name_is_cleaned_up(tmp_path: Path) -> None:
     fakes = Fakes(data=tmp_path)
-    left = logfolders.pod_folder(fakes.paths.logs, namespace="s" * 63, name="n" * 253, uid=UID)
+    left = layout.pod_folder(fakes.paths.logs, namespace="s" * 63, name="n" * 253, uid=UID)
     (left / "main").mkdir(parents=True)
     async with running(fakes):
         await eventually(lambda: not left.exists())

@@ -1,10 +1,8 @@
-"""Container log files on disk: one instance's current file and its rotated ones, read as a single log.
+"""Reads container logs: one instance's current file and its rotated ones, as a single log.
 
-Lines are in CRI format, ``<RFC 3339 time> stdout|stderr F|P <text>``; P is a piece of a line whose end comes later.
 kubelet reads only the current file; here the rotated ones (``<n>.log.<timestamp>``, perhaps ``.gz``) come first, so
 that a log does not lose its beginning at the moment of a rotation. All of them are opened before the first byte is
-read: what is then rotated or removed can still be read. Source of the format: KEP-1602 (CRI logging) and
-cri-client/pkg/logs.
+read: what is then rotated or removed can still be read.
 """
 
 from __future__ import annotations
@@ -13,101 +11,19 @@ import contextlib
 import gzip
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from wasilet_common.time_format import parse_rfc3339_nano, rfc3339_nano
+from wasilet_common.cri_log import record
+from wasilet_common.cri_log.layout import rotated_files
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 * 1024
-MAX_LINE_BYTES = 1024 * 1024
-"""A line without an end is given up beyond this; the runtime cuts lines into pieces far shorter."""
-
-_FIXED_WIDTH = len(b"2016-10-06T00:17:09.669794202Z")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenderOptions:
-    """What of the lines is wanted."""
-
-    timestamps: bool = False
-    since_ns: int | None = None
-    limit_bytes: int | None = None
-    stdout: bool = True
-    stderr: bool = True
-
-
-class Renderer:
-    """Turns raw bytes of log files into what the user asked for. One for a whole answer: it carries unfinished lines
-    from chunk to chunk, and counts ``limit_bytes``."""
-
-    def __init__(self, options: RenderOptions) -> None:
-        self._timestamps = options.timestamps
-        self._since_ns = options.since_ns
-        self._since = None if options.since_ns is None else rfc3339_nano(options.since_ns)
-        self._remaining = options.limit_bytes
-        self._wanted = {b"stdout": options.stdout, b"stderr": options.stderr}
-        self._carry = b""
-        self._line_start = True
-
-    @property
-    def done(self) -> bool:
-        """``limit_bytes`` were given out."""
-        return self._remaining is not None and self._remaining <= 0
-
-    def feed(self, data: bytes) -> bytes:
-        """The output for these bytes; what follows the last newline waits for the next call."""
-        lines = (self._carry + data).split(b"\n")
-        self._carry = lines.pop()
-        if len(self._carry) > MAX_LINE_BYTES:
-            logger.debug("a line of a container log has no end: it is left out")
-            self._carry = b""
-        return self._render(lines)
-
-    def finish(self) -> bytes:
-        """The output for a last line that was cut off, at the end of a file that grows no more."""
-        carry, self._carry = self._carry, b""
-        return self._render([carry]) if carry else b""
-
-    def _render(self, lines: Sequence[bytes]) -> bytes:
-        out: list[bytes] = []
-        for line in lines:
-            parts = line.split(b" ", 3)
-            if len(parts) != 4:
-                continue
-            stamp, stream, tags, text = parts
-            wanted = self._wanted.get(stream)
-            if wanted is None:
-                logger.debug("a line of a container log is not in CRI format: it is left out")
-                continue
-            if self._since is not None and not self._recent(stamp):
-                continue
-            partial = tags.split(b":", 1)[0] == b"P"
-            if wanted:
-                if self._timestamps and self._line_start:
-                    out.append(self._stamp(stamp))
-                out.append(text if partial else text + b"\n")
-            self._line_start = not partial
-        result = b"".join(out)
-        if self._remaining is not None:
-            result = result[: max(self._remaining, 0)]
-            self._remaining -= len(result)
-        return result
-
-    def _recent(self, stamp: bytes) -> bool:
-        if len(stamp) == _FIXED_WIDTH and stamp.endswith(b"Z"):
-            return stamp >= cast("bytes", self._since)
-        nanoseconds = parse_rfc3339_nano(stamp)
-        return nanoseconds is not None and nanoseconds >= cast("int", self._since_ns)
-
-    def _stamp(self, stamp: bytes) -> bytes:
-        if len(stamp) != _FIXED_WIDTH or not stamp.endswith(b"Z"):
-            nanoseconds = parse_rfc3339_nano(stamp)
-            stamp = stamp if nanoseconds is None else rfc3339_nano(nanoseconds)
-        return stamp + b" "
+MAX_LAST_TEXT_BYTES = 2048
+MAX_LAST_TEXT_LINES = 80
 
 
 @dataclass(kw_only=True)
@@ -151,15 +67,9 @@ class Segment:
             logger.warning("the rotated log %s is damaged: %s", self.path.name, error)
 
 
-def rotated_names(directory: Path, base: str) -> list[str]:
-    """Names of the rotated files of ``base`` without ``.gz``, oldest first: their suffix is a timestamp that sorts."""
-    prefix = base + "."
-    names = set()
-    with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(directory):
-            if entry.name.startswith(prefix) and not entry.name.endswith(".tmp"):
-                names.add(entry.name.removesuffix(".gz"))
-    return sorted(names)
+def rotated_names(path: Path) -> list[str]:
+    """Names of the rotated files of ``path`` without ``.gz``, oldest first; none that is still being made."""
+    return sorted({found.name.removesuffix(".gz") for found in rotated_files(path) if found.suffix != ".tmp"})
 
 
 def open_segment(path: Path) -> Segment | None:
@@ -189,7 +99,7 @@ def open_log(path: Path, stack: contextlib.ExitStack) -> list[Segment]:
     """
     current = open_segment(path)
     segments: list[Segment] = []
-    for name in rotated_names(path.parent, path.name):
+    for name in rotated_names(path):
         segment = open_segment(path.with_name(name))
         if segment is None:
             continue
@@ -220,10 +130,37 @@ def skip_to_tail(segments: list[Segment], lines: int) -> list[Segment]:
     return kept[::-1]
 
 
+def last_text(path: str | Path) -> str:
+    """At most 2048 bytes and 80 lines of what the container wrote last (``FallbackToLogsOnError``); "" on any error."""
+    try:
+        with Path(path).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - CHUNK_BYTES))
+            data = file.read(CHUNK_BYTES)
+    except OSError:
+        return ""
+    lines = data.split(b"\n")
+    if size > CHUNK_BYTES:
+        del lines[0]
+    text = b""
+    taken = 0
+    for line in reversed(lines):
+        parsed = record.parse(line)
+        if parsed is None:
+            continue
+        if taken == MAX_LAST_TEXT_LINES:
+            break
+        text = parsed.text + (b"" if parsed.partial else b"\n") + text
+        taken += 1
+        if len(text) >= MAX_LAST_TEXT_BYTES:
+            break
+    return text[-MAX_LAST_TEXT_BYTES:].decode(errors="ignore")
+
+
 def _ends_line(line: bytes) -> bool:
     """Whether a raw line is the end of a logical one (tag F)."""
-    parts = line.split(b" ", 3)
-    return len(parts) > 2 and parts[2].split(b":", 1)[0] != b"P"
+    parsed = record.parse(line)
+    return parsed is not None and not parsed.partial
 
 
 def _tail_plain(segment: Segment, lines: int, *, newest: bool) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""Container log files in CRI's format: ``<RFC 3339 with nanoseconds> stdout|stderr F|P <text>``.
+"""Writes container logs: bytes of a stream become CRI records, and a file that has reached its size is rotated.
 
-A line over 16 KiB is written as parts tagged P with an F at its end, as containerd does. Bytes are kept as they are.
+A line over 16 KiB is written as parts tagged P with an F at its end. Bytes are kept as they are.
 When a file has reached its size it is renamed to ``<n>.log.<YYYYMMDD>-<HHMMSS>.<nanoseconds>`` and a new one begins; at
 most ``max_files`` are kept, the current one included. That is kubelet's container log manager, with two differences:
 the nanoseconds, since a busy module fills a file many times a second, and no gzip, since rotated files are few, and a
@@ -17,7 +17,9 @@ import os
 import time
 from pathlib import Path
 
-MAX_LINE_BYTES = 16 * 1024
+from wasilet_common.cri_log.layout import rotated_files
+from wasilet_common.cri_log.record import MAX_LINE_BYTES, prefix
+
 READ_BYTES = 64 * 1024
 
 
@@ -25,8 +27,8 @@ class LineFramer:
     """Turns the bytes of one stream into CRI lines; keeps an unfinished line until its end or 16 KiB are there."""
 
     def __init__(self, stream: str) -> None:
-        self._full = f" {stream} F ".encode()
-        self._partial = f" {stream} P ".encode()
+        self._full = prefix(stream, partial=False)
+        self._partial = prefix(stream, partial=True)
         self._pending = b""
 
     def feed(self, data: bytes, timestamp: bytes) -> bytes:
@@ -49,12 +51,12 @@ class LineFramer:
         return timestamp + self._partial + rest + b"\n" if rest else b""
 
     def _lines(self, data: bytes, timestamp: bytes) -> bytes:
-        prefix = timestamp + self._full
+        start = timestamp + self._full
         if len(data) > MAX_LINE_BYTES:
             lines = data[:-1].split(b"\n")
             if max(map(len, lines)) > MAX_LINE_BYTES:
                 return b"".join(self._cut(line, timestamp) for line in lines)
-        return prefix + data[:-1].replace(b"\n", b"\n" + prefix) + b"\n"
+        return start + data[:-1].replace(b"\n", b"\n" + start) + b"\n"
 
     def _cut(self, line: bytes, timestamp: bytes) -> bytes:
         pieces = []
@@ -120,14 +122,7 @@ class LogFile:
         os.close(self._fd)
         self._fd = fresh
         self._size = 0
-        for old in rotated(self._path)[: -(self._max_files - 1) or None]:
-            with contextlib.suppress(OSError):
-                old.unlink()
-
-
-def rotated(path: Path) -> list[Path]:
-    """The rotated files of the log file ``path``, oldest first."""
-    prefix = path.name + "."
-    with contextlib.suppress(OSError):
-        return sorted(found for found in path.parent.iterdir() if found.name.startswith(prefix))
-    return []
+        with contextlib.suppress(OSError):
+            for old in rotated_files(self._path)[: -(self._max_files - 1) or None]:
+                with contextlib.suppress(OSError):
+                    old.unlink()

@@ -1,4 +1,4 @@
-"""Plain reads of a pod's decoded JSON: what every other module here asks of a spec, asked in one place.
+"""Plain reads of a pod's decoded JSON: what every module asks of a spec or a status, asked in one place.
 
 Pods stay ``dict[str, Any]``, as the API server sent them, so nothing is lost between the watch and ``/pods``; these
 functions hold the defaults that the Go types would have filled in.
@@ -107,6 +107,15 @@ def find_container(pod: Pod, container_name: str) -> tuple[Role, Container] | No
     for role, container in every_container(pod):
         if container["name"] == container_name:
             return role, container
+    return None
+
+
+def container_status(pod: Pod, container_name: str) -> dict[str, Any] | None:
+    """The status entry of a container, whichever list it is in; None: it has none yet."""
+    for listed in ("containerStatuses", "initContainerStatuses", "ephemeralContainerStatuses"):
+        for status in (pod.get("status") or {}).get(listed) or ():
+            if status.get("name") == container_name:
+                return dict(status)
     return None
 
 

@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wasilet_common.cri_log.reader import open_log, skip_to_tail
+from wasilet_common.cri_log.render import Renderer, RenderOptions
 from wasilet_common.time_format import parse_rfc3339_nano, rfc3339_nano
-from wasilet_node.server.logfiles import (
-    Renderer,
-    RenderOptions,
-    open_log,
-    skip_to_tail,
-)
 
 pytestmark = pytest.mark.unit
 
