@@ -21,14 +21,15 @@ KEPT = {(1, 34): "v1.34.4", (1, 35): "v1.35.4", (1, 36): "v1.36.3", (1, 37): "v1
 """By minor, the kubelet whose sources and release notes the node was compared with."""
 
 DECLARED_FEATURES = (
+    "ExtendWebSocketsToKubelet",
     "InPlacePodLevelResourcesVerticalScaling",
     "InPlacePodVerticalScalingInitContainers",
     "RestartAllContainersOnContainerExits",
 )
 """What the scheduler and the API server may count on, in kubelet's names and in order (KEP-5328, from 1.36 on; older
 servers drop the field). Those of resizes say that the node decides on one; what its machine cannot do is Infeasible all
-the same. ExtendWebSocketsToKubelet is not among them: without it the API server translates exec, attach and
-port-forward to SPDY, as it did before, and with it kubectl 1.37 saw the connection end before the exit code."""
+the same. ExtendWebSocketsToKubelet: exec, attach and port-forward come as the WebSockets that clients speak; without it
+the API server translates them to SPDY."""
 
 _ASK_AGAIN_SECONDS = 300.0
 _NUMBER = re.compile(r"\d+")

@@ -81,7 +81,7 @@ class PodWorker:
         self.status: Mapping[str, Any] = pod.get("status") or {}
         self._rejected = rejected is not None
         self._wake = asyncio.Event()
-        self._status_writer = StatusWriter(services.kube, pod, on_gone=self.remove)
+        self._status_writer = StatusWriter(services.kube, pod, on_gone=self.remove, pace=services.status_pace)
         self._probes = PodProbes(
             pod,
             runtime=services.runtime,

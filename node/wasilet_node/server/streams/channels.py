@@ -160,7 +160,8 @@ class _WebSocketChannels:
         self._wanted = {STDOUT: options.stdout, STDERR: options.stderr}
         self._input: asyncio.Queue[bytes] = asyncio.Queue(_WAITING_MESSAGES)
         self._input_ended = not options.stdin
-        self.closed = socket.closed
+        # Not the socket's own: that we read no longer, since all is said, must not keep the closing frame back.
+        self.closed = asyncio.Event()
 
     async def stdin(self) -> AsyncIterator[bytes]:
         while chunk := await self._input.get():

@@ -118,6 +118,7 @@ async def test_exec_over_websocket_gives_output_and_outcome(rig: Rig, protocol: 
     async with websocket(rig, f"{EXEC}&command=echo&command=a+b", protocol) as socket:
         assert socket.protocol == protocol
         seen = await channels_of(socket)
+        assert socket.close_code == aiohttp.WSCloseCode.OK, "a client takes a connection that just ends for broken"
     assert (seen[1], seen[2]) == (b"a b\n", b"done\n")
     assert json.loads(seen[3]) == {"metadata": {}, "status": "Success"}
     assert rig.runtime.guest is not None
