@@ -84,7 +84,7 @@ async def _until_stopped(settings: NodeSettings, kubeconfig_copy: Path | None, v
     agent.cancel()
     (outcome,) = await asyncio.gather(agent, return_exceptions=True)
     if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
-        _say(outcome)
+        _log_failure(outcome)
         return _EXIT_FAILED
     instance.remove(settings.paths.data)
     return code
@@ -499,7 +499,7 @@ def _exit_in(seconds: float, code: int) -> None:
     timer.start()
 
 
-def _say(error: BaseException) -> None:
+def _log_failure(error: BaseException) -> None:
     """What a person can act on is one line; anything else is a defect, and comes with its traceback."""
     for leaf in _leaves(error):
         if _is_expected(leaf):

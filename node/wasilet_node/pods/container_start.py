@@ -158,7 +158,7 @@ async def _prepare(
         event=event,
         pod_uid=pod_fields.uid(pod),
     )
-    _tell_ports(container, image.kind, attempt, event)
+    _report_ports(container, image.kind, attempt, event)
     node = services.node()
     try:
         network = await services.networks.attach(pod)
@@ -212,7 +212,7 @@ async def _prepare(
     )
 
 
-def _tell_ports(container: Container, kind: GuestKind, attempt: int, event: Callable[[str, str, str], None]) -> None:
+def _report_ports(container: Container, kind: GuestKind, attempt: int, event: Callable[[str, str, str], None]) -> None:
     """Once: nothing will ever answer on the ports of a core module, and nothing else would report it."""
     if kind is GuestKind.MODULE and container.get("ports") and attempt == 0:
         event(

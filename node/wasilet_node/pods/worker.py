@@ -241,7 +241,7 @@ class PodWorker:
         """No job for a while: by this back-off, or by that of jobs that fail."""
         self._not_before = NotBefore(self.services.wall_clock(), (retry or self._job_retry).next())
 
-    async def tell_clients(self) -> None:
+    async def publish_status(self) -> None:
         """Have the API server know the status, within a second or so."""
         self._publish()
         with contextlib.suppress(TimeoutError):
