@@ -60,7 +60,7 @@ class ClusterRecord:
     created_objects: tuple[str, ...] = ()
     """``Kind/name`` of what was not there before."""
 
-    doors: Mapping[str, str] = field(default_factory=dict)
+    proxies: Mapping[str, str] = field(default_factory=dict)
     """Proxies for nodes of other machines: component to the address that it listens on."""
 
     local_origins: tuple[str, ...] = ()
@@ -97,7 +97,7 @@ class ClusterRecord:
             ports={str(name): int(port) for name, port in reader.get("ports", dict, {}).items()},
             kubeconfig=reader.made("kubeconfig", _kubeconfig),
             created_objects=tuple(map(str, reader.get("created_objects", list, []))),
-            doors={str(name): str(address) for name, address in reader.get("doors", dict, {}).items()},
+            proxies=_proxies(reader),
             local_origins=tuple(map(str, reader.get("local_origins", list, []))),
             pod_security=reader.get("pod_security", str, ""),
             registry_secret=reader.get("registry_secret", str, ""),
@@ -106,6 +106,12 @@ class ClusterRecord:
             service_ranges=tuple(map(str, reader.get("service_ranges", list, []))),
             external=reader.get("external", dict, {}),
         )
+
+
+def _proxies(reader: _Reader) -> Mapping[str, str]:
+    """In older files the field is called ``doors``; nodes of other machines know those addresses."""
+    found = reader.get("proxies", dict, {}) or reader.get("doors", dict, {})
+    return {str(name): str(address) for name, address in found.items()}
 
 
 class _Reader:

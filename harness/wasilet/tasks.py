@@ -76,7 +76,7 @@ def up(
     diff: bool = False,
     output: str = "text",
 ) -> None:
-    """Bring a cluster with a wasm node up, or mend it.
+    """Create a cluster with a wasm node, or repair it.
 
     A cluster of that name that runs already (kind, k3d, minikube) is adopted: only what is missing is added, and
     `down` takes back just that.
@@ -320,7 +320,7 @@ def bootstrap(
 
     Writes a bootstrap file, and says what to type there.
 
-    A cluster that listens on loopback gets a door for it on --address, which `status` lists and `down` closes.
+    A cluster that listens on loopback gets a proxy on --address, which `status` lists and `down` closes.
 
     Examples:
       invoke bootstrap --node wasm-2

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _EXIT_FAILED = 1
 _STOP_LIMIT_SECONDS = 5.0
-_FLUSH_SECONDS = 1.0
+_FLUSH_SECONDS = 3.0
 _RUNTIME_CHECK_SECONDS = 5.0
 _RECORD_CHECK_SECONDS = 5.0
 _OPEN_FILES_WANTED = 65536
@@ -84,7 +84,7 @@ async def _until_stopped(settings: NodeSettings, kubeconfig_copy: Path | None, v
     agent.cancel()
     (outcome,) = await asyncio.gather(agent, return_exceptions=True)
     if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
-        _say(outcome)
+        _log_failure(outcome)
         return _EXIT_FAILED
     instance.remove(settings.paths.data)
     return code
@@ -144,7 +144,7 @@ class _Agent:
         from wasilet_node.kube.references import References
 
         node_name = self._settings.node_name
-        events = KubeEventRecorder(kube, host=node_name)
+        events = KubeEventRecorder(kube, host=node_name, busy=lambda: kube.writes_statuses)
         references = References(kube, node=lambda: (node_name, self._registration.uid()))
         references.start()
         stack.push_async_callback(references.close)
@@ -499,7 +499,7 @@ def _exit_in(seconds: float, code: int) -> None:
     timer.start()
 
 
-def _say(error: BaseException) -> None:
+def _log_failure(error: BaseException) -> None:
     """What a person can act on is one line; anything else is a defect, and comes with its traceback."""
     for leaf in _leaves(error):
         if _is_expected(leaf):

@@ -148,10 +148,10 @@ def _read(wanted: Wanted, pending_file: Path) -> _Pending | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s); asking anew", pending_file, error)
+        logger.warning("%s is damaged (%s); asking again", pending_file, error)
         return None
     if {key: document.get(key) for key in _fingerprint(wanted)} != _fingerprint(wanted):
-        logger.info("the pending request %s is for other names; asking anew", pending.name)
+        logger.info("the pending request %s is for other names; asking again", pending.name)
         return None
     return pending
 
@@ -194,7 +194,7 @@ async def _resume(kube: Kube, wanted: Wanted, pending_file: Path) -> _Pending | 
     try:
         _certificate_of(found, pending.name)
     except CertificateRefusedError as error:
-        logger.info("the request of an earlier run was refused (%s); asking anew", error)
+        logger.info("the request of an earlier run was refused (%s); asking again", error)
         return None
     logger.info("going on with the %s certificate request %s", wanted.what, pending.name)
     return pending

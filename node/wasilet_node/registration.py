@@ -226,7 +226,7 @@ class Registration:
             raise
         self._sent = {**status, "verdicts": verdicts}
         self._sent_at = time.monotonic()
-        self._tell(current, verdicts)
+        self._report_changes(current, verdicts)
         self._refresh_info(now_levels)
         self._on_names(self.names)
 
@@ -257,7 +257,7 @@ class Registration:
         self._gone.clear()
         logger.info("registered node %s at %s", self._settings.node_name, self._address)
         self._event("Normal", "Starting", "Starting kubelet.")
-        self._tell([], verdicts)
+        self._report_changes([], verdicts)
         self._refresh_info(now_levels)
         self._on_names(self.names)
 
@@ -290,7 +290,7 @@ class Registration:
             patch["spec"] = {"providerID": self._settings.provider_id}
         if patch:
             node = await self._kube.patch(self._path, patch)
-        self._tell_pod_cidr(node)
+        self._pass_on_pod_cidr(node)
         if self._network is not None:
             # A moment of NotReady would take the pods of this node, which run on, out of their Services.
             await self._network.settle(_NETWORK_SECONDS)
@@ -317,13 +317,13 @@ class Registration:
                 else:
                     seen = seen or event.type == "SYNC"
                     self._node = event.object
-                    self._tell_pod_cidr(event.object)
+                    self._pass_on_pod_cidr(event.object)
                     self._info = replace(
                         self._info,
                         labels=event.object.get("metadata", {}).get("labels") or {},
                         taints=_taints_of(event.object),
                     )
-                    self._tell_schedulable(event.object)
+                    self._report_schedulable(event.object)
                     if self._disagrees(event.object):
                         self._wake.set()
 
@@ -365,7 +365,7 @@ class Registration:
             found.append(network_verdict(self._network.absent))
         return found
 
-    def _tell_pod_cidr(self, node: KubeObject) -> None:
+    def _pass_on_pod_cidr(self, node: KubeObject) -> None:
         if self._network is not None:
             self._network.set_pod_cidr((node.get("spec") or {}).get("podCIDR"))
 
@@ -459,7 +459,7 @@ class Registration:
         if changed:
             self._node = await self._kube.patch(self._path, {"metadata": {"labels": changed}})
 
-    def _tell(self, before: Sequence[dict[str, Any]], verdicts: Sequence[Verdict]) -> None:
+    def _report_changes(self, before: Sequence[dict[str, Any]], verdicts: Sequence[Verdict]) -> None:
         known = {condition.get("type"): condition.get("status") for condition in before}
         for verdict in verdicts:
             if known.get(verdict.type) != verdict.status:
@@ -468,7 +468,7 @@ class Registration:
                 type_, reason = _EVENT_OF_STATUS[(verdict.type, verdict.status)]
                 self._event(type_, reason, f"Node {self._settings.node_name} status is now: {reason}")
 
-    def _tell_schedulable(self, node: KubeObject) -> None:
+    def _report_schedulable(self, node: KubeObject) -> None:
         """Someone has cordoned the node, or uncordoned it."""
         unschedulable = bool((node.get("spec") or {}).get("unschedulable"))
         if unschedulable != self._unschedulable:

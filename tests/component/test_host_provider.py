@@ -93,7 +93,7 @@ def of_the_pod_network(made: TestCluster) -> tuple[str, ...]:
     return (
         ()
         if pod_network.plan_of(made.cluster.state) is None
-        else (pod_network.DOOR, service_ports.COMPONENT, cluster_dns.COMPONENT)
+        else (pod_network.PROXY, service_ports.COMPONENT, cluster_dns.COMPONENT)
     )
 
 
@@ -169,7 +169,7 @@ def test_nothing_but_nodes_listens_beyond_loopback(own: TestCluster) -> None:
     plan, ports = pod_network.plan_of(own.cluster.state), own.cluster.ports()
     inner = {}
     if plan is not None:
-        inner[pod_network.DOOR] = {(plan.machine_address, ports["apiserver"])}
+        inner[pod_network.PROXY] = {(plan.machine_address, ports["apiserver"])}
         inner[cluster_dns.COMPONENT] = {(plan.machine_address, ports[cluster_dns.DNS_PORT])}
     seen: dict[str, set[tuple[str, int]]] = {}
     for entry in status(own.settings)["components"]:

@@ -197,8 +197,8 @@ def test_it_runs_a_pod_from_this_machines_registry_and_its_log_comes_back(
 
 def test_doors_are_listed_and_a_dead_one_is_opened_again_by_up(own: TestCluster, joined: Any) -> None:
     names = [component["name"] for component in own.status()["components"]]
-    assert {join.API_SERVER_DOOR, join.REGISTRY_DOOR} <= set(names)
-    record = own.cluster.state.alive(join.API_SERVER_DOOR)
+    assert {join.API_SERVER_PROXY, join.REGISTRY_PROXY} <= set(names)
+    record = own.cluster.state.alive(join.API_SERVER_PROXY)
     assert record is not None
     os.kill(record.process.pid, 9)
     eventually(lambda: not is_alive(record.process), "the end of the door")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wasilet import process
 from wasilet.build.cargo_hints import hint
-from wasilet.build.cargo_vendor import PROGRESS, has_dependencies, read_toml, tell_progress, vendor
+from wasilet.build.cargo_vendor import PROGRESS, has_dependencies, read_toml, report_progress, vendor
 from wasilet.build.toolchain import RustToolchain
 from wasilet.errors import HarnessError
 
@@ -75,7 +75,7 @@ def compile_module(
         cwd=folder,
         env=toolchain.environment(env),
         check=False,
-        on_line=lambda line: tell_progress(line, say),
+        on_line=lambda line: report_progress(line, say),
     )
     if done.returncode != 0:
         raise CompileError(folder.name, done.stderr, hint=explain(done.stderr))

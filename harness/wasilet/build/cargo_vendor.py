@@ -121,7 +121,7 @@ def _fetch(argv: list[str], folder: Path, environment: dict[str, str], say: Say,
         cwd=folder,
         env=environment,
         check=False,
-        on_line=lambda line: tell_progress(line, say),
+        on_line=lambda line: report_progress(line, say),
     )
     if done.returncode != 0:
         tail = process.last_lines(done.stderr)
@@ -134,7 +134,7 @@ def _fetch(argv: list[str], folder: Path, environment: dict[str, str], say: Say,
         )
 
 
-def tell_progress(line: str, say: Say) -> None:
+def report_progress(line: str, say: Say) -> None:
     """Pass on a line of cargo's that reports progress."""
     text = line.strip()
     if text.startswith(PROGRESS):

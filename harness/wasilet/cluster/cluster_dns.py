@@ -111,11 +111,11 @@ def _has_servers(resolv_conf: Path) -> bool:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def _say(text: str) -> None:
+def _log_line(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - its log
 
 
-def _bring(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found]:
+def _install(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found]:
     """Have them, whatever it takes."""
     environ = dict(os.environ)
     version = options.kubernetes
@@ -127,13 +127,13 @@ def _bring(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Found
                 names,
                 cache=options.cache,
                 environ=environ,
-                progress=_say,
+                progress=_log_line,
                 mirror=options.mirror,
                 allow_download=not options.no_download,
                 kubernetes=version,
             )
         except HarnessError as error:
-            _say(f"error: {error}; trying again in {_RETRY_SECONDS:g} s")
+            _log_line(f"error: {error}; trying again in {_RETRY_SECONDS:g} s")
             time.sleep(_RETRY_SECONDS)
 
 
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kubernetes", default="")
     parser.add_argument("--no-download", action="store_true")
     options = parser.parse_args(argv)
-    path = _bring(options, LATER)[COMPONENT].path
+    path = _install(options, LATER)[COMPONENT].path
     _wait_for(options.address)
     os.execv(path, [str(path), "-conf", str(options.corefile)])  # noqa: S606 - no shell is wanted
 

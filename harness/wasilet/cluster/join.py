@@ -29,11 +29,12 @@ from wasilet.providers.host import node_address
 from wasilet.steps import Play, Step
 from wasilet.storage import write_file
 
-API_SERVER_DOOR = "apiserver-door"
-REGISTRY_DOOR = "registry-door"
+# On disk of clusters that run, and in what `status` prints: names that stay.
+API_SERVER_PROXY = "apiserver-door"
+REGISTRY_PROXY = "registry-door"
 REGISTRY_LOGIN_SUFFIX = ".registry.json"
 _NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_PORTS = {API_SERVER_DOOR: "apiserver_door", REGISTRY_DOOR: "registry_door"}
+_PORTS = {API_SERVER_PROXY: "apiserver_door", REGISTRY_PROXY: "registry_door"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +57,28 @@ class Joining:
 # --- proxies ---------------------------------------------------------------------------------------------------------
 
 
-def doors(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
+def proxies(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     """Those that were asked for, by component name."""
-    known = cluster.state.cluster.doors
-    made = {API_SERVER_DOOR: _apiserver_door, REGISTRY_DOOR: _registry_door}
+    known = cluster.state.cluster.proxies
+    made = {API_SERVER_PROXY: _apiserver_proxy, REGISTRY_PROXY: _registry_proxy}
     return {name: lambda name=name: made[name](cluster, known[name]) for name in made if name in known}  # type: ignore[misc]
 
 
-def door_steps(cluster: Cluster, *, after: tuple[str, ...]) -> list[Step]:
+def proxy_steps(cluster: Cluster, *, after: tuple[str, ...]) -> list[Step]:
     """The steps of ``up`` that repair them."""
     return [
         component_step(
             component, name, title=name.replace("-", " "), state=cluster.state, settings=cluster.settings, after=after
         )
-        for name, component in doors(cluster).items()
+        for name, component in proxies(cluster).items()
     ]
 
 
-def _apiserver_door(cluster: Cluster, address: str) -> Component:
+def _apiserver_proxy(cluster: Cluster, address: str) -> Component:
     parts = urlsplit(cluster.provider.access(cluster).server)
-    host, port = parts.hostname or "127.0.0.1", cluster.ports()[_PORTS[API_SERVER_DOOR]]
+    host, port = parts.hostname or "127.0.0.1", cluster.ports()[_PORTS[API_SERVER_PROXY]]
     return Component(
-        name=API_SERVER_DOOR,
+        name=API_SERVER_PROXY,
         argv=(
             *(sys.executable, "-P", "-m", "wasilet.cluster.tcp_proxy", "--listen", f"{address}:{port}"),
             *("--to", f"{host}:{parts.port or 443}"),
@@ -88,12 +89,12 @@ def _apiserver_door(cluster: Cluster, address: str) -> Component:
     )
 
 
-def _registry_door(cluster: Cluster, address: str) -> Component:
+def _registry_proxy(cluster: Cluster, address: str) -> Component:
     return registry_component(
         binary=cluster.binary("registry"),
-        port=cluster.ports()[_PORTS[REGISTRY_DOOR]],
+        port=cluster.ports()[_PORTS[REGISTRY_PROXY]],
         state=cluster.state,
-        name=REGISTRY_DOOR,
+        name=REGISTRY_PROXY,
         address=address,
         readonly=True,
         # Not the one that may push: it is handed to other machines.
@@ -102,7 +103,7 @@ def _registry_door(cluster: Cluster, address: str) -> Component:
 
 
 def _registry_place(cluster: Cluster, address: str) -> str:
-    return f"{_host_of_url(address)}:{cluster.ports()[_PORTS[REGISTRY_DOOR]]}"
+    return f"{_host_of_url(address)}:{cluster.ports()[_PORTS[REGISTRY_PROXY]]}"
 
 
 def _reader_login(cluster: Cluster) -> Path:
@@ -134,10 +135,10 @@ def bootstrap(
     server, server_name = access.server, ""
     if is_loopback(access.server) or registry:
         address = _checked_address(address or node_address(cluster.settings))
-        wanted = ([API_SERVER_DOOR] if is_loopback(access.server) else []) + ([REGISTRY_DOOR] if registry else [])
+        wanted = ([API_SERVER_PROXY] if is_loopback(access.server) else []) + ([REGISTRY_PROXY] if registry else [])
         _open(cluster, wanted, address, say)
     if is_loopback(access.server):
-        server = f"https://{_host_of_url(address)}:{cluster.ports()[_PORTS[API_SERVER_DOOR]]}"
+        server = f"https://{_host_of_url(address)}:{cluster.ports()[_PORTS[API_SERVER_PROXY]]}"
         server_name = urlsplit(access.server).hostname or ""
     token = create_token(
         cluster.admin(), ttl_seconds=cluster.settings.token_ttl_seconds, description=f"for node {node}"
@@ -201,11 +202,11 @@ def _open(cluster: Cluster, names: Sequence[str], address: str, say: Callable[[s
     if found is not None:
         cluster.binaries["registry"] = found.path
     with state.locked(timeout_seconds=settings.timeouts.lock_seconds, say=say, what="invoke bootstrap"):
-        known = state.cluster.doors
+        known = state.cluster.proxies
         state.allocate_ports({_PORTS[name]: 0 for name in names}, addresses=("127.0.0.1", address))
-        state.update(doors=dict(known) | dict.fromkeys(names, address))
-        steps = [step for step in door_steps(cluster, after=()) if step.key in names]
-        Play("doors", steps).run().raise_for_failure()
+        state.update(proxies=dict(known) | dict.fromkeys(names, address))
+        steps = [step for step in proxy_steps(cluster, after=()) if step.key in names]
+        Play("proxies", steps).run().raise_for_failure()
 
 
 def _checked_address(address: str) -> str:

@@ -236,7 +236,7 @@ class ServicePorts:
         self._address = address
         self._ports = MachinePorts()
         self._services: dict[tuple[str, str], KubeObject] = {}
-        self._told: dict[tuple[str, str], str] = {}
+        self._recorded: dict[tuple[str, str], str] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``."""
@@ -291,7 +291,7 @@ class ServicePorts:
 
     async def _forget(self, service: tuple[str, str]) -> None:
         self._services.pop(service, None)
-        self._told.pop(service, None)
+        self._recorded.pop(service, None)
         await self._ports.update(service, ())
 
     async def _examine(self, service: KubeObject) -> None:
@@ -323,19 +323,19 @@ class ServicePorts:
                 await asyncio.to_thread(self._kube.patch, f"{path}/status", {"metadata": metadata})
             if moved:
                 where = ", ".join(f"{port} is at {self._address}:{own}" for port, own in sorted(ports.items()))
-                await self._tell(service, "Normal", "PortMoved", f"taken on this machine already: {where}")
+                await self._record_event(service, "Normal", "PortMoved", f"taken on this machine already: {where}")
         if problems := self._ports.problems(key):
-            await self._tell(service, "Warning", "PortUnavailable", "; ".join(problems))
+            await self._record_event(service, "Warning", "PortUnavailable", "; ".join(problems))
         elif request.left_out:
             words = f"{', '.join(request.left_out)}: only TCP is passed on from the machine's own addresses"
-            await self._tell(service, "Warning", "ProtocolNotForwarded", words)
+            await self._record_event(service, "Warning", "ProtocolNotForwarded", words)
 
-    async def _tell(self, service: KubeObject, kind: str, reason: str, message: str) -> None:
+    async def _record_event(self, service: KubeObject, kind: str, reason: str, message: str) -> None:
         """An event, once per message."""
         key = _key(service)
-        if self._told.get(key) == message:
+        if self._recorded.get(key) == message:
             return
-        self._told[key] = message
+        self._recorded[key] = message
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         metadata = service["metadata"]
         event = {

@@ -1,4 +1,4 @@
-"""A door for other machines to a server that listens on loopback: bytes pass, nothing is read or changed.
+"""A proxy by which other machines reach a server that listens on loopback: bytes pass, nothing is read or changed.
 
 The API server of a local cluster (``host``, kind, k3d) listens on loopback only, and should. A node on another machine
 gets this proxy instead: TLS goes through it end to end, so it needs no key and knows no secret, and who comes through

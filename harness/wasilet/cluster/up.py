@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wasilet.cluster import cluster_dns, service_ports
-from wasilet.cluster.join import door_steps, doors
+from wasilet.cluster.join import proxies, proxy_steps
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster_record import KubeconfigRecord
 from wasilet.controlplane import pod_network, pod_security, public_info
@@ -148,7 +148,7 @@ def steps(cluster: Cluster) -> list[Step]:
             made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP, POLICY_STEP)
         ),
         _token_step(cluster),
-        *door_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
+        *proxy_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
         *_pod_network_steps(cluster),
         *nodes,
         _ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.key for n in nodes))),
@@ -163,9 +163,9 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
         ),
         APPROVER: lambda: _approver_component(cluster),
     }
-    made.update(doors(cluster))
+    made.update(proxies(cluster))
     if (plan := pod_network.plan_of(cluster.state)) is not None:
-        made[pod_network.DOOR] = lambda: pod_network.door_component(plan, cluster.ports()["apiserver"])
+        made[pod_network.PROXY] = lambda: pod_network.proxy_component(plan, cluster.ports()["apiserver"])
         made[service_ports.COMPONENT] = lambda: _service_ports_component(cluster)
         if cluster.state.record(cluster_dns.COMPONENT) is not None:
             made[cluster_dns.COMPONENT] = lambda: cluster_dns.component(plan, cluster.settings, cluster.state)
@@ -466,10 +466,10 @@ def _pod_network_steps(cluster: Cluster) -> list[Step]:
                 if state.exists()
                 else Finding.differs("choose addresses")
             )
-        record = state.alive(pod_network.DOOR)
+        record = state.alive(pod_network.PROXY)
         text = f"pods {plan.pods}, Services {plan.services}"
         if record is None or not _api_answers(cluster):
-            return Finding.differs(text, [f"+ {pod_network.DOOR}"])
+            return Finding.differs(text, [f"+ {pod_network.PROXY}"])
         if state.alive(service_ports.COMPONENT) is None:
             return Finding.differs(text, [f"+ {service_ports.COMPONENT}"])
         if cluster_dns.has_binaries(cluster.settings) and state.alive(cluster_dns.COMPONENT) is None:
@@ -482,7 +482,7 @@ def _pod_network_steps(cluster: Cluster) -> list[Step]:
         if plan is None:
             return f"none: {_why_no_pod_network(state)}"
         ports, settings = cluster.ports(), cluster.settings
-        ensure_running(pod_network.door_component(plan, ports["apiserver"]), state=state, settings=settings)
+        ensure_running(pod_network.proxy_component(plan, ports["apiserver"]), state=state, settings=settings)
         create_missing(cluster.admin(), pod_network.objects(plan, ports))
         ensure_running(_service_ports_component(cluster), state=state, settings=settings)
         text = f"pods {plan.pods}, Services {plan.services}"

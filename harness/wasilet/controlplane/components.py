@@ -199,7 +199,7 @@ def wait_ready(
     while not answers():
         if not is_alive(record.process):
             tail = tail_of(record.log, start_bytes=record.log_start_bytes)
-            why = telling_line(tail)
+            why = reason_line(tail)
             raise ComponentError(
                 f"{component.name} ended while it was starting" + (f": {why[:300]}" if why else ""),
                 log=record.log,
@@ -215,7 +215,7 @@ def wait_ready(
         time.sleep(settings.timeouts.poll_seconds)
 
 
-def telling_line(tail: tuple[str, ...]) -> str:
+def reason_line(tail: tuple[str, ...]) -> str:
     """The line of a log's end that says why a program ended; empty when there is none. A Go program that panics ends
     with its stack, the reason stands above it."""
     for sign in ("no space left on device", "panic: ", "fatal", "rror: "):

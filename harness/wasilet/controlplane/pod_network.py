@@ -28,7 +28,7 @@ from wasilet.state import State
 from wasilet.steps import Progress
 
 Network = ipaddress.IPv4Network
-DOOR = "pod-network-proxy"
+PROXY = "pod-network-proxy"
 USUAL_SERVICE_CIDR = Network(SERVICE_CIDR)
 NODE_PREFIX = 22
 """Of each node's share: 1,021 pods."""
@@ -207,11 +207,11 @@ def _networks_of_others(settings: Settings, state: State) -> list[Network]:
 # --- the components --------------------------------------------------------------------------------------------------
 
 
-def door_component(plan: NetworkPlan, apiserver_port: int) -> Component:
+def proxy_component(plan: NetworkPlan, apiserver_port: int) -> Component:
     """The API server for pods and for kube-proxy: the same port at the machine's end of the nodes' links. It listens
     before the address is there, since nodes make it, and takes connections from the pods' range alone."""
     return Component(
-        name=DOOR,
+        name=PROXY,
         argv=(
             *(sys.executable, "-P", "-m", "wasilet.cluster.tcp_proxy", "--freebind"),
             *("--listen", f"{plan.machine_address}:{apiserver_port}", "--to", f"127.0.0.1:{apiserver_port}"),

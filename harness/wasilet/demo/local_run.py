@@ -145,13 +145,13 @@ def check(module: Path, local: LocalSpec, *, say: Say, environ: Mapping[str, str
         except process.CommandError as error:
             if error.returncode is None and not said.missing and not local.http and local.exit_code is None:
                 return "runs"
-            raise HarnessError(_words(f"it did not end within {local.timeout_seconds:g} s", said)) from error
+            raise HarnessError(_difference(f"it did not end within {local.timeout_seconds:g} s", said)) from error
     if said.missing:
-        raise HarnessError(_words(f"it ended with exit code {done.returncode} and without {said.missing}", said))
+        raise HarnessError(_difference(f"it ended with exit code {done.returncode} and without {said.missing}", said))
     if local.exit_code is None:
-        raise HarnessError(_words(f"it ended with exit code {done.returncode}, and should run on", said))
+        raise HarnessError(_difference(f"it ended with exit code {done.returncode}, and should run on", said))
     if done.returncode != local.exit_code:
-        raise HarnessError(_words(f"its exit code is {done.returncode}, not {local.exit_code}", said))
+        raise HarnessError(_difference(f"its exit code is {done.returncode}, not {local.exit_code}", said))
     return f"exit code {done.returncode}, {said.count} lines"
 
 
@@ -191,7 +191,7 @@ def _ask(url: str, local: LocalSpec, said: _Output) -> list[str]:
             within_seconds=LOCAL_ANSWER_SECONDS,
         )
         if asked.lacks:
-            raise HarnessError("\n".join([_words(f"{wanted}: {'; '.join(asked.lacks)}", said), *asked.describe()]))
+            raise HarnessError("\n".join([_difference(f"{wanted}: {'; '.join(asked.lacks)}", said), *asked.describe()]))
         answers.append(f"{wanted}: {asked.answer.status if asked.answer else 0}")
     return answers
 
@@ -200,7 +200,7 @@ class _SeenError(Exception):
     """Raised in the reader to end a program that has shown what it should."""
 
 
-def _words(what: str, said: _Output) -> str:
+def _difference(what: str, said: _Output) -> str:
     shown = "\n".join(f"  | {line}" for line in said.shown) or "  | (it wrote nothing)"
     return f"the module does not do locally what it should: {what}\n{shown}"
 

@@ -351,7 +351,7 @@ class Kube:
             reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
             raise ApiError(
                 f"the API server at {self.server} gave no answer: {reason}",
-                hint="`invoke status` shows what runs of a cluster of Wasilet's, `invoke up` mends it",
+                hint="`invoke status` shows what runs of a Wasilet cluster, `invoke up` repairs it",
             ) from error
 
 

@@ -107,9 +107,9 @@ def read_config(path: Path) -> KubeObject:
     except OSError as error:
         raise StateError(f"cannot read kubeconfig {path}: {error.strerror}") from error
     except KubeconfigError as error:
-        raise StateError(str(error), hint="mend it, or use --kubeconfig PATH") from error
+        raise StateError(str(error), hint="repair it, or use --kubeconfig PATH") from error
     if not all(isinstance(data.get(s) or [], list) for s in SECTIONS):
-        raise StateError(f"{path} is no kubeconfig", hint="mend it, or use --kubeconfig PATH")
+        raise StateError(f"{path} is no kubeconfig", hint="repair it, or use --kubeconfig PATH")
     return dict(data)
 
 

@@ -132,7 +132,7 @@ def no_engine(error: CommandError) -> UsageError:
     if "permission denied" in words:
         return UsageError(
             "this user has no right to Docker's socket",
-            hint="sudo usermod -aG docker $USER, then log in anew; or set DOCKER_HOST",
+            hint="sudo usermod -aG docker $USER, then log in again; or set DOCKER_HOST",
         )
     if "cannot connect" in words or "is the docker daemon running" in words or "connection refused" in words:
         return UsageError("Docker is not running", hint="sudo systemctl start docker, or set DOCKER_HOST")

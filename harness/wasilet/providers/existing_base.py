@@ -120,10 +120,10 @@ class ExternalProvider:
         tools = tuple(self.tool_steps(cluster))
         steps = [*tools, self._cluster_step(cluster, after=tuple(step.key for step in tools))]
         if registry := tuple(self.registry_steps(cluster)):
-            steps += [self._second_door_step(cluster), *registry, self._hosting_step(cluster)]
+            steps += [self._registry_proxy_step(cluster), *registry, self._hosting_step(cluster)]
         return steps
 
-    def _second_door_step(self, cluster: Cluster) -> Step:
+    def _registry_proxy_step(self, cluster: Cluster) -> Step:
         step = component_step(
             lambda: registry_for_nodes(cluster),
             REGISTRY_FOR_NODES,
@@ -214,7 +214,7 @@ class ExternalProvider:
                 stopped.append(error.message)
                 return Finding.differs(f"{error.message}; start it")
             except HalfMadeError as error:
-                return Finding.differs(f"{error.message}; make it anew", [f"- {self.name} cluster", "+ another one"])
+                return Finding.differs(f"{error.message}; make it again", [f"- {self.name} cluster", "+ another one"])
             there = found[0]
             if there is None:
                 return Finding.differs(f"create a {self.name} cluster", [f"+ {self.name} cluster"])
@@ -287,8 +287,8 @@ class ExternalProvider:
         cluster.forget_admin()
         credentials = read_credentials(state.admin_kubeconfig)
         kube = cluster.admin()
-        anew = f"`invoke down --purge --name {cluster.settings.name}`, then `invoke up`, makes another one"
-        uid = wait_for_answer(kube, cluster.settings, say, hint=anew if there.created else "")
+        another = f"`invoke down --purge --name {cluster.settings.name}`, then `invoke up`, makes another one"
+        uid = wait_for_answer(kube, cluster.settings, say, hint=another if there.created else "")
         if uid != facts(cluster).get("uid"):
             if not there.created:
                 check_node_names(kube, cluster.node_names())
@@ -393,7 +393,7 @@ def registry_for_nodes(cluster: Cluster) -> Component:
 
     address = facts(cluster).get("registry_address")
     if not address:
-        raise HarnessError("the cluster's nodes reach no registry here yet", hint="`invoke up` mends it")
+        raise HarnessError("the cluster's nodes reach no registry here yet", hint="`invoke up` repairs it")
     port = cluster.ports().get("registry_for_nodes")
     if port is None:
         port = cluster.state.allocate_ports({"registry_for_nodes": 0}, addresses=("127.0.0.1", address))[

@@ -53,7 +53,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
         try:
             return body(*args, **kwargs)
         except HarnessError as error:
-            raise Exit(_words(error), code=error.exit_code) from error
+            raise Exit(_error_lines(error), code=error.exit_code) from error
         except KeyboardInterrupt:
             raise Exit("interrupted", code=EXIT_INTERRUPTED) from None
         except _TerminatedError:
@@ -80,7 +80,7 @@ def _terminate(_signum: int, _frame: FrameType | None) -> None:
     raise _TerminatedError
 
 
-def _words(error: HarnessError) -> str:
+def _error_lines(error: HarnessError) -> str:
     debug = False
     with contextlib.suppress(UsageError):
         debug = environment_flag(os.environ, "WASILET_DEBUG")

@@ -44,7 +44,7 @@ def write_report(settings: Settings, *, app: str, namespace: str, file: Path, re
             # The first list is what was there before the demo.
             observer.wait(lambda: True if observer.listed or observer.error else None, within_seconds=LIST_SECONDS)
             if observer.error:
-                raise ApiError(f"the pods cannot be listed: {observer.error}", hint="`invoke up` mends a cluster")
+                raise ApiError(f"the pods cannot be listed: {observer.error}", hint="`invoke up` repairs a cluster")
             before = frozenset(observer.pods)
             if app:
                 recap = demo(app, settings, options=DemoOptions(namespace=namespace), reporter=reporter).recap

@@ -177,7 +177,7 @@ class Wait:
         if self._reading is not None:
             self._reading.read([log.spool for log in known.logs])
         if judge is not None and judge.forbidden:
-            return self._says_forbidden(judge)
+            return self._forbidden_text(judge)
         self.missing = self._missing(known)
         if not self.missing and self.expected.waits:
             return self._absent_is_proven(known, over=over)
@@ -193,7 +193,7 @@ class Wait:
             return f"{over}, and {self.missing} cannot be judged: {unread}"
         return f"{over} without {self.missing}"
 
-    def _says_forbidden(self, judge: Judge) -> str:
+    def _forbidden_text(self, judge: Judge) -> str:
         _, text = judge.forbidden[0]
         what = text if isinstance(text, str) else text.pattern
         return f"the log of {self.subject.name} holds {what!r}, which it must not"

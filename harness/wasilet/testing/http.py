@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from wasilet.errors import UsageError
-from wasilet.testing.log_match import Text, found, printable
+from wasilet.testing.log_match import Text, found, printable, quoted
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 FIRST_PAUSE_SECONDS = 0.02
@@ -127,8 +127,8 @@ class WantedAnswer:
                 said.append(f"header {name} is {got!r}, not {value!r}")
             elif value is not None and not isinstance(value, str) and (got is None or not found(value, got)):
                 said.append(f"header {name} is {got!r}, which does not match {value.pattern!r}")
-        said += [f"the body lacks {_words(text)}" for text in self.contains if not found(text, answer.text)]
-        said += [f"the body holds {_words(text)}" for text in self.absent if found(text, answer.text)]
+        said += [f"the body lacks {quoted(text)}" for text in self.contains if not found(text, answer.text)]
+        said += [f"the body holds {quoted(text)}" for text in self.absent if found(text, answer.text)]
         return said
 
 
@@ -176,7 +176,3 @@ def ask_until(send: Ask, wanted: WantedAnswer, *, within_seconds: float) -> Aske
             return Asked(last, lacks, times, time.monotonic() - began)
         time.sleep(min(pause, left))
         pause = min(pause * 1.5, MAX_PAUSE_SECONDS)
-
-
-def _words(text: Text) -> str:
-    return repr(text if isinstance(text, str) else text.pattern)

@@ -100,7 +100,7 @@ class LogFollower:
         self._kube = kube
         self._hangup = hangup
         self._changed = changed
-        self._tell = tell
+        self._notify = tell
         self._log = log
         self._pod = pod
         self._unfinished = bytearray()
@@ -120,7 +120,7 @@ class LogFollower:
                 except ApiError as error:
                     if self._closed():
                         return
-                    self._say(error.message)
+                    self._set_error(error.message)
                     refused = refused + 1 if error.code and 400 <= error.code < 500 and error.code != 429 else 0
                     if error.code == 404 or refused == REFUSALS:
                         break
@@ -139,7 +139,7 @@ class LogFollower:
         finally:
             with self._changed:
                 self._log.ended = True
-            self._tell()
+            self._notify()
 
     def _closed(self) -> bool:
         return self._hangup.done
@@ -164,7 +164,7 @@ class LogFollower:
         self._unfinished = bytearray()
         with self._kube.chunks(_log_path(pod), self._hangup, idle_seconds=IDLE_SECONDS, **query) as chunks:
             self._log.opened, self._log.error = True, ""
-            self._tell()
+            self._notify()
             for chunk in chunks:
                 self._unfinished += chunk
                 if b"\n" not in chunk:
@@ -179,7 +179,7 @@ class LogFollower:
                     data, to_skip = _without_lines(data, to_skip)
                 if data:
                     self._log.kept.append(data)
-                    self._tell()
+                    self._notify()
         if to_skip:
             raise _OtherLogError
 
@@ -197,9 +197,9 @@ class LogFollower:
         if self._unfinished:
             self._log.kept.append(bytes(self._unfinished) + b"\n")
 
-    def _say(self, message: str) -> None:
+    def _set_error(self, message: str) -> None:
         self._log.error = message
-        self._tell()
+        self._notify()
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -152,15 +152,16 @@ def explain(judge: Judge, lines: Sequence[str]) -> list[str]:
             continue
         said.append(f"  MISSING  {want}")
         said += [f"           {line}" for line in _nearest(want, lines, judge)]
-    said += [f"  PRESENT  absent {_words(text)}  (line {number})" for number, text in judge.forbidden]
+    said += [f"  PRESENT  absent {quoted(text)}  (line {number})" for number, text in judge.forbidden]
     if judge.forbidden_count > len(judge.forbidden):
         said.append(f"           and {judge.forbidden_count - len(judge.forbidden)} more")
-    hit = {_words(text) for _, text in judge.forbidden}
-    said += [f"  absent   {_words(text)}" for text in judge.absent if _words(text) not in hit]
+    hit = {quoted(text) for _, text in judge.forbidden}
+    said += [f"  absent   {quoted(text)}" for text in judge.absent if quoted(text) not in hit]
     return said
 
 
-def _words(text: Text) -> str:
+def quoted(text: Text) -> str:
+    """A text or pattern as messages show it."""
     return repr(text if isinstance(text, str) else text.pattern)
 
 

@@ -135,7 +135,7 @@ class Observer:
     def close(self, *, timeout_seconds: float = 5.0) -> None:
         """End the watches and the followed logs; what was seen stays."""
         self._hangup.end()
-        self._tell()
+        self._notify()
         with self.changed:
             threads = list(self._threads)
         deadline = time.monotonic() + timeout_seconds
@@ -217,7 +217,7 @@ class Observer:
 
     # --- the watches -----------------------------------------------------------------------------------------------
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self.changed:
             self.revision += 1
             self.changed.notify_all()
@@ -267,7 +267,7 @@ class Observer:
             except ApiError as error:
                 version = "" if error.code == GONE else version
                 if not self.closed:
-                    self._say_error(error.message)
+                    self._set_error(error.message)
                     time.sleep(RETRY_SECONDS)
 
     def _list(
@@ -284,7 +284,7 @@ class Observer:
                 learn("ADDED", item)
             listed(items)
             self.error = ""
-        self._tell()
+        self._notify()
         return str((answer.get("metadata") or {}).get("resourceVersion") or "")
 
     def _pods_listed(self, items: list[KubeObject]) -> None:
@@ -303,12 +303,12 @@ class Observer:
             if kind != "BOOKMARK":
                 learn(kind, obj)
             self.error = ""
-        self._tell()
+        self._notify()
         return str((obj.get("metadata") or {}).get("resourceVersion") or "")
 
-    def _say_error(self, message: str) -> None:
+    def _set_error(self, message: str) -> None:
         self.error = message
-        self._tell()
+        self._notify()
 
     def _event(self, kind: str, obj: KubeObject) -> None:
         if kind != "DELETED":
@@ -372,7 +372,7 @@ class Observer:
                         self.kube,
                         self._hangup,
                         self.changed,
-                        self._tell,
+                        self._notify,
                         log=log,
                         pod=lambda: None if view.deleted else view.object,
                     )

@@ -237,7 +237,7 @@ def _clearly() -> AbstractContextManager[None]:
     return clear_failures()
 
 
-def _sayer(config: pytest.Config) -> Callable[[str], None]:
+def _progress_printer(config: pytest.Config) -> Callable[[str], None]:
     """Reports what takes long, past pytest's capturing; a worker has no one to report to."""
     capture = config.pluginmanager.getplugin("capturemanager")
 
@@ -266,7 +266,7 @@ def cluster(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iter
     with _clearly():
         user = own_process(int(_worker_input(pytestconfig).get(CONTROLLER_KEY) or os.getpid()))
         pytestconfig.stash[_JOINED] = True
-        made = join(_wish(pytestconfig), user, say=_sayer(pytestconfig))
+        made = join(_wish(pytestconfig), user, say=_progress_printer(pytestconfig))
     yield made
     made.kube.close()
 

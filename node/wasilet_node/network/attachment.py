@@ -17,8 +17,6 @@ class Attachment:
 
     key: str
     addresses: tuple[str, ...]
-    etc_files: tuple[tuple[str, str], ...] = ()
-    """See ``ContainerConfig.etc_files``."""
 
 
 class Networks(Protocol):
@@ -26,6 +24,9 @@ class Networks(Protocol):
 
     async def attach(self, pod: Pod) -> Attachment | None:
         """Have a pod's network. None: it shares the machine's. Idempotent. Raises NetworkError."""
+
+    async def etc_files(self, pod: Pod) -> tuple[tuple[str, str], ...]:
+        """Write what an attached pod resolves names by; see ``ContainerConfig.etc_files``. Raises NetworkError."""
 
     async def detach(self, uid: str) -> None:
         """Take a pod's network down; idempotent. Raises NetworkError."""
@@ -57,6 +58,10 @@ class MachineNetwork:
     async def attach(self, pod: Pod) -> Attachment | None:  # noqa: ARG002
         """None."""
         return None
+
+    async def etc_files(self, pod: Pod) -> tuple[tuple[str, str], ...]:  # noqa: ARG002
+        """None."""
+        return ()
 
     async def detach(self, uid: str) -> None:
         """Nothing to remove."""

@@ -187,11 +187,17 @@ class PodNetwork:
             self._wake.set()
             addresses = (record.address,)
             await self._host_ports.open(record.uid, host_ports.wanted(pod), record.address)
-            return Attachment(
-                key=record.key, addresses=addresses, etc_files=await asyncio.to_thread(self._files, pod, addresses)
-            )
+            return Attachment(key=record.key, addresses=addresses)
         except NetworkAbsentError:
             return None
+        except OSError as error:
+            raise NetworkError(f"{error.strerror or error}") from error
+
+    async def etc_files(self, pod: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+        """See ``Networks.etc_files``. Only for containers that read them: writing three files costs as much as a
+        status."""
+        try:
+            return await asyncio.to_thread(self._files, pod, self.addresses(pod) or ())
         except OSError as error:
             raise NetworkError(f"{error.strerror or error}") from error
 
@@ -200,7 +206,8 @@ class PodNetwork:
         await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
-        await asyncio.to_thread(shutil.rmtree, self._folder(uid), ignore_errors=True)
+        if (folder := self._folder(uid)).exists():
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def addresses(self, pod: dict[str, Any]) -> tuple[str, ...] | None:
         """Of a pod that has a network now; None: it shares the machine's, or has none yet."""

@@ -158,10 +158,13 @@ async def _prepare(
         event=event,
         pod_uid=pod_fields.uid(pod),
     )
-    _tell_ports(container, image.kind, attempt, event)
+    _report_ports(container, image.kind, attempt, event)
     node = services.node()
     try:
         network = await services.networks.attach(pod)
+        # A core module has no sockets, so it resolves no names.
+        resolves = network is not None and image.kind is GuestKind.COMPONENT
+        etc_files = await services.networks.etc_files(pod) if resolves else ()
     except NetworkError as error:
         raise LaunchError("CreatePodSandboxError", f"failed to set up the pod's network: {error}") from error
     addresses = network.addresses if network is not None else node.addresses
@@ -197,7 +200,7 @@ async def _prepare(
         http=policy,
         server=_server(pod, server, network) if image.server else None,
         network=_network_key(network, image.kind),
-        etc_files=network.etc_files if network is not None and image.kind is GuestKind.COMPONENT else (),
+        etc_files=etc_files,
         stdin=bool(container.get("stdin")),
         stdin_once=bool(container.get("stdinOnce")),
         tty=bool(container.get("tty")),
@@ -209,7 +212,7 @@ async def _prepare(
     )
 
 
-def _tell_ports(container: Container, kind: GuestKind, attempt: int, event: Callable[[str, str, str], None]) -> None:
+def _report_ports(container: Container, kind: GuestKind, attempt: int, event: Callable[[str, str, str], None]) -> None:
     """Once: nothing will ever answer on the ports of a core module, and nothing else would report it."""
     if kind is GuestKind.MODULE and container.get("ports") and attempt == 0:
         event(

@@ -61,7 +61,7 @@ class Jobs(Protocol):
     def put_off(self, retry: RetryBackoff | None = None) -> None:
         """No job for a while: by this back-off, or by that of jobs that fail."""
 
-    async def tell_clients(self) -> None:
+    async def publish_status(self) -> None:
         """Have the API server know the status, within a second or so."""
 
 
@@ -201,7 +201,7 @@ class ContainerSync:
     async def _restart_all(self) -> None:
         """Clients are told first, as kubelet does, but an API server that is away does not hold the restart up."""
         await self._messages.settle()
-        await self._jobs.tell_clients()
+        await self._jobs.publish_status()
         await self.renewal.restart_all(self.pod)
 
     async def _renew_sandbox(self) -> None:

@@ -16,6 +16,7 @@ from wasilet_node.network.attachment import MachineNetwork, Networks
 from wasilet_node.pods.http_policy import Outbound
 from wasilet_node.pods.nodeinfo import NodeSource
 from wasilet_node.pods.probes import ProbeObserver, ignore
+from wasilet_node.pods.status_pace import StatusPace
 from wasilet_node.runtime.protocol import Runtime
 from wasilet_node.settings import NodePaths
 from wasilet_node.volumes.base import Volumes
@@ -93,3 +94,5 @@ class PodDependencies:
     """Why the node has no room for a pod that is here, as its spec would have it; empty: it has."""
 
     wall_clock: Callable[[], float] = time.time
+
+    status_pace: StatusPace = field(default_factory=lambda: StatusPace(time.monotonic))

@@ -205,7 +205,7 @@ class PodManager:
             try:
                 async for instance in self._services.runtime.events():
                     retry.reset()
-                    self._heard(instance)
+                    self._on_status(instance)
             except RuntimeUnavailableError as error:
                 logger.warning("the runtime's events ended: %s", error)
             finally:
@@ -218,7 +218,7 @@ class PodManager:
         await asyncio.sleep(_SUBSCRIBED_SECONDS)
         await self._relist()
 
-    def _heard(self, instance: ContainerStatus) -> None:
+    def _on_status(self, instance: ContainerStatus) -> None:
         worker = self._workers.get(instance.pod_uid)
         if worker is not None:
             worker.observe(instance)

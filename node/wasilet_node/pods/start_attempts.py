@@ -109,14 +109,14 @@ class StartAttempts:
         self.waiting.pop(name, None)
         self._told.pop(name, None)
         self._forget_delays(name)
-        self._tell_cpu_limit(pod, container)
+        self._report_cpu_limit(pod, container)
         return started
 
     def _forget_delays(self, name: str) -> None:
         for state in (self._config_retry, self._image_retry, self._retry_at, self._failed_starts):
             state.pop(name, None)
 
-    def _tell_cpu_limit(self, pod: Pod, container: Container) -> None:
+    def _report_cpu_limit(self, pod: Pod, container: Container) -> None:
         """Once per pod: its cpu limit is not kept, because this machine lets the agent make no cgroup."""
         limit = resources.enforced_limit_text(pod, container, "cpu")
         if limit is None or self._cpu_limit_told:

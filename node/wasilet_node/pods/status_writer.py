@@ -5,13 +5,14 @@ merge patch on ``/status`` with the pod's uid as a precondition (kubelet's ``sta
 others never appear in it. What the server answered is remembered beside what was sent: a value that the server writes
 in another form would otherwise be patched again and again.
 
-A status that only says "being created" is held back for a moment: most wasm containers run before it would have
-arrived, and one request per pod instead of two is what a burst of pods is limited by.
+A status that will be out of date in a moment ("being created") is held back (``status_pace``): one request per pod
+instead of three is what a burst of pods is limited by. So is a change of nothing but the observed generation.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from wasilet_node.kube.base import (
     TooManyRequestsError,
 )
 from wasilet_node.pods.conditions import OWNED, TRANSIENT
+from wasilet_node.pods.status_pace import StatusPace
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ _NOT_OURS = "no relationship found between node"
 """The node authorizer's message on a pod that is not on this node; also on one that is gone, before 404."""
 
 _KEPT = frozenset({"conditions", "nominatedNodeName", "resize", "resourceClaimStatuses", "extendedResourceClaimStatus"})
-_SETTLE_SECONDS = 0.1
+_GENERATION = "observedGeneration"
 
 
 def _stripped(condition: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,11 +81,25 @@ def _diff_conditions(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str
     return changed
 
 
+def _says_something(old: Mapping[str, Any], patch: Mapping[str, Any]) -> bool:
+    """Whether a patch changes more than which generation was seen."""
+    if any(name not in {_GENERATION, "conditions"} for name in patch):
+        return True
+    before = {condition["type"]: _stripped(condition) for condition in old.get("conditions") or ()}
+    return any(
+        "$patch" in condition
+        or {**condition, _GENERATION: None} != {**before.get(condition["type"], {}), _GENERATION: None}
+        for condition in patch.get("conditions") or ()
+    )
+
+
 class StatusWriter:
     """The status of one pod, on its way to the API server."""
 
-    def __init__(self, kube: Kube, pod: Pod, *, on_gone: Callable[[], None]) -> None:
+    def __init__(self, kube: Kube, pod: Pod, *, on_gone: Callable[[], None], pace: StatusPace) -> None:
         """``on_gone`` is called when the server no longer has this pod (or has another of its name)."""
+        self._pace = pace
+        self._flushing = 0
         self._kube = kube
         self._path = pod_fields.path(pod)
         self._uid = pod_fields.uid(pod)
@@ -110,23 +126,28 @@ class StatusWriter:
         return True
 
     def submit(self, status: Mapping[str, Any], *, urgent: bool = True) -> None:
-        """Have ``status`` reach the server; later calls replace earlier ones. Not ``urgent``: may wait 0.1 s."""
+        """Have ``status`` reach the server; later calls replace earlier ones. Not ``urgent``: may wait, 5 s at most."""
         self._desired = status
-        if urgent:
+        pending = self._pending()
+        if urgent and _says_something(self._base, pending):
             self._urgent.set()
-        if not self.gone and self._task is None and self._pending():
+        if not self.gone and self._task is None and pending:
             self._task = asyncio.create_task(self._send(), name=f"status of {self._path}")
             self._task.add_done_callback(self._ended)
 
     async def flush(self) -> None:
         """Wait until the server has the newest status, or the pod is gone. Bounded only by the caller."""
+        self._flushing += 1
         self._urgent.set()
-        while not self.gone and self._pending():
-            if self._task is None and self._desired is not None:
-                self.submit(self._desired)
-            if self._task is None:
-                return
-            await asyncio.wait({self._task})
+        try:
+            while not self.gone and self._pending():
+                if self._task is None and self._desired is not None:
+                    self.submit(self._desired)
+                if self._task is None:
+                    return
+                await asyncio.wait({self._task})
+        finally:
+            self._flushing -= 1
 
     def stop(self) -> None:
         """The pod is gone, or the agent goes: drop what was not sent, also for those who wait in ``flush``."""
@@ -152,16 +173,19 @@ class StatusWriter:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the status of %s could not be sent", self._path, exc_info=error)
 
+    async def _hold_back(self) -> None:
+        if self._urgent.is_set() or self._flushing:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._pace.delay_seconds()):
+                await self._urgent.wait()
+
     async def _send(self) -> None:
-        if not self._urgent.is_set():
-            try:
-                async with asyncio.timeout(_SETTLE_SECONDS):
-                    await self._urgent.wait()
-            except TimeoutError:
-                pass
         retry = RetryBackoff(initial=0.1, maximum=10.0)
+        await self._hold_back()
         while not self.gone and (patch := self._pending()):
             desired = self._desired
+            self._urgent.clear()
             try:
                 answer = await self._kube.patch(
                     f"{self._path}/status", {"metadata": {"uid": self._uid}, "status": patch}
@@ -185,6 +209,8 @@ class StatusWriter:
                 retry.reset()
                 if self.observed(answer):
                     self._sent, self._echo = desired, answer.get("status") or {}
+                if self._pending():
+                    await self._hold_back()
         self._urgent.clear()
 
     async def _look_again(self, retry: RetryBackoff) -> None:

@@ -50,7 +50,7 @@ class TerminationMessages:
         if known is not None or found is None or not newest or not instance.log_path:
             self._texts[instance.id] = instance.message if known is None else known
             return
-        task = asyncio.create_task(self._read(pod, found[1], instance), name=f"last words of {instance.id}")
+        task = asyncio.create_task(self._read(pod, found[1], instance), name=f"termination message of {instance.id}")
         self._reading[instance.id] = task
         task.add_done_callback(lambda _: self._read_out(instance.id))
 
@@ -78,13 +78,13 @@ class TerminationMessages:
         text = instance.message
         try:
             text = await self._services.host_threads.run(
-                "the termination message", lambda: self._words(pod, container, instance)
+                "the termination message", lambda: self._message(pod, container, instance)
             )
         except (OSError, ValueError, VolumeError) as error:
             logger.warning("termination message of %s in %s: %s", container["name"], pod_fields.format_pod(pod), error)
         self._texts[instance.id] = text
 
-    def _words(self, pod: Pod, container: Container, instance: ContainerStatus) -> str:
+    def _message(self, pod: Pod, container: Container, instance: ContainerStatus) -> str:
         """The runtime's message (a trap), then the termination message: the file, or the log's tail after a failure."""
         said = self._services.volumes.termination_message(pod, container, attempt=instance.attempt)
         on_error = container.get("terminationMessagePolicy") == "FallbackToLogsOnError"

@@ -81,7 +81,7 @@ class PodWorker:
         self.status: Mapping[str, Any] = pod.get("status") or {}
         self._rejected = rejected is not None
         self._wake = asyncio.Event()
-        self._status_writer = StatusWriter(services.kube, pod, on_gone=self.remove)
+        self._status_writer = StatusWriter(services.kube, pod, on_gone=self.remove, pace=services.status_pace)
         self._probes = PodProbes(
             pod,
             runtime=services.runtime,
@@ -241,7 +241,7 @@ class PodWorker:
         """No job for a while: by this back-off, or by that of jobs that fail."""
         self._not_before = NotBefore(self.services.wall_clock(), (retry or self._job_retry).next())
 
-    async def tell_clients(self) -> None:
+    async def publish_status(self) -> None:
         """Have the API server know the status, within a second or so."""
         self._publish()
         with contextlib.suppress(TimeoutError):

@@ -67,7 +67,7 @@ def run_local(
     try:
         kind = GuestKind.COMPONENT if is_component(head) else GuestKind.MODULE
     except ValueError as error:
-        _say(stderr_fd, f"{module_path}: {error}")
+        _print_line(stderr_fd, f"{module_path}: {error}")
         return START_ERROR_EXIT_CODE
     server = kind is GuestKind.COMPONENT and _answers_requests(module_path)
     artifact = asyncio.run(_compile(module_path, f"sha256:{digest}", kind, cache_dir, server=server))
@@ -139,13 +139,13 @@ def _run(config: ContainerConfig, stdin_fd: int, stdout_fd: int, stderr_fd: int,
             process.kill()
             process.wait()
     if code is None:
-        _say(stderr_fd, f"stopped after {timeout_seconds:g} s")
+        _print_line(stderr_fd, f"stopped after {timeout_seconds:g} s")
         return TIMEOUT_EXIT_CODE
     if "error" in report:
-        _say(stderr_fd, str(report["error"]))
+        _print_line(stderr_fd, str(report["error"]))
         return START_ERROR_EXIT_CODE
     if "trap" in report:
-        _say(stderr_fd, str(report["trap"]))
+        _print_line(stderr_fd, str(report["trap"]))
     if code == -signal.SIGINT:
         return INTERRUPTED_EXIT_CODE
     return code if code >= 0 else 128 - code
@@ -180,7 +180,7 @@ def _read_report(descriptor: int) -> dict[str, object]:
     return report
 
 
-def _say(descriptor: int, text: str) -> None:
+def _print_line(descriptor: int, text: str) -> None:
     with contextlib.suppress(OSError):
         os.write(descriptor, (text.rstrip() + "\n").encode(errors="replace"))
 
@@ -200,11 +200,11 @@ def main(arguments: list[str]) -> None:
         config = wire.load_config(json.loads(file.read()))
     linux.drop_privileges()
     tools = sandbox.make_tools(make_linkers())
-    sandbox.run_here(config, tools, report=report_fd, on_listening=_say_where)
+    sandbox.run_here(config, tools, report=report_fd, on_listening=_print_address)
 
 
-def _say_where(port: int) -> None:
-    _say(2, f"{SERVING}http://127.0.0.1:{port} (Ctrl-C ends it)")
+def _print_address(port: int) -> None:
+    _print_line(2, f"{SERVING}http://127.0.0.1:{port} (Ctrl-C ends it)")
 
 
 if __name__ == "__main__":

@@ -409,7 +409,7 @@ class _Started:
         if self.nice:
             os.nice(self.nice)
 
-    def tell(self) -> None:
+    def report_started(self) -> None:
         """The supervisor may call the container running."""
         _report(self.report, {"started": True})
 
@@ -468,7 +468,7 @@ def _load_module(
     except wasmtime.WasmtimeError as error:
         raise LoadError(f"the module imports what this node does not offer: {error}") from error
     started.give_way()
-    started.tell()
+    started.report_started()
     call: Any = ready.instantiate(store).exports(store)["_start"]
 
     def run() -> int:
@@ -526,7 +526,7 @@ def _load_component(
     except wasmtime.WasmtimeError as error:
         if cli_exit.request is None and "wasm trap" not in str(error):
             raise LoadError(_why_no_instance(str(error))) from error
-        started.tell()
+        started.report_started()
         raise cli_exit.request or error from error
     interface = instance.get_export_index(store, command)
     function = instance.get_export_index(store, "run", interface)
@@ -536,7 +536,7 @@ def _load_component(
     run_type: Any = call.type(store)
     if run_type.params or not isinstance(run_type.result, wasmtime_component.ResultType):
         raise LoadError(f"the function run of the component's {command} is not of WASI's type: func() -> result")
-    started.tell()
+    started.report_started()
     entry = call
 
     def run() -> int:

@@ -353,7 +353,7 @@ class Supervisor:
     def _announce_again(self) -> None:
         """Someone removed the socket or the pointer: containers must not die of that, nor be started once more by an
         agent that takes this supervisor for gone. Raises OSError."""
-        logger.warning("the socket or the pointer of this supervisor is gone: made anew")
+        logger.warning("the socket or the pointer of this supervisor is gone: made again")
         if not Path(self._pointer.socket).is_socket():
             listener, accepting, path = self._listen()
             self._loop.unwatch(self._accepting)
@@ -408,7 +408,7 @@ def main(arguments: list[str]) -> int:
         handlers=[OwnLog(options.data_dir)],
         format="%(asctime)s %(levelname)s supervisor[%(process)d] %(message)s",
     )
-    _tell(options.ready_fd, {"pid": os.getpid()})
+    _write_message(options.ready_fd, {"pid": os.getpid()})
     try:
         linux.raise_open_files_limit()
         # What it holds are the environments of all containers, secrets included.
@@ -423,16 +423,16 @@ def main(arguments: list[str]) -> int:
         )
     except Exception as error:
         logger.exception("cannot start")
-        _tell(options.ready_fd, {"error": f"{type(error).__name__}: {error}"})
+        _write_message(options.ready_fd, {"error": f"{type(error).__name__}: {error}"})
         return 1
-    _tell(options.ready_fd, {"ready": True})
+    _write_message(options.ready_fd, {"ready": True})
     with contextlib.suppress(OSError):
         os.close(options.ready_fd)
     supervisor.run()
     return 0
 
 
-def _tell(descriptor: int, message: dict[str, object]) -> None:
+def _write_message(descriptor: int, message: dict[str, object]) -> None:
     if descriptor >= 0:
         with contextlib.suppress(OSError):
             os.write(descriptor, json.dumps(message).encode() + b"\n")

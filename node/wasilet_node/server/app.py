@@ -246,10 +246,10 @@ class KubeletServer:
 
     def _make_room(self) -> bool:
         """Close the oldest connection that never passed the guard, an idle one if there is one."""
-        strangers = [connection for connection in self._connections() if connection not in self._proven]
-        for connection in sorted(strangers, key=self._busy.__contains__)[:1]:
+        unproven = [connection for connection in self._connections() if connection not in self._proven]
+        for connection in sorted(unproven, key=self._busy.__contains__)[:1]:
             connection.force_close()
-        return bool(strangers)
+        return bool(unproven)
 
     def _prove(self, connection: web.RequestHandler) -> None:
         self._proven.add(connection)

@@ -100,6 +100,14 @@ def test_a_record_that_is_not_as_it_should_be_is_named(state: State, text: str, 
             _ = state.cluster
 
 
+def test_proxies_of_an_older_files_name_are_known_until_new_ones_are_written(state: State) -> None:
+    state.create()
+    write_json(state.path / "cluster.json", {"name": "t", "doors": {"apiserver-door": "192.0.2.1"}})
+    assert state.cluster.proxies == {"apiserver-door": "192.0.2.1"}
+    state.update(proxies={"registry-door": "192.0.2.2"})
+    assert state.cluster.proxies == {"registry-door": "192.0.2.2"}
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     state.update(a=1)
 

@@ -95,7 +95,7 @@ class FakeCluster:
         """Copy the names of a request into the certificate."""
 
         self.forget_clients = False
-        """Answer 401 to every client certificate, as a cluster that was made anew."""
+        """Answer 401 to every client certificate, as a cluster that was made again."""
 
         self._changed = asyncio.Condition()
         self._version = 10

@@ -207,7 +207,7 @@ class SpdyConnection:
         if stream.finished:
             self._streams.pop(stream.id, None)
 
-    def say_goodbye(self) -> None:
+    def send_last_frame(self) -> None:
         """GOAWAY: after this the transport may be closed."""
         self.send(frames.goaway(self._last_id))
 

@@ -111,7 +111,7 @@ async def websocket(request: web.Request, protocols: Sequence[str]) -> AsyncIter
         head += f"Sec-WebSocket-Protocol: {protocol}\r\n"
     async with _switched(request, head, lambda link: _websocket(link, protocol)) as connection:
         yield connection
-        connection.say_goodbye()
+        connection.send_last_frame()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 await connection.closed.wait()
@@ -125,7 +125,7 @@ class _Switchable(Connection, Protocol):
     def lost(self) -> None:
         """The transport is gone."""
 
-    def say_goodbye(self) -> None:
+    def send_last_frame(self) -> None:
         """The last frame."""
 
 
@@ -165,7 +165,7 @@ async def _switched(request: web.Request, head: str, make: Callable[[_Link], _Sw
     finally:
         worker.cancel()
         await asyncio.gather(worker, return_exceptions=True)
-        connection.say_goodbye()
+        connection.send_last_frame()
         if not transport.is_closing():
             # Once only: before Python 3.11.4 a second close takes from a TLS transport what abort() needs.
             transport.close()
@@ -235,7 +235,7 @@ class _Link(asyncio.Protocol):
         except (SpdyError, WebSocketError) as error:
             logger.debug("a connection is closed: %s", error)
             if isinstance(connection, WebSocketConnection) and isinstance(error, WebSocketError):
-                connection.say_goodbye(error.code)
+                connection.send_last_frame(error.code)
             connection.lost()
             if isinstance(error, SpdyError):
                 self._transport.abort()  # a polite end would let it go on sending for as long as TLS takes

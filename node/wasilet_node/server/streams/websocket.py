@@ -95,7 +95,7 @@ class WebSocketConnection:
         self._messages: deque[Message] = deque()
         self._waiting_bytes = 0
         self._stalled = False
-        self._said_close = False
+        self._close_sent = False
         self._arrived = asyncio.Event()
         self.closed = asyncio.Event()
         """The peer closed, or is gone."""
@@ -166,7 +166,7 @@ class WebSocketConnection:
             self._answers.spend()
             self._replies += bytes([_FIN | _PONG, len(payload)]) + payload
         elif opcode == _CLOSE:
-            self._say_close(int.from_bytes(payload[:2], "big") if len(payload) >= 2 else NORMAL)
+            self._send_close(int.from_bytes(payload[:2], "big") if len(payload) >= 2 else NORMAL)
             self.lost()
         elif opcode in {_TEXT, _BINARY}:
             if self._fragment_kind:
@@ -217,7 +217,7 @@ class WebSocketConnection:
 
     def send_now(self, data: bytes, *, text: bool = False) -> None:
         """One message, without waiting."""
-        if not self._said_close:
+        if not self._close_sent:
             self._send_frame(_TEXT if text else _BINARY, data)
 
     def unsent(self) -> int:
@@ -229,19 +229,19 @@ class WebSocketConnection:
         if not self.closed.is_set():
             await self._drain()
 
-    def say_goodbye(self, code: int = NORMAL) -> None:
+    def send_last_frame(self, code: int = NORMAL) -> None:
         """The closing frame: after this nothing is sent."""
-        self._say_close(code)
+        self._send_close(code)
 
     def lost(self) -> None:
         """The peer is gone, or closed."""
         self.closed.set()
         self._arrived.set()
 
-    def _say_close(self, code: int) -> None:
-        if not self._said_close:
+    def _send_close(self, code: int) -> None:
+        if not self._close_sent:
             self._send_frame(_CLOSE, struct.pack("!H", code))
-            self._said_close = True
+            self._close_sent = True
 
     def _send_frame(self, opcode: int, payload: bytes) -> None:
         if self.closed.is_set():

@@ -13,7 +13,7 @@ from wasilet.controlplane.components import (
     component_step,
     ensure_running,
     environment,
-    telling_line,
+    reason_line,
     wait_ready,
 )
 from wasilet.errors import ComponentError
@@ -115,4 +115,4 @@ def test_a_component_that_ends_is_told_with_its_own_words_not_its_predecessors(
     ],
 )
 def test_the_line_that_says_why(tail: tuple[str, ...], expected: str) -> None:
-    assert telling_line(tail) == expected
+    assert reason_line(tail) == expected

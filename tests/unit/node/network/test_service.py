@@ -106,7 +106,7 @@ def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path)
             assert len({*one.addresses, *two.addresses}) == 2
             assert await pods.attach(pod("u1")) == one
             assert await pods.attach(pod("u3", hostNetwork=True)) is None
-            text = Path(dict(one.etc_files)["/etc/resolv.conf"]).read_text()
+            text = Path(dict(await pods.etc_files(pod("u1")))["/etc/resolv.conf"]).read_text()
             assert "nameserver 10.10.0.10" in text
             listener = await pods._in_thread(pods._socket_inside, "u2")
             listener[0].bind(("0.0.0.0", 80))
@@ -233,7 +233,7 @@ def test_a_guest_in_its_pods_network_may_open_sockets_and_no_other(tmp_path: Pat
                     socket_guest(protocol),
                     kind=GuestKind.COMPONENT,
                     network=attached.key,
-                    etc_files=attached.etc_files,
+                    etc_files=await pods.etc_files(pod("u1")),
                 )
                 assert (inside.exit_code, inside.message) == (0, "")
                 outside = await rig.run(socket_guest(protocol), kind=GuestKind.COMPONENT)

@@ -72,7 +72,10 @@ class Network(MachineNetwork):
     """Every pod has an address and a namespace of its own."""
 
     async def attach(self, pod: dict[str, Any]) -> Attachment | None:
-        return Attachment(key="k", addresses=("10.9.0.7",), etc_files=(("/etc/hosts", "/pod/hosts"),))
+        return Attachment(key="k", addresses=("10.9.0.7",))
+
+    async def etc_files(self, pod: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+        return (("/etc/hosts", "/pod/hosts"),)
 
 
 async def started(fakes: Fakes, container: dict[str, Any], *, attempt: int = 0) -> Any:

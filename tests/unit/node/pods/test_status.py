@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from wasilet_node.pods.recovery import instances_of
 from wasilet_node.pods.resources import ANNOTATION_RESOURCES, Requests, enforced_limit, pod_requests, qos_class
 from wasilet_node.pods.results import ProbeKind, ProbeResults, Result
 from wasilet_node.pods.status import Facts, Verdict, Waiting, compute
+from wasilet_node.pods.status_pace import StatusPace
 from wasilet_node.pods.status_writer import StatusWriter, diff
 from wasilet_node.runtime.protocol import ContainerState
 
@@ -275,7 +277,7 @@ def test_a_resize_condition_that_is_over_is_deleted() -> None:
 async def test_newer_statuses_replace_those_that_wait() -> None:
     kube = FakeKube()
     kube.add(make_pod())
-    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     for phase in ("Pending", "Running", "Succeeded"):
         patcher.submit({"phase": phase})
     await patcher.flush()
@@ -283,10 +285,115 @@ async def test_newer_statuses_replace_those_that_wait() -> None:
     await patcher.close()
 
 
+CREATING = {"phase": "Pending", "podIP": ""}
+
+
+async def test_what_is_out_of_date_in_a_moment_is_never_sent() -> None:
+    kube = FakeKube()
+    kube.add(make_pod())
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
+    for address in ("", "10.9.0.7"):
+        patcher.submit({"phase": "Pending", "podIP": address}, urgent=False)
+        await asyncio.sleep(0)
+    patcher.submit({"phase": "Running", "podIP": "10.9.0.7"})
+    await eventually(lambda: bool(kube.patches))
+    await patcher.flush()
+    assert [patch["phase"] for _, patch in kube.patches] == ["Running"]
+    await patcher.close()
+
+
+async def test_between_two_patches_too_a_status_that_may_wait_is_held_back() -> None:
+    kube = FakeKube()
+    kube.add(make_pod())
+    held: list[float] = []
+
+    class Pace(StatusPace):
+        def delay_seconds(self) -> float:
+            held.append(0.0)
+            return 0.0
+
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=Pace(time.monotonic))
+
+    def meanwhile(verb: str, _path: str) -> None:
+        if verb == "patch" and not kube.patches:
+            patcher.submit({"phase": "Pending", "podIP": "10.9.0.7"}, urgent=False)
+
+    kube.fail = meanwhile
+    patcher.submit({"phase": "Pending"}, urgent=False)
+    await eventually(lambda: len(kube.patches) == 2)
+    assert len(held) == 2
+    await patcher.close()
+
+
+async def test_what_may_wait_is_sent_all_the_same() -> None:
+    kube = FakeKube()
+    kube.add(make_pod())
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
+    patcher.submit(CREATING, urgent=False)
+    await eventually(lambda: kube.pod("a")["status"].get("podIP") == "")
+    await patcher.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "waits"),
+    [
+        ({"observedGeneration": 2, "conditions": [{"type": "Ready", "status": "True", "observedGeneration": 2}]}, True),
+        (
+            {"observedGeneration": 2, "conditions": [{"type": "Ready", "status": "False", "observedGeneration": 2}]},
+            False,
+        ),
+        ({"observedGeneration": 2, "phase": "Failed"}, False),
+        ({"observedGeneration": 2, "conditions": [{"type": "Ready", "status": "True", "reason": "x"}]}, False),
+    ],
+)
+async def test_a_generation_that_was_seen_waits_for_what_it_led_to(status: dict[str, Any], *, waits: bool) -> None:
+    kube = FakeKube()
+    pod = make_pod()
+    ready = {"type": "Ready", "status": "True", "observedGeneration": 1}
+    pod["status"] = {"observedGeneration": 1, "phase": "Running", "conditions": [ready]}
+    kube.add(pod)
+    asked: list[bool] = []
+
+    class Pace(StatusPace):
+        def delay_seconds(self) -> float:
+            asked.append(True)
+            return 0.0
+
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=Pace(time.monotonic))
+    patcher.submit({"phase": "Running", "conditions": [ready], **status})
+    await eventually(lambda: bool(kube.patches))
+    assert bool(asked) is waits
+    await patcher.close()
+
+
+async def test_a_flush_waits_for_no_pace() -> None:
+    kube = FakeKube()
+    kube.add(make_pod())
+
+    class Slow(StatusPace):
+        def delay_seconds(self) -> float:
+            return 3600.0
+
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=Slow(time.monotonic))
+    patcher.submit(CREATING, urgent=False)
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await patcher.flush()
+    assert len(kube.patches) == 1
+    await patcher.close()
+
+
+def test_in_a_burst_statuses_that_may_wait_go_one_after_another_but_none_waits_for_long() -> None:
+    pace = StatusPace(lambda: 100.0)
+    delays = [pace.delay_seconds() for _ in range(200)]
+    assert delays[:3] == [pytest.approx(0.25), pytest.approx(0.35), pytest.approx(0.45)]
+    assert max(delays) == pytest.approx(5.0)
+
+
 async def test_a_server_that_writes_a_value_in_its_own_way_is_not_patched_again() -> None:
     kube = FakeKube()
     kube.add(make_pod())
-    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     wanted = {"phase": "Running", "containerStatuses": [{"name": "c", "image": ""}]}
     patcher.submit(wanted)
     await patcher.flush()
@@ -303,7 +410,7 @@ async def test_an_older_watch_event_does_not_bring_an_old_status_back() -> None:
     kube = FakeKube()
     kube.add(make_pod())
     before = copy.deepcopy(kube.pod("a"))
-    patcher = StatusWriter(kube, before, on_gone=lambda: None)
+    patcher = StatusWriter(kube, before, on_gone=lambda: None, pace=StatusPace(time.monotonic))
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert patcher.observed(before) is False
@@ -318,7 +425,7 @@ async def test_an_absent_server_is_asked_again() -> None:
     kube.add(make_pod())
     failures = [ApiUnavailableError("x"), ConflictError(409, "Conflict", "changed")]
     kube.fail = lambda verb, _path: failures.pop(0) if failures and verb == "patch" else None
-    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert kube.pod("a")["status"]["phase"] == "Running"
@@ -329,7 +436,7 @@ async def test_a_whole_list_counts_even_if_its_versions_are_lower() -> None:
     """As after an etcd was restored from a backup: the pod would be blind until the versions have caught up."""
     kube = FakeKube()
     kube.add(make_pod())
-    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     restored = make_pod()
     restored["metadata"]["resourceVersion"] = "3"
     assert patcher.observed(restored) is False
@@ -345,7 +452,7 @@ async def test_one_404_is_not_the_end_of_a_pod() -> None:
     failures: list[Exception] = [NotFoundError(404, "Not Found", "404 page not found")]
     kube.fail = lambda verb, _path: failures.pop(0) if failures and verb == "patch" else None
     lost = asyncio.Event()
-    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lost.set)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lost.set, pace=StatusPace(time.monotonic))
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert kube.pod("a")["status"]["phase"] == "Running"
@@ -367,7 +474,7 @@ async def test_an_answer_about_something_else_is_not_believed(verb: str, monkeyp
     failures = [ConflictError(409, "Conflict", "changed")]
     kube.fail = lambda called, _path: failures.pop() if failures and called == "patch" and verb == "get" else None
     lost = asyncio.Event()
-    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lost.set)
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lost.set, pace=StatusPace(time.monotonic))
     patcher.submit({"phase": "Running"})
     await patcher.flush()
     assert kube.pod("a")["status"]["phase"] == "Running"
@@ -382,7 +489,7 @@ async def test_a_pod_that_is_gone_or_replaced_ends_the_patching(replaced: bool) 
     if replaced:
         kube.add(make_pod(uid="another"))
     lost = asyncio.Event()
-    patcher = StatusWriter(kube, make_pod(), on_gone=lost.set)
+    patcher = StatusWriter(kube, make_pod(), on_gone=lost.set, pace=StatusPace(time.monotonic))
     patcher.submit({"phase": "Running"})
     await eventually(lost.is_set)
     await patcher.flush()
@@ -402,7 +509,7 @@ async def test_a_pod_that_the_node_may_no_longer_read_is_gone(message: str, gone
     kube = FakeKube()
     kube.fail = lambda verb, _path: ForbiddenError(403, "Forbidden", message) if verb == "get" else None
     lost = asyncio.Event()
-    patcher = StatusWriter(kube, make_pod(), on_gone=lost.set)
+    patcher = StatusWriter(kube, make_pod(), on_gone=lost.set, pace=StatusPace(time.monotonic))
     patcher.submit({"phase": "Running"})
     if gone:
         await eventually(lost.is_set)

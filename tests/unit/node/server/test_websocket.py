@@ -129,7 +129,7 @@ async def test_a_close_is_answered_once_and_ends_the_messages() -> None:
     peer.feed(frame(BINARY, b"last") + frame(CLOSE, (1001).to_bytes(2, "big")) + frame(BINARY, b"late"))
     assert await peer.take(9) == [Message(b"last")]
     assert bytes(peer.sent) == b"\x88\x02\x03\xe9"
-    peer.connection.say_goodbye()
+    peer.connection.send_last_frame()
     await peer.connection.send(b"late")
     assert bytes(peer.sent) == b"\x88\x02\x03\xe9"
 
