@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _EXIT_FAILED = 1
 _STOP_LIMIT_SECONDS = 5.0
-_FLUSH_SECONDS = 1.0
+_FLUSH_SECONDS = 3.0
 _RUNTIME_CHECK_SECONDS = 5.0
 _RECORD_CHECK_SECONDS = 5.0
 _OPEN_FILES_WANTED = 65536
@@ -144,7 +144,7 @@ class _Agent:
         from wasilet_node.kube.references import References
 
         node_name = self._settings.node_name
-        events = KubeEventRecorder(kube, host=node_name)
+        events = KubeEventRecorder(kube, host=node_name, busy=lambda: kube.writes_statuses)
         references = References(kube, node=lambda: (node_name, self._registration.uid()))
         references.start()
         stack.push_async_callback(references.close)

@@ -216,7 +216,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         ports = state.allocate_ports(kubelets, addresses=(settings.node_ip or EVERYWHERE,))
         ports |= state.allocate_ports(asked)
         if cluster.provider.name == "host" and is_new:
-            state.update(pod_network=pod_network.decide(settings, state, say=progress))
+            pod_network.reserve(settings, state, say=progress)
         state.update(pod_security=chosen_level)
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
         if settings.local_origins:

@@ -71,6 +71,12 @@ class KubeClient:
         self._closing: set[asyncio.Task[None]] = set()
         self._away = False
         self._back = asyncio.Event()
+        self._statuses = 0
+
+    @property
+    def writes_statuses(self) -> bool:
+        """Whether a status is on its way to the server now."""
+        return self._statuses > 0
 
     @property
     def cluster(self) -> Cluster:
@@ -149,7 +155,14 @@ class KubeClient:
         timeout_seconds: float = 10.0,
     ) -> KubeObject:
         """PATCH an object."""
-        return await self._call("PATCH", path, body=body, content_type=content_type, timeout_seconds=timeout_seconds)
+        status = path.endswith("/status")
+        self._statuses += status
+        try:
+            return await self._call(
+                "PATCH", path, body=body, content_type=content_type, timeout_seconds=timeout_seconds
+            )
+        finally:
+            self._statuses -= status
 
     async def delete(
         self,

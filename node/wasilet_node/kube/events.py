@@ -1,9 +1,11 @@
 """core/v1 Events, as every kubelet user knows them from ``kubectl describe``.
 
 Events are for people, so they may be lost but must never hurt: ``event`` only puts into a bounded queue, a few
-tasks write (one after another for one object, so that its Events stay in order), and what cannot be written is dropped
-with a log line. A single writer falls behind by minutes when a busy API server takes 0.1 s for each and pods come in
-bursts. The three rules that keep a crash loop from filling etcd are those of client-go's correlator
+tasks write (one after another for one object, so that its Events stay in order), behind the statuses that are being
+written at the time, and what cannot be written is dropped with a log line. At a normal end what waits is written. A
+single writer falls behind by minutes when a busy API server takes 0.1 s for each and pods come in bursts.
+
+The three rules that keep a crash loop from filling etcd are those of client-go's correlator
 (tools/record/events_cache.go), with its numbers:
 
 - the same text again: the first Event's ``count`` and ``lastTimestamp`` are patched;
@@ -14,6 +16,7 @@ bursts. The three rules that keep a crash loop from filling etcd are those of cl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict
@@ -38,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 COMPONENT = "kubelet"
 
-_QUEUE_LENGTH = 1000
+_QUEUE_LENGTH = 5000
+"""The starts of 1,500 pods at once: some 5 MB. More is dropped, and reported."""
+
 _CACHE_ENTRIES = 4096
 _AGGREGATE_AFTER = 10
 _AGGREGATE_WINDOW_SECONDS = 600.0
@@ -48,6 +53,8 @@ _WRITES_PER_SECOND = 50.0
 """kubelet's eventRecordQPS: a burst of pods must not have its status patches wait behind its Events."""
 
 _WRITE_BURST = 100
+_BEHIND_SECONDS = 2.0
+_LOOK_SECONDS = 0.02
 _PARALLEL_WRITES = 8
 _MAX_MESSAGE_CHARACTERS = 1024
 _MAX_NAME_CHARACTERS = 253 - 17
@@ -123,13 +130,26 @@ class _Said:
     reason: str
     message: str
     at: datetime
+    since: float
+    """``at``, on the recorder's clock."""
 
 
 class KubeEventRecorder:
     """``wasilet_node.kube.base.EventRecorder`` that writes to the API server while ``run`` runs."""
 
-    def __init__(self, kube: Kube, *, host: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """``host``: the node's name. ``clock``: monotonic seconds."""
+    def __init__(
+        self,
+        kube: Kube,
+        *,
+        host: str,
+        clock: Callable[[], float] = time.monotonic,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``host``: the node's name. ``clock``: monotonic seconds. ``busy``: whether statuses are being written, which
+        Events then let go first, for 2 s at most: three Events per start cost more than the status that pods wait for.
+        """
+        self._busy = busy
+        self._hurry = asyncio.Event()
         self._kube = kube
         self._host = host
         self._clock = clock
@@ -159,6 +179,7 @@ class KubeEventRecorder:
             reason=reason,
             message=_shortened(message),
             at=datetime.now(UTC),
+            since=self._clock(),
         )
         try:
             self._queue.put_nowait(said)
@@ -178,10 +199,7 @@ class KubeEventRecorder:
                     self._queue.task_done()
                     slots.release()
                     continue
-                wait = self._writes.wait_seconds(self._clock())
-                if wait > 0:
-                    await asyncio.sleep(wait)
-                self._writes.take(self._clock())
+                await self._wait_turn(said)
                 subject = said.involved.get("uid", "")
                 task = group.create_task(self._write_after(last.get(subject), said, *correlated))
                 last[subject] = task
@@ -194,6 +212,21 @@ class KubeEventRecorder:
 
                 task.add_done_callback(ended)
 
+    async def _wait_turn(self, said: _Said) -> None:
+        """By the rate of writes, and behind statuses; neither at the end, when what is left has to be written."""
+        wait = self._writes.wait_seconds(self._clock())
+        if wait > 0:
+            await self._pause(wait)
+        while not self._hurry.is_set() and self._busy() and self._clock() - said.since < _BEHIND_SECONDS:
+            await self._pause(_LOOK_SECONDS)
+        self._writes.take(self._clock())
+
+    async def _pause(self, seconds: float) -> None:
+        """Shorter at the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
+
     async def _write_after(
         self, before: asyncio.Task[None] | None, said: _Said, observed: _Observed, count: int, message: str
     ) -> None:
@@ -205,12 +238,16 @@ class KubeEventRecorder:
             logger.exception("an event (%s) was not written", said.reason)
 
     async def flush(self, *, timeout_seconds: float) -> None:
-        """Wait until everything reported so far is written, but no longer than that. ``run`` must be running."""
+        """Write everything reported so far at once, and wait for it, but no longer than that. ``run`` must be
+        running."""
+        self._hurry.set()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._queue.join()
         except TimeoutError:
-            logger.info("%d events were not written before the end", self._queue.qsize())
+            logger.warning("%d events were not written before the end", self._queue.qsize())
+        finally:
+            self._hurry.clear()
 
     def _drop(self, why: str) -> None:
         self._dropped += 1
@@ -225,7 +262,9 @@ class KubeEventRecorder:
                 await self._send(said, observed, count, message)
                 return
             except ApiUnavailableError:
-                await asyncio.sleep(_RETRY_SECONDS)
+                if self._hurry.is_set():
+                    break  # the API server ends too, as in `down`: nothing is waited for
+                await self._pause(_RETRY_SECONDS)
             except ApiStatusError as error:
                 # A namespace that ends refuses its own last events: no one will read them.
                 level = logging.DEBUG if error.code in (403, 404) else logging.WARNING

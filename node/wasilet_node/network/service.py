@@ -322,6 +322,8 @@ class PodNetwork:
             self._dial = ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="pod sockets", initializer=_move_to, initargs=(os.dup(descriptor),)
             )
+            # At once, too: until there is a thread, nobody closes that descriptor.
+            self._dial.submit(int)
         try:
             channel.hold(NODE_KEY, descriptor)
         finally:

@@ -152,6 +152,20 @@ async def test_bodies_and_content_types_reach_the_server() -> None:
     ]
 
 
+@pytest.mark.parametrize(("path", "counts"), [("/api/v1/pods/x/status", True), ("/api/v1/events/x", False)])
+async def test_only_a_status_on_its_way_is_what_events_wait_for(path: str, *, counts: bool) -> None:
+    seen: list[bool] = []
+
+    async def handler(_: web.Request) -> web.Response:
+        seen.append(kube.writes_statuses)
+        return status_response(409, "Conflict", "changed")
+
+    async with client_of(handler) as kube:
+        with pytest.raises(ConflictError):
+            await kube.patch(path, {})
+        assert (seen, kube.writes_statuses) == ([counts], False)
+
+
 async def test_a_token_is_sent_as_bearer_and_the_agent_names_itself() -> None:
     async def handler(request: web.Request) -> web.Response:
         return answer(headers=dict(request.headers))

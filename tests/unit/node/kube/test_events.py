@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -90,6 +90,13 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Within 5 s."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - the store has no event
+            await asyncio.sleep(0.002)
 
 
 @pytest.fixture
@@ -238,15 +245,69 @@ async def test_a_refused_event_is_dropped_and_the_next_is_written(
 async def test_an_api_server_that_is_away_is_waited_for(recorder: KubeEventRecorder, store: Store) -> None:
     store.failures = [ApiUnavailableError("away"), ApiUnavailableError("away")]
     recorder.event(POD, "Normal", "Started", "x")
-    await recorder.flush(timeout_seconds=2)
+    await until(lambda: bool(store.created))
     assert [event["reason"] for event in store.created] == ["Started"]
+
+
+async def test_at_the_end_an_api_server_that_is_away_is_not_waited_for(store: Store) -> None:
+    recorder = KubeEventRecorder(store, host="n1")
+    task = asyncio.create_task(recorder.run())
+    store.failures = [ApiUnavailableError("away") for _ in range(100)]
+    recorder.event(POD, "Normal", "Started", "x")
+    await until(lambda: len(store.failures) < 100)  # and it sleeps for 10 s before it asks again
+    recorder.event(POD, "Normal", "Killing", "x")
+    async with asyncio.timeout(5):
+        await recorder.flush(timeout_seconds=60)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_events_let_statuses_go_first(store: Store) -> None:
+    busy = True
+    recorder = KubeEventRecorder(store, host="n1", busy=lambda: busy)
+    task = asyncio.create_task(recorder.run())
+    for reason in ("Pulled", "Created", "Started"):
+        recorder.event(POD, "Normal", reason, "x")
+    await asyncio.sleep(0.1)
+    assert store.created == []
+    busy = False
+    await until(lambda: len(store.created) == 3)
+    assert [event["reason"] for event in store.created] == ["Pulled", "Created", "Started"]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_statuses_without_end_hold_no_event_up_for_long(store: Store, clock: Clock) -> None:
+    recorder = KubeEventRecorder(store, host="n1", clock=clock, busy=lambda: True)
+    task = asyncio.create_task(recorder.run())
+    recorder.event(POD, "Normal", "Started", "x")
+    await asyncio.sleep(0.1)
+    assert store.created == []
+    clock.now += 2.1
+    await until(lambda: bool(store.created))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_waits_at_the_end_is_written_without_waiting(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 pods started just before: at 50 per second their Events would take half a minute."""
+    monkeypatch.setattr(wasilet_node.kube.events, "_WRITE_BURST", 1)
+    monkeypatch.setattr(wasilet_node.kube.events, "_WRITES_PER_SECOND", 0.01)
+    recorder = KubeEventRecorder(store, host="n1", busy=lambda: True)
+    task = asyncio.create_task(recorder.run())
+    for number in range(1500):
+        recorder.event({**POD, "metadata": {**POD["metadata"], "uid": str(number)}}, "Normal", "Started", "x")
+    await recorder.flush(timeout_seconds=30)
+    assert len(store.created) == 1500
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_a_flood_never_blocks_and_is_told(store: Store, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     recorder = KubeEventRecorder(store, host="n1", clock=clock)
-    for _ in range(1500):
+    for _ in range(6000):
         recorder.event(POD, "Normal", "Started", "x")
-    assert recorder._queue.qsize() == 1000
+    assert recorder._queue.qsize() == 5000
     assert caplog.text.count("were dropped so far") == 1
 
 
@@ -264,10 +325,9 @@ async def test_writes_are_limited_to_kubelets_rate(store: Store, monkeypatch: py
     began = asyncio.get_running_loop().time()
     for number in range(7):
         recorder.event({**POD, "metadata": {**POD["metadata"], "uid": str(number)}}, "Normal", "Started", "x")
-    await recorder.flush(timeout_seconds=5)
+    await until(lambda: len(store.created) == 7)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert len(store.created) == 7
     assert asyncio.get_running_loop().time() - began >= 5 / 50 * 0.9
 
 
