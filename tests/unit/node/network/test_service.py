@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet_node.network import channel
+from wasilet_node.network import channel, nft
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
@@ -279,6 +279,21 @@ def test_an_uplink_that_is_taken_leaves_pods_in_the_machines_network_and_says_wh
             assert pods.problem is None
             assert await pods.attach(pod("u1")) is None
             assert pods.shares_machine(pod("u1"))
+
+    with_machine(work)
+
+
+def test_without_nft_pods_share_the_machines_network_and_nothing_of_it_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig:
+            monkeypatch.setattr(nft, "_PLACES", "")
+            monkeypatch.setenv("PATH", str(tmp_path))
+            async with Running(network(rig.paths)) as pods:
+                assert pods.absent == "nft is not installed (package nftables)"
+                assert await pods.attach(pod("u1")) is None
+                assert machine_interfaces() == set()
 
     with_machine(work)
 
