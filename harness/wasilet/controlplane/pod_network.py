@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.build import apt
-from wasilet.controlplane.components import SERVICE_CIDR, Component, accepts
+from wasilet.controlplane.components import Component
+from wasilet.controlplane.control_plane import SERVICE_CIDR
+from wasilet.controlplane.health import accepts
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import Settings
 from wasilet.state import State
