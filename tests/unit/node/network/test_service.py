@@ -371,6 +371,27 @@ def test_a_node_that_came_again_is_reached_by_the_others(tmp_path: Path) -> None
     with_machine(work)
 
 
+def test_the_machines_way_to_the_services_outlives_the_node_that_made_it(tmp_path: Path) -> None:
+    other = dataclasses.replace(SETTINGS, uplink=ipaddress.IPv4Interface("10.9.255.6/30"))
+
+    def gateway() -> str:
+        with Netlink() as machine:
+            return str(next((r.gateway for r in machine.routes() if r.destination == SETTINGS.service_cidr), ""))
+
+    async def work() -> None:
+        async with running_supervisor(tmp_path / "b") as two:
+            async with running_supervisor(tmp_path / "a") as one, Running(network(one.paths)):
+                assert gateway() == "10.9.255.2"
+                there = Running(network(two.paths, other), "10.9.8.0/24")
+                await there.__aenter__()
+            try:
+                await until(lambda: gateway() == "10.9.255.6")
+            finally:
+                await there.__aexit__()
+
+    with_machine(work)
+
+
 async def gone(data: Path) -> None:
     """Until the link of a node that ended is gone: the kernel takes it down in its own time."""
     async with asyncio.timeout(20):
