@@ -290,7 +290,7 @@ class State:
         root, knowing the ports of all its clusters. A port that is chosen has no listener anywhere on this machine; of
         one that is asked for only ``addresses`` matter, which it will be used on. Raises PortTakenError when it cannot
         be had."""
-        with self._all_ports_locked():
+        with self.locked_root(".ports.lock"):
             ports = dict(self.cluster.ports)
             others = self._ports_of_others()
             for name, port in wanted.items():
@@ -331,9 +331,11 @@ class State:
         return others
 
     @contextlib.contextmanager
-    def _all_ports_locked(self) -> Iterator[None]:
+    def locked_root(self, name: str) -> Iterator[None]:
+        """While something is chosen that no other cluster may have: ports, ranges of addresses. ``name``: of the lock's
+        file; it is held for a moment, and ends with its holder."""
         self.create()
-        path = self.root / ".ports.lock"
+        path = self.root / name
         with storage_errors(path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.up import missing_for_pods, up
+from wasilet.cluster.readiness import missing_for_pods
+from wasilet.cluster.up import up
 from wasilet.console import PlainReporter
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path

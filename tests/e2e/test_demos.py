@@ -16,6 +16,7 @@ from wasilet.console import PlainReporter
 from wasilet.demo import demo as apps
 from wasilet.kube.client import api_path
 from wasilet.settings import Settings
+from wasilet.testing.served import served
 
 from tests.clusters import TestCluster
 from tests.e2e.guests import needs_a_component_host, needs_node, needs_rust_for_bindings
@@ -61,10 +62,16 @@ def needs_what_it_is_built_with(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.smoke if name == "hello-world" else ()) for name in sample_names()]
 )
-def test_the_sample_does_what_its_demo_promises(settings: Settings, namespace: str, name: str) -> None:
+def test_the_sample_does_what_its_demo_promises(
+    settings: Settings, namespace: str, name: str, cluster: TestCluster
+) -> None:
     needs_what_it_is_built_with(name)
     result = demo(name, settings, namespace=namespace)
     assert any(result.logs.values())
+    if name.startswith("http-"):
+        answered = {pod: found for (where, pod), found in served(cluster.kube).items() if where == namespace}
+        assert answered
+        assert all(found.requests and found.seconds > 0 and not found.failed for found in answered.values()), answered
     removed = apps.remove(name, settings, options=apps.DemoOptions(namespace=namespace))
     assert removed
     assert apps.remove(name, settings, options=apps.DemoOptions(namespace=namespace)) == []

@@ -411,6 +411,13 @@ def test_the_wheel_alone_is_enough(project: Project, tmp_path_factory: pytest.Te
     assert _installed(site) == {"wasilet", "wasilet_common", "wasilet_node"}
     environ = {k: v for k, v in project.environ.items() if k != "PYTHONPATH"}
     _commands_work(venv / "bin", project.folder, environ)
+    # The wheel brings the component host's sources, the very same: what was built of them is found by either.
+    key = "from wasilet_node.runtime.component_host import locate; print(locate.key())"
+    keys = [
+        subprocess.run([each, "-P", "-c", key], env=environ, capture_output=True, text=True, timeout=60, check=True)
+        for each in (python, sys.executable)
+    ]
+    assert keys[0].stdout == keys[1].stdout
     project.write(HELLO + "\ndef test_where():\n    import wasilet\n    assert 'venv' in wasilet.__file__\n")
     done = subprocess.run(
         [python, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--wasilet-report", "r.html"],

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from wasilet.controlplane.acquire import Found, acquire, locate
 from wasilet.controlplane.binaries import LATER
-from wasilet.controlplane.components import Component, Probe
+from wasilet.controlplane.components import Component
+from wasilet.controlplane.health import Probe
 from wasilet.controlplane.pod_network import NetworkPlan
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings

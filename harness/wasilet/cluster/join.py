@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from wasilet.controlplane.acquire import locate
-from wasilet.controlplane.components import Component, accepts, component_step
+from wasilet.controlplane.components import Component, component_step
+from wasilet.controlplane.health import accepts
 from wasilet.controlplane.local_registry import registry_component
 from wasilet.errors import UsageError
 from wasilet.kube.bootstrap_token import bootstrap_config, create_token, hand_over

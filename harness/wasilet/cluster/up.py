@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wasilet.cluster import cluster_dns, service_ports
 from wasilet.cluster.join import proxies, proxy_steps
+from wasilet.cluster.kubeconfig_step import kubeconfig_is_right, kubeconfig_place, kubeconfig_step
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster_record import KubeconfigRecord
+from wasilet.cluster.pod_network_step import pod_network_steps, service_ports_component
+from wasilet.cluster.readiness import api_answers, ready_step
 from wasilet.controlplane import pod_network, pod_security, public_info
-from wasilet.controlplane.components import Component, accepts, component_step, ensure_running
+from wasilet.controlplane.components import Component, component_step, ensure_running
+from wasilet.controlplane.health import accepts
 from wasilet.controlplane.local_registry import COMPONENT as REGISTRY
-from wasilet.controlplane.local_registry import login_file, main_registry, registry_address
-from wasilet.errors import ApiError, ComponentError, StateError, UsageError, WaitTimeoutError
-from wasilet.kube.client import Kube, KubeObject, api_path
-from wasilet.kube.resources import node_is_ready
+from wasilet.controlplane.local_registry import login_file, main_registry
+from wasilet.errors import StateError, UsageError
+from wasilet.kube.client import KubeObject
 from wasilet.ports import EVERYWHERE
-from wasilet.process import check_cancelled, is_alive, tail_of
 from wasilet.providers import kubernetes_version
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
 from wasilet.providers.node_process import node_component
@@ -38,7 +38,6 @@ TOKEN_STEP = "bootstrap-token"  # noqa: S105  (a step's key)
 POLICY_STEP = "approver-policy"
 NEEDED_BYTES = 250_000_000
 """Of disk for a new control plane: etcd alone reserves two files of 64 MB for its log."""
-NOT_READY_TAINTS = frozenset({"node.kubernetes.io/not-ready", "node.cloudprovider.kubernetes.io/uninitialized"})
 
 
 def up(settings: Settings, *, reporter: Reporter, check: bool = False, services: bool = True) -> Recap:
@@ -106,8 +105,8 @@ def _check_places(cluster: Cluster) -> None:
     from wasilet.kube import kubeconfig as files
 
     settings, state = cluster.settings, cluster.state
-    if not _kubeconfig_is_right(cluster):
-        files.check_changeable(_kubeconfig_place(cluster))
+    if not kubeconfig_is_right(cluster):
+        files.check_changeable(kubeconfig_place(cluster))
     if "etcd" not in cluster.provider.wanted_ports or (state.path / "etcd").exists():
         return
     place = next(folder for folder in (state.path, *state.path.parents) if folder.is_dir())
@@ -142,16 +141,16 @@ def steps(cluster: Cluster) -> list[Step]:
             made[REGISTRY], REGISTRY, title=REGISTRY, state=state, settings=settings,
             after=(BINARIES_STEP, PREPARATION_STEP),
         ),
-        _kubeconfig_step(cluster),
+        kubeconfig_step(cluster),
         _policy_step(cluster),
         component_step(
             made[APPROVER], APPROVER, title=APPROVER, state=state, settings=settings, after=(RBAC_STEP, POLICY_STEP)
         ),
         _token_step(cluster),
         *proxy_steps(cluster, after=(API_SERVER_STEP, REGISTRY)),
-        *_pod_network_steps(cluster),
+        *pod_network_steps(cluster),
         *nodes,
-        _ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.key for n in nodes))),
+        ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.key for n in nodes))),
     ]  # fmt: skip
 
 
@@ -166,7 +165,7 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     made.update(proxies(cluster))
     if (plan := pod_network.plan_of(cluster.state)) is not None:
         made[pod_network.PROXY] = lambda: pod_network.proxy_component(plan, cluster.ports()["apiserver"])
-        made[service_ports.COMPONENT] = lambda: _service_ports_component(cluster)
+        made[service_ports.COMPONENT] = lambda: service_ports_component(cluster)
         if cluster.state.record(cluster_dns.COMPONENT) is not None:
             made[cluster_dns.COMPONENT] = lambda: cluster_dns.component(plan, cluster.settings, cluster.state)
     for index, node in enumerate(cluster.node_names()):
@@ -217,7 +216,7 @@ def _preparation_step(cluster: Cluster) -> Step:
         ports = state.allocate_ports(kubelets, addresses=(settings.node_ip or EVERYWHERE,))
         ports |= state.allocate_ports(asked)
         if cluster.provider.name == "host" and is_new:
-            state.update(pod_network=pod_network.decide(settings, state, say=progress))
+            pod_network.reserve(settings, state, say=progress)
         state.update(pod_security=chosen_level)
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
         if settings.local_origins:
@@ -273,7 +272,7 @@ def _rbac_step(cluster: Cluster) -> Step:
         return [obj for template in templates for obj in render_objects(template)]
 
     def look() -> Finding:
-        if not _api_answers(cluster):
+        if not api_answers(cluster):
             return Finding.differs("create roles and bindings")
         missing = missing_objects(cluster.admin(), wanted())
         names = [f"{obj['kind']}/{obj['metadata']['name']}" for obj in missing]
@@ -301,7 +300,7 @@ def _policy_step(cluster: Cluster) -> Step:
     path = policy_file(cluster.state)
 
     def look() -> Finding:
-        if not _api_answers(cluster):
+        if not api_answers(cluster):
             return Finding.differs("write it")
         if path.is_file() and same_policy(path, policy_of(cluster)):
             return Finding.ok(str(path))
@@ -322,7 +321,7 @@ def _token_step(cluster: Cluster) -> Step:
     state, settings = cluster.state, cluster.settings
 
     def look() -> Finding:
-        if not _api_answers(cluster):
+        if not api_answers(cluster):
             return Finding.differs("create a token and bootstrap.conf")
         access = cluster.provider.access(cluster)
         if all(node_has_certificate(state.node(name)) for name in cluster.node_names()):
@@ -421,10 +420,6 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
     )
 
 
-def _service_ports_component(cluster: Cluster) -> Component:
-    return service_ports.component(cluster.state, cluster.provider.access(cluster).node_address)
-
-
 def local_origins(cluster: Cluster) -> tuple[str, ...]:
     """What pods may call on this machine: the demos' own API, and what the user allowed."""
     from wasilet.controlplane.components import cat_facts_origin
@@ -446,54 +441,6 @@ def _late_binary(cluster: Cluster, name: str) -> Path:
     )
 
 
-def _why_no_pod_network(state: State) -> str:
-    return pod_network.why_absent(state) or "this cluster was made without one; `invoke down --purge` ends it for good"
-
-
-def _pod_network_steps(cluster: Cluster) -> list[Step]:
-    """Whether there is a pod network is decided by the first step, so these are always in the list."""
-    from wasilet.kube.manifests import create_missing, missing_objects
-
-    state = cluster.state
-    if cluster.provider.name != "host":
-        return []
-
-    def look() -> Finding:
-        plan = pod_network.plan_of(state)
-        if plan is None:
-            return (
-                Finding.ok(f"none: {_why_no_pod_network(state)}")
-                if state.exists()
-                else Finding.differs("choose addresses")
-            )
-        record = state.alive(pod_network.PROXY)
-        text = f"pods {plan.pods}, Services {plan.services}"
-        if record is None or not _api_answers(cluster):
-            return Finding.differs(text, [f"+ {pod_network.PROXY}"])
-        if state.alive(service_ports.COMPONENT) is None:
-            return Finding.differs(text, [f"+ {service_ports.COMPONENT}"])
-        if cluster_dns.has_binaries(cluster.settings) and state.alive(cluster_dns.COMPONENT) is None:
-            return Finding.differs(text, [f"+ {cluster_dns.COMPONENT}"])
-        wanted = pod_network.objects(plan, cluster.ports())
-        return Finding.differs(text) if missing_objects(cluster.admin(), wanted) else Finding.ok(text)
-
-    def change(_: Progress) -> str:
-        plan = pod_network.plan_of(state)
-        if plan is None:
-            return f"none: {_why_no_pod_network(state)}"
-        ports, settings = cluster.ports(), cluster.settings
-        ensure_running(pod_network.proxy_component(plan, ports["apiserver"]), state=state, settings=settings)
-        create_missing(cluster.admin(), pod_network.objects(plan, ports))
-        ensure_running(_service_ports_component(cluster), state=state, settings=settings)
-        text = f"pods {plan.pods}, Services {plan.services}"
-        if not cluster_dns.has_binaries(settings):
-            return f"{text}; what makes Services and names work comes after all else"
-        ensure_running(cluster_dns.component(plan, settings, state), state=state, settings=settings)
-        return text
-
-    return [Step(name="pod network", look=look, change=change, after=(API_SERVER_STEP,))]
-
-
 def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) -> Step:
     return component_step(
         component,
@@ -503,136 +450,3 @@ def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) 
         settings=cluster.settings,
         after=(TOKEN_STEP, RBAC_STEP),
     )
-
-
-def _kubeconfig_place(cluster: Cluster) -> Path:
-    """The file that gets Wasilet's context: the one asked for, else where it is already, else the user's own."""
-    from wasilet.kube.kubeconfig import user_kubeconfig
-
-    if cluster.settings.kubeconfig is not None:
-        return cluster.settings.kubeconfig
-    recorded = cluster.state.cluster.kubeconfig
-    return recorded.path if recorded else user_kubeconfig(cluster.settings.environ)
-
-
-def _kubeconfig_entries(cluster: Cluster) -> KubeObject:
-    from wasilet.kube.kubeconfig import renamed
-
-    return renamed(cluster.state.admin_kubeconfig, cluster.settings.context_name)
-
-
-def _kubeconfig_is_right(cluster: Cluster) -> bool:
-    from wasilet.kube.kubeconfig import holds
-
-    path = _kubeconfig_place(cluster)
-    recorded = cluster.state.cluster.kubeconfig
-    known = cluster.state.admin_kubeconfig.is_file() and recorded is not None and recorded.path == path
-    return known and holds(path, _kubeconfig_entries(cluster))
-
-
-def _kubeconfig_step(cluster: Cluster) -> Step:
-    from wasilet.kube import kubeconfig as files
-
-    settings, state = cluster.settings, cluster.state
-
-    def look() -> Finding:
-        path = _kubeconfig_place(cluster)
-        if _kubeconfig_is_right(cluster):
-            return Finding.ok(f"{path}, context {settings.context_name}")
-        return Finding.differs(f"add context {settings.context_name} to {path}", [f"+ context {settings.context_name}"])
-
-    def change(_: Progress) -> str:
-        path = _kubeconfig_place(cluster)
-        recorded = state.cluster.kubeconfig
-        if recorded is not None and recorded.path != path:
-            files.remove(
-                recorded.path, settings.context_name, previous=recorded.previous, delete_if_empty=recorded.created
-            )
-            recorded = None
-        previous = str(files.read_config(path).get("current-context") or "")
-        if previous == settings.context_name:
-            previous = recorded.previous if recorded else ""
-        # Written down first: a run that dies between the two must not forget what was current before.
-        written = KubeconfigRecord(
-            path=path,
-            context=settings.context_name,
-            server=cluster.admin_credentials().server,
-            previous=previous,
-            created=(recorded is not None and recorded.created) or not path.exists(),
-        )
-        state.update(kubeconfig=written.to_json())
-        files.add(path, _kubeconfig_entries(cluster))
-        return f"{path}, context {settings.context_name}"
-
-    return Step(name="kubeconfig", look=look, change=change, after=(API_SERVER_STEP,))
-
-
-def _ready_step(cluster: Cluster, *, after: tuple[str, ...]) -> Step:
-    settings = cluster.settings
-
-    def look() -> Finding:
-        if not _api_answers(cluster):
-            return Finding.differs("wait for the nodes to be Ready")
-        missing = missing_for_pods(cluster.admin(), cluster.node_names())
-        return Finding.differs(f"wait for {missing}") if missing else Finding.ok(_ready_words(cluster))
-
-    def change(progress: Progress) -> str:
-        kube = cluster.admin()
-        deadline = time.monotonic() + settings.timeouts.node_ready_seconds
-        while missing := missing_for_pods(kube, cluster.node_names()):
-            progress(f"waiting for {missing}")
-            for node in cluster.node_names():
-                record = cluster.state.record(node_component(node))
-                if record is None or not is_alive(record.process):
-                    log = cluster.state.log(node_component(node))
-                    raise ComponentError(f"the agent of node {node} ended", log=log, tail=tail_of(log))
-            if time.monotonic() >= deadline:
-                raise WaitTimeoutError(
-                    f"{missing} did not come within {settings.timeouts.node_ready_seconds:g} s",
-                    hint=f"see `invoke logs {node_component(cluster.node_names()[0])}` and `invoke logs approver`",
-                )
-            check_cancelled()
-            time.sleep(settings.timeouts.poll_seconds)
-        return _ready_words(cluster)
-
-    return Step(name="Ready", look=look, change=change, after=after)
-
-
-def missing_for_pods(kube: Kube, nodes: tuple[str, ...]) -> str:
-    """What still keeps pods from starting, as text; empty when nothing does. Raises ApiError."""
-    if not kube.ready():
-        return "the API server to be ready"
-    if kube.find(api_path("serviceaccounts", "default", namespace="default")) is None:
-        return "the ServiceAccount default"
-    if kube.find(api_path("configmaps", "kube-root-ca.crt", namespace="default")) is None:
-        return "the ConfigMap kube-root-ca.crt"
-    for name in nodes:
-        node = kube.find(api_path("nodes", name))
-        if node is None:
-            return f"node {name} to join"
-        if not node_is_ready(node):
-            return f"node {name} to be Ready"
-        taints = {taint.get("key") for taint in node.get("spec", {}).get("taints") or []}
-        if left := taints & NOT_READY_TAINTS:
-            return f"the taint {min(left)} to go from node {name}"
-    return ""
-
-
-def _ready_words(cluster: Cluster) -> str:
-    names = ", ".join(cluster.node_names())
-    words = [
-        names,
-        f"registry {registry_address(cluster.ports()['registry'])}, with a login",
-        *cluster.provider.access(cluster).notes,
-    ]
-    return "; ".join(words)
-
-
-def _api_answers(cluster: Cluster) -> bool:
-    """False in check mode on a cluster that is not there."""
-    if not cluster.state.admin_kubeconfig.is_file():
-        return False
-    try:
-        return cluster.admin().find(api_path("namespaces", "kube-system")) is not None
-    except (ApiError, UsageError):
-        return False

@@ -16,7 +16,8 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from wasilet.controlplane.components import LOOPBACK, PROBE_TIMEOUT_SECONDS, Component, Probe
+from wasilet.controlplane.components import Component
+from wasilet.controlplane.health import LOOPBACK, PROBE_TIMEOUT_SECONDS, Probe
 from wasilet.errors import StateError
 from wasilet.state import CLUSTER_LOGIN, State
 from wasilet.storage import read_json, storage_errors, write_file, write_json

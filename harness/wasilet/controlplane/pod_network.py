@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.build import apt
-from wasilet.controlplane.components import SERVICE_CIDR, Component, accepts
+from wasilet.controlplane.components import Component
+from wasilet.controlplane.control_plane import SERVICE_CIDR
+from wasilet.controlplane.health import accepts
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import Settings
 from wasilet.state import State
@@ -36,6 +38,7 @@ NODE_PREFIX = 22
 _LARGEST_PREFIX = 20
 _SEARCHED = tuple(Network(f"10.{second}.0.0/16") for second in range(128, 255))
 NFT_PACKAGE = "nftables"
+_LOCK = ".ranges.lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +107,17 @@ def service_cidr(state: State) -> str:
     return str(plan.services) if plan is not None else SERVICE_CIDR
 
 
-def decide(settings: Settings, state: State, *, say: Progress) -> dict[str, str]:
-    """The record of a new cluster. Raises UsageError for ranges that cannot be used, when they were asked for."""
-    asked = settings.pod_cidr or settings.service_cidr
+def reserve(settings: Settings, state: State, *, say: Progress) -> None:
+    """Record the ranges of a new cluster, or why it has none. Those that are made at the same moment, by one user,
+    choose one after the other. Raises UsageError for ranges that cannot be used, when they were asked for."""
     absent = obstacle(settings, say=say)
-    if absent:
-        if asked:
-            raise UsageError(f"there can be no pod network: {absent}")
-        return {"absent": absent}
+    if absent and (settings.pod_cidr or settings.service_cidr):
+        raise UsageError(f"there can be no pod network: {absent}")
+    with state.locked_root(_LOCK):
+        state.update(pod_network={"absent": absent} if absent else _choose(settings, state))
+
+
+def _choose(settings: Settings, state: State) -> dict[str, str]:
     taken = [*machine_networks(), *_networks_of_others(settings, state)]
     pods = _chosen(settings.pod_cidr, "--pod-cidr", _candidates(state), taken)
     services = _chosen(
@@ -152,7 +158,7 @@ def _find_nft(environ: Mapping[str, str]) -> str | None:
 
 
 def _candidates(state: State) -> tuple[Network, ...]:
-    """Beginning somewhere else for each cluster, since two that are made at one moment see nothing of each other."""
+    """Beginning somewhere else for each cluster, since those of two users see nothing of each other before they run."""
     first = int.from_bytes(hashlib.sha256(str(state.path).encode()).digest()[:4], "big") % len(_SEARCHED)
     return (*_SEARCHED[first:], *_SEARCHED[:first])
 

@@ -142,7 +142,7 @@ def _named_secret(app: App) -> KubeObject:
 def is_running(settings: Settings) -> bool:
     """Whether the cluster is there and pods can start in it."""
     from wasilet.cluster.opening import open_cluster
-    from wasilet.cluster.up import missing_for_pods
+    from wasilet.cluster.readiness import missing_for_pods
 
     with open_cluster(settings) as cluster:
         try:

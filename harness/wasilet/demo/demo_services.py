@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from wasilet.controlplane.components import LOOPBACK, Component, Probe, cat_facts_origin, ensure_running, wait_ready
+from wasilet.controlplane.components import Component, cat_facts_origin, ensure_running, wait_ready
+from wasilet.controlplane.health import LOOPBACK, Probe
 from wasilet.errors import UsageError
 from wasilet.kube.client import KubeObject
 from wasilet.providers.base import Cluster

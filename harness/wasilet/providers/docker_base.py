@@ -20,15 +20,8 @@ from wasilet.kube.credentials import read_credentials
 from wasilet.process import check_cancelled
 from wasilet.providers.base import Cluster
 from wasilet.providers.docker import Container, Docker, gateway
-from wasilet.providers.existing_base import (
-    ExternalProvider,
-    Found,
-    HalfMadeError,
-    StoppedError,
-    facts,
-    made_since,
-    update_facts,
-)
+from wasilet.providers.existing_base import ExternalProvider, Found, HalfMadeError, StoppedError
+from wasilet.providers.existing_facts import facts, made_since, update_facts
 from wasilet.storage import write_file
 
 _ANSWER_SECONDS = 5.0

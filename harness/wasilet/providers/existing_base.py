@@ -17,27 +17,28 @@ import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from wasilet.controlplane.components import Component, component_step
-from wasilet.errors import ApiError, HarnessError, UsageError, WaitTimeoutError
-from wasilet.kube.client import Kube, KubeObject, api_path
+from wasilet.errors import ApiError, HarnessError, UsageError
+from wasilet.kube.client import Kube, KubeObject
 from wasilet.kube.credentials import load_yaml, read_credentials
-from wasilet.process import ProcessRecord, check_cancelled, stop
+from wasilet.process import ProcessRecord, stop
 from wasilet.providers.approver_credential import SIGN_SECONDS, approver_credential
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
 from wasilet.providers.detach import HOSTING, OURS, forget_identities, is_ours, withdraw
+from wasilet.providers.existing_facts import (
+    client_ca,
+    cluster_uid,
+    facts,
+    root_ca,
+    update_facts,
+    wait_for_answer,
+)
 from wasilet.providers.preflight import check_node_names
+from wasilet.providers.registry_for_nodes import REGISTRY_FOR_NODES, REGISTRY_FOR_NODES_STEP, registry_for_nodes
 from wasilet.settings import KRUSTLET_TAINTS, Settings
 from wasilet.steps import Finding, Progress, Step
 from wasilet.storage import write_file
-
-REGISTRY_FOR_NODES = "registry-for-nodes"
-REGISTRY_FOR_NODES_STEP = "registry-for-nodes"
-REFUSAL_SECONDS = 10.0
-"""An API server that has just been started knows no roles yet, and refuses its administrator for a second or two."""
-
-AUTHENTICATION = api_path("configmaps", "extension-apiserver-authentication", namespace="kube-system")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +274,7 @@ class ExternalProvider:
         if known.get("registry_address", "") != there.registry_address:
             return False
         try:
-            return _uid(cluster.admin()) == known.get("uid") and _client_ca(cluster.admin()) == _read(
+            return cluster_uid(cluster.admin()) == known.get("uid") and client_ca(cluster.admin()) == _read(
                 cluster.state.etc / "client-ca.crt"
             )
         except ApiError:
@@ -295,8 +296,8 @@ class ExternalProvider:
                 self.preflight(cluster, kube, say)
             # Another cluster under the old name: certificates of the old one are worth nothing here.
             forget_identities(cluster)
-        ca = credentials.ca if credentials.verify and credentials.ca else _root_ca(kube)
-        for file, pem in (("ca.crt", ca), ("client-ca.crt", _client_ca(kube))):
+        ca = credentials.ca if credentials.verify and credentials.ca else root_ca(kube)
+        for file, pem in (("ca.crt", ca), ("client-ca.crt", client_ca(kube))):
             if pem:
                 write_file(state.etc / file, pem)
             else:
@@ -383,108 +384,8 @@ class HalfMadeError(HarnessError):
     """A cluster that a killed run of the harness began and did not finish; it can be deleted and made again."""
 
 
-# --- the registry's second entry point -------------------------------------------------------------------------------
-
-
-def registry_for_nodes(cluster: Cluster) -> Component:
-    """The same blobs, to be read only, on the one address that the cluster's containers reach this machine by. The
-    first entry point stays on loopback: what may write does not leave the machine."""
-    from wasilet.controlplane.local_registry import registry_component
-
-    address = facts(cluster).get("registry_address")
-    if not address:
-        raise HarnessError("the cluster's nodes reach no registry here yet", hint="`invoke up` repairs it")
-    port = cluster.ports().get("registry_for_nodes")
-    if port is None:
-        port = cluster.state.allocate_ports({"registry_for_nodes": 0}, addresses=("127.0.0.1", address))[
-            "registry_for_nodes"
-        ]
-    return registry_component(
-        binary=cluster.binary("registry"),
-        port=port,
-        state=cluster.state,
-        name=REGISTRY_FOR_NODES,
-        address=address,
-        readonly=True,
-    )
-
-
-def hosts_toml(cluster: Cluster) -> tuple[str, str]:
-    """``(folder name, text)`` of containerd's registry host configuration: ``localhost:<port>`` means this machine's
-    registry to the cluster's own nodes too, so one reference serves wasm nodes and Linux nodes."""
-    from wasilet.controlplane.local_registry import registry_address
-
-    name = registry_address(cluster.ports()["registry"])
-    url = f"http://{facts(cluster)['registry_address']}:{cluster.ports()['registry_for_nodes']}"
-    return name, f'server = "{url}"\n\n[host."{url}"]\n  capabilities = ["pull", "resolve"]\n'
-
-
-# --- facts -----------------------------------------------------------------------------------------------------------
-
-
-def facts(cluster: Cluster) -> dict[str, Any]:
-    """What is remembered of the cluster; empty before it was found."""
-    return dict(cluster.state.cluster.external)
-
-
-def update_facts(cluster: Cluster, **values: Any) -> None:
-    """Merge values into the facts."""
-    cluster.state.update(external=facts(cluster) | values)
-
-
 def _now() -> str:
     return dt.datetime.now(dt.UTC).isoformat().replace("+00:00", "Z")
-
-
-def made_since(created: str, since: str) -> bool:
-    """Whether an instant that Docker reports (nanoseconds, UTC) is not before another one, give or take a second."""
-    try:
-        ours = dt.datetime.fromisoformat(since)
-        theirs = dt.datetime.fromisoformat(created[:26].rstrip("Z")).replace(tzinfo=dt.UTC)
-    except ValueError:
-        return False
-    return theirs >= ours - dt.timedelta(seconds=1)
-
-
-def wait_for_answer(kube: Kube, settings: Settings, say: Progress, *, hint: str = "") -> str:
-    """The uid of kube-system, once the API server answers. Raises WaitTimeoutError with ``hint``, and ApiError when it
-    refuses."""
-    import time
-
-    deadline = time.monotonic() + settings.timeouts.ready_seconds
-    refused = None
-    while True:
-        try:
-            return _uid(kube)
-        except ApiError as error:
-            if error.code in {401, 403}:
-                refused = refused or time.monotonic()
-                if time.monotonic() >= refused + REFUSAL_SECONDS:
-                    raise
-            if time.monotonic() >= deadline:
-                words = f"{error.message}, for {settings.timeouts.ready_seconds:g} s"
-                raise WaitTimeoutError(words, hint=hint) from error
-        say("waiting for the API server")
-        check_cancelled()
-        time.sleep(settings.timeouts.poll_seconds)
-
-
-def _uid(kube: Kube) -> str:
-    return str(kube.get(api_path("namespaces", "kube-system"))["metadata"]["uid"])
-
-
-def _client_ca(kube: Kube) -> bytes | None:
-    """What signs clients of the API server, the API server itself included when it calls nodes. Every kube-apiserver
-    publishes it there (pkg/controlplane/controller/clusterauthenticationtrust); nodes may not read it."""
-    data = (kube.find(AUTHENTICATION) or {}).get("data") or {}
-    return str(data["client-ca-file"]).encode() if data.get("client-ca-file") else None
-
-
-def _root_ca(kube: Kube) -> bytes | None:
-    """What pods trust: for a kubeconfig that trusts the system's authorities, or none."""
-    found = kube.find(api_path("configmaps", "kube-root-ca.crt", namespace="kube-system")) or {}
-    pem = (found.get("data") or {}).get("ca.crt")
-    return str(pem).encode() if pem else None
 
 
 def _read(path: Path) -> bytes | None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from wasilet.controlplane import pod_network, pod_security
 from wasilet.controlplane.acquire import locate
-from wasilet.controlplane.components import LOOPBACK, SERVICE_IP, Component, ControlPlane, component_step
+from wasilet.controlplane.components import Component, component_step
+from wasilet.controlplane.control_plane import SERVICE_IP, ControlPlane
+from wasilet.controlplane.health import LOOPBACK
 from wasilet.controlplane.pki import CLUSTER_CA, Pki, host_specs
 from wasilet.kube.kubeconfig import write_kubeconfig
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection

@@ -27,9 +27,11 @@ from wasilet.process import run
 from wasilet.providers.base import API_SERVER_STEP, Cluster, Detection
 from wasilet.providers.docker import Container, Docker
 from wasilet.providers.docker_base import ContainedProvider
-from wasilet.providers.existing_base import REGISTRY_FOR_NODES_STEP, Found, facts, update_facts
+from wasilet.providers.existing_base import Found
+from wasilet.providers.existing_facts import facts, update_facts
 from wasilet.providers.k3s_config import EGRESS_FLAG, egress_disabled, registries_with
 from wasilet.providers.preflight import try_bootstrap_token
+from wasilet.providers.registry_for_nodes import REGISTRY_FOR_NODES_STEP
 from wasilet.settings import Settings
 from wasilet.state import RUN_ID_VARIABLE
 from wasilet.steps import Finding, Progress, Step

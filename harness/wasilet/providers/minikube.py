@@ -26,16 +26,10 @@ from wasilet.process import run
 from wasilet.providers.base import API_SERVER_STEP, Cluster, Detection
 from wasilet.providers.docker import is_local
 from wasilet.providers.existing import minified
-from wasilet.providers.existing_base import (
-    REGISTRY_FOR_NODES_STEP,
-    ExternalProvider,
-    Found,
-    HalfMadeError,
-    StoppedError,
-    facts,
-    hosts_toml,
-)
+from wasilet.providers.existing_base import ExternalProvider, Found, HalfMadeError, StoppedError
+from wasilet.providers.existing_facts import facts
 from wasilet.providers.preflight import try_bootstrap_token
+from wasilet.providers.registry_for_nodes import REGISTRY_FOR_NODES_STEP, hosts_toml
 from wasilet.settings import Settings
 from wasilet.state import RUN_ID_VARIABLE
 from wasilet.steps import Finding, Progress, Step

@@ -16,6 +16,7 @@ from wasilet.steps import Recap, Reporter
 from wasilet.storage import storage_errors
 from wasilet.testing.observe import Observer
 from wasilet.testing.report_page import chapter_of, page
+from wasilet.testing.served import served
 
 LIST_SECONDS = 10.0
 LOG_SECONDS = 2.0
@@ -54,6 +55,10 @@ def write_report(settings: Settings, *, app: str, namespace: str, file: Path, re
                         observer.pods.pop(uid, None)
             observer.wait(lambda: _quiet(observer), within_seconds=LOG_SECONDS)
             events = kube.get(api_path("events", namespace=namespace)).get("items") or []
+            try:
+                answered = served(kube)
+            except ApiError:
+                answered = {}  # the page is about more than that
             chapter = chapter_of(
                 f"demo {app}" if app else f"namespace {namespace}",
                 observer,
@@ -61,6 +66,7 @@ def write_report(settings: Settings, *, app: str, namespace: str, file: Path, re
                 outcome="" if recap is None else "passed" if recap.succeeded else "failed",
                 steps=[outcome.to_json() for outcome in recap.outcomes] if recap else (),
                 names=names,
+                answered=answered,
             )
     text = page(chapter.title, [chapter], cluster=settings.name)
     with storage_errors(file):

@@ -27,6 +27,7 @@ from wasilet.settings import Settings
 from wasilet.testing.log_match import printable
 from wasilet.testing.observe import Observer, PodView, event_time
 from wasilet.testing.pod_status import event_order
+from wasilet.testing.served import Rates, served
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -44,6 +45,9 @@ _COLUMNS = (
     ("NAMESPACE", 2, 0), ("POD", 4, 0), ("PHASE", 0, 9), ("STATE", 3, 0), ("RESTARTS", 0, 8), ("FIRST LINE", 0, 10),
 )  # fmt: skip
 """Title, and either a share of the width or a width in characters."""
+
+_RATE_COLUMN = ("HTTP", 0, 16)
+"""Only where a pod serves."""
 
 _PHASE_STYLES = {"Running": "green", "Succeeded": "cyan", "Failed": "bold red", "Pending": "yellow"}
 
@@ -88,6 +92,7 @@ class View:
         """The uid of a pod."""
 
         self._nodes = _Nodes([])
+        self._rates = Rates(lambda: served(kube))
         self._over = False
 
     def run(self) -> None:
@@ -133,6 +138,9 @@ class View:
             lines = [printable(line) for node in nodes for line in node_report(node)] or ["no nodes"]
         except HarnessError as error:
             lines = [printable(error.message)]
+        # As it was, where metrics cannot be read: what is wrong then is shown above.
+        with contextlib.suppress(HarnessError):
+            self._rates.look()
         self._nodes = _Nodes(lines, time.monotonic())
 
     def _render(self, console: Console) -> RenderableType:
@@ -178,7 +186,8 @@ class View:
         from rich.text import Text
 
         table = Table(box=None, expand=True, padding=(0, 1), header_style="dim", pad_edge=False)
-        for column, ratio, width in _COLUMNS:
+        rates = self._rates.words
+        for column, ratio, width in (*_COLUMNS, *((_RATE_COLUMN,) if rates else ())):
             table.add_column(column, ratio=ratio or None, width=width or None, no_wrap=True, overflow="ellipsis")
         place = next((index for index, pod in enumerate(pods) if pod.uid == self._chosen), 0)
         first = max(0, min(place - rows // 2, len(pods) - rows))
@@ -193,10 +202,11 @@ class View:
                 printable(_state_words(pod)),
                 str(restarts),
                 took,
+                *((rates.get((pod.namespace, pod.name), ""),) if rates else ()),
                 style="reverse" if pod.uid == self._chosen else "",
             )
         if not pods:
-            table.add_row("no pods", "", "", "", "", "")
+            table.add_row("no pods")
         where = f" of {printable(self._observer.namespace)}" if self._observer.namespace else ""
         return self._panel(table, f"pods{where} {min(place + 1, len(pods))}/{len(pods)}")
 

@@ -240,7 +240,7 @@ def _origin(settings: Settings) -> str:
 def _fit(settings: Settings) -> bool:
     """Whether pods can run and images can be pushed; a few milliseconds."""
     from wasilet.cluster.opening import open_cluster
-    from wasilet.cluster.up import missing_for_pods
+    from wasilet.cluster.readiness import missing_for_pods
     from wasilet.controlplane.local_registry import COMPONENT as REGISTRY
 
     with open_cluster(settings) as cluster:

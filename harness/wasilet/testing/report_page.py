@@ -7,13 +7,14 @@ untrusted modules wrote. Everything passes through the template's escaping.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from wasilet.kube.client import KubeObject
 from wasilet.testing.observe import Observer, PodView, event_time
 from wasilet.testing.pod_status import event_order
+from wasilet.testing.served import Key, Served
 
 MAX_SHOWN_LINES = 500
 MAX_SHOWN_EVENTS = 100
@@ -51,6 +52,9 @@ class PodStory:
     logs: list[dict[str, Any]]
     """``container, dropped, error, lines``: each line a time and a text."""
 
+    served: str = ""
+    """What it has answered over HTTP; empty: nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
@@ -87,11 +91,14 @@ def chapter_of(
     outcome: str = "",
     steps: Sequence[dict[str, Any]] = (),
     names: frozenset[str] | None = None,
+    answered: Mapping[Key, Served] | None = None,
 ) -> Chapter:
-    """What an observer has seen. ``names``: only these pods, and their owners' events."""
+    """What an observer has seen. ``names``: only these pods, and their owners' events. ``answered``: of pods that
+    serve HTTP."""
+    answered = answered or {}
     with observer.changed:
         views = [v for v in observer.pods.values() if names is None or v.name in names]
-        pods = [_story(view) for view in views]
+        pods = [_story(view, answered.get((view.namespace, view.name))) for view in views]
     known = {view.uid for view in views}
     told = [
         _event(event)
@@ -111,7 +118,7 @@ def chapter_of(
     )
 
 
-def _story(view: PodView) -> PodStory:
+def _story(view: PodView, answered: Served | None) -> PodStory:
     marks = dict(view.marks)
     first = view.first_line_at()
     if first is not None:
@@ -138,6 +145,7 @@ def _story(view: PodView) -> PodStory:
             }
             for log in view.logs.values()
         ],
+        served=str(answered or ""),
     )
 
 

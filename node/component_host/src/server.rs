@@ -36,6 +36,8 @@ const MAX_BLOCKING_THREADS: usize = 8;
 /// to share its state between requests; a 0.3 guest does.
 const REUSE_OF_P2: u32 = 1;
 const REUSE_OF_P3: u32 = 128;
+/// What a component of 0.3 exports, whichever its patch.
+const P3_HANDLER: &str = "wasi:http/handler@0.3";
 
 /// Its whole life.
 pub fn run(spec: &Spec, settings: &spec::Server, counters: Counters, report: &Report) -> Result<Outcome, Outcome> {
@@ -61,11 +63,14 @@ pub fn run(spec: &Spec, settings: &spec::Server, counters: Counters, report: &Re
     Ok(Outcome::Exit(0))
 }
 
-/// A component that makes an instance per request is loaded for a pool, unless it does not fit into one.
+/// A component that makes an instance per request is loaded for a pool, unless it does not fit into one. Not so one of
+/// 0.3: its instances may go on after their answers, so that their number has another bound than that of requests
+/// (`reused.rs`), and a pool that is used up refuses what could wait.
 fn load(spec: &Spec, settings: &spec::Server) -> Result<(Engine, Component), Outcome> {
     if settings.reuse.unwrap_or(REUSE_OF_P2) == 1
         && let Ok(engine) = engine::make(spec, true)
         && let Ok(component) = artifact::load(&engine, &spec.artifact)
+        && !artifact::exports(&component).contains(P3_HANDLER)
     {
         return Ok((engine, component));
     }

@@ -43,7 +43,7 @@ _REPLACE, _EXCLUSIVE, _CREATE = 0x100, 0x200, 0x400
 _DUMP = 0x300
 
 _IFF_UP = 1
-_IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 3, 4, 10, 18, 28
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 4, 10, 18, 28
 _IFLA_AF_SPEC, _IFLA_INET_CONF, _DEVCONF_FORWARDING = 26, 1, 1
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
@@ -53,9 +53,26 @@ _SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
 _RTNH_F_ONLINK = 4
 _TYPE_MASK = 0x3FFF
 
+_TC = struct.Struct("=BBHiIII")
+_RTM_NEWQDISC, _RTM_NEWTFILTER, _RTM_DELTFILTER = 36, 44, 45
+_TCA_KIND, _TCA_OPTIONS = 1, 2
+_CLSACT_HANDLE, _CLSACT_PARENT, _INGRESS_PARENT = 0xFFFF0000, 0xFFFFFFF1, 0xFFFFFFF2
+_ETH_P_IP = 0x0800
+_TCA_U32_SEL, _TCA_U32_ACT, _TC_U32_TERMINAL = 5, 7, 1
+_U32_SELECTOR = struct.Struct("!BBBxHHhhI")
+_U32_KEY = struct.Struct("!4s4sii")
+_IP_DESTINATION_OFFSET = 16
+_TCA_ACT_KIND, _TCA_ACT_OPTIONS, _TCA_MIRRED_PARMS = 1, 2, 2
+_MIRRED = struct.Struct("=IIiiiiI")
+_TC_ACT_STOLEN, _TCA_EGRESS_REDIR = 4, 1
+
 
 class NetlinkError(OSError):
     """The kernel refused a request; the text says which."""
+
+
+class NetlinkGoneError(NetlinkError):
+    """What it was about is not there (any longer)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +112,14 @@ class Netlink:
         kind = _attribute(_IFLA_LINKINFO, _attribute(_IFLA_INFO_KIND, b"bridge"))
         self._request(_RTM_NEWLINK, _CREATE | _EXCLUSIVE, _link() + _name(name) + kind, f"make bridge {name}")
 
-    def add_veth(self, name: str, *, peer: str, peer_namespace: int, master: int = 0, mtu: int = 0) -> None:
+    def add_veth(
+        self, name: str, *, peer: str, peer_namespace: int, master: int = 0, mtu: int = 0, hardware_address: bytes = b""
+    ) -> None:
         """A pair of interfaces: ``name`` here, up, a port of the bridge with index ``master``; ``peer`` in the
-        namespace of that descriptor, down. Raises NetlinkError."""
+        namespace of that descriptor, down. ``hardware_address``: six bytes, of both. Raises NetlinkError."""
         size = _attribute(_IFLA_MTU, _u32(mtu)) if mtu else b""
+        if hardware_address:
+            size += _attribute(_IFLA_ADDRESS, hardware_address)
         other = _link() + _name(peer) + size + _attribute(_IFLA_NET_NS_FD, _u32(peer_namespace))
         info = _attribute(_IFLA_INFO_KIND, b"veth") + _attribute(_IFLA_INFO_DATA, _attribute(_VETH_INFO_PEER, other))
         body = _link(up=True) + _name(name) + size
@@ -199,6 +220,42 @@ class Netlink:
             )
         return found
 
+    # ---- traffic control
+
+    def take_ingress(self, index: int) -> None:
+        """Let what comes in by an interface be redirected; idempotent. Raises NetlinkError."""
+        body = _TC.pack(socket.AF_UNSPEC, 0, 0, index, _CLSACT_HANDLE, _CLSACT_PARENT, 0)
+        body += _attribute(_TCA_KIND, b"clsact\0")
+        try:
+            self._request(_RTM_NEWQDISC, _CREATE | _EXCLUSIVE, body, f"classify what interface {index} takes in")
+        except NetlinkError as error:
+            if error.errno != errno.EEXIST:
+                raise
+
+    def redirect(self, index: int, destination: ipaddress.IPv4Network, *, to: int, priority: int) -> None:
+        """Send what comes in by an interface for ``destination`` out by the interface ``to``, past the packet filter
+        and the routes; the frame stays as it is. Raises NetlinkError where the kernel has no cls_u32 or act_mirred."""
+        mirred = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _TCA_EGRESS_REDIR, to)
+        action = _attribute(_TCA_ACT_KIND, b"mirred\0") + _attribute(
+            _TCA_ACT_OPTIONS, _attribute(_TCA_MIRRED_PARMS, mirred)
+        )
+        selector = _U32_SELECTOR.pack(_TC_U32_TERMINAL, 0, 1, 0, 0, 0, 0, 0) + _U32_KEY.pack(
+            destination.netmask.packed, destination.network_address.packed, 0, 0
+        )
+        # The offset of a key is in the machine's byte order, its value in the network's.
+        selector = selector[:-8] + struct.pack("=ii", _IP_DESTINATION_OFFSET, 0)
+        options = _attribute(_TCA_U32_SEL, selector) + _attribute(_TCA_U32_ACT, _attribute(1, action))
+        body = _filter(index, priority) + _attribute(_TCA_KIND, b"u32\0") + _attribute(_TCA_OPTIONS, options)
+        self._request(_RTM_NEWTFILTER, _CREATE | _EXCLUSIVE, body, f"redirect {destination} from interface {index}")
+
+    def forget_redirects(self, index: int, *, priority: int) -> None:
+        """Remove those of an interface with this priority; idempotent. Raises NetlinkError."""
+        try:
+            self._request(_RTM_DELTFILTER, 0, _filter(index, priority), f"forget redirects of interface {index}")
+        except NetlinkError as error:
+            if error.errno not in {errno.ENOENT, errno.EINVAL}:  # none there; nothing is classified there
+                raise
+
     # ---- messages
 
     def _request(self, kind: int, flags: int, body: bytes, what: str) -> None:
@@ -250,7 +307,8 @@ class Netlink:
 def _raise_for(data: bytes, what: str) -> None:
     (number,) = struct.unpack_from("=i", data)
     if number:
-        raise NetlinkError(-number, f"cannot {what}: {os.strerror(-number)}")
+        kind = NetlinkGoneError if -number == errno.ENODEV else NetlinkError
+        raise kind(-number, f"cannot {what}: {os.strerror(-number)}")
 
 
 def _aligned(length: int) -> int:
@@ -276,6 +334,10 @@ def _attributes(data: bytes) -> dict[int, bytes]:
 
 def _u32(value: int) -> bytes:
     return struct.pack("=I", value)
+
+
+def _filter(index: int, priority: int) -> bytes:
+    return _TC.pack(socket.AF_UNSPEC, 0, 0, index, 0, _INGRESS_PARENT, priority << 16 | socket.htons(_ETH_P_IP))
 
 
 def _link(index: int = 0, *, up: bool = False) -> bytes:

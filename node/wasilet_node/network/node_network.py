@@ -1,10 +1,15 @@
 """The node's own network namespace: a bridge for its pods, and one veth to the machine.
 
 Nothing of the machine's own network is changed. What is in its namespace is the machine's end of the veth with an
-address, routes through it to the cluster's pods and Services, and forwarding for packets that come in by that very
-interface (so that nodes of one machine reach each other); all of it goes with the veth, which goes with the node's
-namespace, which goes with the supervisor. So several nodes, and several clusters, share nothing on a machine, and
-kube-proxy, whose rules are global to a namespace, is at home in the node's.
+address, routes through it to the cluster's pods and Services, and redirects from it to the cluster's other nodes; all
+of it goes with the veth, which goes with the node's namespace, which goes with the supervisor. So several nodes, and
+several clusters, share nothing on a machine, and kube-proxy, whose rules are global to a namespace, is at home in the
+node's.
+
+What one node sends another on the same machine is redirected from link to link (``cls_u32``, ``act_mirred``), past the
+machine's routes and its packet filter: a Docker engine, or any firewall, makes that one drop what it would forward, and
+writes to ``net.ipv4.ip_forward``. A frame arrives as it was sent, so all ends of the links have one hardware address. A
+kernel without the two forwards such packets like any other.
 
 Pods have addresses of /32 and send everything to the bridge's address: the node routes between them, so that its
 rules (Services, policies) see every packet, and no pod can answer ARP for another.
@@ -12,18 +17,21 @@ rules (Services, policies) see every packet, and no pod can answer ARP for anoth
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import ipaddress
 import logging
 import os
 import secrets
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from wasilet_node.network import nft
 from wasilet_node.network.addresses import gateway_of
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
-from wasilet_node.network.netlink import Netlink, NetlinkError
+from wasilet_node.network.netlink import Netlink, NetlinkError, NetlinkGoneError
 from wasilet_node.runtime import netns
 from wasilet_node.settings import NetworkSettings
 
@@ -34,6 +42,10 @@ MACHINE_SET = "machine"
 """Of the packet filter: the machine's own addresses."""
 
 UPLINK = "uplink"
+LINK_PREFIX = "wl"
+LINK_ADDRESS = bytes.fromhex("0257534c4e4b")
+"""Of every end of every node's link: locally administered, by its second bit."""
+
 _EVERYWHERE = ipaddress.IPv4Network("0.0.0.0/0")
 _SYSCTLS = {
     "ipv4/ip_forward": "1",
@@ -45,7 +57,7 @@ _SYSCTLS = {
 
 def interface_prefix(data: Path) -> str:
     """What the machine's ends of this node's veths begin with: by it a leftover is known."""
-    return "wl" + hashlib.sha256(str(data.absolute()).encode()).hexdigest()[:6]
+    return LINK_PREFIX + hashlib.sha256(str(data.absolute()).encode()).hexdigest()[:6]
 
 
 def base_rules(pod_cidr: ipaddress.IPv4Network, settings: NetworkSettings) -> str:
@@ -170,6 +182,16 @@ class NodeNetwork:
         nft.apply(f"flush set ip wasilet {MACHINE_SET}\n{elements}")
         self._machine_addresses = known
 
+    def keep_machine(self) -> None:
+        """Have the machine's routes where something took them: the node whose route led to the Services has ended, or
+        a VPN's client cleared the table. Raises NetlinkError."""
+        if self._machine is None:
+            return
+        uplink = ipaddress.IPv4Network(self.settings.uplink.ip)
+        for route in self._machine.routes():
+            if route.destination == uplink:
+                self._have_routes(self._machine, route.interface_index)
+
     def close(self) -> None:
         """Of this thread; the namespace stays."""
         for netlink in (self._machine, self._node):
@@ -190,7 +212,7 @@ class NodeNetwork:
         self._check_uplink(machine)
         # Never the name of one that the kernel may still be taking down.
         name = f"{interface_prefix(self._data)}{secrets.token_hex(3)}"
-        machine.add_veth(name, peer=UPLINK, peer_namespace=descriptor)
+        machine.add_veth(name, peer=UPLINK, peer_namespace=descriptor, hardware_address=LINK_ADDRESS)
         uplink = node.require(UPLINK)
         settings = self.settings
         node.add_address(uplink, settings.uplink.ip, prefix=32, peer=settings.machine_address)
@@ -213,14 +235,57 @@ class NodeNetwork:
         index = machine.require(name)
         machine.add_address(index, settings.machine_address, prefix=32, peer=settings.uplink.ip)
         machine.set_up(index)
-        for destination in (self.pod_cidr, settings.service_cidr):
+        self._have_routes(machine, index)
+        try:
+            self._meet_other_nodes(machine, index)
+        except NetlinkError as error:
+            logger.warning("packets for pods of other nodes go through the machine's own firewall: %s", error)
+            machine.set_forwarding(index)
+
+    def _have_routes(self, machine: Netlink, index: int) -> None:
+        """Where another has a route to the Services, as the first node of a cluster does, that one is used."""
+        there = {route.destination for route in machine.routes()}
+        for destination in {self.pod_cidr, self.settings.service_cidr} - there:
             try:
-                machine.add_route(destination, gateway=settings.uplink.ip, index=index)
+                machine.add_route(destination, gateway=self.settings.uplink.ip, index=index)
             except NetlinkError as error:
                 if error.errno != errno.EEXIST:
                     raise
-                logger.info("the machine has a route to %s already: it is left alone", destination)
-        machine.set_forwarding(index)
+
+    def _meet_other_nodes(self, machine: Netlink, index: int) -> None:
+        """Redirect between this node's link and those of the cluster's other nodes, both ways. Each node does so after
+        its own routes are there: of two that join at one moment, the later one sees both. Raises NetlinkError."""
+        names = dict(machine.links())
+        reached: dict[int, list[ipaddress.IPv4Network]] = {}
+        for route in machine.routes():
+            destination = route.destination
+            if not isinstance(destination, ipaddress.IPv4Network) or not names.get(
+                route.interface_index, ""
+            ).startswith(LINK_PREFIX):
+                continue
+            if destination.subnet_of(self.settings.cluster_cidr):
+                reached.setdefault(route.interface_index, []).append(destination)
+        machine.take_ingress(index)
+        own = reached.pop(index, [])
+        for other, destinations in reached.items():
+            with contextlib.suppress(NetlinkGoneError):  # a node that ends takes its link with it
+                _redirect(machine, index, destinations, to=other)
+                _redirect(machine, other, own, to=index)
+
+
+def _redirect(machine: Netlink, index: int, destinations: Iterable[ipaddress.IPv4Network], *, to: int) -> None:
+    """Replaces what an earlier node with these addresses has left there: its interface is gone."""
+    found = list(destinations)
+    machine.take_ingress(index)
+    for priority in {_priority(destination) for destination in found}:
+        machine.forget_redirects(index, priority=priority)
+    for destination in found:
+        machine.redirect(index, destination, to=to, priority=_priority(destination))
+
+
+def _priority(destination: ipaddress.IPv4Network) -> int:
+    """One per range of addresses: by it the redirects for that range are found again."""
+    return 1 + zlib.crc32(destination.network_address.packed) % 0xFFFE
 
 
 def _write_sysctl(name: str, value: str) -> None:

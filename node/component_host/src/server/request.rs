@@ -61,6 +61,7 @@ impl Service {
                 counters,
                 reuse as usize,
                 settings.request_timeout(),
+                settings.max_concurrent as usize,
             )),
         };
         Service {

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use wasmtime::component::TaskGroupId;
 use wasmtime::{Store, StoreContextMut};
@@ -22,6 +23,10 @@ use wasmtime_wasi_http::{WasiBody, WasiHttpView};
 
 /// How long an instance without a request is kept.
 const KEEP_IDLE: Duration = Duration::from_secs(2);
+/// Instances for each request that may be under way, besides `MORE_INSTANCES`: some go on after their answers, or wait for
+/// a request.
+const INSTANCES_PER_REQUEST: usize = 2;
+const MORE_INSTANCES: usize = 16;
 /// Requests that a 0.3 instance answers at the same time, as `wasmtime serve` does. One of 0.2 answers one.
 const AT_ONCE_P3: usize = 16;
 
@@ -39,6 +44,7 @@ impl Reused {
         counters: Counters,
         reuse: usize,
         request_timeout: Duration,
+        max_concurrent: usize,
     ) -> Self {
         let at_once = match pre {
             ProxyPre::P2(_) => 1,
@@ -53,6 +59,7 @@ impl Reused {
                 reuse,
                 at_once,
                 request_timeout,
+                places: Arc::new(Semaphore::new(max_concurrent * INSTANCES_PER_REQUEST + MORE_INSTANCES)),
             }),
         }
     }
@@ -114,6 +121,7 @@ struct Host {
     reuse: usize,
     at_once: usize,
     request_timeout: Duration,
+    places: Arc<Semaphore>,
 }
 
 impl HandlerState for Host {
@@ -122,6 +130,8 @@ impl HandlerState for Host {
     type WorkerState = Worker;
 
     async fn instantiate(&self) -> wasmtime::Result<Instance<Guest, Expiration, Worker>> {
+        // Waited for: the request has a time-out, and instances come to an end.
+        let place = self.places.clone().acquire_owned().await?;
         let running = self.epochs.run();
         let mut store = self.maker.store()?;
         let made = self.pre.instantiate_async(&mut store);
@@ -145,6 +155,7 @@ impl HandlerState for Host {
                 activity,
                 current: Mutex::default(),
                 _running: running,
+                _place: place,
             },
         })
     }
@@ -180,6 +191,7 @@ struct Worker {
     current: Mutex<Vec<Arc<Exchange>>>,
     /// For as long as the instance lives: it may compute after its answers, too.
     _running: Running,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Worker {

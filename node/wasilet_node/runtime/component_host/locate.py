@@ -26,15 +26,18 @@ COMMAND = "wasilet-node component-host"
 _PACKAGED = Path(__file__).resolve().parent / FILE_NAME
 """Where a wheel has it."""
 
-_SOURCES = Path(__file__).resolve().parents[3] / "component_host"
-"""The crate, in a source checkout."""
+_SOURCES = (
+    Path(__file__).resolve().parents[3] / "component_host",
+    Path(__file__).resolve().parents[2] / "data" / "component_host",
+)
+"""The crate, in a source checkout and in a wheel."""
 
 _SOURCE_PATTERNS = ("Cargo.toml", "Cargo.lock", "src/**/*.rs")
 
 
 def sources() -> Path | None:
-    """The crate's folder; None: this is no source checkout."""
-    return _SOURCES if (_SOURCES / "Cargo.lock").is_file() else None
+    """The crate's folder; None: this installation was made without it."""
+    return next((folder for folder in _SOURCES if (folder / "Cargo.lock").is_file()), None)
 
 
 def cache_directory(env: Mapping[str, str] = os.environ) -> Path:

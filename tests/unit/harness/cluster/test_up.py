@@ -20,7 +20,7 @@ def test_the_pod_network_is_decided_for_new_clusters_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str
 ) -> None:
     """The pytest plugin makes the run id before anything else; a cluster that has ports was up before."""
-    monkeypatch.setattr(pod_network, "decide", lambda *_, **__: DECIDED)
+    monkeypatch.setattr(pod_network, "reserve", lambda _, state, **__: state.update(pod_network=DECIDED))
     settings = load(environ={"HOME": str(tmp_path), "WASILET_STATE_HOME": str(tmp_path / "state")})
     with open_cluster(settings) as cluster:
         if known == "run id":

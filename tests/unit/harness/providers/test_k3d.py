@@ -17,7 +17,8 @@ from wasilet.cluster.up import up
 from wasilet.errors import CommandError, UsageError
 from wasilet.providers.base import API_SERVER_STEP, Cluster
 from wasilet.providers.docker import Docker
-from wasilet.providers.existing_base import HalfMadeError, StoppedError, facts, update_facts
+from wasilet.providers.existing_base import HalfMadeError, StoppedError
+from wasilet.providers.existing_facts import facts, update_facts
 from wasilet.providers.k3d import K3dProvider, first_error, user_k3d
 from wasilet.providers.k3s_config import egress_disabled, registries_with
 from wasilet.settings import Settings

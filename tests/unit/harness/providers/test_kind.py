@@ -21,7 +21,8 @@ from wasilet.errors import UsageError
 from wasilet.process import stop
 from wasilet.providers.base import Cluster
 from wasilet.providers.docker import is_local
-from wasilet.providers.existing_base import StoppedError, made_since, update_facts
+from wasilet.providers.existing_base import StoppedError
+from wasilet.providers.existing_facts import made_since, update_facts
 from wasilet.providers.kind import KindProvider, first_error, node_image
 from wasilet.settings import Settings
 from wasilet.state import State

@@ -15,7 +15,8 @@ from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.up import up
 from wasilet.errors import CommandError, HarnessError, UsageError
 from wasilet.providers.base import API_SERVER_STEP, Cluster
-from wasilet.providers.existing_base import HalfMadeError, StoppedError, update_facts
+from wasilet.providers.existing_base import HalfMadeError, StoppedError
+from wasilet.providers.existing_facts import update_facts
 from wasilet.providers.minikube import RESERVED_NAMES, MinikubeProvider, exit_line
 from wasilet.settings import Settings
 from wasilet.state import State

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,3 +87,9 @@ def test_a_chapter_survives_the_way_through_a_file() -> None:
 )
 def test_durations_read_well(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_what_a_pod_has_served_is_on_the_page() -> None:
+    served = replace(story(), served="5,900 requests, 2.1 ms on average, 0 failed")
+    assert "served 5,900 requests, 2.1 ms on average, 0 failed" in page("t", [chapter(served)])
+    assert "served" not in page("t", [chapter(story())])

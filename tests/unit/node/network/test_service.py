@@ -10,16 +10,16 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet_node.network import channel
+from wasilet_node.network import channel, nft
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
+from wasilet_node.network.node_network import interface_prefix
 from wasilet_node.network.service import PodNetwork
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
@@ -283,6 +283,21 @@ def test_an_uplink_that_is_taken_leaves_pods_in_the_machines_network_and_says_wh
     with_machine(work)
 
 
+def test_without_nft_pods_share_the_machines_network_and_nothing_of_it_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig:
+            monkeypatch.setattr(nft, "_PLACES", "")
+            monkeypatch.setenv("PATH", str(tmp_path))
+            async with Running(network(rig.paths)) as pods:
+                assert pods.absent == "nft is not installed (package nftables)"
+                assert await pods.attach(pod("u1")) is None
+                assert machine_interfaces() == set()
+
+    with_machine(work)
+
+
 @contextlib.asynccontextmanager
 async def two_nodes(tmp_path: Path) -> AsyncIterator[tuple[PodNetwork, PodNetwork]]:
     """On one machine."""
@@ -323,24 +338,68 @@ def test_two_nodes_of_one_machine_reach_each_others_pods(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not shutil.which("iptables"), reason="the machine's firewall is set with iptables")
-def test_where_the_machine_drops_what_it_forwards_the_documented_rule_lets_the_pods_of_two_nodes_through(
-    tmp_path: Path,
-) -> None:
-    """As it does beside a Docker engine: ``docs/network.md``."""
-
-    def iptables(*words: str) -> None:
-        subprocess.run(["iptables", *words], check=True, timeout=10)
+def test_what_the_machine_drops_or_does_not_forward_is_no_matter_of_pods_of_two_nodes(tmp_path: Path) -> None:
+    """A Docker engine sets the policy to DROP when it starts, and may switch forwarding off when it ends."""
 
     async def work() -> None:
         async with two_nodes(tmp_path) as (here, there):
-            iptables("-P", "FORWARD", "DROP")
-            with pytest.raises(TimeoutError):
-                await reach(here, there, name="dropped", limit_seconds=1.5)
-            pods = str(SETTINGS.cluster_cidr)
-            iptables("-I", "FORWARD", "-s", pods, "-d", pods, "-j", "ACCEPT")
-            await reach(here, there, name="through", limit_seconds=5)
+            firewall = await asyncio.create_subprocess_exec("iptables", "-P", "FORWARD", "DROP")
+            assert await firewall.wait() == 0
+            Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
+            Path("/proc/sys/net/ipv4/ip_forward").write_text("0", encoding="ascii")
+            await reach(here, there, name="to", limit_seconds=5)
+            await reach(there, here, name="fro", limit_seconds=5)
 
     with_machine(work)
+
+
+def test_a_node_that_came_again_is_reached_by_the_others(tmp_path: Path) -> None:
+    """Its link is another one, its addresses are not."""
+    other = dataclasses.replace(SETTINGS, uplink=ipaddress.IPv4Interface("10.9.255.6/30"))
+
+    async def work() -> None:
+        async with running_supervisor(tmp_path / "a") as one, Running(network(one.paths)) as here:
+            for turn in range(2):
+                async with (
+                    running_supervisor(tmp_path / f"b{turn}") as two,
+                    Running(network(two.paths, other), "10.9.8.0/24") as there,
+                ):
+                    await reach(here, there, name=f"to{turn}", limit_seconds=5)
+                    await reach(there, here, name=f"fro{turn}", limit_seconds=5)
+                await gone(two.paths.data)
+
+    with_machine(work)
+
+
+def test_the_machines_way_to_the_services_outlives_the_node_that_made_it(tmp_path: Path) -> None:
+    other = dataclasses.replace(SETTINGS, uplink=ipaddress.IPv4Interface("10.9.255.6/30"))
+
+    def gateway() -> str:
+        with Netlink() as machine:
+            return str(next((r.gateway for r in machine.routes() if r.destination == SETTINGS.service_cidr), ""))
+
+    async def work() -> None:
+        async with running_supervisor(tmp_path / "b") as two:
+            async with running_supervisor(tmp_path / "a") as one, Running(network(one.paths)):
+                assert gateway() == "10.9.255.2"
+                there = Running(network(two.paths, other), "10.9.8.0/24")
+                await there.__aenter__()
+            try:
+                await until(lambda: gateway() == "10.9.255.6")
+            finally:
+                await there.__aexit__()
+
+    with_machine(work)
+
+
+async def gone(data: Path) -> None:
+    """Until the link of a node that ended is gone: the kernel takes it down in its own time."""
+    async with asyncio.timeout(20):
+        while True:
+            with Netlink() as machine:
+                if not any(name.startswith(interface_prefix(data)) for _, name in machine.links()):
+                    return
+            await asyncio.sleep(0.05)
 
 
 def test_pods_reach_the_machine_at_all_its_addresses_and_nothing_beyond_it(tmp_path: Path) -> None:

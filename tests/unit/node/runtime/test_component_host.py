@@ -420,6 +420,20 @@ async def test_requests_beyond_the_bound_wait_for_their_turn(rig: Rig, artifacts
         assert answers == [(200, "slept\n")] * 10
 
 
+async def test_instances_that_go_on_after_their_answer_take_no_place_from_the_next(
+    rig: Rig, artifacts: dict[str, str]
+) -> None:
+    """Their clients have gone, so their requests are over, and they still compute until they are ended."""
+    settings = replace(
+        SETTINGS, reuse=1, max_concurrent_requests=1, request_timeout_seconds=5.0, idle_timeout_seconds=5.0
+    )
+    async with serving(rig, artifacts["http_p3"], settings) as server:
+        for _ in range(12):
+            async with server.client.post(server.url + "/then-loop") as response:
+                assert response.status == 200, await response.text()
+        assert await server.get("/hello") == (200, "hello\n")
+
+
 async def test_a_request_that_waits_too_long_is_503(rig: Rig, artifacts: dict[str, str]) -> None:
     async with serving(rig, artifacts["http_p2"], replace(SETTINGS, max_concurrent_requests=1)) as server:
         first = asyncio.create_task(server.get("/sleep?900"))
