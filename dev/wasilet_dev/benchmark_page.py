@@ -32,7 +32,8 @@ Written by `./run bench floor --write`; do not edit. `ratio` is the node's figur
 `reach` what the project aims at."""
 _BUSY = """\
 **The machine had other work to do** (load {load:g} before the benchmark began): read the ratios, which come from
-alternating rounds, and not the absolute figures."""
+alternating rounds, and not the absolute figures. Those of processor time vary little; those of bursts (one per round)
+and of p99 are rough even so."""
 _METHOD = """\
 Three agents take turns on one cluster. The *floor* runs nothing and only reports each pod as Running; the *floor with
 Events* also writes the three Events of a start, the last status and the Event of an end, which a kubelet must.
@@ -65,7 +66,7 @@ def machine_now(versions: Mapping[str, str]) -> Machine:
         processor=_processor(),
         cores=len(os.sched_getaffinity(0)),
         memory_gib=round(memory, 1),
-        kernel=platform.release(),
+        kernel=platform.release().split("-")[0],
         python=platform.python_version(),
         load=round(os.getloadavg()[0], 1),
         versions=versions,
