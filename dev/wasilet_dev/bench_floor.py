@@ -45,6 +45,7 @@ SINGLES = 20
 """Pods of each round that are started one at a time."""
 
 BURST_PODS = 100
+MANY_PODS = 500
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 
@@ -107,18 +108,21 @@ class Row:
 HEADINGS = (*NAMES, "ratio", "reach")
 
 
-def bench_floor(settings: Settings, *, runs: int, pods: int, reporter: Reporter, say: Say) -> list[Row]:
-    """``runs`` rounds of single pods and of bursts of ``pods``, each agent in its turn.
+def bench_floor(
+    settings: Settings, *, runs: int, bursts: Sequence[int], reporter: Reporter, say: Say
+) -> dict[int, list[Row]]:
+    """``runs`` rounds of single pods and of bursts, each agent in its turn; a table for each size of burst.
 
     Raises HarnessError when the cluster does not come up, WaitTimeoutError when pods do not come where they should."""
     from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.up import up
 
-    with bench_cluster(replace(settings, max_pods=pods + 50)) as bench:
+    with bench_cluster(replace(settings, max_pods=max(bursts) + 50)) as bench:
         try:
             up(bench, reporter=reporter).raise_for_failure()
             with open_cluster(bench) as cluster, _floor_agents(cluster) as pids:
-                return rows(_Turns(cluster, pids, say).measure(runs, pods), pods)
+                turns = _Turns(cluster, pids, say)
+                return {pods: rows(turns.measure(runs, pods), pods) for pods in bursts}
         finally:
             remove_cluster(bench)
 
@@ -161,24 +165,28 @@ class _Turns:
         self.nodes = {NODE: cluster.node_names()[0]} | {name: node_name(name) for name in pids}
         self.cpu = {NODE: CpuTimes(cluster)} | {name: CpuTimes(cluster, agent=pid) for name, pid in pids.items()}
         self.samples: dict[str, Samples] = defaultdict(Samples)
+        make_namespace(self.kube)
 
     def measure(self, rounds: int, pods: int) -> dict[str, Samples]:
-        make_namespace(self.kube)
+        """All rounds with bursts of ``pods``."""
+        self.samples = defaultdict(Samples)
         for node in self.nodes.values():
             self._wait_ready(node)
         with Watched(Kube(self.cluster.admin_credentials())) as watched:
             for name in NAMES:
-                self._single(watched, name, Samples(), f"warm-{node_name(name)}")
+                self._single(watched, name, Samples(), f"warm-{pods}-{node_name(name)}")
             idle = {name: self.cpu[name].idle() for name in NAMES}
             for number in range(rounds):
                 # Who goes first changes from round to round: caches and a server that grows are no one's handicap.
                 order = [NAMES[(number + shift) % len(NAMES)] for shift in range(len(NAMES))]
-                self.say(f"round {number + 1} of {rounds}")
+                self.say(f"round {number + 1} of {rounds}, bursts of {pods}")
                 for single in range(SINGLES):
                     for name in order:
-                        self._single(watched, name, self.samples[name], f"{node_name(name)}-{number}-{single}")
+                        self._single(watched, name, self.samples[name], f"{node_name(name)}-{pods}-{number}-{single}")
                 for name in order:
-                    self._burst(watched, name, idle[name], [f"b-{node_name(name)}-{number}-{i}" for i in range(pods)])
+                    self._burst(
+                        watched, name, idle[name], [f"b{pods}-{node_name(name)}-{number}-{i}" for i in range(pods)]
+                    )
         return self.samples
 
     def _single(self, watched: Watched, agent: str, samples: Samples, name: str) -> None:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
+from wasilet.controlplane.versions import supported_kubernetes, versions
 from wasilet.errors import UsageError
 from wasilet.settings import Settings
 from wasilet.steps import Reporter
 
-from wasilet_dev import bench, bench_floor, bench_http, bench_throughput
+from wasilet_dev import bench, bench_floor, bench_http, bench_throughput, benchmark_page
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 class Measured(Protocol):
@@ -28,23 +33,44 @@ class Measured(Protocol):
         """For people."""
 
 
-def figures(what: str, settings: Settings, *, runs: int, pods: int, reporter: Reporter) -> Iterator[Measured]:
-    """``up``, ``pods``, ``floor`` or ``http``, as they are measured. Raises UsageError for anything else."""
+def figures(
+    what: str, settings: Settings, *, runs: int, pods: int, reporter: Reporter, write: bool = False
+) -> Iterator[Measured]:
+    """``up``, ``pods``, ``floor`` or ``http``, as they are measured. ``write``: floor writes ``docs/benchmarks.md``.
+    Raises UsageError for anything else."""
 
     def say(line: str) -> None:
         sys.stderr.write(f"bench: {line}\n")
 
     if runs < 1 or pods < 0:
         raise UsageError("at least one run, and at least one pod (0: as many as is usual)")
+    if write and what != "floor":
+        raise UsageError(f"bench {what} writes no page", hint="`invoke bench floor --write` does")
     if what == "up":
         yield from bench.bench_up(settings, runs=runs, say=say)
     elif what == "pods":
         yield from bench.bench_pods(settings, pods=pods or bench.TURN_PODS, reporter=reporter, say=say)
     elif what == "floor":
-        burst = pods or bench_floor.BURST_PODS
-        yield from bench_floor.bench_floor(settings, runs=runs, pods=burst, reporter=reporter, say=say)
+        bursts = (bench_floor.BURST_PODS, bench_floor.MANY_PODS) if write else (bench_floor.BURST_PODS,)
+        machine = benchmark_page.machine_now(_versions(settings))
+        tables = bench_floor.bench_floor(
+            settings, runs=runs, bursts=(pods,) if pods else bursts, reporter=reporter, say=say
+        )
+        if write:
+            for path in benchmark_page.write(DOCS, machine, tables, rounds=runs):
+                say(f"written: {path}")
+        for table in tables.values():
+            yield from table
     elif what == "http":
         yield from bench_throughput.compare(settings, rounds=runs, say=say)
         yield from bench_http.bench_servers(settings, pods=pods or bench_http.PODS, reporter=reporter, say=say)
     else:
         raise UsageError(f"there is no benchmark {what!r}", hint="there are up, pods, floor and http")
+
+
+def _versions(settings: Settings) -> dict[str, str]:
+    return {
+        "Kubernetes": supported_kubernetes(settings.kubernetes_version or ""),
+        "etcd": versions().others["etcd"],
+        "wasmtime": version("wasmtime"),
+    }

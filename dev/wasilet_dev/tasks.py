@@ -47,11 +47,12 @@ def docs(c: Context) -> None:
         "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300); "
         "bench floor: how many are a burst (default: 100); "
         "bench http: how many serve at the same time (default: 20)",
+        "write": "bench floor: write docs/benchmarks.md, its chart and its JSON (bursts of 100 and of 500)",
         "output": OUTPUT_HELP,
     },
 )
 @command
-def bench(c: Context, what: str, runs: int = 3, pods: int = 0, output: str = "text") -> None:
+def bench(c: Context, what: str, runs: int = 3, pods: int = 0, *, write: bool = False, output: str = "text") -> None:
     """Measure this machine and print the figures beside the targets; judges nothing.
 
     A cluster of its own is brought up and taken down again. floor has the node take turns with two stand-ins that only
@@ -63,12 +64,13 @@ def bench(c: Context, what: str, runs: int = 3, pods: int = 0, output: str = "te
       invoke bench pods --pods 10000     half an hour; is memory flat?
       invoke bench up --runs 5
       invoke bench floor --pods 500
+      invoke bench floor --write
       invoke bench http --pods 500
     """
     from wasilet_dev.benchmarks import figures
 
     checked_output(output)
-    measured = figures(what, settings_of(c), runs=runs, pods=pods, reporter=reporter())
+    measured = figures(what, settings_of(c), runs=runs, pods=pods, reporter=reporter(), write=write)
     if output == "json":
         emit_json([figure.to_json() for figure in measured])
         return

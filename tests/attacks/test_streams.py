@@ -15,7 +15,7 @@ import yaml
 from wasilet_node.lease import LeaseKeeper
 
 from tests.attacks.tally import Tally
-from tests.unit.node.server.rig import FakeKube, Rig, make_pod, make_status, running
+from tests.unit.node.server.rig import ReviewKube, Rig, make_pod, make_status, running
 
 pytestmark = pytest.mark.unit
 
@@ -30,7 +30,7 @@ LATE_SECONDS = 2.0
 """What is promised: a lease is 40 s long, and renewed every 10."""
 
 
-class LeaseServer(FakeKube):
+class LeaseServer(ReviewKube):
     """An API server that notes when the lease was renewed. A real call passes the loop some twenty times."""
 
     def __init__(self) -> None:

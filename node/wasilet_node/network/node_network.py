@@ -182,6 +182,16 @@ class NodeNetwork:
         nft.apply(f"flush set ip wasilet {MACHINE_SET}\n{elements}")
         self._machine_addresses = known
 
+    def keep_machine(self) -> None:
+        """Have the machine's routes where something took them: the node whose route led to the Services has ended, or
+        a VPN's client cleared the table. Raises NetlinkError."""
+        if self._machine is None:
+            return
+        uplink = ipaddress.IPv4Network(self.settings.uplink.ip)
+        for route in self._machine.routes():
+            if route.destination == uplink:
+                self._have_routes(self._machine, route.interface_index)
+
     def close(self) -> None:
         """Of this thread; the namespace stays."""
         for netlink in (self._machine, self._node):
@@ -225,18 +235,22 @@ class NodeNetwork:
         index = machine.require(name)
         machine.add_address(index, settings.machine_address, prefix=32, peer=settings.uplink.ip)
         machine.set_up(index)
-        for destination in (self.pod_cidr, settings.service_cidr):
-            try:
-                machine.add_route(destination, gateway=settings.uplink.ip, index=index)
-            except NetlinkError as error:
-                if error.errno != errno.EEXIST:
-                    raise
-                logger.info("the machine has a route to %s already: it is left alone", destination)
+        self._have_routes(machine, index)
         try:
             self._meet_other_nodes(machine, index)
         except NetlinkError as error:
             logger.warning("packets for pods of other nodes go through the machine's own firewall: %s", error)
             machine.set_forwarding(index)
+
+    def _have_routes(self, machine: Netlink, index: int) -> None:
+        """Where another has a route to the Services, as the first node of a cluster does, that one is used."""
+        there = {route.destination for route in machine.routes()}
+        for destination in {self.pod_cidr, self.settings.service_cidr} - there:
+            try:
+                machine.add_route(destination, gateway=self.settings.uplink.ip, index=index)
+            except NetlinkError as error:
+                if error.errno != errno.EEXIST:
+                    raise
 
     def _meet_other_nodes(self, machine: Netlink, index: int) -> None:
         """Redirect between this node's link and those of the cluster's other nodes, both ways. Each node does so after

@@ -15,12 +15,12 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wasilet_node.network import host_ports, resolver_files
+from wasilet_node.network import host_ports, machine_changes, resolver_files
 from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import NamespaceChannel
@@ -39,6 +39,9 @@ SETTLE_SECONDS = 5.0
 """How long a pod, and a Node that was there before, wait for a network that is being made or found again."""
 
 REFILL_SECONDS = 30.0
+CALM_SECONDS = 0.2
+"""How long changes of the machine's network gather before they are looked at."""
+
 _T = TypeVar("_T")
 HostsFile = Callable[[dict[str, Any], tuple[str, ...]], bytes]
 
@@ -113,6 +116,40 @@ class PodNetwork:
                 self._dial.shutdown(wait=False, cancel_futures=True)
 
     async def _keep_network(self) -> None:
+        with self._watching():
+            await self._keep_on()
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Look again when the machine's network changed, in which this thread is."""
+        loop, pending = asyncio.get_running_loop(), False
+
+        def calm() -> None:
+            nonlocal pending
+            pending = False
+            self._wake.set()
+
+        def changed() -> None:
+            nonlocal pending
+            machine_changes.drain(watch)
+            if not pending:
+                pending = True
+                loop.call_later(CALM_SECONDS, calm)
+
+        try:
+            watch = machine_changes.open_watch()
+        except OSError as error:
+            logger.warning("changes of the machine's network are seen every %g s only: %s", REFILL_SECONDS, error)
+            yield
+            return
+        loop.add_reader(watch, changed)
+        try:
+            yield
+        finally:
+            loop.remove_reader(watch)
+            watch.close()
+
+    async def _keep_on(self) -> None:
         while True:
             self._wake.clear()
             timeout = REFILL_SECONDS
@@ -306,6 +343,7 @@ class PodNetwork:
     def _know_machine(self) -> None:
         if self._node is not None:
             self._node.know_machine()
+            self._node.keep_machine()
 
     def _have_node(self, channel: NamespaceChannel, pod_cidr: ipaddress.IPv4Network) -> NodeNetwork:
         """This thread in the node's namespace, and the supervisor holding it."""

@@ -122,8 +122,10 @@ class Evictor:
             if not worker.holds_resources or worker.verdict is not None or is_critical(worker.pod):
                 continue
             sizes = {name: int(usage.bytes) for name, usage in (await volumes.loose_usage(worker.pod)).items()}
+            if not sizes:
+                continue
             verdict = ephemeral_storage.exceeded(worker.pod, ephemeral_storage.StorageUsage(volumes=sizes))
-            if sizes and verdict is not None:
+            if verdict is not None:
                 self._evict(worker, verdict)
 
     async def _relieve(self, pressure: Pressure, active: Mapping[str, PodWorker]) -> None:

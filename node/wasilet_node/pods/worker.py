@@ -106,7 +106,7 @@ class PodWorker:
         self._containers = ContainerSync(
             services, pod, instances=self.instances, results=self.results, messages=self._messages, jobs=self, held=held
         )
-        self._counted: tuple[Pod, Requests] | None = None
+        self._counted: tuple[Mapping[str, Any], Requests] | None = None
         self._containers.seed_back_off()
 
     # ---- what the manager reports
@@ -115,7 +115,11 @@ class PodWorker:
         """A newer state of the pod from the watch; ``listed``: from a whole list."""
         if not self._status_writer.observed(pod, listed=listed):
             return
-        before, self.pod = self.pod, pod
+        before = self.pod
+        if pod["spec"] == before["spec"]:
+            # Each change of the status brings the whole pod again: one spec is kept, and what was made of it counts on.
+            pod = {**pod, "spec": before["spec"]}
+        self.pod = pod
         self._containers.pod = pod
         if any(before["metadata"].get(k) != pod["metadata"].get(k) for k in ("labels", "annotations")):
             self._containers.refresher.at_once()
@@ -156,8 +160,8 @@ class PodWorker:
     def requests(self) -> Requests:
         """What counts against the node: of what has been accepted. Raises QuantityError."""
         accepted = self._containers.resizes.accepted(self.pod)
-        if self._counted is None or self._counted[0] is not accepted:
-            self._counted = (accepted, resources.pod_requests(accepted))
+        if self._counted is None or self._counted[0] is not accepted["spec"]:
+            self._counted = (accepted["spec"], resources.pod_requests(accepted))
         return self._counted[1]
 
     def pod_with_status(self) -> Pod:

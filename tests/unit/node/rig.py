@@ -9,8 +9,10 @@ from typing import Any
 
 from wasilet_node.kube.base import ConflictError, KubeError, KubeObject, NotFoundError, WatchEvent
 
+from tests.unit.node.fake_kube import FakeKube
 
-class NodeStore:
+
+class NodeKube(FakeKube):
     """``wasilet_node.kube.base.Kube`` for one Node and its Lease; patches merge as the API server merges them."""
 
     def __init__(self) -> None:
@@ -45,16 +47,6 @@ class NodeStore:
         self._note("GET", path, {})
         return copy.deepcopy(self._found(path))
 
-    async def list(
-        self,
-        path: str,
-        *,
-        field_selector: str | None = None,
-        label_selector: str | None = None,
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise AssertionError(path)
-
     async def create(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
         self._note("POST", path, body)
         target = f"{path}/{body['metadata']['name']}"
@@ -62,25 +54,12 @@ class NodeStore:
             raise ConflictError(409, "AlreadyExists", f"{target} already exists")
         return self.put(target, body)
 
-    async def replace(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
-        raise AssertionError(path)
-
     async def patch(
         self, path: str, body: KubeObject, *, content_type: str = "", timeout_seconds: float = 10.0
     ) -> KubeObject:
         self._note("PATCH", path, body)
         target = path.removesuffix("/status")
         return self.put(target, _merge(self._found(target), body))
-
-    async def delete(
-        self,
-        path: str,
-        *,
-        grace_period_seconds: int | None = None,
-        uid: str | None = None,
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise AssertionError(path)
 
     async def watch(
         self, path: str, *, field_selector: str | None = None, label_selector: str | None = None

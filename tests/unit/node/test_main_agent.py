@@ -16,7 +16,7 @@ from wasilet_node.kube.kubeconfig import Cluster, is_node_kubeconfig, render_nod
 from wasilet_node.runtime.protocol import RuntimeUnavailableError
 from wasilet_node.settings import NodePaths, NodeSettings
 
-from tests.unit.node.rig import NodeStore
+from tests.unit.node.rig import NodeKube
 
 pytestmark = pytest.mark.unit
 
@@ -69,12 +69,12 @@ async def test_one_part_that_ends_takes_all_others_down(
     parts: dict[str, Coroutine[Any, Any, None]] = {"a": others[0].run(), "b": part(), "c": others[1].run()}
     async with asyncio.timeout(5):
         with pytest.raises(error, match=message):
-            await agent(tmp_path)._supervise(KubeEventRecorder(NodeStore(), host="n1"), parts)
+            await agent(tmp_path)._supervise(KubeEventRecorder(NodeKube(), host="n1"), parts)
     assert all(other.ended for other in others)
 
 
 async def test_a_stop_ends_all_parts_and_writes_the_last_events(tmp_path: Path) -> None:
-    store = NodeStore()
+    store = NodeKube()
     events = KubeEventRecorder(store, host="n1")
     part = Part()
     task = asyncio.create_task(agent(tmp_path)._supervise(events, {"a": part.run()}))

@@ -21,7 +21,7 @@ from wasilet_node.machine import Levels
 from wasilet_node.registration import NodeTakenError, Registration
 from wasilet_node.settings import NodePaths, NodeSettings
 
-from tests.unit.node.rig import NodeStore, Recorded
+from tests.unit.node.rig import NodeKube, Recorded
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +43,7 @@ class Rig:
     """A registration and what it was told and told others."""
 
     def __init__(self, data: Path, **settings: Any) -> None:
-        self.store = NodeStore()
+        self.store = NodeKube()
         self.events = Recorded()
         self.names: list[NodeNames] = []
         self.unauthorized = 0
@@ -456,7 +456,7 @@ def test_a_changed_condition_gets_a_new_transition_time() -> None:
     assert (condition["lastTransitionTime"], condition["lastHeartbeatTime"]) == ("old", "now")
 
 
-def keeper(store: NodeStore, **more: Any) -> LeaseKeeper:
+def keeper(store: NodeKube, **more: Any) -> LeaseKeeper:
     return LeaseKeeper(
         **{
             "kube": store,
@@ -471,7 +471,7 @@ def keeper(store: NodeStore, **more: Any) -> LeaseKeeper:
 
 
 async def test_the_lease_is_made_owned_by_the_node_and_renewed() -> None:
-    store = NodeStore()
+    store = NodeKube()
     task = asyncio.create_task(keeper(store).run())
     await until(lambda: store.count("PATCH", LEASE) >= 3)
     task.cancel()
@@ -485,7 +485,7 @@ async def test_the_lease_is_made_owned_by_the_node_and_renewed() -> None:
 
 
 async def test_a_new_node_owns_the_old_lease() -> None:
-    store = NodeStore()
+    store = NodeKube()
     uid = ["uid-1"]
     made = keeper(store, node_uid=lambda: uid[0])
     await made.renew()
@@ -525,7 +525,7 @@ async def test_an_outage_is_survived_and_said_once(
 ) -> None:
     monkeypatch.setattr("wasilet_node.lease._RETRY_SECONDS", 0.01)
     caplog.set_level("INFO")
-    store = NodeStore()
+    store = NodeKube()
     store.failures = [ApiUnavailableError("away"), ApiStatusError(401, "Unauthorized", "who?")]
     told: list[bool] = []
     task = asyncio.create_task(keeper(store, on_unauthorized=lambda: told.append(True)).run())

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, cast
+from xml.etree import ElementTree as ET
 
 import pytest
+from wasilet.errors import UsageError
+from wasilet.settings import load
+from wasilet.steps import SilentReporter
+from wasilet_dev import benchmark_page
 from wasilet_dev.bench_floor import EVENTS, NODE, STATUS, Row, Samples, rows
+from wasilet_dev.benchmarks import figures
 from wasilet_dev.cpu_time import Reading, per_pod_ms
 from wasilet_dev.floor_agent import FloorAgent
 from wasilet_node.kube.base import WatchEvent
@@ -126,3 +135,46 @@ async def test_the_stand_in_writes_each_thing_once_and_in_order(
         agent.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await agent
+
+
+MACHINE = benchmark_page.Machine(
+    processor="A <processor>",
+    cores=2,
+    memory_gib=8.0,
+    kernel="6.1",
+    python="3.11.2",
+    load=0.1,
+    versions={"etcd": "3.6.1"},
+    date="1 January 2026",
+)
+
+
+def test_the_page_names_the_machine_and_every_figure(tmp_path: Path) -> None:
+    table = list(_rows().values())
+    written = benchmark_page.write(tmp_path, MACHINE, {100: table, 500: table}, rounds=3)
+    assert [path.name for path in written] == ["benchmarks.md", "benchmarks.svg", "benchmarks.json"]
+    text = written[0].read_text()
+    assert "2 cores, 8 GiB, Linux 6.1, Python 3.11.2; etcd 3.6.1; 3 rounds" in text
+    assert "| create to Running, p50 | ms | 102.0 | 51.0 | 51.0 | 2.00 | at most 1.5 |" in text
+    assert text.index("## Bursts of 100") < text.index("## Bursts of 500")
+    assert "had other work" not in text
+    kept = json.loads(written[2].read_text())
+    assert kept["bursts"]["500"][0]["ratio"] == 2.0
+    assert kept["machine"]["versions"] == {"etcd": "3.6.1"}
+
+
+def test_a_busy_machine_is_named_on_the_page() -> None:
+    busy = dataclasses.replace(MACHINE, load=5.0)
+    assert "**The machine had other work to do** (load 5" in benchmark_page.page(busy, {}, rounds=1)
+
+
+def test_the_chart_is_xml_with_a_bar_for_every_agent() -> None:
+    drawn = ET.fromstring(benchmark_page.chart(list(_rows().values())))  # noqa: S314 - made here
+    bars = [each for each in drawn.iter("{http://www.w3.org/2000/svg}rect") if each.get("x") == "250"]
+    shown = [row for row in _rows().values() if not row.name.startswith("CPU") or row.name.endswith(": all")]
+    assert len(bars) == 1 + 3 * len(shown)  # and the legend's first
+
+
+def test_only_floor_writes_a_page() -> None:
+    with pytest.raises(UsageError, match="bench up writes no page"):
+        list(figures("up", load(environ={}), runs=1, pods=0, reporter=SilentReporter(), write=True))

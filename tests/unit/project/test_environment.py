@@ -18,7 +18,7 @@ from wasilet_node.pods.service_environment import service_environment
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.volumes.base import ContainerConfigError, Volumes
 
-from tests.unit.node.volumes.rig import FakeKube, make_container, make_pod
+from tests.unit.node.volumes.rig import ReferenceKube, make_container, make_pod
 
 pytestmark = pytest.mark.unit
 
@@ -38,12 +38,12 @@ def image(**more: Any) -> Image:
 
 
 @pytest.fixture
-def kube() -> FakeKube:
-    return FakeKube()
+def kube() -> ReferenceKube:
+    return ReferenceKube()
 
 
 @pytest.fixture
-async def references(kube: FakeKube) -> AsyncIterator[References]:
+async def references(kube: ReferenceKube) -> AsyncIterator[References]:
     references = References(kube, settings=ReferenceSettings(lag_seconds=0.05, services_timeout_seconds=0.05))
     references.start()
     yield references
@@ -82,7 +82,7 @@ async def test_later_variables_see_earlier_ones_and_the_order_is_kept(references
 
 
 async def test_env_from_comes_first_with_its_prefix_and_env_overrides_it(
-    kube: FakeKube, references: References
+    kube: ReferenceKube, references: References
 ) -> None:
     kube.config_map("settings", {"MODE": "slow", "LEVEL": "1"})
     kube.secret("keys", {"KEY": b"s3cret"})
@@ -114,7 +114,7 @@ async def test_env_from_comes_first_with_its_prefix_and_env_overrides_it(
     ],
 )
 async def test_what_is_missing_is_named_in_kubelets_words(
-    kube: FakeKube, references: References, entry: dict[str, Any], message: str
+    kube: ReferenceKube, references: References, entry: dict[str, Any], message: str
 ) -> None:
     kube.config_map("cm", {"other": "x"})
     kube.secret("sec", {"other": b"x"})
@@ -126,7 +126,7 @@ async def test_what_is_missing_is_named_in_kubelets_words(
 @pytest.mark.parametrize("kind", ["configMapKeyRef", "secretKeyRef"])
 @pytest.mark.parametrize("name", ["none", "known"])
 async def test_an_optional_reference_that_is_missing_leaves_the_variable_out(
-    kube: FakeKube, references: References, kind: str, name: str
+    kube: ReferenceKube, references: References, kind: str, name: str
 ) -> None:
     kube.config_map("known", {})
     kube.secret("known", {})
@@ -186,7 +186,7 @@ def test_a_limit_that_is_not_set_is_the_pods_before_the_nodes(what: str, expecte
 
 
 async def test_a_secret_that_is_no_text_cannot_be_a_variable_and_is_not_printed(
-    kube: FakeKube, references: References
+    kube: ReferenceKube, references: References
 ) -> None:
     kube.secret("bin", {"k": b"\xff\xfe-hidden"})
     with pytest.raises(ContainerConfigError, match="key k in Secret default/bin is not UTF-8") as caught:
@@ -194,24 +194,26 @@ async def test_a_secret_that_is_no_text_cannot_be_a_variable_and_is_not_printed(
     assert "hidden" not in str(caught.value)
 
 
-async def test_a_nul_byte_is_refused(kube: FakeKube, references: References) -> None:
+async def test_a_nul_byte_is_refused(kube: ReferenceKube, references: References) -> None:
     kube.config_map("nul", {"k": "a\0b"})
     with pytest.raises(ContainerConfigError, match="NUL"):
         await variable(references, {"valueFrom": {"configMapKeyRef": {"name": "nul", "key": "k"}}})
 
 
-async def test_an_api_server_that_is_away_is_a_config_error_to_retry(kube: FakeKube, references: References) -> None:
+async def test_an_api_server_that_is_away_is_a_config_error_to_retry(
+    kube: ReferenceKube, references: References
+) -> None:
     kube.unavailable = ApiUnavailableError("connection refused")
     with pytest.raises(ContainerConfigError, match="connection refused"):
         await variable(references, {"valueFrom": {"configMapKeyRef": {"name": "a", "key": "k"}}})
 
 
-def put_service(kube: FakeKube, namespace: str, name: str, address: str, *ports: dict[str, Any]) -> None:
+def put_service(kube: ReferenceKube, namespace: str, name: str, address: str, *ports: dict[str, Any]) -> None:
     kube.put(f"/api/v1/namespaces/{namespace}/services/{name}", spec={"clusterIP": address, "ports": list(ports)})
 
 
 async def test_services_of_the_namespace_and_the_master_become_variables(
-    kube: FakeKube, references: References
+    kube: ReferenceKube, references: References
 ) -> None:
     put_service(kube, "default", "kubernetes", "10.96.0.1", {"name": "https", "port": 443, "protocol": "TCP"})
     put_service(kube, "default", "redis-db", "10.96.0.2", {"port": 6379})
@@ -252,14 +254,16 @@ def test_an_ipv6_service_has_brackets_in_its_url_only() -> None:
     assert found["SIX_SERVICE_HOST"] == "fd00::1"
 
 
-async def test_services_never_listed_stop_the_container_in_kubelets_words(kube: FakeKube) -> None:
+async def test_services_never_listed_stop_the_container_in_kubelets_words(kube: ReferenceKube) -> None:
     references = References(kube, settings=ReferenceSettings(services_timeout_seconds=0.01))
     with pytest.raises(ContainerConfigError, match="services have not yet been read at least once"):
         await build(references, make_container())
     await references.close()
 
 
-async def test_a_service_that_is_removed_is_gone_for_the_next_container(kube: FakeKube, references: References) -> None:
+async def test_a_service_that_is_removed_is_gone_for_the_next_container(
+    kube: ReferenceKube, references: References
+) -> None:
     put_service(kube, "default", "redis", "10.96.0.2", {"port": 6379})
     await asyncio.sleep(0.01)
     assert "REDIS_SERVICE_HOST" in await build(references, make_container(), enableServiceLinks=True)

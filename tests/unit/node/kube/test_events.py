@@ -13,9 +13,10 @@ from wasilet_node.kube.base import (
     ForbiddenError,
     KubeObject,
     NotFoundError,
-    WatchEvent,
 )
 from wasilet_node.kube.events import KubeEventRecorder
+
+from tests.unit.node.fake_kube import FakeKube
 
 pytestmark = pytest.mark.unit
 
@@ -26,7 +27,7 @@ POD: KubeObject = {
 }
 
 
-class Store:
+class EventKube(FakeKube):
     """Keeps events as the API server would."""
 
     def __init__(self) -> None:
@@ -50,37 +51,6 @@ class Store:
         self.patched.append((path, body))
         return body
 
-    async def get(self, path: str, *, timeout_seconds: float = 10.0) -> KubeObject:
-        raise AssertionError(path)
-
-    async def list(
-        self,
-        path: str,
-        *,
-        field_selector: str | None = None,
-        label_selector: str | None = None,
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise AssertionError(path)
-
-    async def replace(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
-        raise AssertionError(path)
-
-    async def delete(
-        self,
-        path: str,
-        *,
-        grace_period_seconds: int | None = None,
-        uid: str | None = None,
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise AssertionError(path)
-
-    def watch(
-        self, path: str, *, field_selector: str | None = None, label_selector: str | None = None
-    ) -> AsyncIterator[WatchEvent]:
-        raise AssertionError(path)
-
 
 class Clock:
     """Monotonic seconds that a test moves."""
@@ -100,8 +70,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def store() -> Store:
-    return Store()
+def store() -> EventKube:
+    return EventKube()
 
 
 @pytest.fixture
@@ -112,7 +82,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-async def recorder(store: Store, clock: Clock) -> AsyncIterator[KubeEventRecorder]:
+async def recorder(store: EventKube, clock: Clock) -> AsyncIterator[KubeEventRecorder]:
     recorder = KubeEventRecorder(store, host="n1", clock=clock)
     task = asyncio.create_task(recorder.run())
     yield recorder
@@ -120,7 +90,7 @@ async def recorder(store: Store, clock: Clock) -> AsyncIterator[KubeEventRecorde
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_an_event_is_what_kubectl_describe_expects(recorder: KubeEventRecorder, store: Store) -> None:
+async def test_an_event_is_what_kubectl_describe_expects(recorder: KubeEventRecorder, store: EventKube) -> None:
     recorder.event(POD, "Normal", "Pulled", "Successfully pulled", field_path="spec.containers{c}")
     await recorder.flush(timeout_seconds=2)
 
@@ -142,14 +112,14 @@ async def test_an_event_is_what_kubectl_describe_expects(recorder: KubeEventReco
     assert event["firstTimestamp"] == event["lastTimestamp"]
 
 
-async def test_events_of_the_node_go_into_the_default_namespace(recorder: KubeEventRecorder, store: Store) -> None:
+async def test_events_of_the_node_go_into_the_default_namespace(recorder: KubeEventRecorder, store: EventKube) -> None:
     recorder.event({"kind": "Node", "metadata": {"name": "n1", "uid": "n1"}}, "Normal", "Starting", "x")
     await recorder.flush(timeout_seconds=2)
     assert store.created[0]["metadata"]["namespace"] == "default"
     assert "namespace" not in store.created[0]["involvedObject"]
 
 
-async def test_the_same_text_again_counts_up_the_first_event(recorder: KubeEventRecorder, store: Store) -> None:
+async def test_the_same_text_again_counts_up_the_first_event(recorder: KubeEventRecorder, store: EventKube) -> None:
     for _ in range(3):
         recorder.event(POD, "Warning", "BackOff", "restarting")
     await recorder.flush(timeout_seconds=2)
@@ -163,7 +133,7 @@ async def test_the_same_text_again_counts_up_the_first_event(recorder: KubeEvent
 
 
 async def test_the_same_text_about_another_container_is_another_event(
-    recorder: KubeEventRecorder, store: Store
+    recorder: KubeEventRecorder, store: EventKube
 ) -> None:
     recorder.event(POD, "Normal", "Started", "x", field_path="spec.containers{a}")
     recorder.event(POD, "Normal", "Started", "x", field_path="spec.containers{b}")
@@ -171,7 +141,9 @@ async def test_the_same_text_about_another_container_is_another_event(
     assert len(store.created) == 2
 
 
-async def test_an_event_that_expired_is_made_again_with_its_count(recorder: KubeEventRecorder, store: Store) -> None:
+async def test_an_event_that_expired_is_made_again_with_its_count(
+    recorder: KubeEventRecorder, store: EventKube
+) -> None:
     recorder.event(POD, "Warning", "BackOff", "restarting")
     await recorder.flush(timeout_seconds=2)
     store.failures = [NotFoundError(404, "NotFound", "gone")]
@@ -180,7 +152,7 @@ async def test_an_event_that_expired_is_made_again_with_its_count(recorder: Kube
     assert [event["count"] for event in store.created] == [1, 2]
 
 
-async def test_many_texts_of_one_reason_become_one_event(recorder: KubeEventRecorder, store: Store) -> None:
+async def test_many_texts_of_one_reason_become_one_event(recorder: KubeEventRecorder, store: EventKube) -> None:
     for number in range(15):
         recorder.event(POD, "Warning", "Unhealthy", f"probe failed {number}")
     await recorder.flush(timeout_seconds=2)
@@ -192,7 +164,9 @@ async def test_many_texts_of_one_reason_become_one_event(recorder: KubeEventReco
     assert store.patched[-1][1]["message"] == "(combined from similar events): probe failed 14"
 
 
-async def test_combining_ends_after_ten_quiet_minutes(recorder: KubeEventRecorder, store: Store, clock: Clock) -> None:
+async def test_combining_ends_after_ten_quiet_minutes(
+    recorder: KubeEventRecorder, store: EventKube, clock: Clock
+) -> None:
     for number in range(12):
         recorder.event(POD, "Warning", "Unhealthy", f"probe failed {number}")
     await recorder.flush(timeout_seconds=2)
@@ -203,7 +177,7 @@ async def test_combining_ends_after_ten_quiet_minutes(recorder: KubeEventRecorde
 
 
 async def test_one_object_gets_25_at_once_then_one_in_five_minutes(
-    recorder: KubeEventRecorder, store: Store, clock: Clock
+    recorder: KubeEventRecorder, store: EventKube, clock: Clock
 ) -> None:
     for _ in range(40):
         recorder.event(POD, "Warning", "BackOff", "restarting")
@@ -233,7 +207,7 @@ async def test_one_object_gets_25_at_once_then_one_in_five_minutes(
     ],
 )
 async def test_a_refused_event_is_dropped_and_the_next_is_written(
-    recorder: KubeEventRecorder, store: Store, failure: Exception
+    recorder: KubeEventRecorder, store: EventKube, failure: Exception
 ) -> None:
     store.failures = [failure]
     recorder.event(POD, "Normal", "Killing", "x")
@@ -242,14 +216,14 @@ async def test_a_refused_event_is_dropped_and_the_next_is_written(
     assert [event["reason"] for event in store.created] == ["Started"]
 
 
-async def test_an_api_server_that_is_away_is_waited_for(recorder: KubeEventRecorder, store: Store) -> None:
+async def test_an_api_server_that_is_away_is_waited_for(recorder: KubeEventRecorder, store: EventKube) -> None:
     store.failures = [ApiUnavailableError("away"), ApiUnavailableError("away")]
     recorder.event(POD, "Normal", "Started", "x")
     await until(lambda: bool(store.created))
     assert [event["reason"] for event in store.created] == ["Started"]
 
 
-async def test_at_the_end_an_api_server_that_is_away_is_not_waited_for(store: Store) -> None:
+async def test_at_the_end_an_api_server_that_is_away_is_not_waited_for(store: EventKube) -> None:
     recorder = KubeEventRecorder(store, host="n1")
     task = asyncio.create_task(recorder.run())
     store.failures = [ApiUnavailableError("away") for _ in range(100)]
@@ -262,7 +236,7 @@ async def test_at_the_end_an_api_server_that_is_away_is_not_waited_for(store: St
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_events_let_statuses_go_first(store: Store) -> None:
+async def test_events_let_statuses_go_first(store: EventKube) -> None:
     busy = True
     recorder = KubeEventRecorder(store, host="n1", busy=lambda: busy)
     task = asyncio.create_task(recorder.run())
@@ -277,7 +251,7 @@ async def test_events_let_statuses_go_first(store: Store) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_statuses_without_end_hold_no_event_up_for_long(store: Store, clock: Clock) -> None:
+async def test_statuses_without_end_hold_no_event_up_for_long(store: EventKube, clock: Clock) -> None:
     recorder = KubeEventRecorder(store, host="n1", clock=clock, busy=lambda: True)
     task = asyncio.create_task(recorder.run())
     recorder.event(POD, "Normal", "Started", "x")
@@ -289,7 +263,9 @@ async def test_statuses_without_end_hold_no_event_up_for_long(store: Store, cloc
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_what_waits_at_the_end_is_written_without_waiting(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_waits_at_the_end_is_written_without_waiting(
+    store: EventKube, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """500 pods started just before: at 50 per second their Events would take half a minute."""
     monkeypatch.setattr(wasilet_node.kube.events, "_WRITE_BURST", 1)
     monkeypatch.setattr(wasilet_node.kube.events, "_WRITES_PER_SECOND", 0.01)
@@ -303,7 +279,9 @@ async def test_what_waits_at_the_end_is_written_without_waiting(store: Store, mo
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_flood_never_blocks_and_is_told(store: Store, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_flood_never_blocks_and_is_told(
+    store: EventKube, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     recorder = KubeEventRecorder(store, host="n1", clock=clock)
     for _ in range(6000):
         recorder.event(POD, "Normal", "Started", "x")
@@ -311,14 +289,14 @@ async def test_a_flood_never_blocks_and_is_told(store: Store, clock: Clock, capl
     assert caplog.text.count("were dropped so far") == 1
 
 
-async def test_the_end_waits_only_as_long_as_it_may(store: Store, clock: Clock) -> None:
+async def test_the_end_waits_only_as_long_as_it_may(store: EventKube, clock: Clock) -> None:
     recorder = KubeEventRecorder(store, host="n1", clock=clock)
     recorder.event(POD, "Normal", "Started", "x")
     async with asyncio.timeout(2):
         await recorder.flush(timeout_seconds=0.05)
 
 
-async def test_writes_are_limited_to_kubelets_rate(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_writes_are_limited_to_kubelets_rate(store: EventKube, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wasilet_node.kube.events, "_WRITE_BURST", 2)
     recorder = KubeEventRecorder(store, host="n1")
     task = asyncio.create_task(recorder.run())
@@ -331,20 +309,20 @@ async def test_writes_are_limited_to_kubelets_rate(store: Store, monkeypatch: py
     assert asyncio.get_running_loop().time() - began >= 5 / 50 * 0.9
 
 
-async def test_an_endless_message_is_shortened(recorder: KubeEventRecorder, store: Store) -> None:
+async def test_an_endless_message_is_shortened(recorder: KubeEventRecorder, store: EventKube) -> None:
     recorder.event(POD, "Warning", "Failed", "x" * 100_000)
     await recorder.flush(timeout_seconds=2)
     assert len(store.created[0]["message"]) == 1024
 
 
-async def test_a_pod_with_the_longest_name_has_events_too(recorder: KubeEventRecorder, store: Store) -> None:
+async def test_a_pod_with_the_longest_name_has_events_too(recorder: KubeEventRecorder, store: EventKube) -> None:
     recorder.event({**POD, "metadata": {**POD["metadata"], "name": "p" * 253}}, "Normal", "Started", "x")
     await recorder.flush(timeout_seconds=2)
     assert len(store.created[0]["metadata"]["name"]) <= 253
 
 
 async def test_a_slow_api_server_does_not_hold_the_events_of_other_pods_back(clock: Clock) -> None:
-    class Slow(Store):
+    class Slow(EventKube):
         async def create(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
             await asyncio.sleep(0.1)
             return await super().create(path, body, timeout_seconds=timeout_seconds)

@@ -9,7 +9,7 @@ import pytest
 from wasilet_node.kube.base import ApiUnavailableError, ForbiddenError, NotFoundError
 from wasilet_node.kube.references import References, ReferenceSettings
 
-from tests.unit.node.volumes.rig import FakeKube
+from tests.unit.node.volumes.rig import ReferenceKube
 
 pytestmark = pytest.mark.unit
 
@@ -19,12 +19,12 @@ SETTINGS = ReferenceSettings(lag_seconds=0.15, ttl_seconds=30, max_watches=2)
 
 
 @pytest.fixture
-def kube() -> FakeKube:
-    return FakeKube()
+def kube() -> ReferenceKube:
+    return ReferenceKube()
 
 
 @pytest.fixture
-async def references(kube: FakeKube) -> AsyncIterator[References]:
+async def references(kube: ReferenceKube) -> AsyncIterator[References]:
     references = References(kube, settings=SETTINGS)
     yield references
     await references.close()
@@ -34,14 +34,14 @@ async def data(references: References, uid: str = "a", max_age_seconds: float = 
     return (await references.config_map("default", "cm", pod_uid=uid, max_age_seconds=max_age_seconds))["data"]
 
 
-async def test_right_after_a_binding_a_403_is_retried(kube: FakeKube, references: References) -> None:
+async def test_right_after_a_binding_a_403_is_retried(kube: ReferenceKube, references: References) -> None:
     kube.config_map("cm", {"k": "v"})
     kube.forbidden[PATH] = 3
     assert await data(references) == {"k": "v"}
     assert kube.calls[PATH] == 4
 
 
-async def test_a_403_that_stays_is_reported_after_the_lag(kube: FakeKube, references: References) -> None:
+async def test_a_403_that_stays_is_reported_after_the_lag(kube: ReferenceKube, references: References) -> None:
     kube.forbidden[PATH] = 1000
     with pytest.raises(ForbiddenError, match="no relationship found"):
         await data(references)
@@ -52,14 +52,16 @@ async def test_a_403_that_stays_is_reported_after_the_lag(kube: FakeKube, refere
     assert kube.calls[PATH] == calls + 1, "a pod that is known for longer is not lagging"
 
 
-async def test_a_missing_object_is_reported_at_once_in_kubelets_words(kube: FakeKube, references: References) -> None:
+async def test_a_missing_object_is_reported_at_once_in_kubelets_words(
+    kube: ReferenceKube, references: References
+) -> None:
     with pytest.raises(NotFoundError) as caught:
         await references.secret("default", "s", pod_uid="a")
     assert str(caught.value) == 'secret "s" not found'
     assert kube.calls["/api/v1/namespaces/default/secrets/s"] == 1
 
 
-async def test_a_start_reads_anew_and_a_refresh_does_not(kube: FakeKube, references: References) -> None:
+async def test_a_start_reads_anew_and_a_refresh_does_not(kube: ReferenceKube, references: References) -> None:
     kube.config_map("cm", {"k": "1"})
     assert await data(references) == {"k": "1"}
     kube.config_map("cm", {"k": "2"})
@@ -67,7 +69,7 @@ async def test_a_start_reads_anew_and_a_refresh_does_not(kube: FakeKube, referen
     assert await data(references) == {"k": "2"}
 
 
-async def test_many_that_ask_at_once_share_two_reads(kube: FakeKube) -> None:
+async def test_many_that_ask_at_once_share_two_reads(kube: ReferenceKube) -> None:
     references = References(kube, settings=ReferenceSettings(watch_from_users=10_000))
     kube.config_map("cm", {"k": "v"})
     kube.delay_seconds = 0.01
@@ -77,7 +79,7 @@ async def test_many_that_ask_at_once_share_two_reads(kube: FakeKube) -> None:
     await references.close()
 
 
-async def test_a_read_that_began_before_is_not_shared(kube: FakeKube) -> None:
+async def test_a_read_that_began_before_is_not_shared(kube: ReferenceKube) -> None:
     references = References(kube, settings=ReferenceSettings(watch_from_users=10_000))
     kube.config_map("cm", {"k": "old"})
     kube.delay_seconds = 0.02
@@ -90,7 +92,9 @@ async def test_a_read_that_began_before_is_not_shared(kube: FakeKube) -> None:
     await references.close()
 
 
-async def test_one_that_gives_up_does_not_spoil_the_read_of_the_others(kube: FakeKube, references: References) -> None:
+async def test_one_that_gives_up_does_not_spoil_the_read_of_the_others(
+    kube: ReferenceKube, references: References
+) -> None:
     kube.config_map("cm", {"k": "v"})
     kube.delay_seconds = 0.02
     impatient = asyncio.create_task(data(references, "a"))
@@ -101,7 +105,7 @@ async def test_one_that_gives_up_does_not_spoil_the_read_of_the_others(kube: Fak
     assert await patient == {"k": "v"}
 
 
-async def test_an_immutable_object_is_read_once(kube: FakeKube, references: References) -> None:
+async def test_an_immutable_object_is_read_once(kube: ReferenceKube, references: References) -> None:
     kube.config_map("cm", {"k": "v"}, immutable=True)
     for uid in ("a", "b", "c"):
         await data(references, uid)
@@ -109,7 +113,9 @@ async def test_an_immutable_object_is_read_once(kube: FakeKube, references: Refe
     assert kube.watching == 0
 
 
-async def test_an_object_that_pods_share_is_watched_and_read_no_more(kube: FakeKube, references: References) -> None:
+async def test_an_object_that_pods_share_is_watched_and_read_no_more(
+    kube: ReferenceKube, references: References
+) -> None:
     kube.config_map("cm", {"k": "1"})
     for uid in ("a", "b"):
         await data(references, uid)
@@ -126,7 +132,9 @@ async def test_an_object_that_pods_share_is_watched_and_read_no_more(kube: FakeK
     assert kube.calls[WATCH] == 1
 
 
-async def test_a_slow_read_does_not_overwrite_what_the_watch_brought(kube: FakeKube, references: References) -> None:
+async def test_a_slow_read_does_not_overwrite_what_the_watch_brought(
+    kube: ReferenceKube, references: References
+) -> None:
     kube.config_map("cm", {"k": "old"})
     await data(references, "a")
     answer = kube.objects[PATH]
@@ -143,7 +151,7 @@ async def test_a_slow_read_does_not_overwrite_what_the_watch_brought(kube: FakeK
     assert await data(references, "a") == {"k": "new"}
 
 
-async def test_a_watch_that_breaks_gives_way_to_reads(kube: FakeKube, references: References) -> None:
+async def test_a_watch_that_breaks_gives_way_to_reads(kube: ReferenceKube, references: References) -> None:
     kube.config_map("cm", {"k": "1"})
     for uid in ("a", "b"):
         await data(references, uid)
@@ -155,7 +163,7 @@ async def test_a_watch_that_breaks_gives_way_to_reads(kube: FakeKube, references
     assert kube.watching == 0
 
 
-async def test_no_more_is_watched_than_the_limit(kube: FakeKube, references: References) -> None:
+async def test_no_more_is_watched_than_the_limit(kube: ReferenceKube, references: References) -> None:
     for name in ("one", "two", "three"):
         kube.config_map(name, {})
         for uid in ("a", "b"):
@@ -164,7 +172,7 @@ async def test_no_more_is_watched_than_the_limit(kube: FakeKube, references: Ref
     assert kube.watching == 2
 
 
-async def test_the_last_pod_takes_the_object_and_its_watch_along(kube: FakeKube, references: References) -> None:
+async def test_the_last_pod_takes_the_object_and_its_watch_along(kube: ReferenceKube, references: References) -> None:
     kube.config_map("cm", {"k": "v"})
     for uid in ("a", "b"):
         await data(references, uid)
@@ -180,7 +188,9 @@ async def test_the_last_pod_takes_the_object_and_its_watch_along(kube: FakeKube,
     assert references._pods == {}
 
 
-async def test_a_token_is_bound_to_the_pod_and_a_404_is_retried_as_lag(kube: FakeKube, references: References) -> None:
+async def test_a_token_is_bound_to_the_pod_and_a_404_is_retried_as_lag(
+    kube: ReferenceKube, references: References
+) -> None:
     path = "/api/v1/namespaces/default/serviceaccounts/robot/token"
     kube.forbidden[path] = 2
     status = await references.service_account_token(
@@ -195,13 +205,13 @@ async def test_a_token_is_bound_to_the_pod_and_a_404_is_retried_as_lag(kube: Fak
     assert kube.calls[path] == 3
 
 
-async def test_names_cannot_lead_to_other_paths(kube: FakeKube, references: References) -> None:
+async def test_names_cannot_lead_to_other_paths(kube: ReferenceKube, references: References) -> None:
     with pytest.raises(NotFoundError):
         await references.secret("default", "../../kube-system/secrets/x", pod_uid="a")
     assert all("kube-system/" not in path for path in kube.calls)
 
 
-async def test_closing_leaves_no_task(kube: FakeKube) -> None:
+async def test_closing_leaves_no_task(kube: ReferenceKube) -> None:
     references = References(kube, settings=SETTINGS)
     references.start()
     kube.config_map("cm", {})

@@ -32,6 +32,8 @@ from wasilet_node.runtime.protocol import (
 from wasilet_node.settings import NodePaths
 from wasilet_node.volumes.removal import Usage
 
+from tests.unit.node.fake_kube import FakeKube
+
 Pod = dict[str, Any]
 
 
@@ -104,7 +106,7 @@ def _merge_status(status: Pod, patch: Mapping[str, Any]) -> None:
             status[name] = copy.deepcopy(value)
 
 
-class FakeKube:
+class PodKube(FakeKube):
     """Keeps pods by path and tells one watcher; deletes with grace as the API server does."""
 
     def __init__(self) -> None:
@@ -171,22 +173,6 @@ class FakeKube:
         await asyncio.sleep(0)
         self._check("get", path)
         return copy.deepcopy(self._find(path))
-
-    async def list(
-        self,
-        path: str,
-        *,
-        field_selector: str | None = None,
-        label_selector: str | None = None,
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise NotImplementedError
-
-    async def create(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
-        raise NotImplementedError
-
-    async def replace(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
-        raise NotImplementedError
 
     async def patch(
         self,
@@ -589,7 +575,7 @@ class Fakes:
     """One of each."""
 
     data: Path
-    kube: FakeKube = dataclasses.field(default_factory=FakeKube)
+    kube: PodKube = dataclasses.field(default_factory=PodKube)
     runtime: FakeRuntime = dataclasses.field(default_factory=FakeRuntime)
     images: FakeImages = dataclasses.field(default_factory=FakeImages)
     volumes: FakeVolumes = dataclasses.field(default_factory=FakeVolumes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from wasilet_node.images.model import ImageError
+from wasilet_node.pods import resources
 from wasilet_node.runtime.protocol import ExecResult, RuntimeCapabilities
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
 
@@ -45,8 +46,36 @@ async def test_a_pod_that_starts_at_once_takes_one_patch(fakes: Fakes) -> None:
     async with running(fakes):
         fakes.kube.add(make_pod())
         await eventually(lambda: phase(fakes) == "Running")
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.4)
         assert len(fakes.kube.patches) == 1
+        fakes.kube.ask_deletion("a")
+        await eventually(lambda: gone(fakes))
+        assert [patch.get("phase") for _, patch in fakes.kube.patches[1:]] == ["Failed"]
+
+
+async def test_what_a_pod_asks_for_is_counted_again_only_when_its_spec_changes(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each new pod is compared with all that are there: else a burst would cost its square."""
+    counted: list[str] = []
+    count = resources.pod_requests
+
+    def counting(pod: dict[str, Any]) -> resources.Requests:
+        counted.append(pod["metadata"]["name"])
+        return count(pod)
+
+    monkeypatch.setattr(resources, "pod_requests", counting)
+    async with running(fakes):
+        fakes.kube.add(make_pod())
+        await eventually(lambda: phase(fakes) == "Running")
+        fakes.kube.change("a", lambda pod: pod["metadata"].update(labels={"x": "y"}))
+        fakes.kube.add(make_pod("b"))
+        await eventually(lambda: phase(fakes, "b") == "Running")
+        fakes.kube.change("a", lambda pod: pod["metadata"].update(labels={"x": "z"}))
+        fakes.kube.add(make_pod("c"))
+        await eventually(lambda: phase(fakes, "c") in ("Running", "Failed"))
+        # At its own admission, and once as the others' neighbour.
+        assert counted.count("a") == 2
 
 
 async def test_a_slow_image_shows_as_container_creating(fakes: Fakes) -> None:

@@ -20,7 +20,7 @@ from wasilet_node.pods.status_pace import StatusPace
 from wasilet_node.pods.status_writer import StatusWriter, diff
 from wasilet_node.runtime.protocol import ContainerState
 
-from tests.unit.node.pods.fakes import FakeKube, _merge_status, eventually, make_instance, make_pod
+from tests.unit.node.pods.fakes import PodKube, _merge_status, eventually, make_instance, make_pod
 
 pytestmark = pytest.mark.unit
 
@@ -275,7 +275,7 @@ def test_a_resize_condition_that_is_over_is_deleted() -> None:
 
 
 async def test_newer_statuses_replace_those_that_wait() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     for phase in ("Pending", "Running", "Succeeded"):
@@ -289,7 +289,7 @@ CREATING = {"phase": "Pending", "podIP": ""}
 
 
 async def test_what_is_out_of_date_in_a_moment_is_never_sent() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     for address in ("", "10.9.0.7"):
@@ -303,7 +303,7 @@ async def test_what_is_out_of_date_in_a_moment_is_never_sent() -> None:
 
 
 async def test_between_two_patches_too_a_status_that_may_wait_is_held_back() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     held: list[float] = []
 
@@ -326,7 +326,7 @@ async def test_between_two_patches_too_a_status_that_may_wait_is_held_back() -> 
 
 
 async def test_what_may_wait_is_sent_all_the_same() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     patcher.submit(CREATING, urgent=False)
@@ -347,7 +347,7 @@ async def test_what_may_wait_is_sent_all_the_same() -> None:
     ],
 )
 async def test_a_generation_that_was_seen_waits_for_what_it_led_to(status: dict[str, Any], *, waits: bool) -> None:
-    kube = FakeKube()
+    kube = PodKube()
     pod = make_pod()
     ready = {"type": "Ready", "status": "True", "observedGeneration": 1}
     pod["status"] = {"observedGeneration": 1, "phase": "Running", "conditions": [ready]}
@@ -367,7 +367,7 @@ async def test_a_generation_that_was_seen_waits_for_what_it_led_to(status: dict[
 
 
 async def test_a_flush_waits_for_no_pace() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
 
     class Slow(StatusPace):
@@ -391,7 +391,7 @@ def test_in_a_burst_statuses_that_may_wait_go_one_after_another_but_none_waits_f
 
 
 async def test_a_server_that_writes_a_value_in_its_own_way_is_not_patched_again() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     wanted = {"phase": "Running", "containerStatuses": [{"name": "c", "image": ""}]}
@@ -407,7 +407,7 @@ async def test_a_server_that_writes_a_value_in_its_own_way_is_not_patched_again(
 
 
 async def test_an_older_watch_event_does_not_bring_an_old_status_back() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     before = copy.deepcopy(kube.pod("a"))
     patcher = StatusWriter(kube, before, on_gone=lambda: None, pace=StatusPace(time.monotonic))
@@ -421,7 +421,7 @@ async def test_an_older_watch_event_does_not_bring_an_old_status_back() -> None:
 
 
 async def test_an_absent_server_is_asked_again() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     failures = [ApiUnavailableError("x"), ConflictError(409, "Conflict", "changed")]
     kube.fail = lambda verb, _path: failures.pop(0) if failures and verb == "patch" else None
@@ -434,7 +434,7 @@ async def test_an_absent_server_is_asked_again() -> None:
 
 async def test_a_whole_list_counts_even_if_its_versions_are_lower() -> None:
     """As after an etcd was restored from a backup: the pod would be blind until the versions have caught up."""
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
     restored = make_pod()
@@ -447,7 +447,7 @@ async def test_a_whole_list_counts_even_if_its_versions_are_lower() -> None:
 
 
 async def test_one_404_is_not_the_end_of_a_pod() -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     failures: list[Exception] = [NotFoundError(404, "Not Found", "404 page not found")]
     kube.fail = lambda verb, _path: failures.pop(0) if failures and verb == "patch" else None
@@ -462,7 +462,7 @@ async def test_one_404_is_not_the_end_of_a_pod() -> None:
 
 @pytest.mark.parametrize("verb", ["patch", "get"])
 async def test_an_answer_about_something_else_is_not_believed(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kube = FakeKube()
+    kube = PodKube()
     kube.add(make_pod())
     real = getattr(kube, verb)
     lies: list[dict[str, Any]] = [{"kind": "Pod", "metadata": {}}]
@@ -485,7 +485,7 @@ async def test_an_answer_about_something_else_is_not_believed(verb: str, monkeyp
 
 @pytest.mark.parametrize("replaced", [False, True])
 async def test_a_pod_that_is_gone_or_replaced_ends_the_patching(replaced: bool) -> None:  # noqa: FBT001
-    kube = FakeKube()
+    kube = PodKube()
     if replaced:
         kube.add(make_pod(uid="another"))
     lost = asyncio.Event()
@@ -506,7 +506,7 @@ async def test_a_pod_that_is_gone_or_replaced_ends_the_patching(replaced: bool) 
 )
 async def test_a_pod_that_the_node_may_no_longer_read_is_gone(message: str, gone: bool) -> None:  # noqa: FBT001
     """The node authorizer refuses what is not on the node before anybody looks whether it is there."""
-    kube = FakeKube()
+    kube = PodKube()
     kube.fail = lambda verb, _path: ForbiddenError(403, "Forbidden", message) if verb == "get" else None
     lost = asyncio.Event()
     patcher = StatusWriter(kube, make_pod(), on_gone=lost.set, pace=StatusPace(time.monotonic))

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from wasilet_node.kube.base import KubeObject, WatchEvent
+from wasilet_node.kube.base import KubeObject
 from wasilet_node.network.attachment import MachineNetwork
 from wasilet_node.runtime.protocol import (
     ContainerConfig,
@@ -34,6 +34,8 @@ from wasilet_node.runtime.protocol import (
 )
 from wasilet_node.server.app import KubeletServer
 from wasilet_node.settings import NodePaths, NodeSettings
+
+from tests.unit.node.fake_kube import FakeKube
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def client_context(trusted: bytes, pair: Pair | None = None) -> ssl.SSLContext:
 
 
 @dataclass
-class FakeKube:
+class ReviewKube(FakeKube):
     """An API server that knows tokens and grants; counts what it is asked."""
 
     tokens: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -151,42 +153,6 @@ class FakeKube:
         attributes = body["spec"]["resourceAttributes"]
         grant = (body["spec"]["user"], attributes["verb"], attributes["subresource"])
         return {"status": {"allowed": grant in self.grants}}
-
-    async def get(self, path: str, *, timeout_seconds: float = 10.0) -> KubeObject:
-        raise NotImplementedError
-
-    async def list(
-        self,
-        path: str,
-        *,
-        field_selector: str | None = None,
-        label_selector: str | None = None,
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise NotImplementedError
-
-    async def replace(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
-        raise NotImplementedError
-
-    async def patch(
-        self, path: str, body: KubeObject, *, content_type: str = "", timeout_seconds: float = 10.0
-    ) -> KubeObject:
-        raise NotImplementedError
-
-    async def delete(
-        self,
-        path: str,
-        *,
-        grace_period_seconds: int | None = None,
-        uid: str | None = None,
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise NotImplementedError
-
-    def watch(
-        self, path: str, *, field_selector: str | None = None, label_selector: str | None = None
-    ) -> AsyncIterator[WatchEvent]:
-        raise NotImplementedError
 
 
 @dataclass
@@ -419,7 +385,7 @@ class Rig:
 
     def __init__(self, folder: Path, *, max_connections: int = LIMIT) -> None:
         self.authority = Authority()
-        self.kube = FakeKube()
+        self.kube = ReviewKube()
         self.pods = FakePods()
         self.runtime = FakeRuntime()
         self.log_root = folder

@@ -22,9 +22,9 @@ from tests.unit.node.server.rig import (
     LIMIT,
     NOT_YET,
     Authority,
-    FakeKube,
     FakePods,
     FakeRuntime,
+    ReviewKube,
     Rig,
     log_folder,
     make_pod,
@@ -174,7 +174,7 @@ async def test_a_port_that_is_taken_is_named_before_a_certificate_exists(tmp_pat
         holder.listen()
         server = KubeletServer(
             settings=make_settings(tmp_path, port=holder.getsockname()[1]),
-            kube=FakeKube(),
+            kube=ReviewKube(),
             pods=FakePods(),
             runtime=FakeRuntime(),
             log_root=tmp_path,

@@ -24,7 +24,7 @@ from wasilet_node.server.auth import (
 )
 from wasilet_node.server.caches import ExpiringCache
 
-from tests.unit.node.server.rig import Authority, FakeKube
+from tests.unit.node.server.rig import Authority, ReviewKube
 
 pytestmark = pytest.mark.unit
 
@@ -105,7 +105,7 @@ def test_a_certificate_names_user_and_groups_while_it_is_valid() -> None:
 async def test_many_requests_with_one_token_are_one_review() -> None:
     release = asyncio.Event()
 
-    class SlowKube(FakeKube):
+    class SlowKube(ReviewKube):
         async def create(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
             await release.wait()
             return await super().create(path, body, timeout_seconds=timeout_seconds)
@@ -123,7 +123,7 @@ async def test_many_requests_with_one_token_are_one_review() -> None:
 
 
 async def test_a_rejected_token_is_remembered_and_an_error_is_not() -> None:
-    kube = FakeKube()
+    kube = ReviewKube()
     authenticator = Authenticator(kube)
     for _ in range(2):
         assert await authenticator.authenticate(tls=None, authorization="Bearer bad") is None
@@ -136,20 +136,20 @@ async def test_a_rejected_token_is_remembered_and_an_error_is_not() -> None:
 
 
 async def test_the_cache_does_not_hold_tokens() -> None:
-    authenticator = Authenticator(FakeKube(tokens={"very-secret": {"username": "u"}}))
+    authenticator = Authenticator(ReviewKube(tokens={"very-secret": {"username": "u"}}))
     await authenticator.authenticate(tls=None, authorization="Bearer very-secret")
     assert all(b"very-secret" not in key for key in authenticator._known._entries)
 
 
 @pytest.mark.parametrize("token", ["x" * 20_000, "ä"])
 async def test_absurd_tokens_are_not_sent_on(token: str) -> None:
-    kube = FakeKube()
+    kube = ReviewKube()
     assert await Authenticator(kube).authenticate(tls=None, authorization=f"Bearer {token}") is None
     assert not kube.asked
 
 
 async def test_the_coarse_right_is_asked_for_only_when_the_fine_one_is_missing() -> None:
-    kube = FakeKube(grants={("u", "get", "pods"), ("v", "get", "proxy")})
+    kube = ReviewKube(grants={("u", "get", "pods"), ("v", "get", "proxy")})
     authorizer = Authorizer(kube, node_name="n")
     assert (await authorizer.authorize(User(name="u"), method="GET", path="/pods")).allowed
     assert len(kube.asked) == 1
@@ -158,7 +158,7 @@ async def test_the_coarse_right_is_asked_for_only_when_the_fine_one_is_missing()
 
 
 async def test_decisions_are_remembered_for_each_user_and_verb() -> None:
-    kube = FakeKube(grants={("u", "get", "proxy")})
+    kube = ReviewKube(grants={("u", "get", "proxy")})
     authorizer = Authorizer(kube, node_name="n")
     for _ in range(3):
         assert (await authorizer.authorize(User(name="u"), method="GET", path="/x")).allowed
@@ -168,7 +168,7 @@ async def test_decisions_are_remembered_for_each_user_and_verb() -> None:
 
 
 async def test_a_lookup_that_fails_is_an_error_and_not_a_refusal() -> None:
-    authorizer = Authorizer(FakeKube(error=ApiUnavailableError("away")), node_name="n")
+    authorizer = Authorizer(ReviewKube(error=ApiUnavailableError("away")), node_name="n")
     with pytest.raises(AuthorizationError, match=r"user=u, verb=get, resource=nodes, subresource=metrics"):
         await authorizer.authorize(User(name="u"), method="GET", path="/metrics")
 

@@ -16,8 +16,8 @@ from tests.unit.node.runtime.guests import ECHO, SLEEPER, guest, running_supervi
 from tests.unit.node.server.rig import (
     API_SERVER,
     Authority,
-    FakeKube,
     FakePods,
+    ReviewKube,
     client_context,
     make_pod,
     make_settings,
@@ -41,7 +41,7 @@ class Node:
         self.runtime = runtime
         self.authority = Authority()
         self.pods = FakePods()
-        kube = FakeKube(grants={(API_SERVER, "get", name) for name in ("proxy", "stats", "metrics")})
+        kube = ReviewKube(grants={(API_SERVER, "get", name) for name in ("proxy", "stats", "metrics")})
         self.server = KubeletServer(
             settings=make_settings(data),
             kube=kube,

@@ -24,8 +24,10 @@ from wasilet_node.settings import NodePaths
 from wasilet_node.volumes.manager import VolumeManager
 from wasilet_node.volumes.tokens import Tokens
 
+from tests.unit.node.fake_kube import FakeKube
 
-class FakeKube:
+
+class ReferenceKube(FakeKube):
     """An API server in memory: ``put`` and ``remove`` reach watches at once."""
 
     def __init__(self) -> None:
@@ -138,29 +140,6 @@ class FakeKube:
         stamp = datetime.fromtimestamp(expires, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return {"status": {"token": f"head.{payload}.sign", "expirationTimestamp": stamp}}
 
-    async def replace(self, path: str, body: KubeObject, *, timeout_seconds: float = 10.0) -> KubeObject:
-        raise AssertionError("references are only read")
-
-    async def patch(
-        self,
-        path: str,
-        body: KubeObject,
-        *,
-        content_type: str = "application/strategic-merge-patch+json",
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise AssertionError("references are only read")
-
-    async def delete(
-        self,
-        path: str,
-        *,
-        grace_period_seconds: int | None = None,
-        uid: str | None = None,
-        timeout_seconds: float = 10.0,
-    ) -> KubeObject:
-        raise AssertionError("references are only read")
-
     async def watch(
         self, path: str, *, field_selector: str | None = None, label_selector: str | None = None
     ) -> AsyncIterator[WatchEvent]:
@@ -215,7 +194,7 @@ class Rig:
     """A volume manager with everything around it."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        self.kube = FakeKube()
+        self.kube = ReferenceKube()
         self.references = References(
             self.kube,
             settings=ReferenceSettings(**{"lag_seconds": 0.2, **settings}),

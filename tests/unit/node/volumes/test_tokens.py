@@ -10,7 +10,7 @@ from wasilet_node.kube.references import References, ReferenceSettings
 from wasilet_node.volumes.base import VolumeError
 from wasilet_node.volumes.tokens import Tokens
 
-from tests.unit.node.volumes.rig import FakeKube, make_pod
+from tests.unit.node.volumes.rig import ReferenceKube, make_pod
 
 pytestmark = pytest.mark.unit
 
@@ -18,19 +18,19 @@ PATH = "/api/v1/namespaces/default/serviceaccounts/default/token"
 
 
 @pytest.fixture
-def kube() -> FakeKube:
-    return FakeKube()
+def kube() -> ReferenceKube:
+    return ReferenceKube()
 
 
 @pytest.fixture
-async def references(kube: FakeKube) -> AsyncIterator[References]:
+async def references(kube: ReferenceKube) -> AsyncIterator[References]:
     references = References(kube, settings=ReferenceSettings(lag_seconds=0.05))
     yield references
     await references.close()
 
 
 @pytest.fixture
-def tokens(kube: FakeKube, references: References) -> Tokens:
+def tokens(kube: ReferenceKube, references: References) -> Tokens:
     return Tokens(references, clock=lambda: kube.now, jitter=lambda: 0.0)
 
 
@@ -38,7 +38,7 @@ async def ask(tokens: Tokens, *, uid: str = "u", audience: str = "", published: 
     return await tokens.token(make_pod(uid=uid), audience=audience, expiration_seconds=3607, published=published)
 
 
-async def test_a_token_is_kept_until_four_fifths_of_its_life(kube: FakeKube, tokens: Tokens) -> None:
+async def test_a_token_is_kept_until_four_fifths_of_its_life(kube: ReferenceKube, tokens: Tokens) -> None:
     first = await ask(tokens)
     kube.now += 0.79 * 3600
     assert await ask(tokens) == first
@@ -47,7 +47,7 @@ async def test_a_token_is_kept_until_four_fifths_of_its_life(kube: FakeKube, tok
     assert kube.calls[PATH] == 2
 
 
-async def test_a_long_token_is_renewed_after_a_day(kube: FakeKube, tokens: Tokens) -> None:
+async def test_a_long_token_is_renewed_after_a_day(kube: ReferenceKube, tokens: Tokens) -> None:
     kube.token_seconds = 365 * 86400
     first = await ask(tokens)
     kube.now += 86400 - 60
@@ -56,7 +56,7 @@ async def test_a_long_token_is_renewed_after_a_day(kube: FakeKube, tokens: Token
     assert await ask(tokens) != first
 
 
-async def test_a_failed_renewal_keeps_the_old_token_while_it_is_valid(kube: FakeKube, tokens: Tokens) -> None:
+async def test_a_failed_renewal_keeps_the_old_token_while_it_is_valid(kube: ReferenceKube, tokens: Tokens) -> None:
     first = await ask(tokens)
     kube.unavailable = ApiUnavailableError("away")
     kube.now += 3500
@@ -66,13 +66,13 @@ async def test_a_failed_renewal_keeps_the_old_token_while_it_is_valid(kube: Fake
         await ask(tokens)
 
 
-async def test_a_first_token_that_cannot_be_had_is_an_error(kube: FakeKube, tokens: Tokens) -> None:
+async def test_a_first_token_that_cannot_be_had_is_an_error(kube: ReferenceKube, tokens: Tokens) -> None:
     kube.unavailable = ApiUnavailableError("away")
     with pytest.raises(VolumeError, match="failed to fetch token: away"):
         await ask(tokens)
 
 
-async def test_audiences_and_pods_have_tokens_of_their_own(kube: FakeKube, tokens: Tokens) -> None:
+async def test_audiences_and_pods_have_tokens_of_their_own(kube: ReferenceKube, tokens: Tokens) -> None:
     await ask(tokens)
     await ask(tokens, audience="vault")
     await ask(tokens, uid="other")
@@ -80,7 +80,7 @@ async def test_audiences_and_pods_have_tokens_of_their_own(kube: FakeKube, token
 
 
 async def test_after_a_restart_a_published_token_of_this_pod_is_taken_over(
-    kube: FakeKube, tokens: Tokens, references: References
+    kube: ReferenceKube, tokens: Tokens, references: References
 ) -> None:
     first = await ask(tokens)
     again = Tokens(references, clock=lambda: kube.now, jitter=lambda: 0.0)
@@ -92,7 +92,7 @@ async def test_after_a_restart_a_published_token_of_this_pod_is_taken_over(
 
 
 @pytest.mark.parametrize("junk", [b"", b"x", b"a.b.c", b"a.e30.c", b"a.W10.c", b"\xff.\xff.\xff"])
-async def test_what_is_no_token_of_ours_is_not_taken_over(kube: FakeKube, tokens: Tokens, junk: bytes) -> None:
+async def test_what_is_no_token_of_ours_is_not_taken_over(kube: ReferenceKube, tokens: Tokens, junk: bytes) -> None:
     assert await ask(tokens, published=junk) != junk
 
 

@@ -13,7 +13,7 @@ from wasilet_node.kube.base import ApiUnavailableError
 from wasilet_node.kube.trust_bundles import TrustBundles
 from wasilet_node.volumes.base import VolumeError
 
-from tests.unit.node.volumes.rig import FakeKube, Rig, make_container, make_pod
+from tests.unit.node.volumes.rig import ReferenceKube, Rig, make_container, make_pod
 
 pytestmark = pytest.mark.unit
 
@@ -26,7 +26,7 @@ def pem(name: str, *, line: int = 64) -> str:
     return "\n".join(["-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""])
 
 
-def put(kube: FakeKube, name: str, *certificates: str, signer: str = "", path: str = PATH, **labels: str) -> None:
+def put(kube: ReferenceKube, name: str, *certificates: str, signer: str = "", path: str = PATH, **labels: str) -> None:
     text = "".join(f"# a remark\n{certificate}" for certificate in certificates)
     made = kube.put(f"{path}/{name}", spec={"signerName": signer, "trustBundle": text})
     made["metadata"]["labels"] = labels
@@ -118,7 +118,7 @@ async def test_a_change_reaches_a_running_pod(tmp_path: Path) -> None:
 
 
 async def test_many_pods_share_a_read_and_each_hears_of_its_failure() -> None:
-    kube = FakeKube()
+    kube = ReferenceKube()
     kube.delay_seconds = 0.01
     put(kube, "mine", pem("a"))
     bundles = TrustBundles(kube)
