@@ -1,4 +1,4 @@
-"""Shared work: who is cancelled when, and kubelet's back-off."""
+"""Shared work: who is cancelled when."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-from wasilet_common.backoff import ImagePullBackoff
 from wasilet_common.singleflight import SingleFlight
 from wasilet_node.images.uninterrupted import uninterrupted
 
@@ -113,56 +112,6 @@ async def test_a_cancelled_caller_of_a_thread_goes_only_when_the_thread_has_ende
     await asyncio.gather(caller, return_exceptions=True)
     assert caller.cancelled()
     assert ended.is_set()
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_delays_double_from_10_to_300_seconds() -> None:
-    clock = Clock()
-    backoff = ImagePullBackoff(clock=clock)
-    key = ("uid", "image")
-    delays = []
-    for number in range(7):
-        assert backoff.waiting(key) is None
-        backoff.failed(key, f"error {number}")
-        began = clock.now
-        while backoff.waiting(key) == f"error {number}":
-            clock.now += 1
-        delays.append(clock.now - began)
-    assert delays == [10, 20, 40, 80, 160, 300, 300]
-
-
-def test_an_entry_left_alone_for_ten_minutes_starts_from_the_beginning() -> None:
-    clock = Clock()
-    backoff = ImagePullBackoff(clock=clock)
-    for _ in range(5):
-        backoff.failed(("uid", "image"), "error")
-    clock.now += 601
-    backoff.failed(("uid", "image"), "error")
-    clock.now += 10
-    assert backoff.waiting(("uid", "image")) is None
-
-
-def test_another_pod_does_not_wait() -> None:
-    backoff = ImagePullBackoff(clock=Clock())
-    backoff.failed(("uid", "image"), "error")
-    assert backoff.waiting(("other", "image")) is None
-    assert backoff.waiting(("uid", "other")) is None
-
-
-def test_expired_entries_are_forgotten_and_others_are_not() -> None:
-    clock = Clock()
-    backoff = ImagePullBackoff(clock=clock)
-    backoff.failed(("old", "image"), "error")
-    clock.now += 601
-    backoff.failed(("new", "image"), "error")
-    backoff.forget_expired()
-    assert list(backoff._entries) == [("new", "image")]
 
 
 async def test_work_whose_result_is_kept_goes_on_without_callers() -> None:

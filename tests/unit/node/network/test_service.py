@@ -392,6 +392,55 @@ def test_the_machines_way_to_the_services_outlives_the_node_that_made_it(tmp_pat
     with_machine(work)
 
 
+def test_pods_do_not_reach_another_clusters_pods_nodes_or_loopback_of_the_machine(tmp_path: Path) -> None:
+    """Two clusters on one machine: each row is an address and a port where something does listen."""
+    other = NetworkSettings(
+        cluster_cidr=ipaddress.IPv4Network("10.29.0.0/16"),
+        service_cidr=ipaddress.IPv4Network("10.30.0.0/16"),
+        uplink=ipaddress.IPv4Interface("10.29.255.2/30"),
+    )
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        async with (
+            running_supervisor(tmp_path / "a") as one,
+            running_supervisor(tmp_path / "b") as two,
+            Running(network(one.paths)) as here,
+            Running(network(two.paths, other), "10.29.4.0/24") as there,
+        ):
+            await here.attach(pod("u1"))
+            target = await there.attach(pod("u2"))
+            assert target is not None
+            in_pod, _ = await there._in_thread(there._socket_inside, "u2")
+            with socket.socket() as on_loopback, there.make_socket() as on_node, in_pod:
+                for listener, address in ((on_loopback, "127.0.0.1"), (on_node, "0.0.0.0"), (in_pod, "0.0.0.0")):
+                    listener.bind((address, 80))
+                    listener.listen()
+                rows = {
+                    "a pod of the other cluster": target.addresses[0],
+                    "a node of the other cluster": "10.29.255.2",
+                    "the gateway of the other cluster's pods": "10.29.4.1",
+                    "the machine's loopback, from its end of the link": "10.9.255.1",
+                    "the machine's loopback, from its end of the other link": "10.29.255.1",
+                    "its own loopback": "127.0.0.1",
+                }
+                # The machine itself reaches what listens, so that a refusal is one of the pod alone.
+                for name in ("a pod of the other cluster", "a node of the other cluster"):
+                    with socket.create_connection((rows[name], 80), timeout=20):
+                        pass
+                for name, address in rows.items():
+                    client, _ = await here._in_thread(here._socket_inside, "u1")
+                    with client:
+                        try:
+                            async with asyncio.timeout(20):
+                                await loop.sock_connect(client, (address, 80))
+                        except ConnectionRefusedError:
+                            continue
+                    pytest.fail(f"{name} was reached")
+
+    with_machine(work)
+
+
 async def gone(data: Path) -> None:
     """Until the link of a node that ended is gone: the kernel takes it down in its own time."""
     async with asyncio.timeout(20):

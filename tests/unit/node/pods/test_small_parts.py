@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from wasilet_common import pod_fields
-from wasilet_common.backoff import CrashLoopBackoff, NotBefore, RetryBackoff
 from wasilet_common.cri_log import layout, reader
 from wasilet_common.time_format import go_duration
 from wasilet_node.pods.http_policy import ALLOWED_DOMAINS, MAX_CONCURRENT_REQUESTS, http_policy
@@ -24,60 +23,9 @@ from tests.unit.node.pods.fakes import make_pod
 pytestmark = pytest.mark.unit
 
 
-def test_the_first_restart_is_immediate_then_delays_double_to_five_minutes() -> None:
-    backoff = CrashLoopBackoff()
-    now = 1000.0
-    delays = []
-    for _ in range(8):
-        wait = backoff.remaining("c", finished_at=now, now=now)
-        delays.append(wait)
-        backoff.next("c", finished_at=now, now=now + wait)
-        now += wait + 1
-    assert delays == [0, 10, 20, 40, 80, 160, 300, 300]
-
-
-def test_ten_minutes_of_running_reset_the_back_off() -> None:
-    backoff = CrashLoopBackoff()
-    for _ in range(4):
-        backoff.next("c", finished_at=100, now=100)
-    assert backoff.remaining("c", finished_at=699, now=699) == 80
-    assert backoff.remaining("c", finished_at=701, now=701) == 0
-    backoff.next("c", finished_at=701, now=701)
-    assert backoff.delay("c") == 10
-
-
-def test_a_restarted_agent_goes_on_where_the_back_off_was() -> None:
-    backoff = CrashLoopBackoff()
-    backoff.seed("c", restarts=3, started_at=1000)
-    assert backoff.remaining("c", finished_at=1001, now=1001) == 40
-    fresh = CrashLoopBackoff()
-    fresh.seed("c", restarts=0, started_at=1000)
-    assert fresh.remaining("c", finished_at=1001, now=1001) == 0
-
-
-@given(st.floats(0, 1e10), st.floats(-1e5, 1e5))
-def test_no_clock_makes_a_wait_longer_than_the_delay(finished_at: float, drift: float) -> None:
-    backoff = CrashLoopBackoff()
-    backoff.next("c", finished_at=finished_at, now=finished_at)
-    assert 0 <= backoff.remaining("c", finished_at=finished_at, now=finished_at + drift) <= 10
-
-
 @pytest.mark.parametrize(("seconds", "text"), [(10, "10s"), (80, "1m20s"), (300, "5m0s"), (0, "0s"), (3661, "1h1m1s")])
 def test_durations_are_written_as_go_writes_them(seconds: float, text: str) -> None:
     assert go_duration(seconds) == text
-
-
-def test_retries_double_up_to_their_limit() -> None:
-    retry = RetryBackoff(initial=1, maximum=5)
-    assert [retry.next() for _ in range(4)] == [1, 2, 4, 5]
-    retry.reset()
-    assert retry.next() == 1
-
-
-def test_a_clock_that_is_set_back_ends_a_wait() -> None:
-    wait = NotBefore(since=1000.0, seconds=10.0)
-    assert [wait.left(now) for now in (1000.0, 1004.0, 1010.0, 2000.0)] == [10.0, 6.0, 0.0, 0.0]
-    assert wait.left(999.0) == 0.0
 
 
 # ---- the annotations of wasi-experimental-http
