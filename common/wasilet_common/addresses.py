@@ -34,6 +34,14 @@ _METADATA = frozenset(
 )
 """Metadata services of clouds that are not link-local: Alibaba Cloud, Azure, Oracle Cloud, AWS by IPv6."""
 
+_HOSTS_FILE = frozenset(
+    {
+        *("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"),
+        *("localhost4", "localhost4.localdomain4", "localhost6", "localhost6.localdomain6"),
+    }
+)
+"""Names of loopback in the hosts files of Debian's and Red Hat's families."""
+
 _LAST_32_BITS = tuple(
     ipaddress.IPv6Network(text)
     for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
@@ -81,7 +89,7 @@ def literal(host: str) -> Address | None:
 def names_this_machine(host: str) -> bool:
     """``localhost`` and what is below it (RFC 6761), and every spelling of a loopback or unspecified address."""
     name = unicodedata.normalize("NFKC", host).replace("\u3002", ".").rstrip(".").lower()
-    if name in {"localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"} or name.endswith(".localhost"):
+    if name in _HOSTS_FILE or name.endswith(".localhost"):
         return True
     address = literal(host)
     return address is not None and reserved(address) in {"loopback", "unspecified"}

@@ -85,12 +85,16 @@ def gather_facts(kube: Kube, node: str, *, ranges: frozenset[Network] = frozense
     found = {net for net in map(parsed_network, _service_cidrs(kube)) if net} | set(ranges)
     # Where neither the API nor the harness reports the range, at least the one address that matters most is of it.
     found |= {net for ip in addresses if (net := parsed_network(str(ip)))}
-    if own := parsed_address(urlsplit(kube.server).hostname or ""):
+    host = (urlsplit(kube.server).hostname or "").lower()
+    if own := parsed_address(host):
         addresses.add(own)
     for endpoint in (kube.find(_API_SLICE) or {}).get("endpoints") or []:
         addresses |= {ip for ip in map(parsed_address, endpoint.get("addresses") or []) if ip}
     return Facts(
-        service_ranges=frozenset(found), api_servers=frozenset(addresses), other_nodes=_other_nodes(kube, node)
+        service_ranges=frozenset(found),
+        api_servers=frozenset(addresses),
+        api_names=frozenset({host} if host and own is None else ()),
+        other_nodes=_other_nodes(kube, node),
     )
 
 

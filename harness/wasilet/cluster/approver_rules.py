@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from wasilet_common.addresses import forms, literal, names_this_machine, reserved
+
 from wasilet.kube.client import KubeObject
 
 SIGNER = "kubernetes.io/kubelet-serving"
@@ -61,6 +63,9 @@ class Facts:
     service_ranges: frozenset[Network] = frozenset()
     api_servers: frozenset[Address] = frozenset()
     """Where API servers listen, the Service ``kubernetes`` included."""
+
+    api_names: frozenset[str] = frozenset()
+    """The names by which clients find an API server, in lower case: a Node may be called alike."""
 
     other_nodes: Mapping[Address, str] = field(default_factory=dict)
     """The name of a Node other than the requesting one, by each of its addresses."""
@@ -127,8 +132,10 @@ def _checked(csr: KubeObject, node: KubeObject | None, policy: Policy, facts: Ca
         _check_kind(ip, vouched=ip in policy.nodes.get(name, ()))
     if foreign := sorted(str(ip) for ip in ips - node_addresses(node)):
         raise _RefusalError(f"not an address of Node {name!r}: {', '.join(foreign)}", pending=True)
-    if ips:
-        _check_owner(ips, name, facts(), vouched=policy.nodes.get(name, frozenset()))
+    known = facts()
+    if name.lower() in known.api_names and dns:
+        raise _RefusalError(f"the DNS name {name!r} is a name of the API server")
+    _check_owner(ips, name, known, vouched=policy.nodes.get(name, frozenset()))
     return f"{name}: {', '.join([*sorted(dns), *sorted(str(ip) for ip in ips)])}"
 
 
@@ -144,37 +151,34 @@ def _reserved_name(name: str) -> str:
     labels = name.lower().rstrip(".").split(".")
     if "*" in name:
         return "a wildcard"
-    if labels[-1] in {"localhost", "localdomain"} or labels[0] == "localhost":
+    if literal(name) is not None:  # "127.1" and "0x7f000001" too: clients connect to them as addresses
+        return "an IP address"
+    if labels[-1] in {"localhost", "localdomain"} or labels[0] == "localhost" or names_this_machine(name):
         return "a name of every machine"
     if labels[0].startswith("kubernetes"):
         return "a name of the API server"
-    if "svc" in labels[1:]:
-        return "a name of a Service"
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return ""
-    return "an IP address"
+    return "a name of a Service" if "svc" in labels[1:] else ""
 
 
 def _check_kind(ip: Address, *, vouched: bool) -> None:
-    for seen in {ip, _embedded(ip)}:
+    if (kind := reserved(ip)) == "a metadata service":
+        raise _RefusalError(f"the address {ip} is that of a metadata service")
+    if kind == "loopback" and not (vouched and ip.is_loopback):
+        raise _RefusalError(f"the address {ip} is loopback")
+    for seen in forms(ip):
         if seen.is_unspecified:
             raise _RefusalError(f"the address {ip} is unspecified")
-        if seen.is_link_local:
+        if seen.is_link_local or (isinstance(seen, ipaddress.IPv6Address) and seen.is_site_local):
             raise _RefusalError(f"the address {ip} is link-local")
         if seen.is_multicast:
             raise _RefusalError(f"the address {ip} is multicast")
-        if seen.is_loopback:
-            if not vouched:
-                raise _RefusalError(f"the address {ip} is loopback")
-        elif seen.is_reserved or (seen.version == 4 and int(seen) >> 24 == 0):
+        if not seen.is_loopback and (seen.is_reserved or (seen.version == 4 and int(seen) >> 24 == 0)):
             raise _RefusalError(f"the address {ip} is reserved")
 
 
 def _check_owner(ips: Iterable[Address], name: str, facts: Facts, *, vouched: frozenset[Address]) -> None:
     for ip in sorted(ips, key=str):
-        for seen in {ip, _embedded(ip)}:
+        for seen in forms(ip):
             if any(seen in network for network in facts.service_ranges if network.version == seen.version):
                 raise _RefusalError(f"the address {ip} is of the Service range")
             if ip in vouched:
@@ -188,16 +192,6 @@ def _check_owner(ips: Iterable[Address], name: str, facts: Facts, *, vouched: fr
                     "`kubectl certificate approve`",
                     pending=True,
                 )
-
-
-def _embedded(ip: Address) -> Address:
-    """The IPv4 address that an IPv6 address leads to, else the address itself."""
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return ip.ipv4_mapped
-        if ip.sixtofour is not None:
-            return ip.sixtofour
-    return ip
 
 
 def node_addresses(node: KubeObject) -> frozenset[Address]:

@@ -20,6 +20,10 @@ from pathlib import Path
 
 from wasilet_node.runtime.cgroups import SCOPE_PREFIX, controller_mounts, own_groups
 
+MAX_TASKS = 16_384
+"""Processes and threads of all sandboxes of a node together: what RLIMIT_NPROC is for an ordinary user's, which the
+kernel does not count for root. A burst of threads then ends at the node's sandboxes, and the machine has pids left."""
+
 
 def command_prefix(
     *, root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self"), systemd_run: str = "systemd-run"
@@ -50,7 +54,7 @@ def command_prefix(
         f"--unit={SCOPE_PREFIX}{secrets.token_hex(8)}",
         f"--description=Containers of {service}",
         "--property=Delegate=yes",
-        "--property=TasksMax=infinity",
+        f"--property=TasksMax={MAX_TASKS}",
         # At the machine's end the agent goes first, or it would report containers that failed.
         f"--property=Before={service}",
         "--",

@@ -329,6 +329,9 @@ def test_the_addresses_of_services_api_servers_and_other_nodes_are_asked_of_the_
     assert {str(net) for net in facts.service_ranges} == {"10.96.0.0/16", "fd00::/108", "10.96.0.1/32"}
     assert {str(ip) for ip in facts.api_servers} == {"192.0.2.1", "192.0.2.3", "10.96.0.1"}
     assert facts.other_nodes == dict.fromkeys(node_addresses(NODE), "wasm-2")
+    assert facts.api_names == frozenset()
+    kube.server = "https://API.example:6443"
+    assert gather_facts(kube, "wasm-1").api_names == {"api.example"}
 
 
 def test_an_older_clusters_service_range_is_learned_from_the_refusal_of_a_dry_run() -> None:

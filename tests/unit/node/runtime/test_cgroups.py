@@ -287,7 +287,7 @@ def test_a_service_starts_its_supervisor_in_a_scope(
     assert Path(prefix[0]).name == "true"
     assert prefix[-1] == "--"
     assert ("--user" in prefix) is user
-    assert {"--scope", "--property=Delegate=yes", "--property=TasksMax=infinity"} < set(prefix)
+    assert {"--scope", "--property=Delegate=yes", "--property=TasksMax=16384"} < set(prefix)
     assert f"--property=Before={next(part for part in reversed(Path(own).parts) if '.service' in part)}" in prefix
 
 
