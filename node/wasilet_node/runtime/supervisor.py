@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hmac
 import json
 import logging
@@ -92,6 +93,7 @@ class Supervisor:
             on_change=self._changed,
             namespaces=self._namespaces,
         )
+        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._listener, self._accepting, path = self._listen()
         self._folder = _identity(paths.data)
         self._pointer = supervisor_registry.Pointer(
@@ -181,7 +183,7 @@ class Supervisor:
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock = self._accepted()
         except OSError as error:
             # Without a free descriptor the listener stays ready, and looking at it again at once would take all cpu.
             logger.warning("cannot accept a connection: %s", error)
@@ -201,6 +203,26 @@ class Supervisor:
             return
         sock.setblocking(False)  # noqa: FBT003
         self._connections.add(Connection(self._loop, self, sock))
+
+    def _accepted(self) -> socket.socket:
+        """The next connection; where no descriptor is free, in place of the one that is kept for this: who asks is to
+        be refused at once, not left waiting. Raises OSError."""
+        try:
+            return self._listener.accept()[0]
+        except OSError as error:
+            if error.errno not in {errno.EMFILE, errno.ENFILE} or self._reserve < 0:
+                raise
+        os.close(self._reserve)
+        self._reserve = -1
+        self._loop.call_later(ACCEPT_RETRY_SECONDS, self._keep_reserve)
+        return self._listener.accept()[0]
+
+    def _keep_reserve(self) -> None:
+        """Have the spare descriptor again, as soon as one is free."""
+        try:
+            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._loop.call_later(ACCEPT_RETRY_SECONDS, self._keep_reserve)
 
     def _changed(self, status: ContainerStatus) -> None:
         for connection in tuple(self._connections):
