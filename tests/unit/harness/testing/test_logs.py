@@ -330,4 +330,6 @@ def test_a_job_whose_first_pod_failed_is_waited_for_until_the_job_itself_is_over
         with pytest.raises(AssertionError, match=r"job/j is over \(Complete\) without contains 'attempt 3'"):
             scene.assert_logs("job/j", contains="attempt 3")
     expected = Expectation(job="j", phase="Complete", log=(Line(contains="attempt 2"),), within_seconds=20.0)
-    assert wait_for(api, expected, namespace=NAMESPACE).lines == ("attempt 1", "attempt 2")  # type: ignore[arg-type]
+    # The log as far as it was read: what is asked for may come before that of the first pod.
+    lines = list(wait_for(api, expected, namespace=NAMESPACE).lines)  # type: ignore[arg-type]
+    assert lines in (["attempt 1", "attempt 2"], ["attempt 2"])
