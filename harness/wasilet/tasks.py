@@ -48,9 +48,9 @@ APP_HELP = "a sample's name or the path of a folder"
         "kubernetes-version": "of the cluster, as 1.37.2; host: one of the three newest minors, as 1.36",
         "config": "the provider's own file: cluster configuration (kind, k3d), or the kubeconfig to read (existing)",
         "context": "existing: which context of that kubeconfig; must be named, the current one is never guessed",
-        "yes": "existing: it may be changed; without, only what is missing is said",
+        "yes": "existing: it may be changed; without, what is missing is only reported",
         "kubeconfig": "write the context to this file and leave ~/.kube/config alone",
-        "check": "change nothing, say what would be changed",
+        "check": "change nothing, report what would be changed",
         "diff": "show what changes",
         "output": OUTPUT_HELP,
     },
@@ -116,7 +116,7 @@ def up(
     help={
         "name": NAME_HELP,
         "purge": "remove what the cluster kept as well: objects, images, logs, certificates",
-        "check": "change nothing, say what would be changed",
+        "check": "change nothing, report what would be changed",
         "output": OUTPUT_HELP,
     }
 )
@@ -318,7 +318,7 @@ def bootstrap(
 ) -> None:
     """Let a node of another machine join.
 
-    Writes a bootstrap file, and says what to type there.
+    Writes a bootstrap file, and prints what to type there.
 
     A cluster that listens on loopback gets a proxy on --address, which `status` lists and `down` closes.
 
@@ -491,7 +491,7 @@ def push(
 )
 @command
 def pull(c: Context, reference: str, file: str = "", insecure: list[str] | None = None) -> None:
-    """Fetch an artifact, verify every digest and size, and say what it is.
+    """Fetch an artifact, verify every digest and size, and print what it is.
 
     Examples:
       invoke pull localhost:5000/hello-world:latest
@@ -582,8 +582,8 @@ def demo(
 ) -> None:
     """Take an app from its source to an asserted log line in a cluster.
 
-    Builds it, runs it here, pushes it, applies its manifests, waits for what its demo.yaml promises, and says what to
-    type next. Brings a cluster up when none runs. What it applied stays until --remove.
+    Builds it, runs it here, pushes it, applies its manifests, waits for what its demo.yaml promises, and prints what
+    to type next. Creates a cluster when none runs. What it applied stays until --remove.
 
     Examples:
       invoke demo hello-world

@@ -117,7 +117,7 @@ async def obtain(kube: Kube, wanted: Wanted, *, pending_file: Path, timeout_seco
                 certificate = await _wait(kube, wanted, pending)
         except TimeoutError:
             raise CertificatePendingError(
-                f"nobody approved {pending.name} within {timeout_seconds:g} s; type: kubectl certificate approve "
+                f"no one approved {pending.name} within {timeout_seconds:g} s; type: kubectl certificate approve "
                 f"{pending.name}"
             ) from None
         except CertificateRefusedError:

@@ -65,7 +65,7 @@ _REFUSED_USER_FIELDS = {
     "auth-provider": "needs a plugin",
     "username": "uses basic authentication, which Kubernetes no longer has",
     "password": "uses basic authentication, which Kubernetes no longer has",
-    "as": "impersonates somebody",
+    "as": "impersonates a user",
 }
 
 

@@ -109,7 +109,7 @@ class HostPorts:
             async with asyncio.timeout(CONNECT_SECONDS):
                 there_reader, there_writer = await self._connect(address, port)
         except OSError as error:
-            logger.info("a host port leads to %s:%d, where nobody answers: %s", address, port, error)
+            logger.info("a host port leads to %s:%d, where no process answers: %s", address, port, error)
             return
         try:
             async with asyncio.TaskGroup() as group:

@@ -31,7 +31,7 @@ from pathlib import Path
 from wasilet_node.network import nft
 from wasilet_node.network.addresses import gateway_of
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
-from wasilet_node.network.netlink import Netlink, NetlinkError, NetlinkGoneError
+from wasilet_node.network.netlink import Netlink, NetlinkError, NetlinkGoneError, Route
 from wasilet_node.runtime import netns
 from wasilet_node.settings import NetworkSettings
 
@@ -188,9 +188,10 @@ class NodeNetwork:
         if self._machine is None:
             return
         uplink = ipaddress.IPv4Network(self.settings.uplink.ip)
-        for route in self._machine.routes():
+        routes = self._machine.routes()
+        for route in routes:
             if route.destination == uplink:
-                self._have_routes(self._machine, route.interface_index)
+                self._have_routes(self._machine, route.interface_index, known=routes)
 
     def close(self) -> None:
         """Of this thread; the namespace stays."""
@@ -235,16 +236,16 @@ class NodeNetwork:
         index = machine.require(name)
         machine.add_address(index, settings.machine_address, prefix=32, peer=settings.uplink.ip)
         machine.set_up(index)
-        self._have_routes(machine, index)
+        self._have_routes(machine, index, known=machine.routes())
         try:
             self._meet_other_nodes(machine, index)
         except NetlinkError as error:
             logger.warning("packets for pods of other nodes go through the machine's own firewall: %s", error)
             machine.set_forwarding(index)
 
-    def _have_routes(self, machine: Netlink, index: int) -> None:
+    def _have_routes(self, machine: Netlink, index: int, *, known: Iterable[Route]) -> None:
         """Where another has a route to the Services, as the first node of a cluster does, that one is used."""
-        there = {route.destination for route in machine.routes()}
+        there = {route.destination for route in known}
         for destination in {self.pod_cidr, self.settings.service_cidr} - there:
             try:
                 machine.add_route(destination, gateway=self.settings.uplink.ip, index=index)

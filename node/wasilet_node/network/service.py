@@ -39,8 +39,9 @@ SETTLE_SECONDS = 5.0
 """How long a pod, and a Node that was there before, wait for a network that is being made or found again."""
 
 REFILL_SECONDS = 30.0
-CALM_SECONDS = 0.2
-"""How long changes of the machine's network gather before they are looked at."""
+CALM_SECONDS = 1.0
+"""How long changes of the machine's network gather before they are looked at: a routing daemon makes many, and each
+look reads all routes."""
 
 _T = TypeVar("_T")
 HostsFile = Callable[[dict[str, Any], tuple[str, ...]], bytes]

@@ -340,7 +340,7 @@ class Supervisor:
 
     def _check_folder(self) -> None:
         if _identity(self._paths.data) != self._folder:
-            logger.warning("the data folder is gone, so nobody can reach this supervisor: stopping all containers")
+            logger.warning("the data folder is gone, so no agent can reach this supervisor: stopping all containers")
             self._shutdown(lambda: None)
             return
         self._loop.call_later(FOLDER_CHECK_SECONDS, self._check_folder)
