@@ -173,7 +173,7 @@ async def test_turns_leave_the_loop_as_much_time_as_they_take() -> None:
         assert loop.time() - began >= 0.019, "the debt of the last turn was slept off"
 
 
-@pytest.mark.parametrize("key", ["", "!!", "AAAA", "\u00e9" * 24, "\udcff" * 24])
+@pytest.mark.parametrize("key", ["", "!!", "AAAA", "\u00e9" * 24])
 def test_a_key_that_is_none_is_a_bad_request(key: str) -> None:
     request = make_mocked_request("GET", "/", {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key})
     with pytest.raises(web.HTTPBadRequest):
