@@ -150,7 +150,8 @@ def last_text(path: str | Path) -> str:
             continue
         if taken == MAX_LAST_TEXT_LINES:
             break
-        text = parsed.text + (b"" if parsed.partial else b"\n") + text
+        _, _, partial, piece = parsed
+        text = piece + (b"" if partial else b"\n") + text
         taken += 1
         if len(text) >= MAX_LAST_TEXT_BYTES:
             break
@@ -160,7 +161,7 @@ def last_text(path: str | Path) -> str:
 def _ends_line(line: bytes) -> bool:
     """Whether a raw line is the end of a logical one (tag F)."""
     parsed = record.parse(line)
-    return parsed is not None and not parsed.partial
+    return parsed is not None and not parsed[2]
 
 
 def _tail_plain(segment: Segment, lines: int, *, newest: bool) -> tuple[int, int]:

@@ -69,13 +69,14 @@ class Renderer:
                 if line:
                     logger.debug("a line of a container log is not in CRI format: it is left out")
                 continue
-            if self._since is not None and not self._recent(parsed.time):
+            stamp, stream, partial, text = parsed
+            if self._since is not None and not self._recent(stamp):
                 continue
-            if self._wanted[parsed.stream]:
+            if self._wanted[stream]:
                 if self._timestamps and self._line_start:
-                    out.append(self._stamp(parsed.time))
-                out.append(parsed.text if parsed.partial else parsed.text + b"\n")
-            self._line_start = not parsed.partial
+                    out.append(self._stamp(stamp))
+                out.append(text if partial else text + b"\n")
+            self._line_start = not partial
         result = b"".join(out)
         if self._remaining is not None:
             result = result[: max(self._remaining, 0)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import struct
 import time
@@ -57,7 +56,7 @@ def handshake(request: web.Request, protocols: Sequence[str]) -> tuple[str, str]
     key = request.headers.get("Sec-WebSocket-Key", "")
     try:
         right = len(base64.b64decode(key, validate=True)) == 16
-    except binascii.Error:
+    except ValueError:  # that of binascii too; letters beyond ASCII are one of the plain kind
         right = False
     if not right:
         raise web.HTTPBadRequest(text="unable to upgrade: the WebSocket key is not 16 bytes in base64")

@@ -152,6 +152,20 @@ def test_systemd_takes_the_unit(tmp_path: Path, user: str) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize(("user", "at_most"), [("root", 70), ("daemon", 40)])
+def test_systemd_rates_the_exposure_of_the_unit(tmp_path: Path, user: str, at_most: int) -> None:
+    """Of 100; systemd 252 rates 65 and 33, and 92 and more for a unit that takes nothing away."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    path = tmp_path / "wasilet-node.service"
+    join.write_unit(path, unit(user=user))
+    command = ["systemd-analyze", "security", "--no-pager", "--offline=true", f"--threshold={at_most}", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if "--offline" in done.stderr:
+        pytest.skip("systemd-analyze is older than 250 and rates no files")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_restart_of_the_agent_leaves_containers_alone() -> None:
     text = unit(user="wasm")
     assert "KillMode=process" in text
@@ -165,6 +179,7 @@ def test_the_unit_takes_away_what_the_node_does_not_need(user: str) -> None:
     lines = unit(user=user).splitlines()
     common = {"NoNewPrivileges=yes", "RestrictSUIDSGID=yes", "RestrictRealtime=yes", "SystemCallArchitectures=native"}
     assert common <= {*lines}
+    assert "TasksMax=16384" in lines
     only_root = [line for line in lines if line.startswith("CapabilityBoundingSet=~")]
     assert ("User=wasm" in lines, bool(only_root)) == (user == "wasm", user != "wasm")
     # Memory volumes are mounts of root's node: in a mount namespace of the service the next agent would not see them.

@@ -251,6 +251,24 @@ async def test_a_request_that_fails_is_one_status_and_one_line(
         assert ours[0].startswith(f"wasilet: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("path", "text", "line"),
+    [("/twice", "once\n", "GET /twice: after the head"), ("/bad-status", "", "GET /bad-status: 500: ")],
+)
+async def test_an_answer_that_cannot_be_given_again_or_at_all_is_one_line(
+    rig: Rig, artifacts: dict[str, str], path: str, text: str, line: str
+) -> None:
+    async with serving(rig, artifacts["http_p2"]) as server:
+        status, answer = await server.get(path)
+        assert status == (200 if text else 500)
+        assert not text or answer == text
+        assert await server.get("/hello") == (200, "hello\n")
+        await server.stop(0)
+        ours = [found for found in server.lines() if found.startswith("wasilet: ")]
+        assert len(ours) == 1, ours
+        assert ours[0].startswith(f"wasilet: {line}")
+
+
 @pytest.mark.parametrize("name", ["http_p2", "http_p3"])
 async def test_a_guest_that_computes_holds_up_no_other_request(rig: Rig, artifacts: dict[str, str], name: str) -> None:
     async with serving(rig, artifacts[name], replace(SETTINGS, request_timeout_seconds=60.0)) as server:

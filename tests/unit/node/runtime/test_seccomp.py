@@ -7,6 +7,7 @@ import errno
 import json
 import platform
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -268,13 +269,49 @@ def test_an_abort_still_looks_like_one() -> None:
     assert done.returncode == -6
 
 
+X32_CALLS = {
+    "read": 0,
+    "getpid": 39,
+    "fork": 57,
+    "kill": 62,
+    "io_uring_setup": 425,
+    "execve of its own": 520,
+    "ptrace of its own": 521,
+    "the last of its own": 547,
+    "a number of no call": 0x3FFFFFFF,
+}
+
+
 @needs_filter
 @pytest.mark.skipif(not this_machine().x32, reason="only x86_64 has x32")
-def test_a_call_of_another_binary_interface_ends_the_process() -> None:
-    script = "seccomp.confine(network); tried(0x40000000 + 39)"
+@pytest.mark.parametrize("number", [pytest.param(number, id=name) for name, number in X32_CALLS.items()])
+def test_a_call_of_another_binary_interface_ends_the_process(number: int) -> None:
+    script = f"seccomp.confine(network); tried(0x40000000 + {number}, -1, -1, -1, -1, -1, -1)"
     command = [sys.executable, "-P", "-c", PRELUDE + script, "none"]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    assert done.returncode == -31  # SIGSYS
+    assert done.returncode == -signal.SIGSYS
+
+
+INT_80 = """
+import mmap
+page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+page.write(bytes((0xB8, 20, 0, 0, 0, 0xCD, 0x80, 0xC3)))  # mov eax, 20 (getpid of 32-bit x86); int 0x80; ret
+enter = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+"""
+
+
+@needs_filter
+@pytest.mark.skipif(not this_machine().x32, reason="only x86_64 has the gate for 32-bit calls")
+def test_the_gate_for_32_bit_calls_ends_a_process_of_64_bits() -> None:
+    """Call 20 would be getpid there, and is writev, which is allowed, in the table of x86_64."""
+
+    def status(script: str) -> int:
+        command = [sys.executable, "-P", "-c", PRELUDE + INT_80 + script, "none"]
+        return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
+
+    if status("assert enter() == os.getpid()") != 0:
+        pytest.skip("this kernel takes no 32-bit calls")
+    assert status("seccomp.confine(network); enter()") == -signal.SIGSYS
 
 
 def judged(program: Sequence[seccomp.Instruction], audit: int, number: int, arguments: Sequence[int] = (0,) * 6) -> int:

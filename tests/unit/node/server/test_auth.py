@@ -89,6 +89,7 @@ def test_a_browser_may_send_its_token_as_a_websocket_protocol() -> None:
     encoded = base64.urlsafe_b64encode(b"tok>en?").decode().rstrip("=")
     assert bearer_token("", f"v5.channel.k8s.io, base64url.bearer.authorization.k8s.io.{encoded}") == "tok>en?"
     assert bearer_token("", "base64url.bearer.authorization.k8s.io.!!") is None
+    assert bearer_token("", "base64url.bearer.authorization.k8s.io.\u00e9\udcff") is None
 
 
 def test_a_certificate_names_user_and_groups_while_it_is_valid() -> None:

@@ -6,6 +6,8 @@ import asyncio
 import os
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 from wasilet_node.server.streams.turns import ANSWERS_AT_ONCE, Turns
@@ -16,6 +18,7 @@ from wasilet_node.server.streams.websocket import (
     Message,
     WebSocketConnection,
     WebSocketError,
+    handshake,
 )
 
 pytestmark = pytest.mark.unit
@@ -168,3 +171,10 @@ async def test_turns_leave_the_loop_as_much_time_as_they_take() -> None:
     began = loop.time()
     async with turns.turn():
         assert loop.time() - began >= 0.019, "the debt of the last turn was slept off"
+
+
+@pytest.mark.parametrize("key", ["", "!!", "AAAA", "\u00e9" * 24])
+def test_a_key_that_is_none_is_a_bad_request(key: str) -> None:
+    request = make_mocked_request("GET", "/", {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": key})
+    with pytest.raises(web.HTTPBadRequest):
+        handshake(request, ())
