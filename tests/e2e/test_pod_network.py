@@ -168,6 +168,30 @@ def test_dns_policy_and_host_aliases_are_what_a_guest_resolves_by(net: Net) -> N
     assert "lookup echo.default.svc.cluster.local" in said
 
 
+def test_the_dns_answers_pods_and_nobody_else(net: Net) -> None:
+    plan = pod_network.plan_of(net.cluster.cluster.state)
+    assert plan is not None
+    place = (plan.machine_address, net.cluster.cluster.ports()["dns"])
+    # A question for the A record of kubernetes.default.svc.cluster.local (RFC 1035, section 4.1).
+    labels = b"".join(bytes([len(part)]) + part for part in b"kubernetes.default.svc.cluster.local".split(b"."))
+    question = bytes.fromhex("1234 0100 0001 0000 0000 0000") + labels + bytes.fromhex("00 0001 0001")
+
+    def asked_from(address: str) -> bytes:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+            asker.bind((address, 0))
+            asker.settimeout(1.0)
+            asker.sendto(question, place)
+            try:
+                return asker.recv(512)
+            except TimeoutError:
+                return b""
+
+    answer = asked_from(plan.machine_address)
+    assert answer[:2] == question[:2]
+    assert answer.endswith(socket.inet_aton(plan.service_ip))
+    assert asked_from("127.0.0.1") == b"", "as a neighbour's, its address is not of the pods' range"
+
+
 def test_the_api_server_is_reached_by_the_name_that_every_client_knows(net: Net) -> None:
     plan = pod_network.plan_of(net.cluster.cluster.state)
     assert plan is not None

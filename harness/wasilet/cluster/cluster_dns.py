@@ -50,6 +50,11 @@ def corefile(plan: NetworkPlan, *, port: int, ready_port: int, kubeconfig: Path,
         f"    bind {plan.machine_address}\n"
         "    errors\n"
         f"    ready 127.0.0.1:{ready_port}\n"
+        # Linux takes packets for any of its addresses on any interface: a neighbour with a route here is nobody's pod.
+        "    acl {\n"
+        f"        allow net {plan.pods}\n"
+        "        drop\n"
+        "    }\n"
         "    kubernetes cluster.local in-addr.arpa ip6.arpa {\n"
         f"        kubeconfig {kubeconfig}\n"
         "        pods insecure\n"

@@ -5,6 +5,7 @@ import (
 	"github.com/coredns/coredns/core/dnsserver"
 	"github.com/coredns/coredns/coremain"
 
+	_ "github.com/coredns/coredns/plugin/acl"
 	_ "github.com/coredns/coredns/plugin/bind"
 	_ "github.com/coredns/coredns/plugin/cache"
 	_ "github.com/coredns/coredns/plugin/errors"
@@ -20,7 +21,7 @@ import (
 func init() {
 	// The order in which a query passes them, as in CoreDNS' plugin.cfg.
 	dnsserver.Directives = []string{
-		"bind", "health", "ready", "errors", "cache", "loadbalance", "hosts", "kubernetes", "loop", "forward",
+		"bind", "health", "ready", "errors", "acl", "cache", "loadbalance", "hosts", "kubernetes", "loop", "forward",
 	}
 }
 
