@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from wasilet.controlplane.kubectl import ensure_kubectl
@@ -29,13 +30,14 @@ class ControlPlane:
         binary = ensure_kubectl(self._cluster.settings, say=lambda _: None)
         return [str(binary), "--kubeconfig", str(self._cluster.admin_kubeconfig), *arguments]
 
-    def place_node(self, port: int) -> None:
-        """The Node object, whose kubelet listens on this port of loopback."""
+    def place_node(self, port: int, *, features: Sequence[str] = ()) -> None:
+        """The Node object, whose kubelet listens on this port of loopback and declares ``features``."""
         if self.kube.find(api_path("nodes", self.node_name)) is None:
             self.kube.create(api_path("nodes"), {"metadata": {"name": self.node_name}})
         status = {
             "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
             "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
+            "declaredFeatures": list(features),
         }
         self.kube.patch(api_path("nodes", self.node_name) + "/status", {"status": status})
 

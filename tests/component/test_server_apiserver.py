@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 from wasilet.kube.client import api_path
+from wasilet_node.contract import DECLARED_FEATURES
 from wasilet_node.kube.client import KubeClient
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
 from wasilet_node.runtime.protocol import StartError
@@ -51,6 +52,7 @@ class Kubelet:
         self.log_root = folder
         self.pods = FakePods()
         self.runtime = FakeRuntime()
+        self.placed: list[str] = []
         self.server = KubeletServer(
             settings=make_settings(folder, node_name=NODE),
             kube=kube,
@@ -89,13 +91,15 @@ class Kubelet:
 
     def add(self, pod: dict[str, Any]) -> dict[str, Any]:
         placed = self.pods.add(self.plane.place_pod(pod))
+        self.placed.append(str(pod["metadata"]["name"]))
         metadata = placed["metadata"]
         self.runtime.statuses.append(make_status(pod=metadata["name"], uid=metadata["uid"]))
         return placed
 
 
 @pytest.fixture
-async def kubelet(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Kubelet]:
+async def kubelet(request: pytest.FixtureRequest, plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Kubelet]:
+    """To a node that declares it WebSockets come as clients speak them; else the API server makes SPDY of them."""
     kube = KubeClient(
         Cluster(server=plane.url, ca_data=plane.authority.pem.decode()),
         Credentials(certificate=plane.node.certificate.decode(), key=plane.node.key.decode()),
@@ -108,9 +112,13 @@ async def kubelet(plane: ControlPlane, tmp_path: Path) -> AsyncIterator[Kubelet]
     try:
         async with asyncio.timeout(5):
             await kubelet.server.wait_listening()
-        await asyncio.to_thread(plane.place_node, kubelet.server.port or 0)
+        features = () if getattr(request, "param", "") == "translated" else DECLARED_FEATURES
+        await asyncio.to_thread(plane.place_node, kubelet.server.port or 0, features=features)
         yield kubelet
     finally:
+        for name in kubelet.placed:
+            path = api_path("pods", name, namespace="default")
+            await asyncio.to_thread(plane.kube.delete, path, gracePeriodSeconds="0")
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await kube.close()
@@ -189,7 +197,9 @@ async def test_the_pod_list_is_a_pod_list(kubelet: Kubelet) -> None:
     assert [pod["metadata"]["name"] for pod in body["items"]] == ["listed"]
 
 
-TRANSPORTS = pytest.mark.parametrize("websockets", ["true", "false"])
+TRANSPORTS = pytest.mark.parametrize(
+    ("kubelet", "websockets"), [("direct", "true"), ("translated", "true"), ("direct", "false")], indirect=["kubelet"]
+)
 
 
 @TRANSPORTS
