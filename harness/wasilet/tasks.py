@@ -290,6 +290,8 @@ def token(
         emit_json(answer)
         return
     for entry in answer:
+        if login := entry.pop("registry_login", ""):
+            reporter().notice(f"the cluster's registry wants a login: start the node with --registry-config {login}")
         emit("  ".join(str(value) for value in entry.values() if value))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from wasilet.cluster.join import make_known
 from wasilet.cluster.opening import open_cluster
+from wasilet.controlplane.local_registry import login_file
 from wasilet.errors import UsageError
 from wasilet.kube.bootstrap_token import bootstrap_config, create_token, delete_token, hand_over, list_tokens
 from wasilet.providers.base import Cluster
@@ -19,7 +20,8 @@ def run_action(
     settings: Settings, action: str, *, token_id: str = "", file: str = "", node: str = ""
 ) -> list[dict[str, Any]]:
     """``invoke token``: what to print, one object per line. A new token is printed once, here, unless it goes to a
-    file. ``node``: of this machine, which the approver has to know."""
+    file. ``node``: of this machine, which the approver has to know; the answer names the file with the login of the
+    cluster's registry then, since no one else gives it to that node."""
     if action not in ACTIONS:
         raise UsageError(f"unknown action {action!r}", hint=", ".join(ACTIONS))
     if node and action != "create":
@@ -27,7 +29,9 @@ def run_action(
     with open_cluster(settings) as cluster:
         if node:
             make_known(cluster, node, local=True, what="invoke token")
-        return _run_action(cluster, settings, action, token_id=token_id, file=invocation_path(file) if file else "")
+        answer = _run_action(cluster, settings, action, token_id=token_id, file=invocation_path(file) if file else "")
+        login = login_file(cluster.state)
+        return [{**entry, "registry_login": str(login)} for entry in answer] if node and login.is_file() else answer
 
 
 def _run_action(cluster: Cluster, settings: Settings, action: str, *, token_id: str, file: str) -> list[dict[str, Any]]:
