@@ -464,7 +464,12 @@ def test_pods_reach_the_machine_at_all_its_addresses_and_nothing_beyond_it(tmp_p
         listener.bind(("192.0.2.9", 80))
         listener.listen()
         loop = asyncio.get_running_loop()
-        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+        async with (
+            contextlib.AsyncExitStack() as stack,
+            running_supervisor(tmp_path) as rig,
+            Running(network(rig.paths)) as pods,
+        ):
+            stack.callback(listener.close)
             await pods.attach(pod("u1"))
 
             async def connect(target: str) -> None:
@@ -486,6 +491,5 @@ def test_pods_reach_the_machine_at_all_its_addresses_and_nothing_beyond_it(tmp_p
             for beyond in ("192.0.2.10", "198.51.100.1", "169.254.169.254", "10.10.0.99"):
                 with pytest.raises(ConnectionRefusedError):
                     await connect(beyond)
-        listener.close()
 
     with_machine(work)
