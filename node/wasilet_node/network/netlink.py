@@ -107,9 +107,12 @@ class Netlink:
 
     # ---- links
 
-    def add_bridge(self, name: str) -> None:
-        """A bridge, down. Raises NetlinkError (FileExistsError's number when the name is taken)."""
+    def add_bridge(self, name: str, *, hardware_address: bytes = b"") -> None:
+        """A bridge, down. Without a ``hardware_address`` of its own it has the lowest of its ports', hence another one
+        whenever a lower one comes. Raises NetlinkError (FileExistsError's number when the name is taken)."""
         kind = _attribute(_IFLA_LINKINFO, _attribute(_IFLA_INFO_KIND, b"bridge"))
+        if hardware_address:
+            kind += _attribute(_IFLA_ADDRESS, hardware_address)
         self._request(_RTM_NEWLINK, _CREATE | _EXCLUSIVE, _link() + _name(name) + kind, f"make bridge {name}")
 
     def add_veth(

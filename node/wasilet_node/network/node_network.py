@@ -46,6 +46,10 @@ LINK_PREFIX = "wl"
 LINK_ADDRESS = bytes.fromhex("0257534c4e4b")
 """Of every end of every node's link: locally administered, by its second bit."""
 
+BRIDGE_ADDRESS = bytes.fromhex("0257534c4252")
+"""Of the pods' bridge: one that followed its ports' left pods with a gateway that was not there any longer, for up to
+half a minute, each time a pod came whose interface had a lower address."""
+
 _EVERYWHERE = ipaddress.IPv4Network("0.0.0.0/0")
 _SYSCTLS = {
     "ipv4/ip_forward": "1",
@@ -205,7 +209,7 @@ class NodeNetwork:
         for name, value in _SYSCTLS.items():
             _write_sysctl(name, value)
         node.set_up(1)
-        node.add_bridge(BRIDGE)
+        node.add_bridge(BRIDGE, hardware_address=BRIDGE_ADDRESS)
         self._bridge = bridge = node.require(BRIDGE)
         node.add_address(bridge, self.gateway, prefix=self.pod_cidr.prefixlen)
         node.set_up(bridge)

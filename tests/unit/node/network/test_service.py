@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import fcntl
 import ipaddress
 import os
 import shutil
 import signal
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from wasilet_node.network import channel, nft
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
-from wasilet_node.network.node_network import interface_prefix
+from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, interface_prefix
 from wasilet_node.network.service import PodNetwork
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
@@ -449,6 +451,23 @@ async def gone(data: Path) -> None:
                 if not any(name.startswith(interface_prefix(data)) for _, name in machine.links()):
                     return
             await asyncio.sleep(0.05)
+
+
+def test_the_gateway_keeps_its_hardware_address_whatever_pods_come(tmp_path: Path) -> None:
+    async def work() -> None:
+        def hardware_address() -> str:
+            with socket.socket() as any_socket:
+                # SIOCGIFHWADDR: the address follows the name and the family.
+                found = fcntl.ioctl(any_socket, 0x8927, struct.pack("256s", BRIDGE.encode()))
+            return found[18:24].hex()
+
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            before = await pods._in_thread(hardware_address)
+            for number in range(12):
+                await pods.attach(pod(f"u{number}"))
+            assert await pods._in_thread(hardware_address) == before == BRIDGE_ADDRESS.hex()
+
+    with_machine(work)
 
 
 def test_pods_reach_the_machine_at_all_its_addresses_and_nothing_beyond_it(tmp_path: Path) -> None:
