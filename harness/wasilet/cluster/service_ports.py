@@ -24,12 +24,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wasilet.cluster.tcp_proxy import MAX_CONNECTIONS, forward, listener
+from wasilet_common.time_format import rfc3339_of
+
+from wasilet.cluster.tcp_proxy import Forwarding, listener
 from wasilet.controlplane.components import Component
 from wasilet.errors import ApiError, HarnessError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
@@ -125,11 +127,10 @@ def asked(service: KubeObject, address: str) -> Request:
     return Request(ports=tuple(ports), left_out=tuple(left_out))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Open:
-    server: asyncio.Server
+    forwarding: Forwarding
     port: int
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
 class MachinePorts:
@@ -161,7 +162,7 @@ class MachinePorts:
         return [words for wanted, words in self._problems.items() if wanted.service == service]
 
     def services(self) -> set[tuple[str, str]]:
-        """All that have, or want, a wanted."""
+        """All that have a port, or want one."""
         return {wanted.service for wanted in (*self._open, *self._problems)}
 
     async def _try(self, wanted: MachinePort) -> None:
@@ -186,24 +187,10 @@ class MachinePorts:
         self._problems[wanted] = words
 
     async def _serve(self, wanted: MachinePort, sock: socket.socket) -> None:
-        tasks: set[asyncio.Task[None]] = set()
-        places = asyncio.Semaphore(MAX_CONNECTIONS)
-
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            if task is not None:
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            try:
-                if not places.locked():
-                    async with places:
-                        await forward(reader, writer, wanted.target)
-            finally:
-                writer.close()
-
-        server = await asyncio.start_server(accept, sock=sock)
+        forwarding = Forwarding(wanted.target)
+        await forwarding.begin(sock)
         port = int(sock.getsockname()[1])
-        self._open[wanted] = _Open(server, port, tasks)
+        self._open[wanted] = _Open(forwarding, port)
         logger.info("%s:%d leads to %s/%s (%s:%d)", wanted.address, port, *wanted.service, *wanted.target)
 
     async def _close(self, wanted: MachinePort) -> None:
@@ -211,10 +198,7 @@ class MachinePorts:
         found = self._open.pop(wanted, None)
         if found is None:
             return
-        found.server.close()
-        for task in tuple(found.tasks):
-            task.cancel()
-        await asyncio.gather(*found.tasks, return_exceptions=True)
+        await found.forwarding.close()
         logger.info("%s:%d is closed", wanted.address, found.port)
 
 
@@ -314,13 +298,14 @@ class ServicePorts:
         if is_balanced(service):
             ports = self._ports.balanced(key)
             status = load_balancer_status(self._address, ports)
+            body: KubeObject = {}
             if ((service.get("status") or {}).get("loadBalancer") or {}) != status:
-                body = {"status": {"loadBalancer": status or {"ingress": None}}}
-                await asyncio.to_thread(self._kube.patch, f"{path}/status", body)
+                body["status"] = {"loadBalancer": status or {"ingress": None}}
             moved = ",".join(f"{port}:{own}" for port, own in sorted(ports.items()) if port != own)
             if (service["metadata"].get("annotations") or {}).get(PORTS_ANNOTATION, "") != moved:
-                metadata = {"annotations": {PORTS_ANNOTATION: moved or None}}
-                await asyncio.to_thread(self._kube.patch, f"{path}/status", {"metadata": metadata})
+                body["metadata"] = {"annotations": {PORTS_ANNOTATION: moved or None}}
+            if body:
+                await asyncio.to_thread(self._kube.patch, f"{path}/status", body)
             if moved:
                 where = ", ".join(f"{port} is at {self._address}:{own}" for port, own in sorted(ports.items()))
                 await self._record_event(service, "Normal", "PortMoved", f"taken on this machine already: {where}")
@@ -336,7 +321,7 @@ class ServicePorts:
         if self._recorded.get(key) == message:
             return
         self._recorded[key] = message
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = rfc3339_of(datetime.now(UTC))
         metadata = service["metadata"]
         event = {
             "metadata": {"generateName": f"{key[1]}.", "namespace": key[0]},

@@ -45,6 +45,49 @@ def listener(address: tuple[str, int], *, freebind: bool) -> socket.socket:
     return listener
 
 
+class Forwarding:
+    """A listener whose connections are forwarded until it is closed. Of one event loop."""
+
+    def __init__(self, to: tuple[str, int], *, allowed: Sequence[Network] = ()) -> None:
+        """``allowed``: whose connections are forwarded; empty: everyone's. Linux takes packets for any of its addresses
+        on any of its interfaces, so an address of an inner network alone keeps out no neighbour who sets a route to
+        it."""
+        self._to = to
+        self._allowed = allowed
+        self._places = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def begin(self, sock: socket.socket) -> None:
+        """Take the connections of a socket of :func:`listener`, which is closed with this."""
+        self._server = await asyncio.start_server(self._accept, sock=sock)
+
+    async def close(self) -> None:
+        """End it, and the connections there are. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            if self._allowed and not _is_within(writer.get_extra_info("peername"), self._allowed):
+                logger.warning("a connection from %s was refused", writer.get_extra_info("peername"))
+                return
+            if self._places.locked():
+                logger.warning("more than %d connections: one was refused", MAX_CONNECTIONS)
+                return
+            async with self._places:
+                await _forward(reader, writer, self._to)
+        finally:
+            await _close(writer)
+
+
 async def serve(
     listen: tuple[str, int],
     to: tuple[str, int],
@@ -53,45 +96,21 @@ async def serve(
     freebind: bool = False,
     allowed: Sequence[Network] = (),
 ) -> None:
-    """Forward until ``stop`` is set. Raises OSError when it cannot listen.
-
-    ``allowed``: whose connections are forwarded; empty: everyone's. Linux takes packets for any of its addresses on
-    any of its interfaces, so an address of an inner network alone keeps out no neighbour who sets a route to it."""
-    places = asyncio.Semaphore(MAX_CONNECTIONS)
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        try:
-            if allowed and not _is_within(writer.get_extra_info("peername"), allowed):
-                logger.warning("a connection from %s was refused", writer.get_extra_info("peername"))
-                return
-            if places.locked():
-                logger.warning("more than %d connections: one was refused", MAX_CONNECTIONS)
-                return
-            async with places:
-                await forward(reader, writer, to)
-        finally:
-            await _close(writer)
-
-    server = await asyncio.start_server(accept, sock=listener(listen, freebind=freebind))
+    """Forward until ``stop`` is set; ``allowed`` as for :class:`Forwarding`. Raises OSError when it cannot listen."""
+    forwarding = Forwarding(to, allowed=allowed)
+    await forwarding.begin(listener(listen, freebind=freebind))
     logger.info("%s:%d leads to %s:%d", *listen, *to)
-    async with server:
+    try:
         await stop.wait()
-        server.close()
-        for task in tuple(tasks):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        await forwarding.close()
 
 
 def _is_within(peer: tuple[str, int] | None, allowed: Sequence[Network]) -> bool:
     return peer is not None and any(ipaddress.ip_address(peer[0]) in network for network in allowed)
 
 
-async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tuple[str, int]) -> None:
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tuple[str, int]) -> None:
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             there_reader, there_writer = await asyncio.open_connection(*to)

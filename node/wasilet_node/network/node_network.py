@@ -47,8 +47,8 @@ LINK_ADDRESS = bytes.fromhex("0257534c4e4b")
 """Of every end of every node's link: locally administered, by its second bit."""
 
 BRIDGE_ADDRESS = bytes.fromhex("0257534c4252")
-"""Of the pods' bridge: one that followed its ports' left pods with a gateway that was not there any longer, for up to
-half a minute, each time a pod came whose interface had a lower address."""
+"""Of the pods' bridge: one that followed its ports' left pods with a gateway that was not there any longer, for half
+a minute and more, each time a pod came whose interface had a lower address."""
 
 _EVERYWHERE = ipaddress.IPv4Network("0.0.0.0/0")
 _SYSCTLS = {
