@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from wasilet_common.backoff import RetryBackoff
@@ -59,10 +59,7 @@ _ATTACH_ANNOTATION = "volumes.kubernetes.io/controller-managed-attach-detach"
 
 _MAX_IMAGES = 50
 _NETWORK_SECONDS = 5.0
-_FIRST_RETRY_SECONDS = 0.2
-_LONGEST_RETRY_SECONDS = 7.0
 _SAY_AGAIN_SECONDS = 60.0
-_MINIMUM_REPORT_GAP_SECONDS = 1.0
 
 _EVENT_OF_STATUS = {
     ("Ready", "True"): ("Normal", "NodeReady"),
@@ -74,6 +71,21 @@ _EVENT_OF_STATUS = {
     ("PIDPressure", "True"): ("Normal", "NodeHasInsufficientPID"),
     ("PIDPressure", "False"): ("Normal", "NodeHasSufficientPID"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How often a Registration does what it repeats."""
+
+    first_retry_seconds: float = 0.2
+    longest_retry_seconds: float = 7.0
+    """Between attempts to register, while the API server is away."""
+
+    report_gap_seconds: float = 1.0
+    """The least time between two reports, however much changes."""
+
+    lease_look_seconds: float = 1.0
+    """Between looks at the lease of another instance's Node."""
 
 
 class NodeNetworkState(Protocol):
@@ -114,8 +126,11 @@ class Registration:
         on_unauthorized: Callable[[], None],
         worlds: Callable[[], Mapping[str, str]] = dict,
         network: NodeNetworkState | None = None,
+        find_address: Callable[[str], str] = find_address,
+        pace: Pace = Pace(),
     ) -> None:
-        """``server``: the API server's URL, by which the node's address is found. ``port``: of the kubelet API.
+        """``server``: the API server's URL, by which ``find_address`` finds the address where settings have none.
+        ``port``: of the kubelet API.
         ``instance_id``: see ``wasilet_node.identity``.
         ``problem``: why no pod can run, None when it can. ``worlds``: labels of what runs here, asked at each report.
         ``on_names`` is called after the status holds them."""
@@ -135,6 +150,8 @@ class Registration:
         self._on_unauthorized = on_unauthorized
         self._worlds = worlds
         self._network = network
+        self._find_address = find_address
+        self._pace = pace
         if network is not None:
             network.on_change = self.wake
         self._path = f"{NODES_PATH}/{settings.node_name}"
@@ -182,7 +199,7 @@ class Registration:
 
         Raises NodeTakenError.
         """
-        retry = RetryBackoff(_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS)
+        retry = RetryBackoff(self._pace.first_retry_seconds, self._pace.longest_retry_seconds)
         said_at = 0.0
         while True:
             try:
@@ -273,7 +290,7 @@ class Registration:
         name = self._settings.node_name
         if identity.is_foreign(node, self._instance_id):
             logger.warning("the node %s is another instance's; looking whether that one is alive", name)
-            if await identity.is_alive(self._kube, name):
+            if await identity.is_alive(self._kube, name, look_seconds=self._pace.lease_look_seconds):
                 raise NodeTakenError(
                     f"the node {name} is alive: another agent, with another data folder, renews its lease; stop that "
                     "one, or choose another name with --node-name"
@@ -345,7 +362,7 @@ class Registration:
             except TimeoutError:
                 pass
             else:
-                await asyncio.sleep(max(0.0, self._sent_at + _MINIMUM_REPORT_GAP_SECONDS - time.monotonic()))
+                await asyncio.sleep(max(0.0, self._sent_at + self._pace.report_gap_seconds - time.monotonic()))
             self._wake.clear()
             try:
                 if self._gone.is_set():
@@ -377,7 +394,7 @@ class Registration:
         # In a thread: the API server may have a name, and its name server may be away.
         address = self._settings.node_ip
         if address is None:
-            address = await asyncio.to_thread(find_address, self._server)
+            address = await asyncio.to_thread(self._find_address, self._server)
         if address != self._address:
             logger.info("the node's address changed from %s to %s", self._address, address)
             self._address = address
