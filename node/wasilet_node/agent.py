@@ -51,7 +51,6 @@ _FLUSH_SECONDS = 3.0
 _COLLECT_AFTER_OBJECTS = 10_000
 """Python's own 700 is for programs that make few."""
 
-_RUNTIME_CHECK_SECONDS = 5.0
 _RECORD_CHECK_SECONDS = 5.0
 _OPEN_FILES_WANTED = 65536
 
@@ -401,7 +400,9 @@ class _Agent:
             task.result()
             raise RuntimeError(f"the part {task.get_name()!r} ended, which it never should")
 
-    async def _check_runtime(self, runtime: RuntimeClient, registration: Registration) -> None:
+    async def _check_runtime(
+        self, runtime: RuntimeClient, registration: Registration, *, every_seconds: float = 5.0
+    ) -> None:
         from wasilet_node.runtime.protocol import RuntimeUnavailableError
 
         while True:
@@ -417,7 +418,7 @@ class _Agent:
                     logger.error("%s", problem)
                 self._problem = problem
                 registration.wake()
-            await asyncio.sleep(_RUNTIME_CHECK_SECONDS)
+            await asyncio.sleep(every_seconds)
 
     async def _keep_record(self, registration: Registration, server: KubeletServer) -> None:
         """Another address may mean another port, and the new socket is there a moment after the change."""

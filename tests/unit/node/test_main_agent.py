@@ -140,10 +140,7 @@ def test_a_nodes_kubeconfig_is_told_from_others(tmp_path: Path) -> None:
     assert not is_node_kubeconfig(b"kind: Config")
 
 
-async def test_a_runtime_that_does_not_answer_makes_the_node_not_ready_until_it_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("wasilet_node.agent._RUNTIME_CHECK_SECONDS", 0.01)
+async def test_a_runtime_that_does_not_answer_makes_the_node_not_ready_until_it_does(tmp_path: Path) -> None:
     answers: list[Exception | None] = [
         None,
         RuntimeUnavailableError("it hangs"),
@@ -165,6 +162,7 @@ async def test_a_runtime_that_does_not_answer_makes_the_node_not_ready_until_it_
         one._check_runtime(
             cast("Any", SimpleNamespace(ping=ping)),
             cast("Any", SimpleNamespace(wake=lambda: problems.append(one._problem))),
+            every_seconds=0.01,
         )
     )
     await asked_all.wait()
