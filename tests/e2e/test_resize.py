@@ -1,4 +1,4 @@
-"""Pods resized on a real cluster, whose API server is the project's: it leaves it to the node which resizes there are."""
+"""Pods resized on a real cluster, whose API server is the project's: it leaves it to the node what is resized."""
 
 from __future__ import annotations
 

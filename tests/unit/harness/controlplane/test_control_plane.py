@@ -18,7 +18,7 @@ PORTS = {"etcd": 1, "etcd_peer": 2, "apiserver": 3, "controller_manager": 4, "sc
     [("1.37.2", True), ("1.36.3", True), ("2.0.0", True), ("1.35.4", False), ("1.34.4", False), ("", False)],
 )
 def test_the_validator_that_takes_resizes_from_wasm_nodes_is_disabled_where_it_exists(
-    tmp_path: Path, kubernetes: str, refused: bool
+    tmp_path: Path, kubernetes: str, *, refused: bool
 ) -> None:
     plane = ControlPlane(
         binaries={"kube-apiserver": "kube-apiserver"},
