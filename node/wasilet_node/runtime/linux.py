@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import encodings.ascii  # noqa: F401 - used below where nothing can be imported any more
+import errno
 import os
 import resource
 import signal
@@ -16,6 +17,8 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
 PR_CAPBSET_DROP = 24
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -28,6 +31,7 @@ CAP_KILL = 5
 CAP_SETGID = 6
 CAP_SETUID = 7
 CAP_SETPCAP = 8
+CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 MOST_EXPENDABLE = 1000
 """For ``set_oom_score``."""
@@ -45,6 +49,8 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _capset = _libc.capset
 _capset.restype = ctypes.c_int
+_NOBODY_CHANGES = ctypes.c_uint(2**32 - 1)
+"""For ``setfsuid`` and ``setfsgid``, which answer with the number before and report no error."""
 
 
 class _CapHeader(ctypes.Structure):
@@ -125,12 +131,16 @@ def _bound_capabilities(keep: frozenset[int]) -> None:
 
 def _hold_capabilities(keep: frozenset[int]) -> None:
     held = effective_capabilities()
+    _set_capabilities(frozenset(capability for capability in keep if held >> capability & 1))
+
+
+def _set_capabilities(keep: frozenset[int]) -> None:
+    """Permitted and effective. Raises OSError."""
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)()
     for capability in keep:
-        if held >> capability & 1:
-            data[capability // 32].effective |= 1 << (capability % 32)
-            data[capability // 32].permitted |= 1 << (capability % 32)
+        data[capability // 32].effective |= 1 << (capability % 32)
+        data[capability // 32].permitted |= 1 << (capability % 32)
     if _capset(ctypes.byref(header), data) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")
@@ -156,6 +166,32 @@ def become(uid: int) -> None:
     forgets then, is set again. Raises OSError."""
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+    set_parent_death_signal()
+
+
+def become_but_for_files(uid: int, *, keep: frozenset[int]) -> None:
+    """Root becomes another user and the group of the same number, for good, with no capability but ``keep`` and no
+    supplementary group. Files are reached, and new ones belong to, root as before (``setfsuid(2)``). The signal at the
+    parent's death is set again; whether the parent still lives is the caller's to check. One thread. Raises OSError.
+
+    All that the kernel judges by uid instead of files is the other user's: signals, limits of processes, ptrace and
+    what /proc shows of others, /proc/sys, RLIMIT_NPROC.
+    """
+    os.setgroups([])
+    _bound_capabilities(keep)
+    prctl(PR_SET_KEEPCAPS, 1)
+    os.setresgid(uid, uid, uid)
+    _libc.setfsgid(0)
+    os.setresuid(uid, uid, uid)
+    _set_capabilities(keep | {CAP_SETUID})
+    _libc.setfsuid(0)
+    prctl(PR_SET_KEEPCAPS, 0)
+    _set_capabilities(keep)
+    if _libc.setfsuid(_NOBODY_CHANGES) != 0 or _libc.setfsgid(_NOBODY_CHANGES) != 0:
+        raise OSError(errno.EPERM, "setfsuid: the kernel did not leave root's files")
+    # A process that changed its user is closed even to the supervisor, which measures its memory. Nobody else has
+    # this uid.
+    prctl(PR_SET_DUMPABLE, 1)
     set_parent_death_signal()
 
 
