@@ -61,8 +61,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine(Wish(environ={"WASILET_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)}))
     monkeypatch.setattr("wasilet.cluster.up.up", made.up)
     monkeypatch.setattr("wasilet.cluster.down.down", made.down)
-    monkeypatch.setattr(leases, "_fit", lambda _: True)
-    monkeypatch.setattr(leases, "_opened", lambda _settings, _wish: Opened())
+    monkeypatch.setattr(leases, "is_fit", lambda _: True)
+    monkeypatch.setattr(leases, "opened", lambda _settings, _wish: Opened())
     return made
 
 

@@ -233,9 +233,7 @@ async def test_one_that_hangs_while_it_starts_is_ended(tmp_path: Path, monkeypat
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(
-        "wasilet_node.runtime.supervisor_start._environment", lambda: {"PYTHONPATH": str(tmp_path / "path")}
-    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     monkeypatch.setattr("wasilet_node.runtime.supervisor_start.START_TIMEOUT_SECONDS", 2.0)
     with pytest.raises(RuntimeUnavailableError, match=r"not ready after 2\.0 s"):
         await supervisor_start.find_or_start(NodePaths(data=tmp_path / "data"), LogSettings())
