@@ -119,9 +119,9 @@ def keep_only_capabilities(keep: frozenset[int]) -> None:
 
 def _bound_capabilities(keep: frozenset[int]) -> None:
     """What no exec can bring back."""
-    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
-    for capability in range(last + 1):
-        if capability not in keep:
+    left = _capabilities("CapBnd")
+    for capability in range(left.bit_length()):
+        if left >> capability & 1 and capability not in keep:
             # EPERM: CAP_SETPCAP is not held, and then the set below can only shrink by no_new_privs.
             with contextlib.suppress(PermissionError):
                 prctl(PR_CAPBSET_DROP, capability)
@@ -170,13 +170,15 @@ def become(uid: int) -> None:
 
 
 def become_but_for_files(uid: int, *, keep: frozenset[int]) -> None:
-    """Root becomes another user and the group of the same number, for good, with no capability but ``keep`` and no
-    supplementary group. Files are reached, and new ones belong to, root as before (``setfsuid(2)``). The signal at the
-    parent's death is set again; whether the parent still lives is the caller's to check. One thread. Raises OSError.
+    """Root becomes another user and the group of the same number, for good, with ``no_new_privs``, no capability but
+    ``keep`` and no supplementary group. Files are reached, and new ones belong to, root as before (``setfsuid(2)``).
+    The signal at the parent's death is set again; whether the parent still lives is the caller's to check. One thread.
+    Raises OSError.
 
     All that the kernel judges by uid instead of files is the other user's: signals, limits of processes, ptrace and
     what /proc shows of others, /proc/sys, RLIMIT_NPROC.
     """
+    set_no_new_privs()
     os.setgroups([])
     _bound_capabilities(keep)
     prctl(PR_SET_KEEPCAPS, 1)
@@ -211,8 +213,13 @@ def set_oom_score(adjustment: int) -> bool:
 
 def effective_capabilities() -> int:
     """The bit set of capabilities in effect for this process."""
+    return _capabilities("CapEff")
+
+
+def _capabilities(which: str) -> int:
+    """A bit set of this process, by its name in /proc/PID/status; 0: there is none."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("CapEff:"):
+        if line.startswith(which):
             return int(line.split()[1], 16)
     return 0
 

@@ -289,14 +289,16 @@ def _enter_network(plan: ChildPlan) -> None:
 
 
 def _drop_privileges(plan: ChildPlan) -> None:
-    if plan.own_user:
-        try:
-            linux.become_but_for_files(FIRST_UID + os.getpid(), keep=frozenset({linux.CAP_DAC_OVERRIDE}))
-        except OSError as error:
-            raise LoadError(f"the sandbox cannot become a user of its own: {error.strerror}") from error
-        if os.getppid() != plan.parent_pid:
-            os._exit(START_ERROR_EXIT_CODE)
-    linux.drop_privileges()
+    """For good. Raises LoadError: a sandbox that is to be a user of its own never runs as another."""
+    if not plan.own_user:
+        linux.drop_privileges()
+        return
+    try:
+        linux.become_but_for_files(FIRST_UID + os.getpid(), keep=frozenset({linux.CAP_DAC_OVERRIDE}))
+    except OSError as error:
+        raise LoadError(f"the sandbox cannot become a user of its own: {error.strerror}") from error
+    if os.getppid() != plan.parent_pid:
+        os._exit(START_ERROR_EXIT_CODE)
 
 
 def _confine(config: ContainerConfig, tools: GuestTools) -> None:
