@@ -1,8 +1,8 @@
 """Starting one instance of a container: image, compiled module, environment, mounts, then the runtime.
 
 Whatever goes wrong becomes a ``ContainerStartError`` with kubelet's waiting reason, the message for the status, and
-what the event says. An id that was handed to the runtime is never given up half-way: a cancelled start first waits for the
-runtime's answer, so that no instance runs unknown to its pod.
+what the event says. An id that was handed to the runtime is never given up half-way: a cancelled start first waits for
+the runtime's answer, so that no instance runs unknown to its pod.
 """
 
 from __future__ import annotations
