@@ -24,18 +24,16 @@ from typing import Any, Protocol, cast
 from wasilet_common.backoff import RetryBackoff
 from wasilet_common.time_format import rfc3339
 
-from wasilet_node import identity
+from wasilet_node import identity, node_object
 from wasilet_node.certificates_store import NodeNames
 from wasilet_node.conditions import (
-    MEMORY_THRESHOLD_BYTES,
     Conditions,
     Verdict,
-    disk_threshold_bytes,
     network_verdict,
     pressures,
     with_times,
 )
-from wasilet_node.contract import DECLARED_FEATURES, Contract
+from wasilet_node.contract import Contract
 from wasilet_node.kube.base import (
     ApiStatusError,
     ConflictError,
@@ -45,19 +43,16 @@ from wasilet_node.kube.base import (
     KubeObject,
     NotFoundError,
 )
-from wasilet_node.machine import Facts, Levels, facts, find_address, levels
+from wasilet_node.machine import Levels, facts, find_address, levels
 from wasilet_node.pods.nodeinfo import NodeInfo
 from wasilet_node.settings import NodeSettings
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURE_LABEL = "wasm32-wasi"
-ARCHITECTURE = "wasm-wasi"
 NODES_PATH = "/api/v1/nodes"
 
 _ATTACH_ANNOTATION = "volumes.kubernetes.io/controller-managed-attach-detach"
 
-_MAX_IMAGES = 50
 _NETWORK_SECONDS = 5.0
 _SAY_AGAIN_SECONDS = 60.0
 
@@ -168,7 +163,7 @@ class Registration:
             name=settings.node_name,
             addresses=(self._address,),
             labels=self._labels(),
-            allocatable=_allocatable(self._facts, settings.max_pods),
+            allocatable=node_object.allocatable(self._facts, settings.max_pods),
         )
 
     @property
@@ -179,7 +174,7 @@ class Registration:
     @property
     def names(self) -> NodeNames:
         """What the serving certificate must be valid for."""
-        return _names(self._address, self._settings.node_name)
+        return node_object.names(self._address, self._settings.node_name)
 
     def uid(self) -> str | None:
         """The Node's uid, None while there is none."""
@@ -259,7 +254,7 @@ class Registration:
                 "labels": self._labels(),
                 "annotations": {_ATTACH_ANNOTATION: "true", identity.ANNOTATION: self._instance_id},
             },
-            "spec": {"taints": [_taint(text) for text in self._settings.taints]},
+            "spec": {"taints": [node_object.taint(text) for text in self._settings.taints]},
             "status": {**status, "conditions": with_times(verdicts, [], _now())},
         }
         if self._settings.provider_id is not None:
@@ -283,7 +278,7 @@ class Registration:
         info = (node.get("status") or {}).get("nodeInfo") or {}
         runtime = str(info.get("containerRuntimeVersion") or "")
         architecture = str(info.get("architecture") or "")
-        if runtime and architecture != ARCHITECTURE and not runtime.startswith("wasmtime://"):
+        if runtime and architecture != node_object.ARCHITECTURE and not runtime.startswith("wasmtime://"):
             raise NodeTakenError(
                 f"the node {self._settings.node_name} exists and runs {runtime}; choose another name with --node-name"
             )
@@ -338,7 +333,7 @@ class Registration:
                     self._info = replace(
                         self._info,
                         labels=event.object.get("metadata", {}).get("labels") or {},
-                        taints=_taints_of(event.object),
+                        taints=node_object.taints_of(event.object),
                     )
                     self._report_schedulable(event.object)
                     if self._disagrees(event.object):
@@ -401,32 +396,16 @@ class Registration:
 
     async def _status(self, now_levels: Levels) -> KubeObject:
         """Node.status without conditions."""
-        machine = replace(self._facts, disk_bytes=now_levels.disk_bytes)
-        images = list(await self._images())[:_MAX_IMAGES]
-        kubernetes = await self._contract.version()
-        return {
-            "capacity": _capacity(machine, self._settings.max_pods),
-            "allocatable": _allocatable(machine, self._settings.max_pods),
-            "addresses": [
-                {"type": "InternalIP", "address": self._address},
-                {"type": "Hostname", "address": self._hostname},
-            ],
-            "daemonEndpoints": {"kubeletEndpoint": {"Port": self._port()}},
-            "nodeInfo": {
-                "architecture": ARCHITECTURE,
-                "bootID": machine.boot_id,
-                "containerRuntimeVersion": f"wasmtime://{self._runtime_version}",
-                "kernelVersion": machine.kernel_version,
-                "kubeProxyVersion": "",
-                "kubeletVersion": f"{kubernetes}+wasilet-{self._agent_version}",
-                "machineID": machine.machine_id,
-                "operatingSystem": "linux",
-                "osImage": machine.os_image,
-                "systemUUID": machine.system_uuid,
-            },
-            "images": images,
-            "declaredFeatures": list(DECLARED_FEATURES),
-        }
+        return node_object.status(
+            replace(self._facts, disk_bytes=now_levels.disk_bytes),
+            max_pods=self._settings.max_pods,
+            address=self._address,
+            hostname=self._hostname,
+            port=self._port(),
+            runtime_version=self._runtime_version,
+            kubelet_version=f"{await self._contract.version()}+wasilet-{self._agent_version}",
+            images=await self._images(),
+        )
 
     def _is_news(self, status: KubeObject, verdicts: list[Verdict]) -> bool:
         if self._sent != {**status, "verdicts": verdicts}:
@@ -451,22 +430,13 @@ class Registration:
             name=self._settings.node_name,
             addresses=(self._address,),
             labels=(node.get("metadata") or {}).get("labels") or self._labels(),
-            allocatable=_allocatable(machine, self._settings.max_pods),
+            allocatable=node_object.allocatable(machine, self._settings.max_pods),
             pressures=pressures(now_levels),
-            taints=_taints_of(node),
+            taints=node_object.taints_of(node),
         )
 
     def _labels(self) -> dict[str, str]:
-        return {
-            "beta.kubernetes.io/arch": ARCHITECTURE_LABEL,
-            "beta.kubernetes.io/os": ARCHITECTURE_LABEL,
-            "kubernetes.io/arch": ARCHITECTURE_LABEL,
-            "kubernetes.io/os": ARCHITECTURE_LABEL,
-            "kubernetes.io/hostname": self._hostname,
-            "type": "wasilet",
-            **self._worlds(),
-            **self._settings.labels,
-        }
+        return node_object.labels(self._hostname, {**self._worlds(), **self._settings.labels})
 
     async def _keep_world_labels(self, node: KubeObject) -> None:
         """What runs here may have come or gone while the agent runs. Raises KubeError."""
@@ -499,55 +469,6 @@ class Registration:
         self._events.event(
             {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "uid": name}}, type_, reason, message
         )
-
-
-def _names(address: str, node_name: str) -> NodeNames:
-    """What the serving certificate names. No host name: approvers grant a Node's own name only, since a node may write
-    any host name into its status."""
-    import ipaddress
-
-    ips = frozenset({str(ipaddress.ip_address(address))})
-    try:
-        ipaddress.ip_address(node_name)
-    except ValueError:
-        return NodeNames(dns=frozenset({node_name}), ips=ips)
-    return NodeNames(ips=ips)
-
-
-def _capacity(machine: Facts, max_pods: int) -> dict[str, str]:
-    return {
-        "cpu": _cpu(machine.cpu_millicores),
-        "memory": f"{machine.memory_bytes // 1024}Ki",
-        "ephemeral-storage": f"{machine.disk_bytes // 1024}Ki",
-        "pods": str(max_pods),
-    }
-
-
-def _allocatable(machine: Facts, max_pods: int) -> dict[str, str]:
-    """Capacity less what must stay free, as kubelet: a pod that fits must not bring pressure at once."""
-    memory = max(0, machine.memory_bytes - MEMORY_THRESHOLD_BYTES)
-    disk = max(0, machine.disk_bytes - disk_threshold_bytes(machine.disk_bytes))
-    return {
-        "cpu": _cpu(machine.cpu_millicores),
-        "memory": f"{memory // 1024}Ki",
-        "ephemeral-storage": str(disk),
-        "pods": str(max_pods),
-    }
-
-
-def _cpu(millicores: int) -> str:
-    return str(millicores // 1000) if millicores % 1000 == 0 else f"{millicores}m"
-
-
-def _taints_of(node: KubeObject) -> tuple[dict[str, str], ...]:
-    return tuple((node.get("spec") or {}).get("taints") or ())
-
-
-def _taint(text: str) -> dict[str, str]:
-    """``key[=value]:Effect``, validated by the command line."""
-    pair, _, effect = text.rpartition(":")
-    key, _, value = pair.partition("=")
-    return {"key": key, "effect": effect, **({"value": value} if value else {})}
 
 
 def _now() -> str:

@@ -364,7 +364,7 @@ class PodNetwork:
             self._dial = ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="pod sockets", initializer=_move_to, initargs=(os.dup(descriptor),)
             )
-            # At once, too: until there is a thread, nobody closes that descriptor.
+            # At once, too: until there is a thread, no one closes that descriptor.
             self._dial.submit(int)
         try:
             channel.hold(NODE_KEY, descriptor)

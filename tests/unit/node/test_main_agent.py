@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from wasilet_node.agent import _Agent, _log_failure
+from wasilet_node.agent import Agent
+from wasilet_node.agent_process import log_failure
 from wasilet_node.certificates import JoinError
 from wasilet_node.kube.events import KubeEventRecorder
 from wasilet_node.kube.kubeconfig import Cluster, is_node_kubeconfig, render_node_kubeconfig
@@ -21,9 +22,9 @@ from tests.unit.node.rig import NodeKube
 pytestmark = pytest.mark.unit
 
 
-def agent(data: Path, kubeconfig_copy: Path | None = None) -> _Agent:
+def agent(data: Path, kubeconfig_copy: Path | None = None) -> Agent:
     settings = NodeSettings(node_name="n1", paths=NodePaths(data=data))
-    return _Agent(settings, kubeconfig_copy, "0.1.0")
+    return Agent(settings, kubeconfig_copy, "0.1.0")
 
 
 class Part:
@@ -87,14 +88,14 @@ async def test_a_stop_ends_all_parts_and_writes_the_last_events(tmp_path: Path) 
     assert store.count("POST", "/api/v1/namespaces/d/events") == 1
 
 
-def test_what_a_person_can_mend_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    _log_failure(BaseExceptionGroup("parts", [ExceptionGroup("inner", [JoinError("no token")])]))
+def test_what_a_person_can_repair_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    log_failure(BaseExceptionGroup("parts", [ExceptionGroup("inner", [JoinError("no token")])]))
     assert [record.getMessage() for record in caplog.records] == ["no token"]
     assert caplog.records[0].exc_info is None
 
 
 def test_a_defect_comes_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    _log_failure(ValueError("bug"))
+    log_failure(ValueError("bug"))
     assert caplog.records[0].exc_info is not None
 
 
