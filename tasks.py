@@ -1,4 +1,4 @@
-"""The tasks of ``invoke`` in this checkout: Wasilet's own (``harness/wasilet/tasks.py``), which an installed Wasilet
+"""The tasks of ``invoke`` in this checkout: Wasilet's own (``harness/wasilet/tasks``), which an installed Wasilet
 has as the command ``wasilet``, and those of its developers (``dev/wasilet_dev/tasks.py``)."""
 
 from wasilet.tasks import *

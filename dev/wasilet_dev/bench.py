@@ -25,6 +25,7 @@ from typing import Any, Self
 from wasilet import process
 from wasilet.errors import ApiError, HarnessError, WaitTimeoutError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
+from wasilet.kube.reflector import Reflector
 from wasilet.providers.base import Cluster
 from wasilet.settings import Settings
 from wasilet.steps import Reporter, SilentReporter
@@ -294,7 +295,6 @@ class Watched:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._watch, name="watch pods", daemon=True)
         self._failure = ""
-        self._failures = 0
         self._there: set[str] = set()
         self.at: dict[tuple[str, str], float] = {}
         self.addresses: dict[str, str] = {}
@@ -315,41 +315,36 @@ class Watched:
         with self._changed:
             while left := [name for name, seen in wanted.items() if (name, seen) not in self.at]:
                 seconds = deadline - time.monotonic()
-                if self._failure or seconds <= 0:
-                    reason = self._failure or f"within {WAIT_SECONDS:g} s"
-                    raise WaitTimeoutError(f"{len(left)} pods were not {what}, as {left[0]}: {reason}")
+                if seconds <= 0:
+                    reason = f" ({self._failure})" if self._failure else ""
+                    raise WaitTimeoutError(
+                        f"{len(left)} pods were not {what} within {WAIT_SECONDS:g} s, as {left[0]}{reason}"
+                    )
                 self._changed.wait(seconds)
 
     def _watch(self) -> None:
-        """Lists again when a watch ends: a server that is busy drops watchers, and what happened meanwhile counts."""
-        path = api_path("pods", namespace=NAMESPACE)
-        while not self._hangup.done:
-            try:
-                listed = self._kube.get(path)
-                items = listed.get("items") or []
-                for name in self._there - {str(pod["metadata"]["name"]) for pod in items}:
-                    self._see(name, "gone")
-                for pod in items:
-                    self._learn({"type": "MODIFIED", "object": pod})
-                version = {"resourceVersion": str(listed["metadata"]["resourceVersion"])}
-                with self._kube.watch(path, self._hangup, timeout_seconds=3600, idle_seconds=3700.0, **version) as news:
-                    for change in news:
-                        if change["type"] == "ERROR":
-                            break
-                        if change["type"] != "BOOKMARK":
-                            self._learn(change)
-            except ApiError as error:
-                self._failures += 1
-                if not self._hangup.done and self._failures > 20:
-                    with self._changed:
-                        self._failure = str(error)
-                        self._changed.notify_all()
-                    return
-                time.sleep(0.2)
+        Reflector(
+            kube=self._kube,
+            path=api_path("pods", namespace=NAMESPACE),
+            hangup=self._hangup,
+            listed=self._learn_all,
+            changed=self._learn,
+            failed=self._fail,
+        ).run()
 
-    def _learn(self, change: KubeObject) -> None:
-        name = str(change["object"]["metadata"]["name"])
-        if change["type"] == "DELETED":
+    def _fail(self, error: ApiError) -> None:
+        """A server that is busy drops watchers, so this is the reason only where the time runs out as well."""
+        self._failure = str(error)
+
+    def _learn_all(self, pods: list[KubeObject]) -> None:
+        for name in self._there - {str(pod["metadata"]["name"]) for pod in pods}:
+            self._see(name, "gone")
+        for pod in pods:
+            self._learn("MODIFIED", pod)
+
+    def _learn(self, kind: str, pod: KubeObject) -> None:
+        name = str(pod["metadata"]["name"])
+        if kind == "DELETED":
             self._see(name, "gone")
             return
         if name not in self._there:
@@ -357,7 +352,7 @@ class Watched:
             with self._changed:
                 for seen in ("Running", "Succeeded", "gone", "address", "Ready"):
                     self.at.pop((name, seen), None)
-        status = change["object"]["status"]
+        status = pod["status"]
         if status.get("podIP"):
             self.addresses[name] = str(status["podIP"])
             self._see(name, "address")

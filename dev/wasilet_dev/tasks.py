@@ -6,6 +6,7 @@ import os
 
 from invoke.context import Context
 from invoke.tasks import task
+from wasilet.tasks.help_texts import OUTPUT_HELP
 from wasilet.terminal.cli import (
     checked_output,
     command,
@@ -17,8 +18,6 @@ from wasilet.terminal.cli import (
     reporter,
     settings_of,
 )
-
-OUTPUT_HELP = "text or json"
 
 
 @task

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         return EXIT_USAGE
     configure_logging(command.log_level)
     if isinstance(command, RunCommand):
-        from wasilet_node.agent import run_agent
+        from wasilet_node.agent_process import run_agent
         from wasilet_node.instance import InstanceError
 
         try:

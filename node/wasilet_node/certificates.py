@@ -19,6 +19,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,14 +62,9 @@ logger = logging.getLogger(__name__)
 _JOIN_LIMIT_SECONDS = 3600.0
 """kubelet's limit for its first certificate; a person may have to approve it."""
 
-_REFUSED_TOKEN_PATIENCE_SECONDS = 10.0
-"""A token's Secret and its RBAC reach the API server's authenticators some time after they are written."""
-
 _ATTEMPT_LIMIT_SECONDS = 900.0
-_FIRST_RETRY_SECONDS = 1.0
 _LONGEST_RETRY_SECONDS = 60.0
 _LONGEST_FIRST_RETRY_SECONDS = 10.0
-_AFTER_REFUSAL_SECONDS = 60.0
 _LONGEST_AFTER_REFUSAL_SECONDS = 900.0
 _CLOCK_STEP_SECONDS = 60.0
 """Sleeps are cut into steps of this: the monotonic clock stands still while a laptop sleeps, certificates do not."""
@@ -79,6 +75,23 @@ _RENEW_TO = 0.9
 
 class JoinError(Exception):
     """The node cannot join; the message says what to do about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How patient a node is with what refuses it or does not answer."""
+
+    first_retry_seconds: float = 1.0
+    """Doubles from here; a fifth of it while the node joins."""
+
+    after_refusal_seconds: float = 60.0
+    """Doubles from here, after a certificate that was denied or is as old as the one before."""
+
+    refused_token_seconds: float = 10.0
+    """A token's Secret and its RBAC reach the API server's authenticators some time after they are written."""
+
+    report_pending_seconds: float = 3.0
+    """A request that waits for longer is reported, with what approves it."""
 
 
 class Certificates:
@@ -94,8 +107,9 @@ class Certificates:
         user_agent: str,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         renewal_share: Callable[[], float] = lambda: random.uniform(_RENEW_FROM, _RENEW_TO),  # noqa: S311  # jitter
+        pace: Pace = Pace(),
     ) -> None:
-        """``kubeconfig``: where the node's own one is kept. ``now`` and ``renewal_share`` are for tests."""
+        """``kubeconfig``: where the node's own one is kept. ``now``, ``renewal_share`` and ``pace`` are for tests."""
         self._node_name = node_name
         self._pki = pki
         self._kubeconfig = kubeconfig
@@ -103,6 +117,7 @@ class Certificates:
         self._user_agent = user_agent
         self._now = now
         self._renewal_share = renewal_share
+        self._pace = pace
         self._kube: KubeClient | None = None
         self._client: Pair | None = None
         self._serving: Pair | None = None
@@ -210,18 +225,18 @@ class Certificates:
         loop = asyncio.get_running_loop()
         began = loop.time()
         wanted = Wanted(signer=CLIENT_SIGNER, node_name=self._node_name)
-        retry = RetryBackoff(_FIRST_RETRY_SECONDS / 5, _LONGEST_FIRST_RETRY_SECONDS)
+        retry = RetryBackoff(self._pace.first_retry_seconds / 5, _LONGEST_FIRST_RETRY_SECONDS)
         while True:
             left = _JOIN_LIMIT_SECONDS - (loop.time() - began)
             try:
-                pair = await obtain(kube, wanted, pending_file=self._pending("client"), timeout_seconds=left)
+                pair = await self._obtain(kube, wanted, timeout_seconds=left)
             except CertificateError as error:
                 raise JoinError(str(error)) from error
             except ApiStatusError as error:
                 spent = loop.time() - began
                 if error.code not in (401, 403) and error.code < 500:
                     raise JoinError(f"the API server refuses a certificate request: {error}") from error
-                if error.code in (401, 403) and spent > _REFUSED_TOKEN_PATIENCE_SECONDS:
+                if error.code in (401, 403) and spent > self._pace.refused_token_seconds:
                     raise JoinError(self._explain_refusal(error)) from error
                 failure: KubeError = error
             except ApiUnavailableError as error:
@@ -256,7 +271,7 @@ class Certificates:
         return True
 
     async def _keep_client_valid(self, kube: KubeClient) -> None:
-        retry = RetryBackoff(_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS)
+        retry = RetryBackoff(self._pace.first_retry_seconds, _LONGEST_RETRY_SECONDS)
         planned: Pair | None = None
         deadline = self._now()
         while True:
@@ -278,7 +293,7 @@ class Certificates:
                 logger.warning("the client certificate (valid until %s) was not renewed: %s",
                                _text(pair.not_after), error)  # fmt: skip
                 refused = isinstance(error, CertificateRefusedError)
-                await asyncio.sleep(retry.next(at_least=_AFTER_REFUSAL_SECONDS if refused else 0.0))
+                await asyncio.sleep(retry.next(at_least=self._pace.after_refusal_seconds if refused else 0.0))
                 if rejected:
                     self._rejected.set()
 
@@ -288,9 +303,7 @@ class Certificates:
         if pair.valid_at(self._now()) and not (rejected and not await self._known(kube)):
             if rejected:
                 return
-            renewed = await obtain(
-                kube, wanted, pending_file=self._pending("client"), timeout_seconds=_ATTEMPT_LIMIT_SECONDS
-            )
+            renewed = await self._obtain(kube, wanted)
         else:
             bootstrap = self._read_bootstrap(needed=True)
             assert bootstrap is not None  # noqa: S101  # needed=True raises
@@ -298,9 +311,7 @@ class Certificates:
             logger.warning("the client certificate is of no more use; joining again with %s", self._bootstrap_file)
             temporary = KubeClient(cluster, bootstrap.credentials, user_agent=self._user_agent)
             try:
-                renewed = await obtain(
-                    temporary, wanted, pending_file=self._pending("client"), timeout_seconds=_ATTEMPT_LIMIT_SECONDS
-                )
+                renewed = await self._obtain(temporary, wanted)
             finally:
                 await temporary.close()
         self._keep_client(renewed, cluster)
@@ -310,8 +321,8 @@ class Certificates:
         logger.info("the client certificate was renewed; it is valid until %s", _text(renewed.not_after))
 
     async def _keep_serving_valid(self, kube: KubeClient) -> None:
-        retry = RetryBackoff(_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS)
-        refusal = RetryBackoff(_AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS)
+        retry = RetryBackoff(self._pace.first_retry_seconds, _LONGEST_RETRY_SECONDS)
+        refusal = RetryBackoff(self._pace.after_refusal_seconds, _LONGEST_AFTER_REFUSAL_SECONDS)
         planned: Pair | None = None
         deadline = self._now()
         while True:
@@ -349,9 +360,7 @@ class Certificates:
         """Raises what ``obtain`` does; ends without a new pair when the names change meanwhile."""
         wanted = Wanted(signer=SERVING_SIGNER, node_name=self._node_name, names=names)
         self._names_changed.clear()
-        asking = asyncio.create_task(
-            obtain(kube, wanted, pending_file=self._pending("serving"), timeout_seconds=_ATTEMPT_LIMIT_SECONDS)
-        )
+        asking = asyncio.create_task(self._obtain(kube, wanted))
         changed = asyncio.create_task(self._names_changed.wait())
         try:
             await asyncio.wait({asking, changed}, return_when=asyncio.FIRST_COMPLETED)
@@ -371,6 +380,18 @@ class Certificates:
         if self._on_serving is not None:
             self._on_serving(pair)
         logger.info("serving with a certificate for %s, valid until %s", pair.names, _text(pair.not_after))
+
+    async def _obtain(
+        self, kube: KubeClient, wanted: Wanted, *, timeout_seconds: float = _ATTEMPT_LIMIT_SECONDS
+    ) -> Pair:
+        """See ``obtain``."""
+        return await obtain(
+            kube,
+            wanted,
+            pending_file=self._pending(wanted.what),
+            timeout_seconds=timeout_seconds,
+            report_after_seconds=self._pace.report_pending_seconds,
+        )
 
     def _keep_client(self, pair: Pair, cluster: Cluster) -> None:
         """The order matters to a crash: the pair, then the request it came from, then what points to it."""
@@ -432,7 +453,7 @@ class Certificates:
         if pair is not None and pair.renewal_time(_RENEW_FROM) <= self._now():
             logger.warning("the certificate that was just signed is valid until %s: is a clock wrong?",
                            _text(pair.not_after))  # fmt: skip
-            await self._sleep(_AFTER_REFUSAL_SECONDS, unless)
+            await self._sleep(self._pace.after_refusal_seconds, unless)
 
     async def _sleep_until(self, moment: datetime, unless: asyncio.Event) -> None:
         """Until the wall clock says ``moment`` or the event is set."""

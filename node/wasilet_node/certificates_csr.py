@@ -48,8 +48,7 @@ SERVING_SIGNER = "kubernetes.io/kubelet-serving"
 CSR_PATH = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
 _EXTENDED_USAGE = {CLIENT_SIGNER: "client auth", SERVING_SIGNER: "server auth"}
-_SPEAK_AFTER_SECONDS = 3.0
-_SPEAK_AGAIN_SECONDS = 600.0
+_REPORT_AGAIN_SECONDS = 600.0
 
 
 class CertificateError(Exception):
@@ -102,8 +101,11 @@ def make_request(key: ec.EllipticCurvePrivateKey, wanted: Wanted) -> bytes:
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-async def obtain(kube: Kube, wanted: Wanted, *, pending_file: Path, timeout_seconds: float) -> Pair:
-    """Create the request, or go on with the pending one, and wait for the signed certificate.
+async def obtain(
+    kube: Kube, wanted: Wanted, *, pending_file: Path, timeout_seconds: float, report_after_seconds: float
+) -> Pair:
+    """Create the request, or go on with the pending one, and wait for the signed certificate. What has to be approved
+    is reported when it has waited for ``report_after_seconds``.
 
     Raises CertificateError, and KubeError when the request cannot be created. The caller saves the pair, then calls
     ``forget``: in this order, or a crash loses both.
@@ -114,7 +116,7 @@ async def obtain(kube: Kube, wanted: Wanted, *, pending_file: Path, timeout_seco
             pending = await _create(kube, wanted, pending_file)
         try:
             async with asyncio.timeout(timeout_seconds):
-                certificate = await _wait(kube, wanted, pending)
+                certificate = await _wait(kube, wanted, pending, report_after_seconds)
         except TimeoutError:
             raise CertificatePendingError(
                 f"no one approved {pending.name} within {timeout_seconds:g} s; type: kubectl certificate approve "
@@ -200,9 +202,9 @@ async def _resume(kube: Kube, wanted: Wanted, pending_file: Path) -> _Pending | 
     return pending
 
 
-async def _wait(kube: Kube, wanted: Wanted, pending: _Pending) -> str | None:
+async def _wait(kube: Kube, wanted: Wanted, pending: _Pending, report_after_seconds: float) -> str | None:
     """The signed certificate; None when the request is gone."""
-    speaker = asyncio.create_task(_speak(wanted, pending.name))
+    reporting = asyncio.create_task(_report_pending(wanted, pending.name, report_after_seconds))
     listed = False  # in the list that is being read: each new one, as after a cut, must hold the request
     try:
         events = cast("Any", kube.watch(CSR_PATH, field_selector=f"metadata.name={pending.name}"))
@@ -223,11 +225,11 @@ async def _wait(kube: Kube, wanted: Wanted, pending: _Pending) -> str | None:
                     return certificate
         return None
     finally:
-        speaker.cancel()
+        reporting.cancel()
 
 
-async def _speak(wanted: Wanted, name: str) -> None:
-    await asyncio.sleep(_SPEAK_AFTER_SECONDS)
+async def _report_pending(wanted: Wanted, name: str, after_seconds: float) -> None:
+    await asyncio.sleep(after_seconds)
     while True:
         if wanted.signer == SERVING_SIGNER:
             logger.warning(
@@ -239,7 +241,7 @@ async def _speak(wanted: Wanted, name: str) -> None:
             logger.warning(
                 "joining waits for the approval of the client certificate; type: kubectl certificate approve %s", name
             )
-        await asyncio.sleep(_SPEAK_AGAIN_SECONDS)
+        await asyncio.sleep(_REPORT_AGAIN_SECONDS)
 
 
 def _certificate_of(found: KubeObject, name: str) -> str | None:

@@ -23,7 +23,6 @@ _FILE = "instance-id"
 _LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 _DEFAULT_DURATION_SECONDS = 40
 _LONGEST_WAIT_SECONDS = 120
-_LOOK_SECONDS = 1.0
 
 
 def instance_id(data: Path) -> str:
@@ -45,8 +44,9 @@ def is_foreign(node: KubeObject, own_id: str) -> bool:
     return bool(annotations.get(ANNOTATION, own_id) != own_id)
 
 
-async def is_alive(kube: Kube, node_name: str) -> bool:
-    """Whether someone renews a node's lease: it is watched for as long as it is valid. Raises KubeError."""
+async def is_alive(kube: Kube, node_name: str, *, look_seconds: float = 1.0) -> bool:
+    """Whether someone renews a node's lease: it is looked at every ``look_seconds`` for as long as it is valid. Raises
+    KubeError."""
     seen = await _lease(kube, node_name)
     if seen is None:
         return False
@@ -55,7 +55,7 @@ async def is_alive(kube: Kube, node_name: str) -> bool:
         return False
     deadline = time.monotonic() + duration_seconds
     while time.monotonic() < deadline:
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(look_seconds)
         now = await _lease(kube, node_name)
         if now is None:
             return False

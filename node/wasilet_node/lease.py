@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 _PATH = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 _TIMEOUT_SECONDS = 5.0
-_RETRY_SECONDS = 1.0
 _SAY_AGAIN_SECONDS = 60.0
 
 
@@ -36,14 +35,17 @@ class LeaseKeeper:
         duration_seconds: int,
         renew_interval_seconds: float,
         on_unauthorized: Callable[[], None],
+        retry_seconds: float = 1.0,
     ) -> None:
-        """``node_uid``: None while there is no Node; the lease is then renewed without an owner."""
+        """``node_uid``: None while there is no Node; the lease is then renewed without an owner. ``retry_seconds``:
+        between attempts while it cannot be renewed."""
         self._kube = kube
         self._node_name = node_name
         self._node_uid = node_uid
         self._duration_seconds = duration_seconds
         self._renew_interval_seconds = renew_interval_seconds
         self._on_unauthorized = on_unauthorized
+        self._retry_seconds = retry_seconds
 
     async def run(self) -> None:
         """Renew until cancelled. An API server that is away is survived."""
@@ -61,7 +63,7 @@ class LeaseKeeper:
                 if now - said_at >= _SAY_AGAIN_SECONDS:
                     said_at = now
                     logger.warning("the node's lease was not renewed: %s", error)
-                await asyncio.sleep(_RETRY_SECONDS)
+                await asyncio.sleep(self._retry_seconds)
                 continue
             if failing_since is not None:
                 logger.info("the node's lease is renewed again, after %.0f s", time.monotonic() - failing_since)

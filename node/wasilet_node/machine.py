@@ -10,7 +10,7 @@ import ipaddress
 import os
 import platform
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 _UNLIMITED_V1 = 1 << 62
 """cgroup v1 writes a number near 2^63 for "no limit"."""
 
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
 _TEST_NETWORK_V4 = "192.0.2.1"
 """RFC 5737: never routed to a real host, and connecting a UDP socket sends nothing; it only asks the routing table."""
 
@@ -56,13 +55,39 @@ class Levels:
     pids_free: int
 
 
-def facts(data: Path) -> Facts:
+@dataclass(frozen=True)
+class ControlGroups:
+    """Where the kernel shows them."""
+
+    root: Path = Path("/sys/fs/cgroup")
+    membership: Path = Path("/proc/self/cgroup")
+
+    def folders(self, controller: str) -> Iterator[Path]:
+        """The control group of this process and its parents, in the hierarchy that has the controller."""
+        for line in _text(self.membership).splitlines():
+            number, _, rest = line.partition(":")
+            controllers, _, path = rest.partition(":")
+            if number == "0" and not controllers:
+                root = self.root if (self.root / "cgroup.controllers").exists() else self.root / "unified"
+            elif controller in controllers.split(","):
+                root = self.root / controllers
+            else:
+                continue
+            folder = root / path.lstrip("/")
+            while folder.is_relative_to(root):
+                # Inside a container the path may be that of the host and not exist; its parents then do.
+                if folder.is_dir():
+                    yield folder
+                folder = folder.parent
+
+
+def facts(data: Path, *, cgroups: ControlGroups = ControlGroups()) -> Facts:
     """Read once at start; ``data`` must exist."""
     disk = os.statvfs(data)
     machine_id = _text(Path("/etc/machine-id")) or _text(Path("/var/lib/dbus/machine-id"))
     return Facts(
-        cpu_millicores=_cpu_millicores(),
-        memory_bytes=_memory_total(),
+        cpu_millicores=_cpu_millicores(cgroups),
+        memory_bytes=_memory_total(cgroups),
         disk_bytes=disk.f_blocks * disk.f_frsize,
         boot_id=_text(Path("/proc/sys/kernel/random/boot_id")),
         machine_id=machine_id,
@@ -73,12 +98,12 @@ def facts(data: Path) -> Facts:
     )
 
 
-def levels(data: Path) -> Levels:
+def levels(data: Path, *, cgroups: ControlGroups = ControlGroups()) -> Levels:
     """Read now; ``data`` must exist."""
     disk = os.statvfs(data)
-    pids, pids_free = _pids()
+    pids, pids_free = _pids(cgroups)
     return Levels(
-        memory_available_bytes=_memory_available(),
+        memory_available_bytes=_memory_available(cgroups),
         disk_bytes=disk.f_blocks * disk.f_frsize,
         disk_available_bytes=disk.f_bavail * disk.f_frsize,
         inodes=disk.f_files,
@@ -88,7 +113,21 @@ def levels(data: Path) -> Levels:
     )
 
 
-def find_address(server: str) -> str:
+def route_to(host: str) -> str | None:
+    """The address of this machine from which packets to a host leave; None: there is no way, or no such host."""
+    if not host:
+        return None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            found = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    return found.partition("%")[0]
+
+
+def find_address(server: str, *, route_to: Callable[[str], str | None] = route_to) -> str:
     """The address under which the rest of the cluster reaches this machine; ``server``: the API server's URL.
 
     The one from which the API server is reached, unless that is loopback; else the one of the default route; else the
@@ -96,7 +135,7 @@ def find_address(server: str) -> str:
     """
     host = urlsplit(server).hostname or ""
     for target in (host, _TEST_NETWORK_V4, _TEST_NETWORK_V6):
-        address = _route_to(target)
+        address = route_to(target)
         if address is not None and is_advertisable(address):
             return address
     return next(interface_addresses(), "127.0.0.1")
@@ -109,19 +148,6 @@ def is_advertisable(address: str) -> bool:
     except ValueError:
         return False
     return not (parsed.is_loopback or parsed.is_link_local or parsed.is_multicast or parsed.is_unspecified)
-
-
-def _route_to(host: str) -> str | None:
-    if not host:
-        return None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)
-            found = str(probe.getsockname()[0])
-    except OSError:
-        return None
-    return found.partition("%")[0]
 
 
 def interface_addresses() -> Iterator[str]:
@@ -141,9 +167,9 @@ def interface_addresses() -> Iterator[str]:
                     yield address
 
 
-def _cpu_millicores() -> int:
+def _cpu_millicores(cgroups: ControlGroups) -> int:
     millicores = len(os.sched_getaffinity(0)) * 1000
-    for folder in _cgroup_folders("cpu"):
+    for folder in cgroups.folders("cpu"):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
         if not quota:
             quota = _text(folder / "cpu.cfs_quota_us")
@@ -153,19 +179,19 @@ def _cpu_millicores() -> int:
     return millicores
 
 
-def _memory_total() -> int:
+def _memory_total(cgroups: ControlGroups) -> int:
     total = _meminfo()["MemTotal"]
-    for folder in _cgroup_folders("memory"):
+    for folder in cgroups.folders("memory"):
         limit = _memory_limit(folder)
         if limit is not None:
             total = min(total, limit)
     return total
 
 
-def _memory_available() -> int:
+def _memory_available(cgroups: ControlGroups) -> int:
     """As kubelet's memory.available: what could be had without swapping, page cache counted as free."""
     available = _meminfo()["MemAvailable"]
-    for folder in _cgroup_folders("memory"):
+    for folder in cgroups.folders("memory"):
         limit = _memory_limit(folder)
         if limit is None:
             continue
@@ -184,36 +210,17 @@ def _memory_limit(folder: Path) -> int | None:
     return None
 
 
-def _pids() -> tuple[int, int]:
+def _pids(cgroups: ControlGroups) -> tuple[int, int]:
     limits = [_number(Path("/proc/sys/kernel/pid_max")), _number(Path("/proc/sys/kernel/threads-max"))]
     total = min((limit for limit in limits if limit), default=32768)
     running = int(_text(Path("/proc/loadavg")).split()[3].partition("/")[2])
     free = max(0, total - running)
-    for folder in _cgroup_folders("pids"):
+    for folder in cgroups.folders("pids"):
         limit = _number(folder / "pids.max")
         current = _number(folder / "pids.current")
         if limit is not None and current is not None and limit - current < free:
             total, free = limit, max(0, limit - current)
     return total, free
-
-
-def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """The control group of this process and its parents, in the hierarchy that has the controller."""
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            root = _CGROUP_ROOT if (_CGROUP_ROOT / "cgroup.controllers").exists() else _CGROUP_ROOT / "unified"
-        elif controller in controllers.split(","):
-            root = _CGROUP_ROOT / controllers
-        else:
-            continue
-        folder = root / path.lstrip("/")
-        while folder.is_relative_to(root):
-            # Inside a container the path may be that of the host and not exist; its parents then do.
-            if folder.is_dir():
-                yield folder
-            folder = folder.parent
 
 
 def _meminfo() -> dict[str, int]:

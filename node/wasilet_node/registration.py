@@ -18,24 +18,22 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from wasilet_common.backoff import RetryBackoff
 from wasilet_common.time_format import rfc3339
 
-from wasilet_node import identity
+from wasilet_node import identity, node_object
 from wasilet_node.certificates_store import NodeNames
 from wasilet_node.conditions import (
-    MEMORY_THRESHOLD_BYTES,
     Conditions,
     Verdict,
-    disk_threshold_bytes,
     network_verdict,
     pressures,
     with_times,
 )
-from wasilet_node.contract import DECLARED_FEATURES, Contract
+from wasilet_node.contract import Contract
 from wasilet_node.kube.base import (
     ApiStatusError,
     ConflictError,
@@ -45,24 +43,18 @@ from wasilet_node.kube.base import (
     KubeObject,
     NotFoundError,
 )
-from wasilet_node.machine import Facts, Levels, facts, find_address, levels
+from wasilet_node.machine import Levels, facts, find_address, levels
 from wasilet_node.pods.nodeinfo import NodeInfo
 from wasilet_node.settings import NodeSettings
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURE_LABEL = "wasm32-wasi"
-ARCHITECTURE = "wasm-wasi"
 NODES_PATH = "/api/v1/nodes"
 
 _ATTACH_ANNOTATION = "volumes.kubernetes.io/controller-managed-attach-detach"
 
-_MAX_IMAGES = 50
 _NETWORK_SECONDS = 5.0
-_FIRST_RETRY_SECONDS = 0.2
-_LONGEST_RETRY_SECONDS = 7.0
 _SAY_AGAIN_SECONDS = 60.0
-_MINIMUM_REPORT_GAP_SECONDS = 1.0
 
 _EVENT_OF_STATUS = {
     ("Ready", "True"): ("Normal", "NodeReady"),
@@ -74,6 +66,21 @@ _EVENT_OF_STATUS = {
     ("PIDPressure", "True"): ("Normal", "NodeHasInsufficientPID"),
     ("PIDPressure", "False"): ("Normal", "NodeHasSufficientPID"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How often a Registration does what it repeats."""
+
+    first_retry_seconds: float = 0.2
+    longest_retry_seconds: float = 7.0
+    """Between attempts to register, while the API server is away."""
+
+    report_gap_seconds: float = 1.0
+    """The least time between two reports, however much changes."""
+
+    lease_look_seconds: float = 1.0
+    """Between looks at the lease of another instance's Node."""
 
 
 class NodeNetworkState(Protocol):
@@ -114,8 +121,11 @@ class Registration:
         on_unauthorized: Callable[[], None],
         worlds: Callable[[], Mapping[str, str]] = dict,
         network: NodeNetworkState | None = None,
+        find_address: Callable[[str], str] = find_address,
+        pace: Pace = Pace(),
     ) -> None:
-        """``server``: the API server's URL, by which the node's address is found. ``port``: of the kubelet API.
+        """``server``: the API server's URL, by which ``find_address`` finds the address where settings have none.
+        ``port``: of the kubelet API.
         ``instance_id``: see ``wasilet_node.identity``.
         ``problem``: why no pod can run, None when it can. ``worlds``: labels of what runs here, asked at each report.
         ``on_names`` is called after the status holds them."""
@@ -135,6 +145,8 @@ class Registration:
         self._on_unauthorized = on_unauthorized
         self._worlds = worlds
         self._network = network
+        self._find_address = find_address
+        self._pace = pace
         if network is not None:
             network.on_change = self.wake
         self._path = f"{NODES_PATH}/{settings.node_name}"
@@ -151,7 +163,7 @@ class Registration:
             name=settings.node_name,
             addresses=(self._address,),
             labels=self._labels(),
-            allocatable=_allocatable(self._facts, settings.max_pods),
+            allocatable=node_object.allocatable(self._facts, settings.max_pods),
         )
 
     @property
@@ -162,7 +174,7 @@ class Registration:
     @property
     def names(self) -> NodeNames:
         """What the serving certificate must be valid for."""
-        return _names(self._address, self._settings.node_name)
+        return node_object.names(self._address, self._settings.node_name)
 
     def uid(self) -> str | None:
         """The Node's uid, None while there is none."""
@@ -182,7 +194,7 @@ class Registration:
 
         Raises NodeTakenError.
         """
-        retry = RetryBackoff(_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS)
+        retry = RetryBackoff(self._pace.first_retry_seconds, self._pace.longest_retry_seconds)
         said_at = 0.0
         while True:
             try:
@@ -242,7 +254,7 @@ class Registration:
                 "labels": self._labels(),
                 "annotations": {_ATTACH_ANNOTATION: "true", identity.ANNOTATION: self._instance_id},
             },
-            "spec": {"taints": [_taint(text) for text in self._settings.taints]},
+            "spec": {"taints": [node_object.taint(text) for text in self._settings.taints]},
             "status": {**status, "conditions": with_times(verdicts, [], _now())},
         }
         if self._settings.provider_id is not None:
@@ -266,14 +278,14 @@ class Registration:
         info = (node.get("status") or {}).get("nodeInfo") or {}
         runtime = str(info.get("containerRuntimeVersion") or "")
         architecture = str(info.get("architecture") or "")
-        if runtime and architecture != ARCHITECTURE and not runtime.startswith("wasmtime://"):
+        if runtime and architecture != node_object.ARCHITECTURE and not runtime.startswith("wasmtime://"):
             raise NodeTakenError(
                 f"the node {self._settings.node_name} exists and runs {runtime}; choose another name with --node-name"
             )
         name = self._settings.node_name
         if identity.is_foreign(node, self._instance_id):
             logger.warning("the node %s is another instance's; looking whether that one is alive", name)
-            if await identity.is_alive(self._kube, name):
+            if await identity.is_alive(self._kube, name, look_seconds=self._pace.lease_look_seconds):
                 raise NodeTakenError(
                     f"the node {name} is alive: another agent, with another data folder, renews its lease; stop that "
                     "one, or choose another name with --node-name"
@@ -321,7 +333,7 @@ class Registration:
                     self._info = replace(
                         self._info,
                         labels=event.object.get("metadata", {}).get("labels") or {},
-                        taints=_taints_of(event.object),
+                        taints=node_object.taints_of(event.object),
                     )
                     self._report_schedulable(event.object)
                     if self._disagrees(event.object):
@@ -345,7 +357,7 @@ class Registration:
             except TimeoutError:
                 pass
             else:
-                await asyncio.sleep(max(0.0, self._sent_at + _MINIMUM_REPORT_GAP_SECONDS - time.monotonic()))
+                await asyncio.sleep(max(0.0, self._sent_at + self._pace.report_gap_seconds - time.monotonic()))
             self._wake.clear()
             try:
                 if self._gone.is_set():
@@ -377,39 +389,23 @@ class Registration:
         # In a thread: the API server may have a name, and its name server may be away.
         address = self._settings.node_ip
         if address is None:
-            address = await asyncio.to_thread(find_address, self._server)
+            address = await asyncio.to_thread(self._find_address, self._server)
         if address != self._address:
             logger.info("the node's address changed from %s to %s", self._address, address)
             self._address = address
 
     async def _status(self, now_levels: Levels) -> KubeObject:
         """Node.status without conditions."""
-        machine = replace(self._facts, disk_bytes=now_levels.disk_bytes)
-        images = list(await self._images())[:_MAX_IMAGES]
-        kubernetes = await self._contract.version()
-        return {
-            "capacity": _capacity(machine, self._settings.max_pods),
-            "allocatable": _allocatable(machine, self._settings.max_pods),
-            "addresses": [
-                {"type": "InternalIP", "address": self._address},
-                {"type": "Hostname", "address": self._hostname},
-            ],
-            "daemonEndpoints": {"kubeletEndpoint": {"Port": self._port()}},
-            "nodeInfo": {
-                "architecture": ARCHITECTURE,
-                "bootID": machine.boot_id,
-                "containerRuntimeVersion": f"wasmtime://{self._runtime_version}",
-                "kernelVersion": machine.kernel_version,
-                "kubeProxyVersion": "",
-                "kubeletVersion": f"{kubernetes}+wasilet-{self._agent_version}",
-                "machineID": machine.machine_id,
-                "operatingSystem": "linux",
-                "osImage": machine.os_image,
-                "systemUUID": machine.system_uuid,
-            },
-            "images": images,
-            "declaredFeatures": list(DECLARED_FEATURES),
-        }
+        return node_object.status(
+            replace(self._facts, disk_bytes=now_levels.disk_bytes),
+            max_pods=self._settings.max_pods,
+            address=self._address,
+            hostname=self._hostname,
+            port=self._port(),
+            runtime_version=self._runtime_version,
+            kubelet_version=f"{await self._contract.version()}+wasilet-{self._agent_version}",
+            images=await self._images(),
+        )
 
     def _is_news(self, status: KubeObject, verdicts: list[Verdict]) -> bool:
         if self._sent != {**status, "verdicts": verdicts}:
@@ -434,22 +430,13 @@ class Registration:
             name=self._settings.node_name,
             addresses=(self._address,),
             labels=(node.get("metadata") or {}).get("labels") or self._labels(),
-            allocatable=_allocatable(machine, self._settings.max_pods),
+            allocatable=node_object.allocatable(machine, self._settings.max_pods),
             pressures=pressures(now_levels),
-            taints=_taints_of(node),
+            taints=node_object.taints_of(node),
         )
 
     def _labels(self) -> dict[str, str]:
-        return {
-            "beta.kubernetes.io/arch": ARCHITECTURE_LABEL,
-            "beta.kubernetes.io/os": ARCHITECTURE_LABEL,
-            "kubernetes.io/arch": ARCHITECTURE_LABEL,
-            "kubernetes.io/os": ARCHITECTURE_LABEL,
-            "kubernetes.io/hostname": self._hostname,
-            "type": "wasilet",
-            **self._worlds(),
-            **self._settings.labels,
-        }
+        return node_object.labels(self._hostname, {**self._worlds(), **self._settings.labels})
 
     async def _keep_world_labels(self, node: KubeObject) -> None:
         """What runs here may have come or gone while the agent runs. Raises KubeError."""
@@ -482,55 +469,6 @@ class Registration:
         self._events.event(
             {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "uid": name}}, type_, reason, message
         )
-
-
-def _names(address: str, node_name: str) -> NodeNames:
-    """What the serving certificate names. No host name: approvers grant a Node's own name only, since a node may write
-    any host name into its status."""
-    import ipaddress
-
-    ips = frozenset({str(ipaddress.ip_address(address))})
-    try:
-        ipaddress.ip_address(node_name)
-    except ValueError:
-        return NodeNames(dns=frozenset({node_name}), ips=ips)
-    return NodeNames(ips=ips)
-
-
-def _capacity(machine: Facts, max_pods: int) -> dict[str, str]:
-    return {
-        "cpu": _cpu(machine.cpu_millicores),
-        "memory": f"{machine.memory_bytes // 1024}Ki",
-        "ephemeral-storage": f"{machine.disk_bytes // 1024}Ki",
-        "pods": str(max_pods),
-    }
-
-
-def _allocatable(machine: Facts, max_pods: int) -> dict[str, str]:
-    """Capacity less what must stay free, as kubelet: a pod that fits must not bring pressure at once."""
-    memory = max(0, machine.memory_bytes - MEMORY_THRESHOLD_BYTES)
-    disk = max(0, machine.disk_bytes - disk_threshold_bytes(machine.disk_bytes))
-    return {
-        "cpu": _cpu(machine.cpu_millicores),
-        "memory": f"{memory // 1024}Ki",
-        "ephemeral-storage": str(disk),
-        "pods": str(max_pods),
-    }
-
-
-def _cpu(millicores: int) -> str:
-    return str(millicores // 1000) if millicores % 1000 == 0 else f"{millicores}m"
-
-
-def _taints_of(node: KubeObject) -> tuple[dict[str, str], ...]:
-    return tuple((node.get("spec") or {}).get("taints") or ())
-
-
-def _taint(text: str) -> dict[str, str]:
-    """``key[=value]:Effect``, validated by the command line."""
-    pair, _, effect = text.rpartition(":")
-    key, _, value = pair.partition("=")
-    return {"key": key, "effect": effect, **({"value": value} if value else {})}
 
 
 def _now() -> str:

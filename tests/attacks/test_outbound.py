@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wasilet_common.addresses import guard
 from wasilet_node.pods.http_policy import ALLOWED_DOMAINS, Outbound, OutboundRules, http_policy
-from wasilet_node.runtime.hostcalls.http import HttpCallError, HttpClient, HttpErrno, parse_url
+from wasilet_node.runtime.hostcalls.http_client import HttpCallError, HttpClient, HttpErrno, parse_url
 from wasilet_node.runtime.protocol import HttpPolicy
 from wasilet_node.volumes.base import ContainerConfigError
 
@@ -59,7 +59,7 @@ def no_connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         tried.append(address)
         raise ConnectionRefusedError
 
-    monkeypatch.setattr("wasilet_node.runtime.hostcalls.http.socket.socket.connect", connect)
+    monkeypatch.setattr("wasilet_node.runtime.hostcalls.http_client.socket.socket.connect", connect)
     return tried
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from wasilet_common.addresses import Reach
 from wasilet_common.oci.authentication import same_site
 from wasilet_common.oci.credentials import Credential
 from wasilet_common.oci.reference import parse
@@ -123,7 +124,9 @@ async def test_a_redirect_of_a_blob_is_judged_by_what_its_name_resolves_to(monke
     registry, inner = FakeRegistry(), FakeRegistry()
     registry.add_blob(blob)
     inner.add_blob(blob)
-    client = RegistryClient(settings=ImageSettings(insecure_registries=("inside.example",)))
+    client = RegistryClient(
+        settings=ImageSettings(insecure_registries=("inside.example",)), reach=lambda _: Reach.PUBLIC
+    )
     real = socket.getaddrinfo
 
     def resolve(host: str, *args: Any, **more: Any) -> Any:
@@ -136,7 +139,6 @@ async def test_a_redirect_of_a_blob_is_judged_by_what_its_name_resolves_to(monke
             client.settings = ImageSettings(insecure_registries=(f"inside.example:{port}",))
             registry.redirect = lambda digest: f"http://inside.example:{port}/v2/a/hello/blobs/{digest}"
             repository = Repository(client=client, reference=parse(f"{registry.host}/a/hello:v1"), credential=None)
-            monkeypatch.setattr(client, "_limit", lambda _: 0)
             with pytest.raises(RegistryProtocolError, match="nearer to this machine"):
                 async with repository.blob(digest_of(blob), size=len(blob)):
                     pass

@@ -357,9 +357,8 @@ async def test_a_quiet_node_costs_nothing_and_a_moved_one_keeps_no_old_address(
     from wasilet_node.certificates import _credentials
 
     client = Counting(joined.cluster, _credentials(pair), user_agent="test")
-    settings = NodeSettings(
-        node_name="join-7", paths=NodePaths(data=tmp_path), node_ip="192.0.2.7", status_interval_seconds=0.05
-    )
+    settings = NodeSettings(node_name="join-7", paths=NodePaths(data=tmp_path), status_interval_seconds=0.05)
+    address = "192.0.2.7"
 
     async def images() -> Sequence[dict[str, object]]:
         return [{"names": ["example.com/a@sha256:" + "0" * 64], "sizeBytes": 1}]
@@ -379,6 +378,7 @@ async def test_a_quiet_node_costs_nothing_and_a_moved_one_keeps_no_old_address(
         images=images,
         on_names=lambda _: None,
         on_unauthorized=lambda: None,
+        find_address=lambda _: address,
     )
     lease = LeaseKeeper(
         kube=client,
@@ -396,8 +396,7 @@ async def test_a_quiet_node_costs_nothing_and_a_moved_one_keeps_no_old_address(
             await asyncio.sleep(1.0)
             assert client.patches == before, "the server's copy of a status must compare equal to what was sent"
 
-            registration._address = "192.0.2.8"
-            registration._settings = NodeSettings(**{**vars(settings), "node_ip": "192.0.2.8"})
+            address = "192.0.2.8"
             registration.wake()
 
             def addresses() -> list[str]:

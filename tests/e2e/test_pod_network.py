@@ -301,6 +301,17 @@ def reached(net: Net, address: str) -> bool:
     return "answered" in net.said(name, "connect", address, str(PORT), "hi", **limits)
 
 
+def test_a_pod_listens_on_the_ports_that_web_servers_have(net: Net) -> None:
+    """As under containerd and CRI-O: no port of a pod's own network takes a privilege."""
+    net.run("low", "serve", "80", node=0, labels={"app": "low"})
+    try:
+        wait(lambda: net.pod("low")["status"].get("podIP") and ready(net.pod("low")), "the server on port 80")
+        address = net.pod("low")["status"]["podIP"]
+        assert net.said("asks-low", "connect", address, "80", "hi", node=1) == f"{address} answered hi"
+    finally:
+        net.kube.delete(api_path("pods", "low", namespace=NAMESPACE))
+
+
 def test_port_forward_reaches_the_pod_many_times_at_once(net: Net) -> None:
     kubectl = expected("kubectl", cache=net.cluster.settings.cache, environ=net.cluster.settings.environ)
     command = [str(kubectl), "--kubeconfig", str(net.cluster.admin_kubeconfig), "port-forward", "svc/echo", ":80"]

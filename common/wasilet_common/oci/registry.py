@@ -154,8 +154,11 @@ class RegistryClient:
         settings: ClientSettings,
         ssl_context: ssl.SSLContext | None = None,
         proxy: Callable[[URL], str | None] = environment_proxy,
+        reach: Callable[[addresses.Address], Reach] = addresses.reach,
     ) -> None:
+        """``reach``: how far a registry's address is; tests take one of this machine for a public one."""
         self.settings = settings
+        self._reach = reach
         self._ssl_context = ssl_context
         self._proxy = proxy
         self._known: dict[str, list[str]] = {}
@@ -268,7 +271,7 @@ class RegistryClient:
         addresses."""
         host = source.host or ""
         found = [addresses.literal(text) for text in self._known.get(host, [])] or [addresses.literal(host)]
-        reached = [addresses.reach(address) for address in found if address is not None]
+        reached = [self._reach(address) for address in found if address is not None]
         return min(*reached, Reach.LOOPBACK) if reached else Reach.PUBLIC
 
     def _new_session(self, resolver: aiohttp.abc.AbstractResolver) -> aiohttp.ClientSession:

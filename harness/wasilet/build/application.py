@@ -64,8 +64,20 @@ class Built:
         return f"{self.module.name}, {self.size_bytes / 1024:.0f} KiB, {how}"
 
 
-def build(app: App, *, say: Say, environ: Mapping[str, str] = os.environ, force: bool = False) -> Built:
-    """Build ``app`` in release, or find that nothing changed since the last time.
+Builder = Callable[[App, Path, Say, Mapping[str, str]], Made]
+"""Of one language: makes an app's module in a folder."""
+
+
+def build(
+    app: App,
+    *,
+    say: Say,
+    environ: Mapping[str, str] = os.environ,
+    force: bool = False,
+    builder: Builder | None = None,
+) -> Built:
+    """Build ``app`` in release, or find that nothing changed since the last time. ``builder``: by default the one of
+    the app's language.
 
     Raises UsageError: the folder holds nothing that can be built; HarnessError: the compiler's own message, or a
     toolchain that is missing with what installs it; StateError: the cache cannot be written.
@@ -78,7 +90,7 @@ def build(app: App, *, say: Say, environ: Mapping[str, str] = os.environ, force:
         folder.mkdir(parents=True, exist_ok=True)
     before = _stamps(_sources(app.folder))
     started = time.monotonic()
-    made = _builder(app)(app, folder, say, environ)
+    made = (_builder(app) if builder is None else builder)(app, folder, say, environ)
     seconds = time.monotonic() - started
     module = folder / f"{app.name}.wasm"
     with storage_errors(module):
@@ -127,7 +139,7 @@ def wasi_version(module: Path) -> str:
     raise HarnessError(f"{module} is no WebAssembly module or component", hint="build it for a WASI target first")
 
 
-def _builder(app: App) -> Callable[[App, Path, Say, Mapping[str, str]], Made]:
+def _builder(app: App) -> Builder:
     from wasilet.build.componentize_js import build_javascript, entry_of
 
     if (app.folder / "Cargo.toml").is_file():

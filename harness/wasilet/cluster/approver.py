@@ -20,6 +20,7 @@ and is looked at again. ``python -P -m wasilet.cluster.approver --kubeconfig FIL
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -34,14 +35,13 @@ from pathlib import Path
 from wasilet.cluster.approver_facts import gather_facts, read_policy
 from wasilet.cluster.approver_rules import SIGNER, Verdict, is_open, judge, requesting_node
 from wasilet.errors import ApiError, HarnessError, StateError
-from wasilet.kube.client import CSRS, Kube, KubeObject, api_path
+from wasilet.kube.client import CSRS, Hangup, Kube, KubeObject, api_path
+from wasilet.kube.reflector import Reflector
 
 logger = logging.getLogger("wasilet.approver")
 
-WATCH_SECONDS = 240
 RETRY_FIRST_SECONDS = 0.1
 RETRY_LAST_SECONDS = 15.0
-AWAY_LAST_SECONDS = 3.0
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
@@ -83,7 +83,8 @@ class _Waiting:
     said: str = ""
 
 
-_SYNCED: KubeObject = {}
+_News = list[KubeObject] | tuple[str, KubeObject]
+"""All open requests, or what happened to one."""
 
 
 @dataclass
@@ -93,7 +94,9 @@ class Approver:
     kube: Kube
     status_file: Path | None = None
     policy_file: Path | None = None
-    _events: queue.SimpleQueue[KubeObject] = field(default_factory=queue.SimpleQueue, init=False)
+    _news: queue.SimpleQueue[list[KubeObject] | tuple[str, KubeObject]] = field(
+        default_factory=queue.SimpleQueue, init=False
+    )
     _waiting: dict[str, _Waiting] = field(default_factory=dict, init=False)
     _approved: int = field(default=0, init=False)
     _synced: bool = field(default=False, init=False)
@@ -101,29 +104,48 @@ class Approver:
     def run(self, stop: threading.Event) -> None:
         """Until ``stop`` is set (looked at once a second)."""
         self._report()
-        watcher = threading.Thread(target=self._watch, args=(stop,), name="watch", daemon=True)
-        watcher.start()
-        while not stop.is_set():
-            pause = min([1.0, *(max(0.0, w.due - time.monotonic()) for w in self._waiting.values())])
-            try:
-                event = self._events.get(timeout=pause) if pause > 0 else None
-            except queue.Empty:
-                event = None
-            if event is not None:
-                self._take(event)
-            for name in [n for n, w in self._waiting.items() if w.due <= time.monotonic()]:
-                self._examine(name)
+        hangup = Hangup()
+        requests = Reflector(
+            kube=self.kube,
+            path=CSRS,
+            hangup=hangup,
+            listed=self._news.put,
+            changed=lambda kind, csr: self._news.put((kind, csr)),
+            failed=lambda error: logger.warning("%s; trying again", error),
+            query={"fieldSelector": f"spec.signerName={SIGNER}"},
+        )
+        threading.Thread(target=requests.run, name="watch", daemon=True).start()
+        try:
+            while not stop.is_set():
+                self._turn()
+        finally:
+            hangup.end()
 
-    def _take(self, event: KubeObject) -> None:
-        if event is _SYNCED:
-            if not self._synced:
-                self._synced = True
-                logger.info("watching certificate signing requests at %s", self.kube.server)
-                self._report()
-            return
-        csr = event["object"]
+    def _turn(self) -> None:
+        """Wait for news, a second at most, and judge what is due."""
+        pause = min([1.0, *(max(0.0, w.due - time.monotonic()) for w in self._waiting.values())])
+        with contextlib.suppress(queue.Empty):
+            news = self._news.get(timeout=pause) if pause > 0 else self._news.get_nowait()
+            if isinstance(news, list):
+                self._take_all(news)
+            else:
+                self._take(*news)
+        for name in [n for n, w in self._waiting.items() if w.due <= time.monotonic()]:
+            self._examine(name)
+
+    def _take_all(self, csrs: list[KubeObject]) -> None:
+        for gone in set(self._waiting) - {str(csr["metadata"]["name"]) for csr in csrs}:
+            del self._waiting[gone]
+        for csr in csrs:
+            self._take("ADDED", csr)
+        if not self._synced:
+            self._synced = True
+            logger.info("watching certificate signing requests at %s", self.kube.server)
+        self._report()
+
+    def _take(self, kind: str, csr: KubeObject) -> None:
         name = str(csr["metadata"]["name"])
-        if event["type"] == "DELETED" or not is_open(csr):
+        if kind == "DELETED" or not is_open(csr):
             if self._waiting.pop(name, None):
                 self._report()
             return
@@ -154,41 +176,6 @@ class Approver:
             waiting.said = verdict.why
             logger.warning("left alone %s%s: %s", name, " for now" if verdict.pending else "", verdict.why)
             self._report()
-
-    def _watch(self, stop: threading.Event) -> None:
-        away = RETRY_FIRST_SECONDS
-        said = ""
-        selector = f"spec.signerName={SIGNER}"
-        while not stop.is_set():
-            try:
-                listed = self.kube.get(CSRS, fieldSelector=selector)
-                for item in listed.get("items") or []:
-                    self._events.put({"type": "ADDED", "object": item})
-                self._events.put(_SYNCED)
-                away, said = RETRY_FIRST_SECONDS, ""
-                self._follow(selector, str(listed["metadata"]["resourceVersion"]), stop)
-            except ApiError as error:
-                if str(error) != said:
-                    said = str(error)
-                    logger.warning("%s; trying again", said)
-                stop.wait(away)
-                away = min(away * 2, AWAY_LAST_SECONDS)
-
-    def _follow(self, selector: str, version: str, stop: threading.Event) -> None:
-        while not stop.is_set():
-            with self.kube.watch(
-                CSRS,
-                timeout_seconds=WATCH_SECONDS,
-                idle_seconds=WATCH_SECONDS + 30.0,
-                fieldSelector=selector,
-                resourceVersion=version,
-            ) as events:
-                for event in events:
-                    if event["type"] == "ERROR":
-                        return
-                    version = str(event["object"]["metadata"]["resourceVersion"])
-                    if event["type"] != "BOOKMARK":
-                        self._events.put(event)
 
     def _report(self) -> None:
         """The status file: for ``status``, and to know that the approver works."""

@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,7 @@ from wasilet.cluster.tcp_proxy import Forwarding, listener
 from wasilet.controlplane.components import Component
 from wasilet.errors import ApiError, HarnessError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
+from wasilet.kube.reflector import Reflector
 from wasilet.state import State
 from wasilet.storage import read_json, write_json
 
@@ -49,8 +50,6 @@ LOAD_BALANCER_CLASS = "wasilet.dev/host"
 """``spec.loadBalancerClass`` of Services that ask for this by name; one without a class is taken as well."""
 
 _SERVICES = "/api/v1/services"
-_WATCH_SECONDS = 240
-_AWAY_SECONDS = 1.0
 _REPORTER = "wasilet-service-ports"
 
 
@@ -227,13 +226,20 @@ class ServicePorts:
         changes: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         hangup = Hangup()
-        watcher = threading.Thread(
-            target=self._watch,
-            args=(lambda item: loop.call_soon_threadsafe(changes.put_nowait, item), hangup),
-            name="watch",
-            daemon=True,
+
+        def put(item: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(changes.put_nowait, item)
+
+        services = Reflector(
+            kube=self._kube,
+            path=_SERVICES,
+            hangup=hangup,
+            listed=put,
+            changed=lambda kind, service: put((kind, service)),
+            failed=lambda error: logger.warning("%s; trying again", error),
         )
-        watcher.start()
+        threading.Thread(target=services.run, name="watch", daemon=True).start()
         retry = asyncio.create_task(self._retry(changes))
         ended = asyncio.create_task(stop.wait())
         try:
@@ -256,7 +262,7 @@ class ServicePorts:
             await asyncio.sleep(10.0)
             for service in self._ports.services():
                 if self._ports.problems(service) and service in self._services:
-                    changes.put_nowait({"type": "MODIFIED", "object": self._services[service]})
+                    changes.put_nowait(("MODIFIED", self._services[service]))
 
     async def _take(self, change: Any) -> None:
         if isinstance(change, list):  # all there are: what is not among them has gone
@@ -268,10 +274,11 @@ class ServicePorts:
             if self._status_file is not None:
                 write_json(self._status_file, {"pid": os.getpid()})
             return
-        if change["type"] == "DELETED":
-            await self._forget(_key(change["object"]))
+        kind, changed = change
+        if kind == "DELETED":
+            await self._forget(_key(changed))
         else:
-            await self._examine(change["object"])
+            await self._examine(changed)
 
     async def _forget(self, service: tuple[str, str]) -> None:
         self._services.pop(service, None)
@@ -343,39 +350,6 @@ class ServicePorts:
             "count": 1,
         }
         await asyncio.to_thread(self._kube.create, api_path("events", namespace=key[0]), event)
-
-    def _watch(self, put: Callable[[Any], object], hangup: Hangup) -> None:
-        said = ""
-        while True:
-            try:
-                listed = self._kube.get(_SERVICES)
-                said = ""
-                with contextlib.suppress(RuntimeError):  # the loop has ended
-                    put(listed.get("items") or [])
-                self._follow(str(listed["metadata"]["resourceVersion"]), put, hangup)
-            except ApiError as error:
-                if hangup.done:
-                    return
-                if str(error) != said:
-                    said = str(error)
-                    logger.warning("%s; trying again", said)
-                threading.Event().wait(_AWAY_SECONDS)
-
-    def _follow(self, version: str, put: Callable[[Any], object], hangup: Hangup) -> None:
-        while not hangup.done:
-            with self._kube.watch(
-                _SERVICES,
-                hangup,
-                timeout_seconds=_WATCH_SECONDS,
-                idle_seconds=_WATCH_SECONDS + 30.0,
-                resourceVersion=version,
-            ) as events:
-                for event in events:
-                    if event["type"] == "ERROR":
-                        return
-                    version = str(event["object"]["metadata"]["resourceVersion"])
-                    if event["type"] != "BOOKMARK":
-                        put(event)
 
 
 def _key(service: KubeObject) -> tuple[str, str]:

@@ -199,7 +199,7 @@ def log_file(settings: Settings, component: str) -> Path:
     raise UsageError(f"no component {component!r} has a log", hint=f"there are: {', '.join(names) or 'none'}")
 
 
-def log_lines(path: Path, *, tail: int, follow: bool) -> Iterator[str]:
+def log_lines(path: Path, *, tail: int, follow: bool, poll_seconds: float = FOLLOW_POLL_SECONDS) -> Iterator[str]:
     """The last ``tail`` lines (0: all), and with ``follow`` those that come, until the reader has enough: what writes
     them may be started again. Raises UsageError."""
     if tail < 0:
@@ -219,7 +219,7 @@ def log_lines(path: Path, *, tail: int, follow: bool) -> Iterator[str]:
             if rest:
                 yield rest.decode(errors="replace")
             return
-        time.sleep(FOLLOW_POLL_SECONDS)
+        time.sleep(poll_seconds)
 
 
 def _start_of_last(path: Path, count: int, *, limit_bytes: int = 1_000_000) -> int:

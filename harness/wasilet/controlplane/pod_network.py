@@ -15,7 +15,7 @@ import shutil
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,17 @@ def _choose(settings: Settings, state: State) -> dict[str, str]:
     return {"pod_cidr": str(pods), "service_cidr": str(services)}
 
 
-def obstacle(settings: Settings, *, say: Progress | None = None) -> str:
+def find_nft(environ: Mapping[str, str]) -> str | None:
+    """Its path; administrators' folders count, whatever ``PATH`` holds."""
+    return shutil.which("nft", path=environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin")
+
+
+def obstacle(
+    settings: Settings,
+    *,
+    say: Progress | None = None,
+    find_nft: Callable[[Mapping[str, str]], str | None] = find_nft,
+) -> str:
     """Why there can be no pod network on this machine, in one line; empty: there can. With ``say`` a missing package
     is installed where that is allowed."""
     if not settings.pod_network:
@@ -135,7 +145,7 @@ def obstacle(settings: Settings, *, say: Progress | None = None) -> str:
         return "it needs root"
     if not Path("/proc/self/ns/net").exists():
         return "the kernel has no network namespaces"
-    if _find_nft(settings.environ) is None:
+    if find_nft(settings.environ) is None:
         if say is None or not settings.install or not apt.may_install(settings.environ):
             return f"nft is not installed (package {NFT_PACKAGE})"
         try:
@@ -151,10 +161,6 @@ def _kernel_obstacle() -> str:
     except (OSError, ValueError):
         return "the kernel has no user namespaces"
     return "user namespaces are switched off (user.max_user_namespaces is 0)" if limit == 0 else ""
-
-
-def _find_nft(environ: Mapping[str, str]) -> str | None:
-    return shutil.which("nft", path=environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin")
 
 
 def _candidates(state: State) -> tuple[Network, ...]:

@@ -39,7 +39,16 @@ class Hangup:
     def __init__(self) -> None:
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
-        self.done = False
+        self._ended = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether it was ended."""
+        return self._ended.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Until it is ended, ``seconds`` at most; whether it was."""
+        return self._ended.wait(seconds)
 
     def add(self, connection: http.client.HTTPConnection) -> None:
         """To be ended too."""
@@ -58,7 +67,7 @@ class Hangup:
     def end(self) -> None:
         """End all there are, and all that will be added."""
         with self._lock:
-            self.done = True
+            self._ended.set()
             for open_socket in self._sockets:
                 _shut(open_socket)
             self._sockets.clear()

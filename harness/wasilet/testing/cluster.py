@@ -195,9 +195,9 @@ def join(wish: Wish, user: ProcessRecord, *, say: Callable[[str], None] = lambda
         else:
             now["run_id"] = State.of(settings).cluster.run_id
         users.write(now)
-        if origin != RUNNING or not _fit(settings):
+        if origin != RUNNING or not is_fit(settings):
             _bring_up(settings, say)
-    cluster = _opened(settings, wish)
+    cluster = opened(settings, wish)
     for process in dead:
         _sweep(cluster.kube, run_identity(process))
     return cluster
@@ -237,7 +237,7 @@ def _origin(settings: Settings) -> str:
     return RUNNING if any(is_alive(record.process) for record in state.records()) else STOPPED
 
 
-def _fit(settings: Settings) -> bool:
+def is_fit(settings: Settings) -> bool:
     """Whether pods can run and images can be pushed; a few milliseconds."""
     from wasilet.cluster.opening import open_cluster
     from wasilet.cluster.readiness import missing_for_pods
@@ -299,7 +299,8 @@ def _take_down(settings: Settings, *, purge: bool) -> str:
     return ""
 
 
-def _opened(settings: Settings, wish: Wish) -> WasmCluster:
+def opened(settings: Settings, wish: Wish) -> WasmCluster:
+    """A cluster of Wasilet's that runs."""
     from wasilet.cluster.opening import open_cluster
     from wasilet.controlplane.local_registry import registry_address
     from wasilet.providers.node_process import node_component

@@ -9,9 +9,10 @@ done, the log says why in ``lost``.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from wasilet_common.backoff import RetryBackoff
 
 from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
@@ -107,7 +108,8 @@ class LogFollower:
 
     def run(self) -> None:
         """Until the log has ended, is lost, or the hangup comes."""
-        pause, refused, came_to_an_end = RETRY_SECONDS, 0, False
+        backoff = RetryBackoff(initial=RETRY_SECONDS, maximum=MAX_RETRY_SECONDS)
+        refused, came_to_an_end = 0, False
         try:
             pod, previous = self._place()
             while pod is not None and previous is not None and not self._closed():
@@ -125,8 +127,9 @@ class LogFollower:
                     if error.code == 404 or refused == REFUSALS:
                         break
                     came_to_an_end = False
-                pause = RETRY_SECONDS if self._log.count > known else min(pause * 2, MAX_RETRY_SECONDS)
-                self._wait(pause)
+                if self._log.count > known:
+                    backoff.reset()
+                self._hangup.wait(backoff.next())
                 pod, previous = self._place()
             if came_to_an_end:
                 self._finish()
@@ -200,11 +203,6 @@ class LogFollower:
     def _set_error(self, message: str) -> None:
         self._log.error = message
         self._notify()
-
-    def _wait(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        with self._changed:
-            self._changed.wait_for(lambda: self._hangup.done, max(0.0, deadline - time.monotonic()))
 
 
 def last_written(kube: Kube, pod: KubeObject, container: str) -> int:

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 from wasilet_common.pod_fields import TERMINAL_PHASES
 from wasilet_common.time_format import parse_rfc3339
 
-from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
+from wasilet.kube.reflector import Reflector
 from wasilet.testing.log_follow import InstanceLog, LogFollower
 from wasilet.testing.log_spool import LogSpool, LogTail
 from wasilet.testing.pod_status import container_statuses, instances_of, phase_of
 
-WATCH_SECONDS = 240
-RETRY_SECONDS = 0.5
-GONE = 410
 _R = TypeVar("_R")
 
 
@@ -237,55 +235,35 @@ class Observer:
         version: str = "",
         listed: Callable[[list[KubeObject]], None] = lambda _: None,
     ) -> None:
-        path = api_path(plural, group=group, namespace=self.namespace)
-        self._start(self._keep_watching, path, dict(query or {}), learn, listed, version)
+        def all_listed(items: list[KubeObject]) -> None:
+            with self._learning():
+                for item in items:
+                    learn("ADDED", item)
+                listed(items)
 
-    def _keep_watching(
-        self,
-        path: str,
-        query: dict[str, str],
-        learn: Callable[[str, KubeObject], None],
-        listed: Callable[[list[KubeObject]], None],
-        version: str,
-    ) -> None:
-        while not self.closed:
-            try:
-                if not version:
-                    version = self._list(path, query, learn, listed)
-                with self.kube.watch(
-                    path,
-                    self._hangup,
-                    timeout_seconds=WATCH_SECONDS,
-                    idle_seconds=WATCH_SECONDS + 10.0,
-                    **query,
-                    resourceVersion=version,
-                ) as events:
-                    for event in events:
-                        version = self._learn(event, learn)
-                        if not version:
-                            break
-            except ApiError as error:
-                version = "" if error.code == GONE else version
-                if not self.closed:
-                    self._set_error(error.message)
-                    time.sleep(RETRY_SECONDS)
+        def changed(kind: str, obj: KubeObject) -> None:
+            with self._learning():
+                learn(kind, obj)
 
-    def _list(
-        self,
-        path: str,
-        query: dict[str, str],
-        learn: Callable[[str, KubeObject], None],
-        listed: Callable[[list[KubeObject]], None],
-    ) -> str:
-        answer = self.kube.get(path, **query)  # type: ignore[arg-type]
-        items = answer.get("items") or []
+        reflector = Reflector(
+            kube=self.kube,
+            path=api_path(plural, group=group, namespace=self.namespace),
+            hangup=self._hangup,
+            listed=all_listed,
+            changed=changed,
+            failed=lambda error: self._set_error(error.message),
+            recovered=lambda: self._set_error(""),
+            query=dict(query or {}),
+            version=version,
+        )
+        self._start(reflector.run)
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
         with self.changed:
-            for item in items:
-                learn("ADDED", item)
-            listed(items)
+            yield
             self.error = ""
         self._notify()
-        return str((answer.get("metadata") or {}).get("resourceVersion") or "")
 
     def _pods_listed(self, items: list[KubeObject]) -> None:
         there = {item["metadata"]["uid"] for item in items}
@@ -293,18 +271,6 @@ class Observer:
             if view.uid not in there and not view.deleted:
                 self._gone(view)
         self.listed = True
-
-    def _learn(self, event: KubeObject, learn: Callable[[str, KubeObject], None]) -> str:
-        """The version to go on from; empty when the watch must begin again."""
-        kind, obj = str(event.get("type")), event.get("object") or {}
-        if kind == "ERROR":
-            return ""
-        with self.changed:
-            if kind != "BOOKMARK":
-                learn(kind, obj)
-            self.error = ""
-        self._notify()
-        return str((obj.get("metadata") or {}).get("resourceVersion") or "")
 
     def _set_error(self, message: str) -> None:
         self.error = message

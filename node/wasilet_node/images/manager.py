@@ -79,15 +79,16 @@ class ImageManager:
         disk_usage: Callable[[Path], Usage] = shutil.disk_usage,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        lock_wait_seconds: float = 10.0,
         of_files: bool = False,
     ) -> None:
-        """``directory`` is NodePaths.images. ``clock`` gives seconds since the epoch. ``of_files``: its images are not
-        run, but the files of image volumes. No I/O happens here."""
+        """``directory`` is NodePaths.images. ``clock`` gives seconds since the epoch. ``lock_wait_seconds``: see Store.
+        ``of_files``: its images are not run, but the files of image volumes. No I/O happens here."""
         self._settings = settings
         self._compiler = compiler
         self._monotonic = monotonic
         self._registry = registry or RegistryClient(settings=settings)
-        self._store = Store(directory=directory, clock=clock)
+        self._store = Store(directory=directory, clock=clock, lock_wait_seconds=lock_wait_seconds)
         self._puller = (FilePuller if of_files else Puller)(
             store=self._store, registry=self._registry, settings=settings, monotonic=monotonic, preflight=offered
         )
@@ -101,6 +102,7 @@ class ImageManager:
                 disk_usage=disk_usage,
                 clock=clock,
                 monotonic=monotonic,
+                lock_wait_seconds=lock_wait_seconds,
                 of_files=True,
             )
         self._backoff = ImagePullBackoff(clock=monotonic)

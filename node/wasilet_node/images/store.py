@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 _VERSION: Final = 1
 _CHUNK: Final = 1024 * 1024
-_LOCK_WAIT_SECONDS: Final = 10.0
 _NAMES_AN_IMAGE: Final = 5
 """kubelet's maxNamesPerImageInNodeStatus."""
 
@@ -79,11 +78,34 @@ class ImageRecord:
     pulled_at: float = 0.0
 
 
+def hash_file(path: Path, algorithm: str) -> str:
+    """The digest of a file; empty when it cannot be read. Blocking."""
+    digest = hashlib.new(algorithm)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return ""
+    return f"{algorithm}:{digest.hexdigest()}"
+
+
 class Store:
     """One store, one process. ``open`` it before use, ``close`` it after."""
 
-    def __init__(self, *, directory: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        clock: Callable[[], float] = time.time,
+        lock_wait_seconds: float = 10.0,
+        hash_file: Callable[[Path, str], str] = hash_file,
+    ) -> None:
+        """``lock_wait_seconds``: how long an agent that is ending may still hold the folder. ``hash_file``: gives the
+        digest of a file, by path and algorithm."""
         self.directory = directory
+        self._lock_wait_seconds = lock_wait_seconds
+        self._hash_file = hash_file
         self._clock = clock
         self.access = AccessRecords()
         self._references: dict[str, str] = {}
@@ -240,7 +262,7 @@ class Store:
         return await self._verifying.do(digest, lambda: self._verify(digest)) and size in {None, found}
 
     async def _verify(self, digest: str) -> bool:
-        if await asyncio.to_thread(_hash_file, self.blob_path(digest), digest.partition(":")[0]) == digest:
+        if await asyncio.to_thread(self._hash_file, self.blob_path(digest), digest.partition(":")[0]) == digest:
             self._verified.add(digest)
             return True
         logger.warning("blob %s in the image store is damaged; it will be pulled again", digest)
@@ -329,7 +351,7 @@ class Store:
 
     async def _lock(self) -> int:
         descriptor = open_private(self.directory / "lock", exclusive=False)
-        deadline = time.monotonic() + _LOCK_WAIT_SECONDS
+        deadline = time.monotonic() + self._lock_wait_seconds
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -384,17 +406,6 @@ def open_private(path: Path, *, exclusive: bool = True) -> int:
     """A descriptor of a file that only this user may read and write; never through a link. Raises OSError."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_EXCL if exclusive else 0)
     return os.open(path, flags, 0o600)
-
-
-def _hash_file(path: Path, algorithm: str) -> str:
-    digest = hashlib.new(algorithm)
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError:
-        return ""
-    return f"{algorithm}:{digest.hexdigest()}"
 
 
 def _unlink(path: Path) -> int:

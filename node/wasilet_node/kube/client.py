@@ -31,7 +31,7 @@ from wasilet_node.kube.base import (
 )
 from wasilet_node.kube.errors import from_response, seconds_of
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
-from wasilet_node.kube.watch import watch
+from wasilet_node.kube.watch import Pace, watch
 
 if TYPE_CHECKING:
     import aiohttp
@@ -63,8 +63,11 @@ class _Generation:
 class KubeClient:
     """``wasilet_node.kube.base.Kube`` over HTTPS. Make it inside a running event loop; ``close`` it there too."""
 
-    def __init__(self, cluster: Cluster, credentials: Credentials, *, user_agent: str) -> None:
+    def __init__(
+        self, cluster: Cluster, credentials: Credentials, *, user_agent: str, watch_pace: Pace | None = None
+    ) -> None:
         """Raises ValueError when a certificate cannot be loaded."""
+        self._watch_pace = watch_pace or Pace()
         self._cluster = cluster
         self._user_agent = user_agent
         self._generation = self._make(credentials)
@@ -184,7 +187,7 @@ class KubeClient:
         self, path: str, *, field_selector: str | None = None, label_selector: str | None = None
     ) -> AsyncIterator[WatchEvent]:
         """See ``wasilet_node.kube.base.Kube.watch``."""
-        return watch(self, path, field_selector=field_selector, label_selector=label_selector)
+        return watch(self, path, field_selector=field_selector, label_selector=label_selector, pace=self._watch_pace)
 
     @asynccontextmanager
     async def stream(self, path: str, *, read_timeout_seconds: float) -> AsyncIterator[aiohttp.ClientResponse]:

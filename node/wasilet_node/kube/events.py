@@ -49,20 +49,27 @@ _AGGREGATE_AFTER = 10
 _AGGREGATE_WINDOW_SECONDS = 600.0
 _SPAM_BURST = 25
 _SPAM_REFILL_PER_SECOND = 1 / 300
-_WRITES_PER_SECOND = 50.0
-"""kubelet's eventRecordQPS: a burst of pods must not have its status patches wait behind its Events."""
-
-_WRITE_BURST = 100
 _BEHIND_SECONDS = 2.0
 _LOOK_SECONDS = 0.02
 _PARALLEL_WRITES = 8
 _MAX_MESSAGE_CHARACTERS = 1024
 _MAX_NAME_CHARACTERS = 253 - 17
 _ATTEMPTS = 12
-_RETRY_SECONDS = 10.0
 _SAY_AGAIN_SECONDS = 60.0
 
 _Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast a recorder writes."""
+
+    writes_per_second: float = 50.0
+    """kubelet's eventRecordQPS: a burst of pods must not have its status patches wait behind its Events."""
+
+    write_burst: int = 100
+    retry_seconds: float = 10.0
+    """Between attempts while the API server is away."""
 
 
 class _Cache(Generic[_Value]):
@@ -144,11 +151,13 @@ class KubeEventRecorder:
         host: str,
         clock: Callable[[], float] = time.monotonic,
         busy: Callable[[], bool] = lambda: False,
+        pace: Pace = Pace(),
     ) -> None:
         """``host``: the node's name. ``clock``: monotonic seconds. ``busy``: whether statuses are being written, which
         Events then let go first, for 2 s at most: three Events per start cost more than the status that pods wait for.
         """
         self._busy = busy
+        self._pace = pace
         self._hurry = asyncio.Event()
         self._kube = kube
         self._host = host
@@ -157,7 +166,7 @@ class KubeEventRecorder:
         self._similar: _Cache[_Similar] = _Cache()
         self._observed: _Cache[_Observed] = _Cache()
         self._spam: _Cache[_Bucket] = _Cache()
-        self._writes = _Bucket(_WRITE_BURST, _WRITES_PER_SECOND, clock())
+        self._writes = _Bucket(pace.write_burst, pace.writes_per_second, clock())
         self._dropped = 0
         self._dropped_said_at: float | None = None
 
@@ -264,7 +273,7 @@ class KubeEventRecorder:
             except ApiUnavailableError:
                 if self._hurry.is_set():
                     break  # the API server ends too, as in `down`: nothing is waited for
-                await self._pause(_RETRY_SECONDS)
+                await self._pause(self._pace.retry_seconds)
             except ApiStatusError as error:
                 # A namespace that ends refuses its own last events: no one will read them.
                 level = logging.DEBUG if error.code in (403, 404) else logging.WARNING

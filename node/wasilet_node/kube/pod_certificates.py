@@ -14,7 +14,7 @@ import base64
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -27,9 +27,6 @@ from wasilet_node.kube.base import Kube, KubeError, KubeObject, NotFoundError
 from wasilet_node.kube.pem import certificates, encoded
 
 _GROUP: Final = "/apis/certificates.k8s.io/v1"
-_LOOK_SECONDS: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
-"""Between looks at a new request, while a pod waits for it; after that the pod's own back-off asks again."""
-
 _JITTER_SECONDS: Final = 300.0
 _ABANDON_SECONDS: Final = 600.0
 """A request that is not there any more is made again after this."""
@@ -81,12 +78,16 @@ class PodCertificates:
         node: Callable[[], tuple[str, str | None]],
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
+        look_seconds: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5),
     ) -> None:
-        """``node``: the Node's name and uid."""
+        """``node``: the Node's name and uid. ``jitter``: what share of five minutes a renewal is put off.
+        ``look_seconds``: between looks at a new request, while a pod waits for it; after that the pod's own back-off
+        asks again."""
         self._kube = kube
         self._node = node
         self._clock = clock
         self._jitter = jitter
+        self._look_seconds = look_seconds
         self._states: dict[tuple[str, str], _State] = {}
 
     async def credentials(self, pod: KubeObject, source: Mapping[str, Any]) -> Credentials:
@@ -148,7 +149,7 @@ class PodCertificates:
         return _Request(path=f"{path}/{made['metadata']['name']}", key=private, made_at=self._clock())
 
     async def _look(self, state: _State, *, waits: bool) -> None:
-        for seconds in (*(_LOOK_SECONDS if waits else ()), 0.0):
+        for seconds in (*(self._look_seconds if waits else ()), 0.0):
             if await self._answered(state):
                 return
             await asyncio.sleep(seconds)

@@ -103,8 +103,9 @@ class References:
         settings: ReferenceSettings = ReferenceSettings(),
         clock: Callable[[], float] = time.monotonic,
         node: Callable[[], tuple[str, str | None]] = lambda: ("", None),
+        pod_certificates: PodCertificates | None = None,
     ) -> None:
-        """``node``: the Node's name and uid."""
+        """``node``: the Node's name and uid. ``pod_certificates``: by default of that Node."""
         self._kube = kube
         self._settings = settings
         self._clock = clock
@@ -115,7 +116,7 @@ class References:
         self._services_synced = asyncio.Event()
         self._services_task: asyncio.Task[None] | None = None
         self.trust_bundles = TrustBundles(kube, clock=clock)
-        self.pod_certificates = PodCertificates(kube, node=node)
+        self.pod_certificates = pod_certificates or PodCertificates(kube, node=node)
 
     def start(self) -> None:
         """Begin the watch of services; needs a running event loop."""

@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlencode
 
@@ -40,15 +41,22 @@ logger = logging.getLogger(__name__)
 
 _MINIMUM_WATCH_SECONDS = 240
 _MAXIMUM_WATCH_SECONDS = 300
-_READ_TIMEOUT_SECONDS = 90.0
 _LIST_TIMEOUT_SECONDS = 30.0
 _MAX_EVENT_BYTES = 16 * 1024 * 1024
-_FIRST_DELAY_SECONDS = 0.2
-_LONGEST_DELAY_SECONDS = 8.0
 _HEALTHY_AFTER_SECONDS = 5.0
 _SAY_AGAIN_SECONDS = 60.0
 _TOO_LARGE_RESOURCE_VERSION = 504
 _CHANGES = frozenset({"ADDED", "MODIFIED", "DELETED"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How a watch deals with what fails."""
+
+    first_delay_seconds: float = 0.2
+    longest_delay_seconds: float = 8.0
+    read_timeout_seconds: float = 90.0
+    """Just above the interval of the server's bookmarks: a connection that is silent for longer is dead."""
 
 
 class Requests(Protocol):
@@ -73,10 +81,10 @@ class Requests(Protocol):
 class _Delay:
     """Back-off with full jitter on its upper half, and one log line a minute."""
 
-    def __init__(self, client: Requests, what: str) -> None:
+    def __init__(self, client: Requests, what: str, pace: Pace) -> None:
         self._client = client
         self._what = what
-        self._backoff = RetryBackoff(_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS)
+        self._backoff = RetryBackoff(pace.first_delay_seconds, pace.longest_delay_seconds)
         self._said_at: float | None = None
         self._failed = False
 
@@ -101,10 +109,15 @@ class _Delay:
 
 
 async def watch(
-    client: Requests, path: str, *, field_selector: str | None = None, label_selector: str | None = None
+    client: Requests,
+    path: str,
+    *,
+    field_selector: str | None = None,
+    label_selector: str | None = None,
+    pace: Pace = Pace(),
 ) -> AsyncIterator[WatchEvent]:
     """See ``wasilet_node.kube.base.Kube.watch``. Never ends and never raises a KubeError."""
-    delay = _Delay(client, path + (f" ({field_selector})" if field_selector else ""))
+    delay = _Delay(client, path + (f" ({field_selector})" if field_selector else ""), pace)
     selectors = {"fieldSelector": field_selector, "labelSelector": label_selector}
     query = {name: value for name, value in selectors.items() if value}
     version = ""
@@ -123,7 +136,7 @@ async def watch(
                 yield WatchEvent(type="SYNCED", object={})
                 version = str(listed.get("metadata", {}).get("resourceVersion") or "0")
             began = time.monotonic()
-            async with aclosing(_events(client, path, query, version)) as events:
+            async with aclosing(_events(client, path, query, version, pace.read_timeout_seconds)) as events:
                 async for event in events:
                     if event.type == "ERROR":
                         raise from_status(event.object)
@@ -156,7 +169,9 @@ def _items(listed: KubeObject) -> list[KubeObject]:
     return items
 
 
-async def _events(client: Requests, path: str, query: dict[str, str], version: str) -> AsyncGenerator[WatchEvent, None]:
+async def _events(
+    client: Requests, path: str, query: dict[str, str], version: str, read_timeout_seconds: float
+) -> AsyncGenerator[WatchEvent, None]:
     import aiohttp
 
     seconds = random.randint(_MINIMUM_WATCH_SECONDS, _MAXIMUM_WATCH_SECONDS)  # noqa: S311  # jitter, not a secret
@@ -168,7 +183,7 @@ async def _events(client: Requests, path: str, query: dict[str, str], version: s
         "timeoutSeconds": str(seconds),
     }
     url = f"{path}?{urlencode(parameters)}"
-    async with client.stream(url, read_timeout_seconds=_READ_TIMEOUT_SECONDS) as response:
+    async with client.stream(url, read_timeout_seconds=read_timeout_seconds) as response:
         pending = bytearray()
         try:
             async for chunk in response.content.iter_any():
@@ -182,7 +197,7 @@ async def _events(client: Requests, path: str, query: dict[str, str], version: s
                 elif len(pending) > _MAX_EVENT_BYTES:
                     raise ApiUnavailableError(f"an event of more than {_MAX_EVENT_BYTES} bytes")
         except aiohttp.SocketTimeoutError:
-            logger.debug("no word on the watch of %s for %g s; connecting again", path, _READ_TIMEOUT_SECONDS)
+            logger.debug("no word on the watch of %s for %g s; connecting again", path, read_timeout_seconds)
         except aiohttp.ClientPayloadError:
             logger.debug("the watch of %s was cut; connecting again", path)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:

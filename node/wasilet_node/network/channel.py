@@ -12,19 +12,21 @@ from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.runtime import supervisor_registry, wire
 from wasilet_node.runtime.protocol import PROTOCOL_VERSION
 
-_TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 10.0
+"""For each answer of a supervisor."""
+
 _RECEIVE_BYTES = 65536
 
 
 class NamespaceChannel:
     """A connection to one supervisor, for namespaces only. Every method raises NetworkError."""
 
-    def __init__(self, pointer: supervisor_registry.Pointer) -> None:
+    def __init__(self, pointer: supervisor_registry.Pointer, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """Connects. Raises NetworkError; NetworkAbsentError when that supervisor may keep none."""
         self.pointer = pointer
         self._buffer = b""
         try:
-            self._socket = supervisor_registry.connect(Path(pointer.socket), timeout_seconds=_TIMEOUT_SECONDS)
+            self._socket = supervisor_registry.connect(Path(pointer.socket), timeout_seconds=timeout_seconds)
         except OSError as error:
             raise NetworkError(f"cannot connect to supervisor {pointer.pid}: {error}") from error
         try:

@@ -9,12 +9,13 @@ import subprocess
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 
 TIMEOUT_SECONDS = 10.0
-_PLACES = "/usr/sbin:/sbin:/usr/local/sbin"
+PLACES = "/usr/sbin:/sbin:/usr/local/sbin"
+"""Where administrators' commands are, whatever ``PATH`` holds."""
 
 
-def find() -> str:
-    """The path of ``nft``. Raises NetworkAbsentError."""
-    found = shutil.which("nft", path=os.environ.get("PATH", "") + os.pathsep + _PLACES)
+def find(places: str = PLACES) -> str:
+    """The path of ``nft``, in ``PATH`` or ``places``. Raises NetworkAbsentError."""
+    found = shutil.which("nft", path=os.environ.get("PATH", "") + os.pathsep + places)
     if found is None:
         raise NetworkAbsentError("nft is not installed (package nftables)")
     return found

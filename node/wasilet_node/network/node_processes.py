@@ -23,12 +23,6 @@ from wasilet_node.settings import NetworkSettings
 
 logger = logging.getLogger(__name__)
 
-LOOK_AGAIN_SECONDS = 2.0
-FIRST_RETRY_SECONDS = 0.5
-LONGEST_RETRY_SECONDS = 30.0
-STEADY_SECONDS = 60.0
-"""One that ran for longer is started again at once."""
-
 LOG_KEEP_BYTES = 10 * 1024 * 1024
 _END_WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); "
@@ -38,6 +32,19 @@ _END_WITH_PARENT = (
 
 Spawn = Callable[[Callable[[], "subprocess.Popen[bytes]"]], Awaitable["subprocess.Popen[bytes]"]]
 """Runs something in a thread that stays in the node's namespace for as long as the agent lives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """When a process is started again."""
+
+    look_again_seconds: float = 2.0
+    """Between looks for its executable."""
+
+    first_retry_seconds: float = 0.5
+    longest_retry_seconds: float = 30.0
+    steady_seconds: float = 60.0
+    """One that ran for longer is started again at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +92,8 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network)
 class Kept:
     """``run`` for ever; cancel it to end the process."""
 
-    def __init__(self, program: Program, *, folder: Path, spawn: Spawn) -> None:
+    def __init__(self, program: Program, *, folder: Path, spawn: Spawn, pace: Pace = Pace()) -> None:
+        self._pace = pace
         self._program = program
         self._log = folder / f"{program.name}.log"
         self._spawn = spawn
@@ -104,15 +112,15 @@ class Kept:
     async def run(self) -> None:
         """Start it whenever it does not run."""
         executable = self._program.argv[0]
-        retry = RetryBackoff(FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
+        retry = RetryBackoff(self._pace.first_retry_seconds, self._pace.longest_retry_seconds)
         loop = asyncio.get_running_loop()
         while True:
             if not os.access(executable, os.X_OK):
-                await asyncio.sleep(LOOK_AGAIN_SECONDS)
+                await asyncio.sleep(self._pace.look_again_seconds)
                 continue
             begun = loop.time()
             await self._once()
-            if loop.time() - begun > STEADY_SECONDS:
+            if loop.time() - begun > self._pace.steady_seconds:
                 retry.reset()
             await asyncio.sleep(retry.next())
 

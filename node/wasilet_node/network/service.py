@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from wasilet_node.network import host_ports, machine_changes, resolver_files
 from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
-from wasilet_node.network.channel import NamespaceChannel
+from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
 from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies
@@ -57,9 +57,12 @@ class PodNetwork:
         *,
         node_name: str,
         hosts_of: Callable[[dict[str, Any], tuple[str, ...]], bytes],
+        supervisor_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
-        """``hosts_of``: the contents of a pod's hosts file."""
+        """``hosts_of``: the contents of a pod's hosts file. ``supervisor_seconds``: how long a supervisor may take for
+        an answer."""
         self.settings = settings
+        self._supervisor_seconds = supervisor_seconds
         self._paths = paths
         self._hosts_of = hosts_of
         self._pod_cidr: ipaddress.IPv4Network | None = None
@@ -331,7 +334,7 @@ class PodNetwork:
         elif self._channel is not None:
             self._channel.close()
             self._channel = self._pods = None
-        channel = NamespaceChannel(pointer)
+        channel = NamespaceChannel(pointer, timeout_seconds=self._supervisor_seconds)
         try:
             self._node = self._have_node(channel, self._pod_cidr)
             pods = PodNetworks(self._node, channel, PodRecords(self._paths.network / "pods"))
@@ -361,7 +364,7 @@ class PodNetwork:
             self._dial = ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="pod sockets", initializer=_move_to, initargs=(os.dup(descriptor),)
             )
-            # At once, too: until there is a thread, nobody closes that descriptor.
+            # At once, too: until there is a thread, no one closes that descriptor.
             self._dial.submit(int)
         try:
             channel.hold(NODE_KEY, descriptor)

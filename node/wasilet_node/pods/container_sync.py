@@ -110,7 +110,7 @@ class ContainerSync:
         latest = self._instances.latest()
         free = not busy and put_off_seconds <= 0
         if self.renewal.is_lost():
-            if not sandboxes.begins_anew(self.pod, latest):
+            if not sandboxes.begins_again(self.pod, latest):
                 return Decision(end=True)
             return _begin(self._renew_sandbox, busy=busy, put_off_seconds=put_off_seconds)
         source = self.renewal.restarts_all(self.pod)

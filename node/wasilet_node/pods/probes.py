@@ -76,8 +76,10 @@ class PodProbes:
         changed: Callable[[], None],
         observe: ProbeObserver = ignore,
         networks: Networks | None = None,
+        shortest_period_seconds: float = 1.0,
     ) -> None:
         self.observe = observe
+        self.shortest_period_seconds = shortest_period_seconds
         self.pod = pod
         self.runtime = runtime
         self.networks = networks or MachineNetwork()
@@ -157,7 +159,7 @@ class _Probe:
         self._instance = instance
         self._kind = kind
         self._settings = settings
-        self._period = max(1.0, float(settings.get("periodSeconds") or 10))
+        self._period = max(pod.shortest_period_seconds, float(settings.get("periodSeconds") or 10))
         self._timeout = max(1.0, float(settings.get("timeoutSeconds") or 1))
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None

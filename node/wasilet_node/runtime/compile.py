@@ -38,10 +38,16 @@ class CompileError(Exception):
     """A module cannot be compiled; the message is the compiler's, for status and event."""
 
 
+Worker = Callable[[Path, Path, str], Awaitable[None]]
+"""Takes the module, where the compiled one goes, and its kind; raises CompileError."""
+
+
 class Compiler:
     """The compile cache. One for a directory and process."""
 
-    def __init__(self, directory: Path, settings: ImageSettings) -> None:
+    def __init__(self, directory: Path, settings: ImageSettings, *, worker: Worker | None = None) -> None:
+        """``worker``: compiles a file into another; by default a process with the settings' limits."""
+        self._worker = worker or self._run_worker
         self._directory = directory
         self._settings = settings
         self._slots = FairSlots(max(settings.max_parallel_compiles, 1))
@@ -129,7 +135,7 @@ class Compiler:
             try:
                 with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=self._directory) as folder:
                     output = Path(folder) / "out"
-                    await self._run_worker(module_path, output, kind)
+                    await self._worker(module_path, output, kind)
                     await asyncio.to_thread(_publish, output, target)
             except OSError as error:
                 raise CompileError(f"the compiled module cannot be kept: {error.strerror or error}") from error

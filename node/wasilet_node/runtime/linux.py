@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import encodings.ascii  # noqa: F401 - used below where nothing can be imported any more
+import errno
 import os
 import resource
 import signal
@@ -16,6 +17,8 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
 PR_CAPBSET_DROP = 24
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -28,6 +31,7 @@ CAP_KILL = 5
 CAP_SETGID = 6
 CAP_SETUID = 7
 CAP_SETPCAP = 8
+CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 MOST_EXPENDABLE = 1000
 """For ``set_oom_score``."""
@@ -45,6 +49,8 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _capset = _libc.capset
 _capset.restype = ctypes.c_int
+_NOBODY_CHANGES = ctypes.c_uint(2**32 - 1)
+"""For ``setfsuid`` and ``setfsgid``, which answer with the number before and report no error."""
 
 
 class _CapHeader(ctypes.Structure):
@@ -113,9 +119,9 @@ def keep_only_capabilities(keep: frozenset[int]) -> None:
 
 def _bound_capabilities(keep: frozenset[int]) -> None:
     """What no exec can bring back."""
-    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
-    for capability in range(last + 1):
-        if capability not in keep:
+    left = _capabilities("CapBnd")
+    for capability in range(left.bit_length()):
+        if left >> capability & 1 and capability not in keep:
             # EPERM: CAP_SETPCAP is not held, and then the set below can only shrink by no_new_privs.
             with contextlib.suppress(PermissionError):
                 prctl(PR_CAPBSET_DROP, capability)
@@ -125,12 +131,16 @@ def _bound_capabilities(keep: frozenset[int]) -> None:
 
 def _hold_capabilities(keep: frozenset[int]) -> None:
     held = effective_capabilities()
+    _set_capabilities(frozenset(capability for capability in keep if held >> capability & 1))
+
+
+def _set_capabilities(keep: frozenset[int]) -> None:
+    """Permitted and effective. Raises OSError."""
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)()
     for capability in keep:
-        if held >> capability & 1:
-            data[capability // 32].effective |= 1 << (capability % 32)
-            data[capability // 32].permitted |= 1 << (capability % 32)
+        data[capability // 32].effective |= 1 << (capability % 32)
+        data[capability // 32].permitted |= 1 << (capability % 32)
     if _capset(ctypes.byref(header), data) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")
@@ -159,6 +169,34 @@ def become(uid: int) -> None:
     set_parent_death_signal()
 
 
+def become_but_for_files(uid: int, *, keep: frozenset[int]) -> None:
+    """Root becomes another user and the group of the same number, for good, with ``no_new_privs``, no capability but
+    ``keep`` and no supplementary group. Files are reached, and new ones belong to, root as before (``setfsuid(2)``).
+    The signal at the parent's death is set again; whether the parent still lives is the caller's to check. One thread.
+    Raises OSError.
+
+    All that the kernel judges by uid instead of files is the other user's: signals, limits of processes, ptrace and
+    what /proc shows of others, /proc/sys, RLIMIT_NPROC.
+    """
+    set_no_new_privs()
+    os.setgroups([])
+    _bound_capabilities(keep)
+    prctl(PR_SET_KEEPCAPS, 1)
+    os.setresgid(uid, uid, uid)
+    _libc.setfsgid(0)
+    os.setresuid(uid, uid, uid)
+    _set_capabilities(keep | {CAP_SETUID})
+    _libc.setfsuid(0)
+    prctl(PR_SET_KEEPCAPS, 0)
+    _set_capabilities(keep)
+    if _libc.setfsuid(_NOBODY_CHANGES) != 0 or _libc.setfsgid(_NOBODY_CHANGES) != 0:
+        raise OSError(errno.EPERM, "setfsuid: the kernel did not leave root's files")
+    # A process that changed its user is closed even to the supervisor, which measures its memory. Nobody else has
+    # this uid.
+    prctl(PR_SET_DUMPABLE, 1)
+    set_parent_death_signal()
+
+
 def set_oom_score(adjustment: int) -> bool:
     """From -1000 (when the machine's memory ends, never this process) to 1000 (this one first). False: to be lowered it
     needs CAP_SYS_RESOURCE; to be raised nothing."""
@@ -175,8 +213,13 @@ def set_oom_score(adjustment: int) -> bool:
 
 def effective_capabilities() -> int:
     """The bit set of capabilities in effect for this process."""
+    return _capabilities("CapEff")
+
+
+def _capabilities(which: str) -> int:
+    """A bit set of this process, by its name in /proc/PID/status; 0: there is none."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("CapEff:"):
+        if line.startswith(which):
             return int(line.split()[1], 16)
     return 0
 

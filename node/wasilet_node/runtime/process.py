@@ -119,6 +119,7 @@ class SandboxProcess:
                 record=record,
                 counters=counters,
                 network=network,
+                own_user=zygote.own_users,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
             spare = zygote.take()

@@ -9,10 +9,10 @@ The outcome goes through its own pipe, as JSON lines, because a wait status cann
 134: ``{"started": true}`` once guest code is about to run, then one of ``{"exit": code}``, ``{"trap": message}``,
 ``{"error": message, "artifact": bool}``.
 
-Privileges (``linux.drop_privileges``). The uid stays: volumes belong to the agent's user, and secrets are 0600. Every
+Privileges. Where the supervisor has its user namespace, each sandbox becomes a user that no other process is
+(``linux.become_but_for_files``), while volumes are reached as root, to whom they belong. Elsewhere the uid stays. Every
 capability is dropped but CAP_DAC_OVERRIDE, which root in a container holds too and without which a hostPath of another
-user could not be read; root's supplementary groups go. ``no_new_privs`` holds for everyone. The supervisor needs none
-of all this itself, so it drops it once, before its first fork, and a sandbox never had it.
+user could not be read; root's supplementary groups go. ``no_new_privs`` holds for everyone.
 """
 
 from __future__ import annotations
@@ -50,6 +50,14 @@ MAX_OPEN_FILES = 1024
 MAX_USER_PROCESSES = 16384
 """Threads, of all processes of the sandbox's user: the filter lets it start no process. The kernel does not hold uid 0
 to it."""
+
+MAX_THREADS = 1024
+"""Of one sandbox that is a user of its own. The component host's own pool has 512 at most."""
+
+FIRST_UID = 0x70000000
+"""A sandbox's own user is this plus its pid, which no other process of the machine has meanwhile: nothing to allocate,
+to remember or to give back. systemd's list of uids has the 268 million from here for nobody, and pids end at 4 million.
+"""
 
 MAX_STRING_BYTES = 128 * 1024
 MAX_STRINGS_BYTES = 2 * 1024 * 1024
@@ -122,6 +130,9 @@ class ChildPlan:
 
     network: int = -1
     """The pod's network namespace; -1: the guest stays in the machine's."""
+
+    own_user: bool = False
+    """Whether it becomes a user that no other process is."""
 
     def descriptors(self) -> dict[str, int]:
         """Those that it names, by field; ``cgroup_files`` are numbered."""
@@ -197,7 +208,7 @@ def run_here(
     def run() -> int:
         check_config(config)
         linux.close_range_except((report,))
-        _limit(config)
+        _limit(config, MAX_USER_PROCESSES)
         if config.kind is GuestKind.COMPONENT:
             tools.components.open()
         listener = _listen(config, loopback=True)
@@ -244,7 +255,8 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
         os.write(file, b"0")
         os.close(file)
     _enter_network(plan)
-    _limit(plan.config)
+    _limit(plan.config, MAX_THREADS if plan.own_user else MAX_USER_PROCESSES)
+    _drop_privileges(plan)
     if plan.config.kind is GuestKind.COMPONENT:
         tools.components.open()  # it may have been built since
     listener = _listen(plan.config)
@@ -262,8 +274,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
 
 
 def _enter_network(plan: ChildPlan) -> None:
-    """Into the pod's network and, for name lookup, a mount namespace with the pod's own files; then the right to do so
-    goes, for good. Raises LoadError."""
+    """Into the pod's network and, for name lookup, a mount namespace with the pod's own files. Raises LoadError."""
     if plan.network >= 0:
         try:
             if plan.config.etc_files:
@@ -275,7 +286,19 @@ def _enter_network(plan: ChildPlan) -> None:
         except OSError as error:
             raise LoadError(f"cannot enter the pod's network: {error.strerror}") from error
         os.close(plan.network)
-    linux.drop_privileges()
+
+
+def _drop_privileges(plan: ChildPlan) -> None:
+    """For good. Raises LoadError: a sandbox that is to be a user of its own never runs as another."""
+    if not plan.own_user:
+        linux.drop_privileges()
+        return
+    try:
+        linux.become_but_for_files(FIRST_UID + os.getpid(), keep=frozenset({linux.CAP_DAC_OVERRIDE}))
+    except OSError as error:
+        raise LoadError(f"the sandbox cannot become a user of its own: {error.strerror}") from error
+    if os.getppid() != plan.parent_pid:
+        os._exit(START_ERROR_EXIT_CODE)
 
 
 def _confine(config: ContainerConfig, tools: GuestTools) -> None:
@@ -306,7 +329,7 @@ def _listen(config: ContainerConfig, *, loopback: bool = False) -> socket.socket
         raise LoadError(str(error.strerror)) from error
 
 
-def _limit(config: ContainerConfig) -> None:
+def _limit(config: ContainerConfig, processes: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
@@ -318,7 +341,7 @@ def _limit(config: ContainerConfig) -> None:
     limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    limit = MAX_USER_PROCESSES if hard == resource.RLIM_INFINITY else min(hard, MAX_USER_PROCESSES)
+    limit = processes if hard == resource.RLIM_INFINITY else min(hard, processes)
     resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
 
 

@@ -49,25 +49,34 @@ OOM_SCORE = -999
 
 ACCEPT_RETRY_SECONDS = 0.5
 _CAPABILITIES = frozenset(
-    {linux.CAP_DAC_OVERRIDE, linux.CAP_KILL, linux.CAP_SETGID, linux.CAP_SETUID, linux.CAP_SETPCAP, linux.CAP_SYS_ADMIN}
+    {
+        linux.CAP_DAC_OVERRIDE,
+        linux.CAP_KILL,
+        linux.CAP_SETGID,
+        linux.CAP_SETUID,
+        linux.CAP_SETPCAP,
+        linux.CAP_SYS_ADMIN,
+        linux.CAP_SYS_PTRACE,
+    }
 )
-"""What it keeps in its own user namespace: sandboxes are put into namespaces, and drop the right to do so."""
+"""What it keeps in its own user namespace: sandboxes are put into namespaces and become other users, whom it ends and
+whose memory it measures (/proc/PID/smaps_rollup). They drop all of it but the first."""
 
 
 class Supervisor:
     """Serves requests until it is told to end."""
 
     def __init__(
-        self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True, pod_networks: bool = False
+        self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True, isolated: bool = False
     ) -> None:
-        """``pod_networks``: this process is in its own user namespace, which may own network namespaces. Raises
+        """``isolated``: this process is in its own user namespace, which may own network namespaces. Raises
         OSError when the data folder cannot be used."""
         pid = os.getpid()
         start_time = linux.start_time(pid)
         if start_time is None:
             raise OSError("/proc does not show this process; is it mounted?")
         # Before anything is known of any container.
-        self._zygote = Zygote(sandbox.make_tools(engine.make_linkers()))
+        self._zygote = Zygote(sandbox.make_tools(engine.make_linkers()), own_users=isolated)
         owner = Owner(pid=pid, start_time=start_time)
         self._paths = paths
         self._connections: set[Connection] = set()
@@ -80,7 +89,7 @@ class Supervisor:
             cpu_limits=self._cgroups.cpu,
             memory_cgroup=self._cgroups.memory,
             wasmtime_version=engine.wasmtime_version(),
-            pod_networks=pod_networks,
+            pod_networks=isolated,
         )
         self._namespaces = PodNamespaces(self._loop)
         self._containers = Containers(
@@ -437,11 +446,13 @@ def main(arguments: list[str]) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         logs = LogSettings(max_size_bytes=options.log_max_size, max_files=options.log_max_files)
         linux.set_oom_score(OOM_SCORE)  # while the capability for it is held
+        if os.geteuid() == 0 and not user_namespace.may_be_had():
+            logger.warning("root without CAP_SYS_ADMIN: pods have no network and sandboxes no user of their own")
         isolated = user_namespace.may_be_had() and user_namespace.enter(inside)
         inside.close()
         linux.drop_privileges(keep=_CAPABILITIES if isolated else frozenset({linux.CAP_DAC_OVERRIDE}))
         supervisor = Supervisor(
-            NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups, pod_networks=isolated
+            NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups, isolated=isolated
         )
     except Exception as error:
         logger.exception("cannot start")

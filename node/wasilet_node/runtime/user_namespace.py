@@ -39,7 +39,10 @@ def enter(outside: socket.socket) -> bool:
     try:
         netns.unshare(netns.CLONE_NEWUSER)
     except OSError as error:
-        logger.warning("no user namespace for the supervisor, so pods have no network of their own: %s", error.strerror)
+        logger.warning(
+            "no user namespace for the supervisor, so pods have no network and sandboxes no user of their own: %s",
+            error.strerror,
+        )
         outside.send(b"no")
         return False
     outside.send(b"entered")

@@ -88,8 +88,10 @@ class Spare:
 class Zygote:
     """The supervisor's side. Made before the supervisor knows of any container."""
 
-    def __init__(self, tools: sandbox.GuestTools) -> None:
-        """Fork it. Raises OSError."""
+    def __init__(self, tools: sandbox.GuestTools, *, own_users: bool = False) -> None:
+        """Fork it. ``own_users``: each sandbox becomes a user of its own, which takes CAP_SETUID and CAP_SETGID. Raises
+        OSError."""
+        self.own_users = own_users
         linux.become_subreaper()
         self._ready: deque[Spare] = deque()
         self._asked = 0

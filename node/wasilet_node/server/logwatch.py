@@ -37,8 +37,9 @@ _READ_BYTES = 64 * 1024
 class Waiter:
     """One follower's alarm clock."""
 
-    def __init__(self, ended: Callable[[], bool]) -> None:
+    def __init__(self, ended: Callable[[], bool], forced_check_seconds: float = FORCED_CHECK_SECONDS) -> None:
         self._ended = ended
+        self._forced_check_seconds = forced_check_seconds
         self._event = asyncio.Event()
         self.ended = False
         """The container ended: what the file holds now is all there will be."""
@@ -56,7 +57,7 @@ class Waiter:
     async def wait(self) -> None:
         """Until there may be new text, or the container ended; at most FORCED_CHECK_SECONDS."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FORCED_CHECK_SECONDS):
+            async with asyncio.timeout(self._forced_check_seconds):
                 await self._event.wait()
         self._event.clear()
 
@@ -64,8 +65,16 @@ class Waiter:
 class LogWatcher:
     """Shared by all followers of one server; needs a running loop only once someone follows."""
 
-    def __init__(self) -> None:
-        self._inotify: _Inotify | None = None
+    def __init__(
+        self,
+        *,
+        inotify: Callable[[], Inotify] | None = None,
+        forced_check_seconds: float = FORCED_CHECK_SECONDS,
+    ) -> None:
+        """``inotify`` opens it. Raises nothing: without it logs are polled."""
+        self._new_inotify = inotify or Inotify
+        self._forced_check_seconds = forced_check_seconds
+        self._inotify: Inotify | None = None
         self._polling = False
         self._waiters: dict[Path, set[Waiter]] = {}
         self._watches: dict[Path, int] = {}
@@ -75,7 +84,7 @@ class LogWatcher:
     @asynccontextmanager
     async def follow(self, directory: Path, *, ended: Callable[[], bool]) -> AsyncIterator[Waiter]:
         """A waiter for changes in a folder of logs. ``ended`` must be cheap: it is called ten times a second."""
-        waiter = Waiter(ended)
+        waiter = Waiter(ended, self._forced_check_seconds)
         self._open()
         self._waiters.setdefault(directory, set()).add(waiter)
         self._watch(directory)
@@ -106,7 +115,7 @@ class LogWatcher:
         if self._inotify is not None or self._polling:
             return
         try:
-            self._inotify = _Inotify()
+            self._inotify = self._new_inotify()
         except OSError as error:
             self._polling = True
             logger.warning("inotify is not to be had (%s): logs are followed by polling", error)
@@ -159,20 +168,23 @@ class LogWatcher:
         self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
 
 
-class _Inotify:
+class Inotify:
     """inotify(7) by way of libc, since Python has no binding of its own."""
 
     def __init__(self) -> None:
+        """Raises OSError."""
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.descriptor = self._checked(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
     def add(self, directory: Path) -> int:
+        """Watch a folder of logs; the number of the watch. Raises OSError."""
         mask = _IN_MODIFY | _IN_CREATE | _IN_MOVED_FROM | _IN_MOVED_TO | _IN_ONLYDIR
         return self._checked(
             self._libc.inotify_add_watch(self.descriptor, os.fsencode(directory), ctypes.c_uint32(mask))
         )
 
     def remove(self, watch: int) -> None:
+        """End a watch."""
         self._libc.inotify_rm_watch(self.descriptor, watch)
 
     def read(self) -> set[int]:
@@ -188,6 +200,7 @@ class _Inotify:
         return seen
 
     def close(self) -> None:
+        """End them all."""
         os.close(self.descriptor)
 
     @staticmethod

@@ -25,7 +25,7 @@ _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_PASSES = 100_000
 """Passes over one folder, of 4,096 names each, before giving up: something goes on making files in it."""
 
-_MOST_PENDING = 16 * _BATCH
+MOST_PENDING = 16 * _BATCH
 """Names of folders that are held at a time; the rest is found again by the next pass over the root."""
 
 
@@ -45,14 +45,14 @@ def _entries(fd: int) -> list[os.DirEntry[str]]:
         return list(itertools.islice(entries, _BATCH))
 
 
-def _empty(fd: int, root_fd: int, names: Iterator[str], device: int) -> list[str]:
+def _empty(fd: int, root_fd: int, names: Iterator[str], device: int, most: int) -> list[str]:
     """Unlink the files of a folder and move its folders up into the root; their names there."""
     if os.fstat(fd).st_mode & stat.S_IRWXU != stat.S_IRWXU:
         os.fchmod(fd, 0o700)
     moved: list[str] = []
     for _ in range(_MAX_PASSES):
         entries = _entries(fd)
-        if not entries or len(moved) > _MOST_PENDING:
+        if not entries or len(moved) > most:
             return moved
         for entry in entries:
             # A name that changed its kind meanwhile is met again in the next pass.
@@ -73,9 +73,9 @@ def _empty(fd: int, root_fd: int, names: Iterator[str], device: int) -> list[str
     raise OSError(errno.EBUSY, "files go on appearing in a folder that is being removed")
 
 
-def _empty_root(root_fd: int, device: int) -> list[str]:
+def empty_root(root_fd: int, device: int, most: int) -> list[str]:
     """Unlink the files of the root; the names of its folders, which stay where they are. Of very many folders these
-    are the first: a guest may have made ten million names."""
+    are the first ``most``: a guest may have made ten million names."""
     if os.fstat(root_fd).st_mode & stat.S_IRWXU != stat.S_IRWXU:
         os.fchmod(root_fd, 0o700)
     folders: list[str] = []
@@ -88,7 +88,7 @@ def _empty_root(root_fd: int, device: int) -> list[str]:
                     continue
                 _refuse_mount(entry.name, root_fd, device)
                 folders.append(entry.name)
-                if len(folders) >= _MOST_PENDING:
+                if len(folders) >= most:
                     break
     return folders
 
@@ -98,8 +98,9 @@ def _refuse_mount(name: str, dir_fd: int, device: int) -> None:
         raise OSError(errno.EBUSY, "a file system is mounted inside", name)
 
 
-def remove_tree(parent: Path, name: str) -> None:
+def remove_tree(parent: Path, name: str, *, most_pending: int = MOST_PENDING) -> None:
     """Remove ``parent/name`` and all below it; missing is fine. ``name`` is one component, ``parent`` is trusted.
+    ``most_pending``: see ``MOST_PENDING``.
     Raises OSError (EBUSY for a mounted file system, or when a guest goes on writing)."""
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
         raise ValueError(f"not a name: {name!r}")
@@ -110,7 +111,7 @@ def remove_tree(parent: Path, name: str) -> None:
         with opened(_open_folder(name, parent_fd)) as root_fd:
             names = (f"..removing-{number}-{os.urandom(8).hex()}" for number in itertools.count())
             for _ in range(_MAX_PASSES):
-                _empty_tree(root_fd, names)
+                _empty_tree(root_fd, names, most_pending)
                 try:
                     os.rmdir(name, dir_fd=parent_fd)
                     return
@@ -121,14 +122,14 @@ def remove_tree(parent: Path, name: str) -> None:
         raise OSError(errno.EBUSY, "files go on appearing in a folder that is being removed", name)
 
 
-def _empty_tree(root_fd: int, names: Iterator[str]) -> None:
+def _empty_tree(root_fd: int, names: Iterator[str], most: int) -> None:
     device = os.fstat(root_fd).st_dev
-    pending = _empty_root(root_fd, device)
-    while pending and len(pending) <= 2 * _MOST_PENDING:
+    pending = empty_root(root_fd, device, most)
+    while pending and len(pending) <= 2 * most:
         folder = pending.pop()
         try:
             with opened(_open_folder(folder, root_fd)) as fd:
-                pending += _empty(fd, root_fd, names, device)
+                pending += _empty(fd, root_fd, names, device, most)
             os.rmdir(folder, dir_fd=root_fd)
         except FileNotFoundError:
             continue

@@ -6,16 +6,16 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import wasilet_node.certificates
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from wasilet_common.files import write_private
-from wasilet_node.certificates import Certificates, JoinError
+from wasilet_node.certificates import Certificates, JoinError, Pace
 from wasilet_node.certificates_csr import CLIENT_SIGNER, SERVING_SIGNER
 from wasilet_node.certificates_store import (
     NodeNames,
@@ -43,11 +43,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[FakeCluster]:
         yield cluster
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wasilet_node.certificates, "_FIRST_RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(wasilet_node.certificates, "_REFUSED_TOKEN_PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(wasilet_node.certificates, "_AFTER_REFUSAL_SECONDS", 0.05)
+PACE = Pace(first_retry_seconds=0.05, refused_token_seconds=0.3, after_refusal_seconds=0.05)
 
 
 def certificates(data: Path, bootstrap: Path | None, **more: Any) -> Certificates:
@@ -57,7 +53,7 @@ def certificates(data: Path, bootstrap: Path | None, **more: Any) -> Certificate
         kubeconfig=data / "kubeconfig",
         bootstrap_file=bootstrap,
         user_agent="test",
-        **more,
+        **{"pace": PACE, **more},
     )
 
 
@@ -145,7 +141,7 @@ async def test_an_expired_certificate_falls_back_to_the_bootstrap_file(cluster: 
     assert cluster.users == ["bootstrap", "bootstrap"]
 
 
-async def test_a_certificate_of_a_cluster_that_was_made_anew_is_replaced(cluster: FakeCluster, tmp_path: Path) -> None:
+async def test_a_certificate_of_a_cluster_that_was_made_again_is_replaced(cluster: FakeCluster, tmp_path: Path) -> None:
     bootstrap = cluster.bootstrap(tmp_path)
     async with joined(certificates(tmp_path, bootstrap)):
         pass
@@ -346,11 +342,11 @@ async def test_a_signer_with_a_mind_of_its_own_is_asked_once(
 
 
 async def test_a_clock_that_is_ahead_does_not_flood_the_api_server_with_requests(
-    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cluster: FakeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(wasilet_node.certificates, "_AFTER_REFUSAL_SECONDS", 60.0)
     ahead = cluster.begin + cluster.lifetime * 0.95
-    made = certificates(tmp_path, cluster.bootstrap(tmp_path), now=lambda: ahead)
+    pace = replace(PACE, after_refusal_seconds=60.0)
+    made = certificates(tmp_path, cluster.bootstrap(tmp_path), now=lambda: ahead, pace=pace)
     async with running(made):
         made.set_names(NAMES)
         await until(lambda: caplog.text.count("is a clock wrong?") == 2)
@@ -413,11 +409,11 @@ async def test_a_denied_serving_request_is_told_and_asked_again_later(
 
 
 async def test_a_request_that_waits_says_how_to_approve_it(
-    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cluster: FakeCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("wasilet_node.certificates_csr._SPEAK_AFTER_SECONDS", 0.01)
     cluster.approve["serving"] = False
-    made = certificates(tmp_path, cluster.bootstrap(tmp_path))
+    pace = replace(PACE, report_pending_seconds=0.01)
+    made = certificates(tmp_path, cluster.bootstrap(tmp_path), pace=pace)
     async with running(made):
         made.set_names(NAMES)
         request = await cluster.until("serving", 1)

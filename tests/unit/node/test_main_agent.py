@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from wasilet_node.agent import _Agent, _log_failure
+from wasilet_node.agent import Agent
+from wasilet_node.agent_process import log_failure
 from wasilet_node.certificates import JoinError
 from wasilet_node.kube.events import KubeEventRecorder
 from wasilet_node.kube.kubeconfig import Cluster, is_node_kubeconfig, render_node_kubeconfig
@@ -21,9 +22,9 @@ from tests.unit.node.rig import NodeKube
 pytestmark = pytest.mark.unit
 
 
-def agent(data: Path, kubeconfig_copy: Path | None = None) -> _Agent:
+def agent(data: Path, kubeconfig_copy: Path | None = None) -> Agent:
     settings = NodeSettings(node_name="n1", paths=NodePaths(data=data))
-    return _Agent(settings, kubeconfig_copy, "0.1.0")
+    return Agent(settings, kubeconfig_copy, "0.1.0")
 
 
 class Part:
@@ -87,14 +88,14 @@ async def test_a_stop_ends_all_parts_and_writes_the_last_events(tmp_path: Path) 
     assert store.count("POST", "/api/v1/namespaces/d/events") == 1
 
 
-def test_what_a_person_can_mend_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    _log_failure(BaseExceptionGroup("parts", [ExceptionGroup("inner", [JoinError("no token")])]))
+def test_what_a_person_can_repair_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    log_failure(BaseExceptionGroup("parts", [ExceptionGroup("inner", [JoinError("no token")])]))
     assert [record.getMessage() for record in caplog.records] == ["no token"]
     assert caplog.records[0].exc_info is None
 
 
 def test_a_defect_comes_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    _log_failure(ValueError("bug"))
+    log_failure(ValueError("bug"))
     assert caplog.records[0].exc_info is not None
 
 
@@ -140,10 +141,7 @@ def test_a_nodes_kubeconfig_is_told_from_others(tmp_path: Path) -> None:
     assert not is_node_kubeconfig(b"kind: Config")
 
 
-async def test_a_runtime_that_does_not_answer_makes_the_node_not_ready_until_it_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("wasilet_node.agent._RUNTIME_CHECK_SECONDS", 0.01)
+async def test_a_runtime_that_does_not_answer_makes_the_node_not_ready_until_it_does(tmp_path: Path) -> None:
     answers: list[Exception | None] = [
         None,
         RuntimeUnavailableError("it hangs"),
@@ -165,6 +163,7 @@ async def test_a_runtime_that_does_not_answer_makes_the_node_not_ready_until_it_
         one._check_runtime(
             cast("Any", SimpleNamespace(ping=ping)),
             cast("Any", SimpleNamespace(wake=lambda: problems.append(one._problem))),
+            every_seconds=0.01,
         )
     )
     await asked_all.wait()

@@ -18,7 +18,7 @@ from wasilet_node.identity import ANNOTATION, instance_id
 from wasilet_node.kube.base import ApiStatusError, ApiUnavailableError
 from wasilet_node.lease import LeaseKeeper
 from wasilet_node.machine import Levels
-from wasilet_node.registration import NodeTakenError, Registration
+from wasilet_node.registration import NodeTakenError, Pace, Registration
 from wasilet_node.settings import NodePaths, NodeSettings
 
 from tests.unit.node.rig import NodeKube, Recorded
@@ -50,6 +50,7 @@ class Rig:
         self.problem: str | None = None
         self.worlds: dict[str, str] = {}
         self.instance_id = "a" * 32
+        self.address = "192.0.2.7"
         self.settings = NodeSettings(
             **{
                 "node_name": "n1",
@@ -83,6 +84,8 @@ class Rig:
             worlds=lambda: self.worlds,
             on_names=self.names.append,
             on_unauthorized=count,
+            find_address=lambda _: self.address,
+            pace=Pace(first_retry_seconds=0.01, report_gap_seconds=0.0, lease_look_seconds=0.01),
         )
 
     @property
@@ -97,8 +100,6 @@ class Rig:
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     monkeypatch.setattr(wasilet_node.registration, "levels", lambda _: PLENTY)
-    monkeypatch.setattr(wasilet_node.registration, "_FIRST_RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(wasilet_node.registration, "_MINIMUM_REPORT_GAP_SECONDS", 0.0)
     return Rig(tmp_path)
 
 
@@ -246,8 +247,7 @@ def leased(rig: Rig, *, age_seconds: float, duration_seconds: int = 40) -> str:
     return renewed
 
 
-async def test_a_live_node_of_another_instance_is_not_taken(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wasilet_node.identity, "_LOOK_SECONDS", 0.01)
+async def test_a_live_node_of_another_instance_is_not_taken(rig: Rig) -> None:
     leased(rig, age_seconds=1)
 
     async def renew() -> None:
@@ -263,10 +263,7 @@ async def test_a_live_node_of_another_instance_is_not_taken(rig: Rig, monkeypatc
 
 
 @pytest.mark.parametrize(("age", "duration"), [(60.0, 40), (0.0, 1), (-30.0, 1)])
-async def test_a_dead_node_of_another_instance_is_taken_over(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, age: float, duration: int
-) -> None:
-    monkeypatch.setattr(wasilet_node.identity, "_LOOK_SECONDS", 0.05)
+async def test_a_dead_node_of_another_instance_is_taken_over(rig: Rig, age: float, duration: int) -> None:
     leased(rig, age_seconds=age, duration_seconds=duration)
     await rig.make().register()
     assert rig.node["metadata"]["annotations"][ANNOTATION] == "a" * 32
@@ -358,15 +355,11 @@ async def test_a_runtime_that_went_is_reported_at_once_and_its_return_too(rig: R
     assert rig.events.reasons[-2:] == ["NodeNotReady", "NodeReady"]
 
 
-async def test_another_address_is_reported_before_a_certificate_is_asked_for_it(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    addresses = ["192.0.2.7"]
-    monkeypatch.setattr(wasilet_node.registration, "find_address", lambda _: addresses[0])
+async def test_another_address_is_reported_before_a_certificate_is_asked_for_it(rig: Rig) -> None:
     rig.settings = replace(rig.settings, node_ip=None)
     registration = rig.make()
     async with running(registration):
-        addresses[0] = "192.0.2.8"
+        rig.address = "192.0.2.8"
         await until(lambda: rig.names[-1].ips == {"192.0.2.8"})
         assert rig.node["status"]["addresses"] == [
             {"type": "InternalIP", "address": "192.0.2.8"},
@@ -380,8 +373,9 @@ async def test_an_unchanged_condition_keeps_its_transition_time(rig: Rig) -> Non
     await registration.register()
     for condition in rig.node["status"]["conditions"]:
         condition["lastTransitionTime"] = "2020-01-01T00:00:00Z"
-    registration._node = rig.node
-    await registration.report(force=True)
+    restarted = rig.make()
+    await restarted.register()
+    await restarted.report(force=True)
     assert rig.condition("Ready")["lastTransitionTime"] == "2020-01-01T00:00:00Z"
 
 
@@ -465,6 +459,7 @@ def keeper(store: NodeKube, **more: Any) -> LeaseKeeper:
             "duration_seconds": 40,
             "renew_interval_seconds": 0.02,
             "on_unauthorized": lambda: None,
+            "retry_seconds": 0.01,
             **more,
         }
     )
@@ -520,10 +515,7 @@ async def test_an_answer_without_a_uid_is_survived(rig: Rig, monkeypatch: pytest
     assert registration.uid() == rig.node["metadata"]["uid"]
 
 
-async def test_an_outage_is_survived_and_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("wasilet_node.lease._RETRY_SECONDS", 0.01)
+async def test_an_outage_is_survived_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     store = NodeKube()
     store.failures = [ApiUnavailableError("away"), ApiStatusError(401, "Unauthorized", "who?")]

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 import wasilet_node.machine
-from wasilet_node.machine import facts, find_address, is_advertisable, levels
+from wasilet_node.machine import ControlGroups, facts, find_address, is_advertisable, levels
 
 pytestmark = pytest.mark.unit
 
@@ -43,15 +43,11 @@ def test_the_nearest_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch
     (parent / "pids.current").write_text("150\n")
     membership = tmp_path / "membership"
     membership.write_text("0::/unit.service/agent\n")
-    real = wasilet_node.machine._text
-    monkeypatch.setattr(wasilet_node.machine, "_CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(
-        wasilet_node.machine, "_text", lambda path: real(membership if path == Path("/proc/self/cgroup") else path)
-    )
+    cgroups = ControlGroups(tmp_path, membership)
 
-    assert facts(tmp_path).memory_bytes == 104857600
-    assert facts(tmp_path).cpu_millicores == 500
-    found = levels(tmp_path)
+    assert facts(tmp_path, cgroups=cgroups).memory_bytes == 104857600
+    assert facts(tmp_path, cgroups=cgroups).cpu_millicores == 500
+    found = levels(tmp_path, cgroups=cgroups)
     assert found.memory_available_bytes == 104857600 - 62914560 + 10485760
     assert (found.pids, found.pids_free) == (200, 50)
 
@@ -67,12 +63,8 @@ def test_the_limits_of_cgroup_v1_count_too(tmp_path: Path, monkeypatch: pytest.M
     (cpu / "cpu.cfs_period_us").write_text("100000\n")
     membership = tmp_path / "membership"
     membership.write_text("5:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x\n0::/\n")
-    real = wasilet_node.machine._text
-    monkeypatch.setattr(wasilet_node.machine, "_CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(
-        wasilet_node.machine, "_text", lambda path: real(membership if path == Path("/proc/self/cgroup") else path)
-    )
-    found = facts(tmp_path)
+    cgroups = ControlGroups(tmp_path, membership)
+    found = facts(tmp_path, cgroups=cgroups)
     assert found.memory_bytes == 104857600
     assert found.cpu_millicores >= 1000
 
@@ -109,13 +101,11 @@ def test_the_address_that_reaches_the_api_server_comes_first(monkeypatch: pytest
         asked.append(host)
         return {"api.example": "10.1.2.3", "192.0.2.1": "10.9.9.9"}.get(host)
 
-    monkeypatch.setattr(wasilet_node.machine, "_route_to", route)
-    assert find_address("https://api.example:6443") == "10.1.2.3"
-    assert find_address("https://127.0.0.1:6443") == "10.9.9.9"
+    assert find_address("https://api.example:6443", route_to=route) == "10.1.2.3"
+    assert find_address("https://127.0.0.1:6443", route_to=route) == "10.9.9.9"
     assert asked == ["api.example", "127.0.0.1", "192.0.2.1"]
 
 
 def test_a_machine_without_a_network_advertises_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wasilet_node.machine, "_route_to", lambda _: None)
     monkeypatch.setattr(wasilet_node.machine, "interface_addresses", lambda: iter(()))
-    assert find_address("https://api.example:6443") == "127.0.0.1"
+    assert find_address("https://api.example:6443", route_to=lambda _: None) == "127.0.0.1"

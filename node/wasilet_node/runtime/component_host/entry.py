@@ -18,7 +18,7 @@ from typing import Any
 
 from wasilet_node.runtime.component_host import locate
 from wasilet_node.runtime.component_host.library import ABI_VERSION, HostUnavailableError, Library
-from wasilet_node.runtime.hostcalls import http
+from wasilet_node.runtime.hostcalls import http_client
 from wasilet_node.runtime.protocol import ContainerConfig, HttpPolicy, Mount, ServerSettings
 from wasilet_node.runtime.safe_path import open_directory
 
@@ -199,10 +199,10 @@ def _outgoing(policy: HttpPolicy) -> dict[str, Any]:
         "ports": [10250, 10255, *policy.kubelet_ports],
         "deny": _refused(),
         "max_concurrent": min(policy.max_concurrent_requests or MAX_CONCURRENT_OUTGOING, MAX_CONCURRENT_OUTGOING),
-        "connect_timeout_ms": _milliseconds(http.CONNECT_TIMEOUT_SECONDS),
-        "request_timeout_ms": _milliseconds(http.REQUEST_TIMEOUT_SECONDS),
-        "idle_timeout_ms": _milliseconds(http.IDLE_TIMEOUT_SECONDS),
-        "max_request_bytes": http.MAX_REQUEST_BODY_BYTES,
-        "max_response_bytes": http.MAX_RESPONSE_BODY_BYTES,
+        "connect_timeout_ms": _milliseconds(http_client.CONNECT_TIMEOUT_SECONDS),
+        "request_timeout_ms": _milliseconds(http_client.REQUEST_TIMEOUT_SECONDS),
+        "idle_timeout_ms": _milliseconds(http_client.IDLE_TIMEOUT_SECONDS),
+        "max_request_bytes": http_client.MAX_REQUEST_BODY_BYTES,
+        "max_response_bytes": http_client.MAX_RESPONSE_BODY_BYTES,
         "roots": certificates(),
     }

@@ -116,7 +116,7 @@ class SpdyConnection:
     """The protocol's state over any transport: ``receive`` and ``step`` take what comes in, ``send`` gives out.
 
     ``accept`` decides on each new stream: a text refuses it. ``pause`` is told when to stop and to go on reading.
-    ``unsent`` says how many bytes the transport still holds.
+    ``unsent`` gives how many bytes the transport still holds. ``answers``: how many the peer may cause.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class SpdyConnection:
         pause: Callable[[bool], None],
         accept: Callable[[Stream], str | None],
         unsent: Callable[[], int],
+        answers: Allowance | None = None,
     ) -> None:
         self._unsent = unsent
         self._send = send
@@ -139,7 +140,7 @@ class SpdyConnection:
         self._last_id = 0
         self._waiting_bytes = 0
         self._paused = False
-        self._answers = Allowance()
+        self._answers = answers or Allowance()
         self._replies = bytearray()
         self.closed = asyncio.Event()
         """The connection is gone, or the peer reported it."""

@@ -138,7 +138,8 @@ async def test_a_token_that_expired_is_renewed() -> None:
     body = registry.add_cncf("a/hello:v1")
     async with serving(registry), opened(registry) as repository:
         registry.realm = f"{registry.origin}/token"
-        repository._authorization = "Bearer long-gone"
+        await repository.resolve("v1")
+        registry.token = "a-newer-one"
         assert await repository.resolve("v1") == digest_of(body)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -37,31 +38,34 @@ def app(tmp_path: Path) -> App:
     return App(name="my-app", folder=folder, demo=Demo())
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """How often the compiler ran; its module is different each time."""
-    runs: list[int] = []
-    compiler, shared = tmp_path / "rustc", tmp_path / "shared.rs"
-    compiler.touch()
-    shared.touch()
+class Compiler(list[int]):
+    """A builder that counts its runs; its module is different each time."""
 
-    def fake(app: App, folder: Path, say: object, environ: object) -> Made:
-        runs.append(len(runs))
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._inputs = (folder / "rustc", folder / "shared.rs")
+        for path in self._inputs:
+            path.touch()
+
+    def __call__(self, app: App, folder: Path, say: object, environ: object) -> Made:
+        self.append(len(self))
         output = folder / "out.wasm"
-        output.write_bytes(MODULE + bytes(len(runs)))
-        return Made(module=output, toolchain="a test", inputs=(compiler, shared))
+        output.write_bytes(MODULE + bytes(len(self)))
+        return Made(module=output, toolchain="a test", inputs=self._inputs)
 
-    monkeypatch.setattr(builds, "_build_rust", fake)
-    return runs
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Compiler:
+    return Compiler(tmp_path)
 
 
 def quiet(_: str) -> None:
     """Says nothing."""
 
 
-def test_unchanged_sources_are_not_compiled_again(app: App, environ: dict[str, str], compiled: list[int]) -> None:
-    first = build(app, say=quiet, environ=environ)
-    second = build(app, say=quiet, environ=environ)
+def test_unchanged_sources_are_not_compiled_again(app: App, environ: dict[str, str], compiled: Compiler) -> None:
+    first = build(app, say=quiet, environ=environ, builder=compiled)
+    second = build(app, say=quiet, environ=environ, builder=compiled)
     assert compiled == [0]
     assert (first.cached, second.cached) == (False, True)
     assert second.module.read_bytes() == MODULE + b"\0"
@@ -72,10 +76,10 @@ def test_unchanged_sources_are_not_compiled_again(app: App, environ: dict[str, s
     "change", ["edit", "new file", "removed file", "compiler", "path dependency", "flags", "module"]
 )
 def test_whatever_goes_into_a_module_brings_a_new_build(
-    app: App, environ: dict[str, str], compiled: list[int], tmp_path: Path, change: str
+    app: App, environ: dict[str, str], compiled: Compiler, tmp_path: Path, change: str
 ) -> None:
     (app.folder / "src" / "extra.rs").touch()
-    built = build(app, say=quiet, environ=environ)
+    built = build(app, say=quiet, environ=environ, builder=compiled)
     if change == "edit":
         (app.folder / "src" / "main.rs").write_text("fn main() { }")
     elif change == "new file":
@@ -90,43 +94,40 @@ def test_whatever_goes_into_a_module_brings_a_new_build(
         environ["RUSTFLAGS"] = "-C opt-level=z"
     else:
         built.module.unlink()
-    build(app, say=quiet, environ=environ)
+    build(app, say=quiet, environ=environ, builder=compiled)
     assert compiled == [0, 1]
 
 
-def test_editing_a_manifest_builds_nothing(app: App, environ: dict[str, str], compiled: list[int]) -> None:
-    build(app, say=quiet, environ=environ)
+def test_editing_a_manifest_builds_nothing(app: App, environ: dict[str, str], compiled: Compiler) -> None:
+    build(app, say=quiet, environ=environ, builder=compiled)
     (app.folder / "pod.yaml.j2").write_text("kind: Pod # changed")
     (app.folder / "README.md").write_text("new")
-    build(app, say=quiet, environ=environ)
+    build(app, say=quiet, environ=environ, builder=compiled)
     assert compiled == [0]
 
 
 def test_a_source_that_changes_while_the_compiler_runs_is_built_again(
-    app: App, environ: dict[str, str], compiled: list[int], monkeypatch: pytest.MonkeyPatch
+    app: App, environ: dict[str, str], compiled: Compiler
 ) -> None:
-    inner = builds._build_rust
-
-    def slow(given: App, folder: Path, say: builds.Say, environ: dict[str, str]) -> Made:
-        made = inner(given, folder, say, environ)
+    def slow(given: App, folder: Path, say: builds.Say, environ: Mapping[str, str]) -> Made:
+        made = compiled(given, folder, say, environ)
         (app.folder / "src" / "main.rs").write_text("fn main() { /* saved meanwhile */ }")
         return made
 
-    monkeypatch.setattr(builds, "_build_rust", slow)
-    build(app, say=quiet, environ=environ)
+    build(app, say=quiet, environ=environ, builder=slow)
     assert built_already(app, environ) is None
 
 
-def test_a_damaged_record_is_no_record(app: App, environ: dict[str, str], compiled: list[int]) -> None:
-    build(app, say=quiet, environ=environ)
+def test_a_damaged_record_is_no_record(app: App, environ: dict[str, str], compiled: Compiler) -> None:
+    build(app, say=quiet, environ=environ, builder=compiled)
     for text in ("", "[]", '{"version": 2}', "null"):
         (workspace(app, environ) / "build.json").write_text(text)
         assert built_already(app, environ) is None
 
 
-def test_nothing_is_written_into_the_apps_folder(app: App, environ: dict[str, str], compiled: list[int]) -> None:
+def test_nothing_is_written_into_the_apps_folder(app: App, environ: dict[str, str], compiled: Compiler) -> None:
     before = sorted(app.folder.rglob("*"))
-    build(app, say=quiet, environ=environ)
+    build(app, say=quiet, environ=environ, builder=compiled)
     assert sorted(app.folder.rglob("*")) == before
 
 

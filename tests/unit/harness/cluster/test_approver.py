@@ -6,7 +6,6 @@ import base64
 import copy
 import ipaddress
 import json
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -23,9 +22,13 @@ from wasilet.cluster.approver_facts import gather_facts, policy_data, read_polic
 from wasilet.cluster.approver_rules import Facts, Policy, Verdict, is_open, node_addresses, requesting_node
 from wasilet.cluster.approver_rules import judge as judge_with
 from wasilet.errors import ApiError, StateError
-from wasilet.kube.client import KubeObject
+from wasilet.kube.client import CSRS, KubeObject
+
+from tests.unit.harness.fake_kube import FakeKube
 
 pytestmark = pytest.mark.unit
+
+NODES = "/api/v1/nodes"
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 USER = "system:node:wasm-1"
@@ -212,42 +215,15 @@ def test_a_node_is_told_by_name_and_group() -> None:
     assert requesting_node(csr(groups=[])) == ""
 
 
-class FakeKube:
-    """An API server of one Node and a few requests."""
+def cluster(*nodes: KubeObject) -> FakeKube:
+    kube = FakeKube()
+    for node in nodes:
+        kube.show(NODES, node)
+    return kube
 
-    server = "https://fake"
 
-    def __init__(self) -> None:
-        self.node: KubeObject | None = NODE
-        self.items: list[KubeObject] = []
-        self.events: queue.SimpleQueue[KubeObject | None] = queue.SimpleQueue()
-        self.approved: list[KubeObject] = []
-        self.away = 0
-
-    def get(self, path: str, **_: Any) -> KubeObject:
-        if path.endswith("/nodes"):
-            return {"items": [self.node]}
-        if self.away:
-            self.away -= 1
-            raise ApiError("no answer")
-        return {"items": self.items, "metadata": {"resourceVersion": "1"}}
-
-    def find(self, path: str, **_: Any) -> KubeObject | None:
-        return self.node if "/nodes/" in path else None
-
-    def replace(self, path: str, body: KubeObject, **_: Any) -> KubeObject:
-        assert path.endswith("/csr-1/approval")
-        self.approved.append(body)
-        return body
-
-    def watch(self, path: str, **_: Any) -> Any:
-        import contextlib
-
-        @contextlib.contextmanager
-        def opened() -> Any:
-            yield iter(self.events.get, None)
-
-        return opened()
+def approved(kube: FakeKube) -> list[KubeObject]:
+    return [body for method, path, body in kube.requests if (method, path) == ("PUT", f"{CSRS}/csr-1/approval")]
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -259,7 +235,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 def running(kube: FakeKube, status_file: Path) -> tuple[threading.Thread, threading.Event]:
     stop = threading.Event()
-    approver = Approver(kube, status_file)  # type: ignore[arg-type]
+    approver = Approver(kube, status_file)
     thread = threading.Thread(target=approver.run, args=(stop,), daemon=True)
     thread.start()
     return thread, stop
@@ -267,80 +243,71 @@ def running(kube: FakeKube, status_file: Path) -> tuple[threading.Thread, thread
 
 def test_the_loop_approves_reports_and_outlives_an_absent_api_server(tmp_path: Path) -> None:
     status_file = tmp_path / "status"
-    kube = FakeKube()
-    kube.away = 2
-    kube.node = None
-    kube.items = [csr()]
+    kube = cluster()
+    kube.unanswered = 2
+    kube.show(CSRS, csr())
     thread, stop = running(kube, status_file)
     try:
         wait_until(lambda: status_file.exists() and json.loads(status_file.read_text())["left_alone"] != [])
         assert json.loads(status_file.read_text())["left_alone"] == [
             {"name": "csr-1", "why": "there is no Node 'wasm-1'"}
         ]
-        kube.node = NODE
-        wait_until(lambda: bool(kube.approved))
-        (condition,) = kube.approved[0]["status"]["conditions"]
+        kube.show(NODES, NODE)
+        wait_until(lambda: bool(approved(kube)))
+        (condition,) = approved(kube)[0]["status"]["conditions"]
         assert (condition["type"], condition["status"]) == ("Approved", "True")
         wait_until(lambda: json.loads(status_file.read_text())["approved"] == 1)
-        kube.events.put({"type": "ADDED", "object": csr(request(organizations=("system:masters",)))})
+        kube.show(CSRS, csr(request(organizations=("system:masters",))))
         wait_until(lambda: json.loads(status_file.read_text())["left_alone"] != [])
-        assert len(kube.approved) == 1
-        kube.events.put({"type": "DELETED", "object": csr()})
+        assert len(approved(kube)) == 1
+        kube.remove(f"{CSRS}/csr-1")
         wait_until(lambda: json.loads(status_file.read_text())["left_alone"] == [])
         assert status_file.stat().st_mode & 0o777 == 0o600
     finally:
         stop.set()
-        kube.events.put(None)
         thread.join(5)
     assert not thread.is_alive()
 
 
-class Addresses:
-    """An API server as far as its addresses go."""
-
-    server = "https://192.0.2.1:6443"
-
-    def __init__(self, **objects: Any) -> None:
-        self.objects = objects
-
-    def find(self, path: str, **_: Any) -> KubeObject | None:
-        found = self.objects.get(path.rpartition("/")[0].rpartition("/")[2] if "kubernetes" in path else "cidrs")
-        return found if found is None or isinstance(found, dict) else dict(found)
-
-    def get(self, path: str, **_: Any) -> KubeObject:
-        assert path.endswith("/nodes")
-        return {"items": self.objects.get("nodes", [])}
-
-    def create(self, path: str, body: KubeObject, **_: Any) -> KubeObject:
-        assert path.endswith("?dryRun=All"), "nothing may be created"
-        text = self.objects.get("refusal", "Forbidden")
-        raise ApiError(text, code=self.objects.get("code", 422))
+RANGES = "/apis/networking.k8s.io/v1/servicecidrs"
+SERVICES = "/api/v1/namespaces/default/services"
 
 
 def test_the_addresses_of_services_api_servers_and_other_nodes_are_asked_of_the_cluster() -> None:
     other = {**copy.deepcopy(NODE), "metadata": {"name": "wasm-2"}}
-    kube: Any = Addresses(
-        cidrs={"items": [{"spec": {"cidrs": ["10.96.0.0/16", "fd00::/108"]}}]},
-        services={"spec": {"clusterIPs": ["10.96.0.1"]}},
-        endpointslices={"endpoints": [{"addresses": ["192.0.2.3"]}]},
-        nodes=[NODE, other],
-    )
-    facts = gather_facts(kube, "wasm-1")
+
+    def asked_at(server: str) -> Facts:
+        kube = FakeKube(server)
+        kube.show(RANGES, {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd00::/108"]}})
+        kube.show(SERVICES, {"metadata": {"name": "kubernetes"}, "spec": {"clusterIPs": ["10.96.0.1"]}})
+        slices = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
+        kube.show(slices, {"metadata": {"name": "kubernetes"}, "endpoints": [{"addresses": ["192.0.2.3"]}]})
+        kube.show(NODES, NODE)
+        kube.show(NODES, other)
+        return gather_facts(kube, "wasm-1")
+
+    facts = asked_at("https://192.0.2.1:6443")
     assert {str(net) for net in facts.service_ranges} == {"10.96.0.0/16", "fd00::/108", "10.96.0.1/32"}
     assert {str(ip) for ip in facts.api_servers} == {"192.0.2.1", "192.0.2.3", "10.96.0.1"}
     assert facts.other_nodes == dict.fromkeys(node_addresses(NODE), "wasm-2")
     assert facts.api_names == frozenset()
-    kube.server = "https://API.example:6443"
-    assert gather_facts(kube, "wasm-1").api_names == {"api.example"}
+    assert asked_at("https://API.example:6443").api_names == {"api.example"}
 
 
 def test_an_older_clusters_service_range_is_learned_from_the_refusal_of_a_dry_run() -> None:
-    text = "Service is invalid: spec.clusterIPs: the range of valid IPs is 10.43.0.0/16"
-    older: Any = Addresses(refusal=text)
-    assert service_ranges(older) == ["10.43.0.0/16"]
-    assert service_ranges(Addresses()) == []  # type: ignore[arg-type]
+    def ranges(refusal: str, code: int) -> list[str]:
+        kube = FakeKube()
+        kube.refusals[f"POST {SERVICES}"] = ApiError(refusal, code=code)
+        found = service_ranges(kube)
+        assert not kube.requests, "nothing may be created"
+        return found
+
+    assert ranges("Service is invalid: spec.clusterIPs: the range of valid IPs is 10.43.0.0/16", 422) == [
+        "10.43.0.0/16"
+    ]
+    assert ranges("Forbidden", 422) == []
     with pytest.raises(ApiError):
-        service_ranges(Addresses(code=403))  # type: ignore[arg-type]
+        ranges("Forbidden", 403)
 
 
 def test_a_policy_that_is_missing_or_damaged_approves_nothing(tmp_path: Path) -> None:
@@ -360,9 +327,9 @@ def test_a_policy_that_is_missing_or_damaged_approves_nothing(tmp_path: Path) ->
 def test_a_node_that_becomes_known_needs_no_restart_of_the_approver(tmp_path: Path) -> None:
     policy = tmp_path / "policy.json"
     write_policy(policy, policy_data({}, only_known=True, service_ranges=[]))
-    kube = FakeKube()
-    kube.items = [csr()]
-    approver = Approver(kube, tmp_path / "status", policy)  # type: ignore[arg-type]
+    kube = cluster(NODE)
+    kube.show(CSRS, csr())
+    approver = Approver(kube, tmp_path / "status", policy)
     stop = threading.Event()
     thread = threading.Thread(target=approver.run, args=(stop,), daemon=True)
     thread.start()
@@ -370,10 +337,9 @@ def test_a_node_that_becomes_known_needs_no_restart_of_the_approver(tmp_path: Pa
         wait_until(
             lambda: "knows no node" in (tmp_path / "status").read_text() if (tmp_path / "status").exists() else False
         )
-        assert not kube.approved
+        assert not approved(kube)
         write_policy(policy, policy_data({"wasm-1": []}, only_known=True, service_ranges=[]))
-        wait_until(lambda: bool(kube.approved))
+        wait_until(lambda: bool(approved(kube)))
     finally:
         stop.set()
-        kube.events.put(None)
         thread.join(5)

@@ -54,12 +54,9 @@ def test_less_than_no_lines_is_refused(log: Path) -> None:
         list(log_lines(log, tail=-1, follow=False))
 
 
-def test_following_goes_on_after_a_line_that_was_half_there_and_after_rotation(
-    log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(statuses, "FOLLOW_POLL_SECONDS", 0.001)
+def test_following_goes_on_after_a_line_that_was_half_there_and_after_rotation(log: Path) -> None:
     log.write_text("one\nhal")
-    lines = log_lines(log, tail=1, follow=True)
+    lines = log_lines(log, tail=1, follow=True, poll_seconds=0.001)
     with log.open("a") as file:
         file.write("f\n")
     assert next(lines) == "half"

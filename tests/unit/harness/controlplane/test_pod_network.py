@@ -83,11 +83,10 @@ def test_a_range_that_cannot_be_had_is_refused_by_name_and_nothing_is_recorded(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="without root that is the reason")
-def test_a_machine_without_nft_has_none_and_says_which_package_brings_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pod_network, "_find_nft", lambda _: None)
-    assert pod_network.obstacle(settings(tmp_path)) == "nft is not installed (package nftables)"
+def test_a_machine_without_nft_has_none_and_says_which_package_brings_it(tmp_path: Path) -> None:
+    assert (
+        pod_network.obstacle(settings(tmp_path), find_nft=lambda _: None) == "nft is not installed (package nftables)"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="its own user namespace is made by root")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import os
 import re
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,8 @@ from wasilet.demo.expect import ExpectationError, missing_line, wait_for
 from wasilet.errors import ApiError, HarnessError, StateError, UsageError, WaitTimeoutError
 from wasilet.kube.manifest_file import parse_objects
 from wasilet.kube.resources import FIELD_MANAGER, Resources
+
+from tests.unit.harness.fake_kube import FakeKube, jobs_of, pods_of
 
 pytestmark = pytest.mark.unit
 
@@ -117,94 +115,7 @@ def test_lines_are_wanted_in_their_order_each_its_own(wanted: list[Line], missin
     assert missing_line(wanted, ["one", "two", "three"]) == missing
 
 
-# --- an API server in memory -----------------------------------------------------------------------------------------
-
-
-class FakeKube:
-    """Objects by path, a queue of events for each watch, and logs by pod."""
-
-    def __init__(self) -> None:
-        self.objects: dict[str, dict[str, Any]] = {}
-        self.events: list[dict[str, Any]] = []
-        self.logs: dict[str, list[str]] = {}
-        self.log_queries: list[dict[str, str]] = []
-        self.requests: list[tuple[str, str, Any]] = []
-        self.stuck: set[str] = set()
-        self.changed = threading.Condition()
-
-    def find(self, path: str, **_: Any) -> dict[str, Any] | None:
-        return self.objects.get(path)
-
-    def get(self, path: str, **_: Any) -> dict[str, Any]:
-        if path.endswith("/events"):
-            return {"items": [{"type": "Warning", "reason": "Failed", "message": "no such image"}]}
-        if path.endswith(("/pods", "/jobs", "/configmaps")):
-            items = [obj for name, obj in self.objects.items() if name.startswith(f"{path}/")]
-            return {"items": items, "metadata": {"resourceVersion": "0"}}
-        found = self.find(path)
-        if found is None:
-            raise ApiError("not found", code=404)
-        return found
-
-    def request(self, method: str, path: str, *, body: Any = None, query: Any = None, **_: Any) -> dict[str, Any]:
-        self.requests.append((method, path, body))
-        manager = (query or {}).get("fieldManager", "kubectl")
-        if method == "DELETE":
-            if self.objects[path]["metadata"]["uid"] != body["preconditions"]["uid"]:
-                raise ApiError("the UID in the precondition does not match", code=409)
-            if path not in self.stuck:
-                del self.objects[path]
-            return {}
-        name = body["metadata"].get("name") or f"{body['metadata']['generateName']}{len(self.requests)}"
-        path = path if method == "PATCH" else f"{path}/{name}"
-        if method == "POST" and path in self.objects:
-            raise ApiError("exists", code=409)
-        self.put(path, body, manager=manager)
-        return self.objects[path]
-
-    def put(self, path: str, body: dict[str, Any], *, manager: str) -> None:
-        made = copy.deepcopy(body)
-        uid = f"uid-{len(self.requests)}-{time.monotonic_ns()}"
-        made["metadata"] |= {
-            "name": path.rpartition("/")[2],
-            "uid": uid,
-            "resourceVersion": "1",
-            "managedFields": [{"manager": manager}],
-        }
-        self.objects[path] = made
-
-    @contextmanager
-    def watch(
-        self, path: str, _hangup: Any = None, /, *, timeout_seconds: int, **query: Any
-    ) -> Iterator[Iterator[dict[str, Any]]]:
-        deadline = time.monotonic() + min(timeout_seconds, 0.5)
-
-        def events() -> Iterator[dict[str, Any]]:
-            seen = int(query["resourceVersion"])
-            while time.monotonic() < deadline:
-                with self.changed:
-                    if seen == len(self.events):
-                        self.changed.wait(0.05)
-                    fresh = self.events[seen:]
-                    seen += len(fresh)
-                for kind, event in ((event["object"].get("kind", "Pod"), event) for event in fresh):
-                    if ("/jobs" in path) == (kind == "Job"):
-                        yield event
-
-        yield events()
-
-    @contextmanager
-    def chunks(self, path: str, _hangup: Any = None, /, **query: str) -> Iterator[Iterator[bytes]]:
-        self.log_queries.append({"path": path, **query})
-        key = path.split("/")[-2] + (" previous" if query.get("previous") else "")
-        yield iter([f"{line}\n".encode() for line in self.logs.get(key, [])])
-
-    def show(self, obj: dict[str, Any]) -> None:
-        with self.changed:
-            shown = copy.deepcopy(obj)
-            shown["metadata"]["resourceVersion"] = str(len(self.events) + 1)
-            self.events.append({"type": "MODIFIED", "object": shown})
-            self.changed.notify_all()
+# --- expectations ----------------------------------------------------------------------------------------------------
 
 
 def pod(phase: str, **state: Any) -> dict[str, Any]:
@@ -217,19 +128,32 @@ def pod(phase: str, **state: Any) -> dict[str, Any]:
     }
 
 
+def show(kube: FakeKube, obj: dict[str, Any]) -> None:
+    kube.show((jobs_of if obj["kind"] == "Job" else pods_of)("default"), obj)
+
+
 def ended(code: int, reason: str = "Completed") -> dict[str, Any]:
     return {"exitCode": code, "reason": reason, "containerID": "wasmtime://1"}
 
 
+FAILED = {
+    "metadata": {},
+    "involvedObject": {"uid": "1"},
+    "type": "Warning",
+    "reason": "Failed",
+    "message": "no such image",
+}
+
+
 def wait(kube: FakeKube, **expected: Any) -> Any:
     expectation = Expectation(**{"pod": "x", "within_seconds": 2.0, **expected})
-    return wait_for(kube, expectation, namespace="default")  # type: ignore[arg-type]
+    return wait_for(kube, expectation, namespace="default")
 
 
 def test_a_line_in_the_log_of_a_running_pod_is_enough() -> None:
     kube = FakeKube()
     kube.logs["x"] = ["Hello"]
-    kube.show(pod("Running", running={}))
+    show(kube, pod("Running", running={}))
     seen = wait(kube, log=(Line(contains="Hello"),), phase="Running")
     assert seen.lines == ("Hello",)
     (query,) = kube.log_queries
@@ -240,7 +164,7 @@ def test_a_line_in_the_log_of_a_running_pod_is_enough() -> None:
 def test_news_that_comes_late_is_not_missed() -> None:
     kube = FakeKube()
     kube.logs["x"] = ["Hello"]
-    timer = threading.Timer(0.15, kube.show, [pod("Running", running={})])
+    timer = threading.Timer(0.15, show, [kube, pod("Running", running={})])
     timer.start()
     assert wait(kube, log=(Line(contains="Hello"),)).seconds >= 0.1
     timer.join()
@@ -251,14 +175,15 @@ def test_the_end_before_the_restart_counts() -> None:
     shown = pod("Running", waiting={"reason": "CrashLoopBackOff"})
     shown["status"]["containerStatuses"][0]["lastState"] = {"terminated": ended(0)}
     kube.logs["x previous"] = ["Hello, World!"]
-    kube.show(shown)
+    show(kube, shown)
     assert wait(kube, log=(Line(contains="Hello"),), exit_code=0, reason="Completed").lines == ("Hello, World!",)
 
 
 def test_a_pod_that_ends_without_the_line_fails_at_once_and_shows_why() -> None:
     kube = FakeKube()
     kube.logs["x"] = ["Good bye"]
-    kube.show(pod("Failed", terminated=ended(3, "Error")))
+    kube.put("/api/v1/namespaces/default/events/e", FAILED)
+    show(kube, pod("Failed", terminated=ended(3, "Error")))
     with pytest.raises(ExpectationError) as error:
         wait(kube, log=(Line(contains="Hello"),), within_seconds=30.0)
     text = error.value.message
@@ -270,14 +195,14 @@ def test_a_pod_that_ends_without_the_line_fails_at_once_and_shows_why() -> None:
 
 def test_a_wrong_exit_code_is_named() -> None:
     kube = FakeKube()
-    kube.show(pod("Succeeded", terminated=ended(0)))
+    show(kube, pod("Succeeded", terminated=ended(0)))
     with pytest.raises(ExpectationError, match="without exit code 7"):
         wait(kube, exit_code=7)
 
 
 def test_an_image_that_cannot_be_pulled_is_not_waited_for() -> None:
     kube = FakeKube()
-    kube.show(pod("Pending", waiting={"reason": "ImagePullBackOff", "message": "Back-off pulling image"}))
+    show(kube, pod("Pending", waiting={"reason": "ImagePullBackOff", "message": "Back-off pulling image"}))
     with pytest.raises(ExpectationError, match="pod/x waits: ImagePullBackOff: Back-off pulling image"):
         wait(kube, phase="Running", within_seconds=30.0)
 
@@ -285,7 +210,7 @@ def test_an_image_that_cannot_be_pulled_is_not_waited_for() -> None:
 def test_a_line_that_must_not_be_there_fails_at_once() -> None:
     kube = FakeKube()
     kube.logs["x"] = ["ERROR: cat"]
-    kube.show(pod("Running", running={}))
+    show(kube, pod("Running", running={}))
     with pytest.raises(ExpectationError, match="holds 'ERROR', which it must not"):
         wait(kube, log=(Line(absent="ERROR"), Line(contains="never")), within_seconds=30.0)
 
@@ -299,13 +224,14 @@ def test_a_job_is_judged_by_its_own_condition_and_its_pods_restarts() -> None:
     kube = FakeKube()
     job = {"kind": "Job", "metadata": {"name": "j"}, "status": {"conditions": [{"type": "Complete", "status": "True"}]}}
     shown = pod("Succeeded", terminated=ended(0))
+    shown["metadata"]["labels"] = {"batch.kubernetes.io/job-name": "j"}
     shown["status"]["containerStatuses"][0]["restartCount"] = 1
-    kube.show(job)
-    kube.show(shown)
+    show(kube, job)
+    show(kube, shown)
     assert wait(kube, pod="", job="j", phase="Complete", restarts=1)
     failed = FakeKube()
     job["status"]["conditions"] = [{"type": "Failed", "status": "True", "message": "BackoffLimitExceeded"}]  # type: ignore[index]
-    failed.show(job)
+    show(failed, job)
     with pytest.raises(ExpectationError, match="job/j failed: BackoffLimitExceeded"):
         wait(failed, pod="", job="j", phase="Complete", within_seconds=30.0)
 
@@ -317,7 +243,7 @@ PATH = "/api/v1/namespaces/default/pods/x"
 
 
 def resources(kube: FakeKube) -> Resources:
-    return Resources(kube, "default")  # type: ignore[arg-type]
+    return Resources(kube, "default")
 
 
 def test_a_pod_is_created_and_the_second_time_replaced() -> None:
@@ -349,23 +275,20 @@ def test_a_generated_name_is_another_each_time_and_only_the_last_stays(kind: str
 
 
 def test_what_the_server_refuses_is_named_with_the_line_of_its_file() -> None:
-    class Refusing(FakeKube):
-        def request(self, *_: Any, **__: Any) -> Any:
-            raise ApiError('Pod "x" is invalid: spec.foo: Invalid value: 1', code=422, reason="Invalid")
-
+    kube = FakeKube()
+    kube.refusals["POST"] = ApiError('Pod "x" is invalid: spec.foo: Invalid value: 1', code=422, reason="Invalid")
     objects = parse_objects("apiVersion: v1\nkind: Pod\nmetadata: {name: x}\nspec:\n  foo: 1\n", Path("pod.yaml"))
     with pytest.raises(ApiError, match=r'^pod\.yaml, line 5: Pod "x" is invalid'):
-        resources(Refusing()).apply(objects)
+        resources(kube).apply(objects)
 
 
 @pytest.mark.parametrize("obj", [POD, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}}])
 def test_a_namespace_that_is_not_there_is_told_with_what_makes_it(obj: Any) -> None:
-    class Without(FakeKube):
-        def request(self, *_: Any, **__: Any) -> Any:
-            raise ApiError('namespaces "default" not found', code=404, reason="NotFound")
-
+    kube = FakeKube()
+    missing = ApiError('namespaces "default" not found', code=404, reason="NotFound")
+    kube.refusals |= {"POST": missing, "PATCH": missing}
     with pytest.raises(UsageError, match="there is no namespace 'default'") as error:
-        resources(Without()).apply([obj])
+        resources(kube).apply([obj])
     assert error.value.hint == "kubectl create namespace default"
 
 

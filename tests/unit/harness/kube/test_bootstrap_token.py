@@ -6,8 +6,6 @@ import base64
 import datetime as dt
 import re
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import pytest
 import yaml
@@ -23,38 +21,15 @@ from wasilet.kube.bootstrap_token import (
     usable_token,
     write_bootstrap_file,
 )
-from wasilet.kube.client import KubeObject
 from wasilet.kube.manifests import create_missing, missing_objects, object_path, render_objects
+
+from tests.unit.harness.fake_kube import FakeKube
 
 pytestmark = pytest.mark.unit
 
 
-class FakeKube:
-    """Keeps objects by path."""
-
-    def __init__(self) -> None:
-        self.objects: dict[str, KubeObject] = {}
-
-    def create(self, path: str, body: KubeObject, **_: Any) -> KubeObject:
-        key = f"{path}/{quote(body['metadata']['name'], safe='')}"
-        if key in self.objects:
-            raise ApiError("already exists", code=409)
-        data = {k: base64.b64encode(v.encode()).decode() for k, v in body.get("stringData", {}).items()}
-        self.objects[key] = {**body, "data": data}
-        return body
-
-    def find(self, path: str, **_: Any) -> KubeObject | None:
-        return self.objects.get(path)
-
-    def get(self, path: str, **_: Any) -> KubeObject:
-        return {"items": [obj for key, obj in self.objects.items() if key.startswith(path)]}
-
-    def delete(self, path: str, **_: Any) -> bool:
-        return self.objects.pop(path, None) is not None
-
-
 @pytest.fixture
-def kube() -> Any:
+def kube() -> FakeKube:
     return FakeKube()
 
 
@@ -69,7 +44,7 @@ def test_a_token_does_not_print_its_secret() -> None:
     assert token.secret not in repr(token)
 
 
-def test_the_secret_is_what_kubeadm_makes(kube: Any) -> None:
+def test_the_secret_is_what_kubeadm_makes(kube: FakeKube) -> None:
     token = create_token(kube, ttl_seconds=3600)
     secret = kube.objects[f"/api/v1/namespaces/kube-system/secrets/bootstrap-token-{token.id}"]
     assert secret["type"] == "bootstrap.kubernetes.io/token"
@@ -81,7 +56,7 @@ def test_the_secret_is_what_kubeadm_makes(kube: Any) -> None:
     assert dt.timedelta(minutes=59) < left <= dt.timedelta(hours=1)
 
 
-def test_a_list_tells_no_secret(kube: Any) -> None:
+def test_a_list_tells_no_secret(kube: FakeKube) -> None:
     token = create_token(kube, ttl_seconds=3600)
     (info,) = list_tokens(kube)
     assert info.id == token.id
@@ -89,7 +64,7 @@ def test_a_list_tells_no_secret(kube: Any) -> None:
     assert 3500 < info.seconds_left <= 3600
 
 
-def test_tokens_are_deleted_by_id_only(kube: Any) -> None:
+def test_tokens_are_deleted_by_id_only(kube: FakeKube) -> None:
     token = create_token(kube, ttl_seconds=3600)
     with pytest.raises(UsageError):
         delete_token(kube, "../../configmaps/x")
@@ -117,7 +92,7 @@ def test_the_file_is_a_kubeconfig_with_the_client_authority(tmp_path: Path) -> N
     }
 
 
-def test_a_token_whose_file_cannot_be_written_is_taken_back(kube: Any, tmp_path: Path) -> None:
+def test_a_token_whose_file_cannot_be_written_is_taken_back(kube: FakeKube, tmp_path: Path) -> None:
     token = create_token(kube, ttl_seconds=60)
     with pytest.raises(StateError, match="cannot write"):
         hand_over(kube, token, tmp_path / "nowhere" / "bootstrap.conf", {})
@@ -145,7 +120,7 @@ def test_the_node_reads_what_the_harness_writes(tmp_path: Path) -> None:
     assert "0123456789abcdef" not in repr(loaded)
 
 
-def test_a_file_is_used_again_only_when_all_of_it_is_still_right(kube: Any, tmp_path: Path) -> None:
+def test_a_file_is_used_again_only_when_all_of_it_is_still_right(kube: FakeKube, tmp_path: Path) -> None:
     path = tmp_path / "bootstrap.conf"
     right = {"server": "https://127.0.0.1:6443", "ca": b"CA", "client_ca": b"CA"}
     assert usable_token(kube, path, **right) is None  # type: ignore[arg-type]
@@ -161,7 +136,7 @@ def test_a_file_is_used_again_only_when_all_of_it_is_still_right(kube: Any, tmp_
     assert usable_token(kube, path, **right) is None, "it would expire before the node has joined"  # type: ignore[arg-type]
 
 
-def test_only_missing_objects_are_created(kube: Any) -> None:
+def test_only_missing_objects_are_created(kube: FakeKube) -> None:
     objects = render_objects("bootstrap-rbac.yaml.j2") + render_objects("approver-rbac.yaml.j2")
     assert len(missing_objects(kube, objects)) == len(objects) == 7
     first, *_ = objects
@@ -171,14 +146,10 @@ def test_only_missing_objects_are_created(kube: Any) -> None:
     assert create_missing(kube, objects) == []
 
 
-def test_a_service_whose_address_is_its_own_is_there(kube: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_whose_address_is_its_own_is_there(kube: FakeKube) -> None:
     """The API server finds the fixed address taken before it finds the Service."""
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "kube-dns", "namespace": "kube-system"}}
-
-    def create(_path: str, _body: object) -> None:
-        raise ApiError("spec.clusterIPs: provided IP is already allocated", code=422)
-
-    monkeypatch.setattr(kube, "create", create)
+    kube.refusals["POST"] = ApiError("spec.clusterIPs: provided IP is already allocated", code=422)
     with pytest.raises(ApiError, match="already allocated"):
         create_missing(kube, [service])
     kube.objects[object_path(service)] = service

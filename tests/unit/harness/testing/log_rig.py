@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +13,11 @@ from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup
 from wasilet.testing.test_namespace import TestNamespace
 
+from tests.unit.harness.fake_kube import FakeKube, jobs_of, pods_of
+
 START_NS = 1_800_000_000 * 1_000_000_000
 NAMESPACE = "ns"
+PODS = pods_of(NAMESPACE)
 
 
 def stamped(text: str, ns: int) -> bytes:
@@ -46,17 +48,12 @@ class Log:
         """Not set: what follows the first kilobyte does not come yet."""
 
 
-class LogApi:
-    """As much of :class:`wasilet.kube.client.Kube` as an observer asks for."""
-
-    server = "memory"
+class LogApi(FakeKube):
+    """Of whose pods the logs grow, end and break off; by the container instance that wrote them."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.pods: dict[str, dict[str, Any]] = {}
-        self.jobs: dict[str, dict[str, Any]] = {}
-        self.history: list[tuple[str, str, dict[str, Any]]] = []
-        self.logs: dict[str, Log] = {}
+        super().__init__("https://memory")
+        self.written: dict[str, Log] = {}
         self.clock = START_NS
         self.tail_asked = threading.Event()
         self.refuse: ApiError | None = None
@@ -71,12 +68,12 @@ class LogApi:
             lines.append(stamped(text, self.clock if at_ns is None else at_ns))
         data = b"".join(lines)
         with self.changed:
-            self.logs.setdefault(instance, Log()).data += data
+            self.written.setdefault(instance, Log()).data += data
             self.changed.notify_all()
 
     def end(self, instance: str) -> None:
         with self.changed:
-            self.logs.setdefault(instance, Log()).over = True
+            self.written.setdefault(instance, Log()).over = True
             self.changed.notify_all()
 
     def pod(
@@ -93,68 +90,25 @@ class LogApi:
             "spec": {"nodeName": "n"},
             "status": {"phase": phase, "containerStatuses": list(containers)},
         }
-        self._show("pods", self.pods, obj)
+        self.show(PODS, obj)
         return obj
 
     def job(self, name: str, **conditions: str) -> None:
         """Show a Job; its conditions by type, each with a message."""
         met = [{"type": kind, "status": "True", "message": message} for kind, message in conditions.items()]
-        self._show("jobs", self.jobs, {"metadata": {"name": name, "uid": name}, "status": {"conditions": met}})
+        self.show(jobs_of(NAMESPACE), {"metadata": {"name": name, "uid": name}, "status": {"conditions": met}})
 
     def remove_pod(self, name: str) -> None:
-        with self.changed:
-            self.history.append(("DELETED", "pods", self.pods.pop(name)))
-            self.changed.notify_all()
-
-    def _show(self, plural: str, there: dict[str, dict[str, Any]], obj: dict[str, Any]) -> None:
-        with self.changed:
-            shown = copy.deepcopy(obj)
-            shown["metadata"]["resourceVersion"] = str(len(self.history) + 1)
-            self.history.append(("MODIFIED" if obj["metadata"]["name"] in there else "ADDED", plural, shown))
-            there[obj["metadata"]["name"]] = shown
-            self.changed.notify_all()
+        self.remove(f"{PODS}/{name}")
 
     # --- what the harness asks -------------------------------------------------------------------------------------
 
-    def get(self, path: str, **query: Any) -> dict[str, Any]:
-        plural = path.rpartition("/")[2]
-        if plural == "events":
-            return {"items": []}
-        with self.changed:
-            there = {"pods": self.pods, "jobs": self.jobs}.get(plural, {})
-            items = [obj for obj in there.values() if _chosen(obj, query)]
-            return {"items": items, "metadata": {"resourceVersion": str(len(self.history) or "0")}}
-
-    def request(self, method: str, path: str, **_: Any) -> dict[str, Any]:
-        assert method == "DELETE"
-        self.remove_pod(path.rpartition("/")[2])
-        return {}
-
-    @contextmanager
-    def watch(self, path: str, hangup: Hangup, /, **query: Any) -> Iterator[Iterator[dict[str, Any]]]:
-        plural = path.rpartition("/")[2]
-
-        def events() -> Iterator[dict[str, Any]]:
-            place = int(query["resourceVersion"])
-            while not hangup.done:
-                with self.changed:
-                    if place >= len(self.history):
-                        self.changed.wait(0.02)
-                        continue
-                    kind, what, obj = self.history[place]
-                    place += 1
-                obj = {**obj, "metadata": {**obj["metadata"], "resourceVersion": str(place)}}
-                if what == plural and _chosen(obj, query):
-                    yield {"type": kind, "object": obj}
-
-        yield events()
-
     @contextmanager
     def chunks(
-        self, path: str, hangup: Hangup | None = None, /, *, idle_seconds: float, **query: str
+        self, path: str, hangup: Hangup | None = None, /, *, idle_seconds: float = 330.0, **query: str
     ) -> Iterator[Iterator[bytes]]:
         with self.changed:
-            obj = self.pods.get(path.split("/")[-2])
+            obj = self.objects.get(path.removesuffix("/log"))
             if self.refuse is not None:
                 raise self.refuse
             if obj is None:
@@ -164,7 +118,7 @@ class LogApi:
                 instance, running = status["lastState"]["terminated"]["containerID"], False
             else:
                 instance, running = status["containerID"], "running" in status["state"]
-            log = self.logs.setdefault(instance, Log())
+            log = self.written.setdefault(instance, Log())
             read, log.reads = log.reads, log.reads + ("tailLines" not in query)
             limit = log.gate(read)
         if "tailLines" in query:
@@ -194,14 +148,6 @@ class LogApi:
                 yield piece
 
         yield pieces()
-
-
-def _chosen(obj: dict[str, Any], query: dict[str, Any]) -> bool:
-    key, _, value = str(query.get("fieldSelector", "")).partition("=")
-    if key and (key, value) != ("metadata.name", obj["metadata"]["name"]):
-        return False
-    label, _, wanted = str(query.get("labelSelector", "")).partition("=")
-    return not label or obj["metadata"].get("labels", {}).get(label) == wanted
 
 
 def running(instance: str, *, name: str = "main", restarts: int = 0, last: str = "") -> dict[str, Any]:

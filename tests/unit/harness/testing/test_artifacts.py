@@ -9,10 +9,13 @@ from typing import Any, cast
 import pytest
 from wasilet.testing.artifacts import gather
 
+from tests.unit.harness.fake_kube import FakeKube, pods_of
+
 pytestmark = pytest.mark.unit
 
+NAME = "n" * 253
 POD: Any = {
-    "metadata": {"name": "n" * 253, "namespace": "default"},
+    "metadata": {"name": NAME, "namespace": "default"},
     "status": {
         "containerStatuses": [
             {"name": "c" * 63, "state": {"running": {}}, "lastState": {"terminated": {"exitCode": 1}}}
@@ -21,26 +24,12 @@ POD: Any = {
 }
 
 
-class FakeKube:
-    """One pod of the longest name, which ran twice."""
-
-    def get(self, path: str, **_query: Any) -> Any:
-        return {"items": [POD] if path.endswith("/pods") else [], "gitVersion": "v1"}
-
-    def stream(self, path: str, **_query: Any) -> Any:
-        return self
-
-    def __enter__(self) -> list[str]:
-        return ["a line"]
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
 def test_what_the_plugin_keeps_of_a_pod_with_the_longest_name_is_all_there(tmp_path: Path) -> None:
-    cluster = SimpleNamespace(
-        kube=FakeKube(), node_logs={}, name="c", provider="host", server="https://s", registry=None
-    )
+    kube = FakeKube()
+    kube.show(pods_of("default"), POD)
+    kube.objects["/version"] = {"gitVersion": "v1"}
+    kube.logs = {NAME: ["a line"], f"{NAME} previous": ["a line"]}
+    cluster = SimpleNamespace(kube=kube, node_logs={}, name="c", provider="host", server="https://s", registry=None)
     folder = gather(cast("Any", SimpleNamespace(cluster=cluster, namespace="default")), tmp_path, "t", "report")
     assert not (folder / "problems.txt").exists()
     assert len(list((folder / "pods").iterdir())) == 1

@@ -61,8 +61,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine(Wish(environ={"WASILET_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)}))
     monkeypatch.setattr("wasilet.cluster.up.up", made.up)
     monkeypatch.setattr("wasilet.cluster.down.down", made.down)
-    monkeypatch.setattr(leases, "_fit", lambda _: True)
-    monkeypatch.setattr(leases, "_opened", lambda _settings, _wish: Opened())
+    monkeypatch.setattr(leases, "is_fit", lambda _: True)
+    monkeypatch.setattr(leases, "opened", lambda _settings, _wish: Opened())
     return made
 
 
@@ -157,7 +157,7 @@ def test_a_killed_run_does_not_hold_the_cluster(machine: Machine) -> None:
     assert machine.asked == ["up", "purge"]
 
 
-def test_a_cluster_made_anew_since_a_run_was_killed_is_nobodys_to_remove(machine: Machine) -> None:
+def test_a_cluster_made_again_since_a_run_was_killed_is_nobodys_to_remove(machine: Machine) -> None:
     join(machine.wish, dead())
     machine.state.remove()
     machine.start()

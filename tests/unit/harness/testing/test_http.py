@@ -16,7 +16,7 @@ from wasilet.testing.http import Answer, NoAnswerError, WantedAnswer, ask
 from wasilet.testing.load import Load
 from wasilet.testing.service import ready_addresses, service_objects
 
-from tests.unit.harness.testing.log_rig import LogApi, running, scene_on
+from tests.unit.harness.testing.log_rig import PODS, LogApi, running, scene_on
 
 pytestmark = pytest.mark.unit
 
@@ -134,7 +134,7 @@ def test_a_failure_shows_the_last_answer_and_the_pod_with_its_log(server: Server
         shown = api.pod("p", "Running", running("a"))
         shown["status"] |= {"podIP": "127.0.0.1", "hostIP": "10.0.0.1"}
         shown["status"]["containerStatuses"][0]["state"] = {"running": {}}
-        api._show("pods", api.pods, shown)
+        api.show(PODS, shown)
         pod = scene.pod("p")
         with pytest.raises(AssertionError) as error:
             AssertHttp(scene)(pod, "/x", port=server.server.server_port, within_seconds=0.2)
@@ -155,7 +155,7 @@ def test_a_pod_that_has_its_nodes_address_is_not_asked_there(api: LogApi) -> Non
     with scene_on(api) as scene:
         shown = api.pod("p", "Running", running("a"))
         shown["status"] |= {"podIP": "10.0.0.1", "hostIP": "10.0.0.1"}
-        api._show("pods", api.pods, shown)
+        api.show(PODS, shown)
         with pytest.raises(UsageError, match=r"pod/p has no address of its own: 10\.0\.0\.1 is its node's"):
             scene.pod("p").url(8080)
 

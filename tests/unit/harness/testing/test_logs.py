@@ -73,7 +73,7 @@ def test_every_kind_of_assertion_judges_a_log_of_120_000_lines_however_often_it_
 def test_the_memory_for_a_log_does_not_grow_with_it(api: LogApi) -> None:
     long_log(api)
     api.end("a")
-    assert len(api.logs["a"].data) > 4_000_000
+    assert len(api.written["a"].data) > 4_000_000
     with scene_on(api) as scene:
         tracemalloc.start()
         try:
@@ -100,7 +100,7 @@ def test_the_lines_stay_readable_when_all_is_over(api: LogApi) -> None:
 def test_what_is_absent_is_judged_to_the_line_that_was_the_last_when_it_was_asked(api: LogApi) -> None:
     """The container runs on, and its log is longer than what has come over the wire."""
     api.write("a", "EARLY", *SEVERAL_KILOBYTES, "LATE")
-    log = api.logs["a"]
+    log = api.written["a"]
     log.held.clear()
     with scene_on(api) as scene:
         api.pod("p", "Running", running("a"))
@@ -122,7 +122,7 @@ def test_what_is_absent_is_not_judged_by_a_log_that_could_not_be_read_in_time(
 ) -> None:
     monkeypatch.setattr(expectation, "CATCH_UP_SECONDS", 0.3)
     api.write("a", "EARLY", *SEVERAL_KILOBYTES)
-    api.logs["a"].held.clear()
+    api.written["a"].held.clear()
     with scene_on(api) as scene:
         api.pod("p", "Running", running("a"))
         with pytest.raises(AssertionError, match="cannot be judged: the log of main is still being read"):
@@ -159,7 +159,7 @@ def test_no_instance_of_a_container_is_forgotten_that_was_started_again_before_i
             api.pod("p", "Running", running(now, restarts=number, last=last))
             assert observer.wait(partial(read_logs, observer, number + 1), within_seconds=10)
             if number > 1:
-                del api.logs[{2: "a", 3: "b"}[number]]
+                del api.written[{2: "a", 3: "b"}[number]]
         wanted = ["first", "start 1", "start 2", "start 3"]
         assert scene.assert_logs("p", in_order=wanted) == wanted
         assert scene.assert_logs("p", contains="first", absent="NEVER") == wanted
@@ -205,12 +205,12 @@ def test_a_log_whose_connection_ends_early_is_read_on_without_a_line_lost_or_dou
     api: LogApi, clean: bool  # noqa: FBT001
 ) -> None:  # fmt: skip
     api.write("a", *SEVERAL_KILOBYTES)
-    api.logs["a"].gate = {0: 1500, 1: 4000}.get
-    api.logs["a"].clean_break = clean
+    api.written["a"].gate = {0: 1500, 1: 4000}.get
+    api.written["a"].clean_break = clean
     with scene_on(api) as scene:
         api.pod("p", "Running", running("a"))
         assert scene.assert_logs("p", contains="line 199") == SEVERAL_KILOBYTES
-        assert api.logs["a"].reads == 3
+        assert api.written["a"].reads == 3
 
 
 @pytest.mark.parametrize(
@@ -232,13 +232,13 @@ def test_a_log_that_cannot_be_read_says_nothing_of_what_is_not_in_it(
 
 def test_a_log_of_which_the_node_lost_the_beginning_is_not_taken_for_whole(api: LogApi) -> None:
     api.write("a", *SEVERAL_KILOBYTES)
-    api.logs["a"].gate = {0: 1500}.get
+    api.written["a"].gate = {0: 1500}.get
     with scene_on(api) as scene:
         original = api.chunks
 
         def rotated(*given: Any, **query: Any) -> Any:
-            if api.logs["a"].reads == 1 and "tailLines" not in query:
-                api.logs["a"] = Log()
+            if api.written["a"].reads == 1 and "tailLines" not in query:
+                api.written["a"] = Log()
                 api.write("a", "line 150")
             return original(*given, **query)
 
@@ -301,7 +301,7 @@ def test_a_demo_and_an_assertion_say_the_same_of_the_same_pod(
         except AssertionError:
             plugin = False
     try:
-        wait_for(api, Expectation(pod="p", log=tuple(log), within_seconds=within), namespace=NAMESPACE)  # type: ignore[arg-type]
+        wait_for(api, Expectation(pod="p", log=tuple(log), within_seconds=within), namespace=NAMESPACE)
         demo = True
     except ExpectationError:
         demo = False
@@ -331,5 +331,5 @@ def test_a_job_whose_first_pod_failed_is_waited_for_until_the_job_itself_is_over
             scene.assert_logs("job/j", contains="attempt 3")
     expected = Expectation(job="j", phase="Complete", log=(Line(contains="attempt 2"),), within_seconds=20.0)
     # The log as far as it was read: what is asked for may come before that of the first pod.
-    lines = list(wait_for(api, expected, namespace=NAMESPACE).lines)  # type: ignore[arg-type]
+    lines = list(wait_for(api, expected, namespace=NAMESPACE).lines)
     assert lines in (["attempt 1", "attempt 2"], ["attempt 2"])

@@ -57,6 +57,9 @@ class FakeRegistry:
     realm: str = ""
     """Not empty: a bearer token is asked for, and this is the token server."""
 
+    token: str = "the-token"
+    """What the token server hands out; another one makes the older ones expire."""
+
     identity_tokens: tuple[str, ...] = ()
     served: dict[str, bytes] = field(default_factory=dict)
     """Other bytes under a blob's digest."""
@@ -179,7 +182,7 @@ class FakeRegistry:
     def _authorized(self, request: web.Request) -> bool:
         header = request.headers.get("Authorization", "")
         if self.realm:
-            return header == "Bearer the-token"
+            return header == f"Bearer {self.token}"
         if self.users:
             return header in {basic(user, password) for user, password in self.users.items()}
         return True
@@ -189,11 +192,11 @@ class FakeRegistry:
         if request.method == "POST":
             form = await request.post()
             allowed = form.get("grant_type") == "refresh_token" and form.get("refresh_token") in self.identity_tokens
-            return web.json_response({"access_token": "the-token"}) if allowed else web.Response(status=401)
+            return web.json_response({"access_token": self.token}) if allowed else web.Response(status=401)
         header = request.headers.get("Authorization", "")
         if self.users and header not in {basic(user, password) for user, password in self.users.items()}:
             return web.Response(status=401)
-        return web.json_response({"token": "the-token"})
+        return web.json_response({"token": self.token})
 
     def _manifest(self, request: web.Request, name: str) -> web.Response:
         if name not in self.manifests:

@@ -64,13 +64,14 @@ class Rig:
         self.settings = settings
         self.manager = self.new_manager()
 
-    def new_manager(self) -> ImageManager:
+    def new_manager(self, **more: Any) -> ImageManager:
         return ImageManager(
             directory=self.directory,
             settings=self.settings,
             compiler=self.compiler,
             registry=RegistryClient(settings=self.settings),
             monotonic=self.clock,
+            **more,
         )
 
     async def restart(self) -> None:
@@ -383,7 +384,7 @@ async def test_a_pull_that_breaks_off_goes_on_where_it_ended(rig: Rig) -> None:
     assert all(span and int(span[6:-1]) > 0 for span in spans[1:])
 
 
-async def test_a_pull_goes_on_after_a_restart_and_begins_anew_from_a_spoilt_part(rig: Rig) -> None:
+async def test_a_pull_goes_on_after_a_restart_and_begins_again_from_a_spoilt_part(rig: Rig) -> None:
     rig.registry.add_cncf("a/hello:v1", BIG)
     for part in (BIG[:100_000], b"X" * 100_000, BIG + b"X", BIG):
         await rig.restart()
@@ -608,10 +609,9 @@ async def test_a_module_that_does_not_compile_is_a_create_container_error(rig: R
     assert caught.value.reason == "CreateContainerError"
 
 
-async def test_a_store_that_another_agent_holds_is_an_inspect_error(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wasilet_node.images.store._LOCK_WAIT_SECONDS", 0.05)
+async def test_a_store_that_another_agent_holds_is_an_inspect_error(rig: Rig) -> None:
     await rig.manager.start()
-    second = rig.new_manager()
+    second = rig.new_manager(lock_wait_seconds=0.05)
     events = Events()
     with pytest.raises(ImageError, match="another node agent") as caught:
         await second.ensure(rig.name(), policy=IF_NOT_PRESENT, credentials=[], event=events)

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wasilet_common.oci.reference import parse
@@ -47,9 +48,9 @@ def put(store: Store, data: bytes) -> str:
     return digest
 
 
-async def reopened(store: Store) -> Store:
+async def reopened(store: Store, **more: Any) -> Store:
     store.close()
-    again = Store(directory=store.directory)
+    again = Store(directory=store.directory, **more)
     await again.open()
     return again
 
@@ -109,11 +110,8 @@ async def test_the_nodes_status_names_the_largest_images_and_few_names_of_each(s
     assert names[0] == f"ghcr.io/a/hello@{MANIFEST}"
 
 
-async def test_a_blob_is_hashed_once_for_all_who_ask_after_a_restart(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_blob_is_hashed_once_for_all_who_ask_after_a_restart(store: Store) -> None:
     digest = put(store, MODULE)
-    again = await reopened(store)
     hashed: list[Path] = []
 
     def counted(path: Path, algorithm: str) -> str:
@@ -121,7 +119,7 @@ async def test_a_blob_is_hashed_once_for_all_who_ask_after_a_restart(
         time.sleep(0.05)
         return f"{algorithm}:{hashlib.new(algorithm, path.read_bytes()).hexdigest()}"
 
-    monkeypatch.setattr("wasilet_node.images.store._hash_file", counted)
+    again = await reopened(store, hash_file=counted)
     try:
         assert all(await asyncio.gather(*(again.has(digest, len(MODULE)) for _ in range(20))))
     finally:
@@ -198,9 +196,8 @@ async def test_everything_is_private(store: Store) -> None:
         assert path.stat().st_mode & 0o077 == 0, path
 
 
-async def test_a_second_agent_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wasilet_node.images.store._LOCK_WAIT_SECONDS", 0.1)
-    second = Store(directory=store.directory)
+async def test_a_second_agent_is_refused(store: Store) -> None:
+    second = Store(directory=store.directory, lock_wait_seconds=0.1)
     with pytest.raises(StoreError, match="another node agent"):
         await second.open()
 

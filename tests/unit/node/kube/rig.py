@@ -12,7 +12,9 @@ from typing import Any
 from aiohttp import web
 from wasilet_node.kube.client import KubeClient
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
+from wasilet_node.kube.watch import Pace
 
+QUICK = Pace(first_delay_seconds=0.01, longest_delay_seconds=0.02)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -52,10 +54,14 @@ async def api_server(
 
 
 @asynccontextmanager
-async def client_of(handler: Handler, *, credentials: Credentials | None = None) -> AsyncIterator[KubeClient]:
+async def client_of(
+    handler: Handler, *, credentials: Credentials | None = None, watch_pace: Pace = QUICK
+) -> AsyncIterator[KubeClient]:
     """A client of a scripted server."""
     async with api_server(handler) as (url, _):
-        client = KubeClient(Cluster(server=url), credentials or Credentials(token="t"), user_agent="test")
+        client = KubeClient(
+            Cluster(server=url), credentials or Credentials(token="t"), user_agent="test", watch_pace=watch_pace
+        )
         try:
             yield client
         finally:

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import pytest
-import wasilet_node.kube.events
 from wasilet_node.kube.base import (
     ApiStatusError,
     ApiUnavailableError,
@@ -14,7 +13,7 @@ from wasilet_node.kube.base import (
     KubeObject,
     NotFoundError,
 )
-from wasilet_node.kube.events import KubeEventRecorder
+from wasilet_node.kube.events import KubeEventRecorder, Pace
 
 from tests.unit.node.fake_kube import FakeKube
 
@@ -69,21 +68,22 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+UNLIMITED = Pace(write_burst=100_000, retry_seconds=0.01)
+
+
 @pytest.fixture
 def store() -> EventKube:
     return EventKube()
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(wasilet_node.kube.events, "_RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(wasilet_node.kube.events, "_WRITE_BURST", 100_000)
+def clock() -> Clock:
     return Clock()
 
 
 @pytest.fixture
 async def recorder(store: EventKube, clock: Clock) -> AsyncIterator[KubeEventRecorder]:
-    recorder = KubeEventRecorder(store, host="n1", clock=clock)
+    recorder = KubeEventRecorder(store, host="n1", clock=clock, pace=UNLIMITED)
     task = asyncio.create_task(recorder.run())
     yield recorder
     task.cancel()
@@ -252,7 +252,7 @@ async def test_events_let_statuses_go_first(store: EventKube) -> None:
 
 
 async def test_statuses_without_end_hold_no_event_up_for_long(store: EventKube, clock: Clock) -> None:
-    recorder = KubeEventRecorder(store, host="n1", clock=clock, busy=lambda: True)
+    recorder = KubeEventRecorder(store, host="n1", clock=clock, busy=lambda: True, pace=UNLIMITED)
     task = asyncio.create_task(recorder.run())
     recorder.event(POD, "Normal", "Started", "x")
     await asyncio.sleep(0.1)
@@ -263,13 +263,10 @@ async def test_statuses_without_end_hold_no_event_up_for_long(store: EventKube, 
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_what_waits_at_the_end_is_written_without_waiting(
-    store: EventKube, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_waits_at_the_end_is_written_without_waiting(store: EventKube) -> None:
     """500 pods started just before: at 50 per second their Events would take half a minute."""
-    monkeypatch.setattr(wasilet_node.kube.events, "_WRITE_BURST", 1)
-    monkeypatch.setattr(wasilet_node.kube.events, "_WRITES_PER_SECOND", 0.01)
-    recorder = KubeEventRecorder(store, host="n1", busy=lambda: True)
+    pace = Pace(write_burst=1, writes_per_second=0.01)
+    recorder = KubeEventRecorder(store, host="n1", busy=lambda: True, pace=pace)
     task = asyncio.create_task(recorder.run())
     for number in range(1500):
         recorder.event({**POD, "metadata": {**POD["metadata"], "uid": str(number)}}, "Normal", "Started", "x")
@@ -282,7 +279,7 @@ async def test_what_waits_at_the_end_is_written_without_waiting(
 async def test_a_flood_never_blocks_and_is_told(
     store: EventKube, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorder = KubeEventRecorder(store, host="n1", clock=clock)
+    recorder = KubeEventRecorder(store, host="n1", clock=clock, pace=UNLIMITED)
     for _ in range(6000):
         recorder.event(POD, "Normal", "Started", "x")
     assert recorder._queue.qsize() == 5000
@@ -290,15 +287,14 @@ async def test_a_flood_never_blocks_and_is_told(
 
 
 async def test_the_end_waits_only_as_long_as_it_may(store: EventKube, clock: Clock) -> None:
-    recorder = KubeEventRecorder(store, host="n1", clock=clock)
+    recorder = KubeEventRecorder(store, host="n1", clock=clock, pace=UNLIMITED)
     recorder.event(POD, "Normal", "Started", "x")
     async with asyncio.timeout(2):
         await recorder.flush(timeout_seconds=0.05)
 
 
-async def test_writes_are_limited_to_kubelets_rate(store: EventKube, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wasilet_node.kube.events, "_WRITE_BURST", 2)
-    recorder = KubeEventRecorder(store, host="n1")
+async def test_writes_are_limited_to_kubelets_rate(store: EventKube) -> None:
+    recorder = KubeEventRecorder(store, host="n1", pace=Pace(write_burst=2))
     task = asyncio.create_task(recorder.run())
     began = asyncio.get_running_loop().time()
     for number in range(7):
@@ -328,7 +324,7 @@ async def test_a_slow_api_server_does_not_hold_the_events_of_other_pods_back(clo
             return await super().create(path, body, timeout_seconds=timeout_seconds)
 
     store = Slow()
-    recorder = KubeEventRecorder(store, host="n1", clock=clock)
+    recorder = KubeEventRecorder(store, host="n1", clock=clock, pace=UNLIMITED)
     task = asyncio.create_task(recorder.run())
     for number in range(24):
         recorder.event({**POD, "metadata": {**POD["metadata"], "uid": str(number)}}, "Normal", "Started", "x")

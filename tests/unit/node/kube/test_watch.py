@@ -4,24 +4,19 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-import wasilet_node.kube.watch
 from aiohttp import web
 from wasilet_node.kube.base import WatchEvent
 from wasilet_node.kube.client import KubeClient
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
+from wasilet_node.kube.watch import Pace
 
-from tests.unit.node.kube.rig import WatchScript, api_server, client_of, item, listed, status_response
+from tests.unit.node.kube.rig import QUICK, WatchScript, api_server, client_of, item, listed, status_response
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wasilet_node.kube.watch, "_FIRST_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(wasilet_node.kube.watch, "_LONGEST_DELAY_SECONDS", 0.02)
 
 
 async def take(events: AsyncIterator[WatchEvent], count: int) -> list[tuple[str, str]]:
@@ -145,14 +140,12 @@ async def test_events_of_what_is_no_object_are_not_passed_on() -> None:
         assert await take(kube.watch("/api/v1/pods"), 2) == [("SYNCED", ""), ("ADDED", "a")]
 
 
-async def test_a_connection_that_went_dead_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wasilet_node.kube.watch, "_READ_TIMEOUT_SECONDS", 0.1)
-
+async def test_a_connection_that_went_dead_is_noticed() -> None:
     async def silence(_: web.StreamResponse) -> None:
         await asyncio.sleep(3600)
 
     script = WatchScript([listed(version=5)], [[silence], [{"type": "ADDED", "object": item("a", 6)}]])
-    async with client_of(script) as kube:
+    async with client_of(script, watch_pace=replace(QUICK, read_timeout_seconds=0.1)) as kube:
         assert await take(kube.watch("/api/v1/pods"), 2) == [("SYNCED", ""), ("ADDED", "a")]
 
 
@@ -163,7 +156,7 @@ async def test_an_api_server_that_goes_away_and_comes_back_is_survived(caplog: p
 
     async with api_server(first) as (url, runner):
         port = runner.addresses[0][1]
-        kube = KubeClient(Cluster(server=url), Credentials(token="t"), user_agent="test")
+        kube = KubeClient(Cluster(server=url), Credentials(token="t"), user_agent="test", watch_pace=QUICK)
         done = asyncio.Event()
 
         async def consume() -> None:
@@ -196,13 +189,13 @@ async def test_a_watch_that_is_given_up_leaves_no_request_behind() -> None:
         assert kube._generation.in_flight == 0
 
 
-async def test_watches_come_back_as_soon_as_any_call_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wasilet_node.kube.watch, "_FIRST_DELAY_SECONDS", 3600.0)
+async def test_watches_come_back_as_soon_as_any_call_is_answered() -> None:
     script = WatchScript([listed(version=5)], [])
     async with api_server(script) as (url, runner):
         port = runner.addresses[0][1]
         await runner.cleanup()
-        kube = KubeClient(Cluster(server=url), Credentials(token="t"), user_agent="test")
+        endless = Pace(first_delay_seconds=3600.0, longest_delay_seconds=3600.0)
+        kube = KubeClient(Cluster(server=url), Credentials(token="t"), user_agent="test", watch_pace=endless)
         task = asyncio.create_task(take(kube.watch("/api/v1/pods"), 1))
         await asyncio.sleep(0.1)
         assert not task.done()

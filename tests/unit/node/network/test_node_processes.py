@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from wasilet_node.network import node_processes
-from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies
+from wasilet_node.network.node_processes import Kept, Pace, Program, kube_proxy, network_policies
 from wasilet_node.settings import NetworkSettings
 
 from tests.unit.node.runtime.guests import eventually
@@ -41,13 +40,11 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-async def test_it_waits_for_its_executable_and_is_started_again_when_it_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(node_processes, "LOOK_AGAIN_SECONDS", 0.02)
-    monkeypatch.setattr(node_processes, "FIRST_RETRY_SECONDS", 0.02)
+async def test_it_waits_for_its_executable_and_is_started_again_when_it_ended(tmp_path: Path) -> None:
+    pace = Pace(look_again_seconds=0.02, first_retry_seconds=0.02)
     path = tmp_path / "program"
-    kept = Kept(Program(name="program", argv=(str(path), "word")), folder=tmp_path / "logs", spawn=here)
+    program = Program(name="program", argv=(str(path), "word"))
+    kept = Kept(program, folder=tmp_path / "logs", spawn=here, pace=pace)
     task = asyncio.create_task(kept.run())
     await asyncio.sleep(0.1)
     assert kept.pid is None

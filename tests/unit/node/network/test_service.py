@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import ipaddress
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet_node.network import channel, nft
+from wasilet_node.network import nft
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
@@ -52,8 +53,8 @@ def hosts(_pod: dict[str, Any], addresses: tuple[str, ...]) -> bytes:
     return f"{addresses[0]} me\n".encode()
 
 
-def network(paths: NodePaths, settings: NetworkSettings = SETTINGS) -> PodNetwork:
-    return PodNetwork(settings, paths, node_name="n", hosts_of=hosts)
+def network(paths: NodePaths, settings: NetworkSettings = SETTINGS, **more: Any) -> PodNetwork:
+    return PodNetwork(settings, paths, node_name="n", hosts_of=hosts, **more)
 
 
 class Running:
@@ -175,13 +176,12 @@ def test_a_lost_supervisor_takes_the_pods_networks_and_the_next_one_gets_new_one
     with_machine(work)
 
 
-def test_a_supervisor_that_hung_is_asked_again_and_has_kept_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(channel, "_TIMEOUT_SECONDS", 0.3)
-
+def test_a_supervisor_that_hung_is_asked_again_and_has_kept_all(tmp_path: Path) -> None:
     async def work() -> None:
-        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+        async with (
+            running_supervisor(tmp_path) as rig,
+            Running(network(rig.paths, supervisor_seconds=0.3)) as pods,
+        ):
             before = await pods.attach(pod("u1"))
             assert before is not None
             await pods.attach(pod("u2"))
@@ -290,7 +290,7 @@ def test_without_nft_pods_share_the_machines_network_and_nothing_of_it_is_change
 ) -> None:
     async def work() -> None:
         async with running_supervisor(tmp_path) as rig:
-            monkeypatch.setattr(nft, "_PLACES", "")
+            monkeypatch.setattr(nft, "find", functools.partial(nft.find, ""))
             monkeypatch.setenv("PATH", str(tmp_path))
             async with Running(network(rig.paths)) as pods:
                 assert pods.absent == "nft is not installed (package nftables)"

@@ -191,6 +191,7 @@ class Rig:
             results=self.results,
             changed=self.changed,
             observe=self.reports.append,
+            shortest_period_seconds=QUICK,
         )
 
     def changed(self) -> None:
@@ -207,18 +208,8 @@ def probe(**fields: Any) -> dict[str, Any]:
     return {"exec": {"command": ["check", "$(WHO)"]}, "periodSeconds": 1, **fields}
 
 
-@pytest.fixture
-def short_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Periods of a second are too long for a test: 20 ms instead."""
-    from wasilet_node.pods import probes
-
-    original = probes._Probe.__init__
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self._period = 0.02
-
-    monkeypatch.setattr(probes._Probe, "__init__", init)
+QUICK = 0.02
+"""A period in seconds: a whole one is too long for a test."""
 
 
 async def test_literals_of_the_environment_are_expanded_in_a_probe() -> None:
@@ -229,9 +220,10 @@ async def test_literals_of_the_environment_are_expanded_in_a_probe() -> None:
     rig.probes.close()
 
 
-@pytest.mark.usefixtures("short_period")
 async def test_readiness_turns_only_at_its_thresholds() -> None:
-    rig = Rig({"readinessProbe": probe(successThreshold=2, failureThreshold=3)}, [0, 0, 1, 1, 0, 1, 1, 1])
+    rig = Rig(
+        {"readinessProbe": probe(periodSeconds=QUICK, successThreshold=2, failureThreshold=3)}, [0, 0, 1, 1, 0, 1, 1, 1]
+    )
     rig.begin()
     assert rig.result(ProbeKind.READINESS) is Result.FAILURE
     await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.SUCCESS)
@@ -244,9 +236,8 @@ async def test_readiness_turns_only_at_its_thresholds() -> None:
     rig.probes.close()
 
 
-@pytest.mark.usefixtures("short_period")
 async def test_liveness_stops_probing_once_it_has_failed() -> None:
-    rig = Rig({"livenessProbe": probe(failureThreshold=2)}, [1])
+    rig = Rig({"livenessProbe": probe(periodSeconds=QUICK, failureThreshold=2)}, [1])
     rig.begin()
     assert rig.result(ProbeKind.LIVENESS) is Result.SUCCESS
     await eventually(lambda: rig.result(ProbeKind.LIVENESS) is Result.FAILURE)
@@ -256,9 +247,11 @@ async def test_liveness_stops_probing_once_it_has_failed() -> None:
     rig.probes.close()
 
 
-@pytest.mark.usefixtures("short_period")
 async def test_the_others_wait_for_startup() -> None:
-    rig = Rig({"startupProbe": probe(failureThreshold=30), "readinessProbe": probe()}, [1, 1, 0])
+    rig = Rig(
+        {"startupProbe": probe(periodSeconds=QUICK, failureThreshold=30), "readinessProbe": probe(periodSeconds=QUICK)},
+        [1, 1, 0],
+    )
     rig.begin()
     await eventually(lambda: len(rig.runtime.execs) >= 2)
     assert rig.result(ProbeKind.READINESS) is Result.FAILURE
@@ -268,9 +261,8 @@ async def test_the_others_wait_for_startup() -> None:
     rig.probes.close()
 
 
-@pytest.mark.usefixtures("short_period")
 async def test_an_ending_pod_is_not_restarted_by_liveness() -> None:
-    rig = Rig({"livenessProbe": probe(failureThreshold=1)}, [1])
+    rig = Rig({"livenessProbe": probe(periodSeconds=QUICK, failureThreshold=1)}, [1])
     rig.begin()
     await eventually(lambda: rig.result(ProbeKind.LIVENESS) is Result.FAILURE)
     rig.probes.end_with_pod()
@@ -278,9 +270,8 @@ async def test_an_ending_pod_is_not_restarted_by_liveness() -> None:
     rig.probes.close()
 
 
-@pytest.mark.usefixtures("short_period")
 async def test_an_instance_that_is_gone_leaves_nothing() -> None:
-    rig = Rig({"readinessProbe": probe()}, [0])
+    rig = Rig({"readinessProbe": probe(periodSeconds=QUICK)}, [0])
     rig.begin()
     await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.SUCCESS)
     rig.probes.sync(rig.pod, {})
@@ -299,18 +290,16 @@ async def test_a_probe_taken_over_begins_with_what_the_status_says() -> None:
     rig.probes.close()
 
 
-@pytest.mark.usefixtures("short_period")
 async def test_an_initial_delay_counts_from_the_start_of_the_container() -> None:
-    rig = Rig({"readinessProbe": probe(initialDelaySeconds=60)}, [0])
+    rig = Rig({"readinessProbe": probe(periodSeconds=QUICK, initialDelaySeconds=60)}, [0])
     rig.begin()
     await asyncio.sleep(0.06)
     assert rig.runtime.execs == []
     rig.probes.close()
 
 
-@pytest.mark.usefixtures("short_period")
 async def test_a_grpc_probe_fails_and_says_why() -> None:
-    rig = Rig({"readinessProbe": {"grpc": {"port": 1}}}, [0])
+    rig = Rig({"readinessProbe": {"grpc": {"port": 1}, "periodSeconds": QUICK}}, [0])
     rig.begin()
     await eventually(lambda: rig.events.said)
     assert rig.events.said[0].startswith("Unhealthy: Readiness probe failed: the pod has no network of its own")

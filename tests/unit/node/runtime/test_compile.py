@@ -166,13 +166,10 @@ async def test_a_compilation_that_takes_too_much_memory_is_ended(tmp_path: Path)
         await compiler.compile(path, DIGEST, GuestKind.MODULE)
 
 
-async def test_no_more_compile_at_once_than_the_settings_allow(
-    tmp_path: Path, module: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler = Compiler(tmp_path / "compiled", ImageSettings(max_parallel_compiles=2))
+async def test_no_more_compile_at_once_than_the_settings_allow(tmp_path: Path, module: Path) -> None:
     running = most = 0
 
-    async def worker(_source: Path, output: Path, _kind: GuestKind) -> None:
+    async def worker(_source: Path, output: Path, _kind: str) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
@@ -180,7 +177,7 @@ async def test_no_more_compile_at_once_than_the_settings_allow(
         output.write_bytes(b"made")
         running -= 1
 
-    monkeypatch.setattr(compiler, "_run_worker", worker)
+    compiler = Compiler(tmp_path / "compiled", ImageSettings(max_parallel_compiles=2), worker=worker)
     await asyncio.gather(*(compiler.compile(module, f"sha256:{number:064x}", GuestKind.MODULE) for number in range(6)))
     assert most == 2
 

@@ -233,9 +233,7 @@ async def test_one_that_hangs_while_it_starts_is_ended(tmp_path: Path, monkeypat
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(
-        "wasilet_node.runtime.supervisor_start._environment", lambda: {"PYTHONPATH": str(tmp_path / "path")}
-    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     monkeypatch.setattr("wasilet_node.runtime.supervisor_start.START_TIMEOUT_SECONDS", 2.0)
     with pytest.raises(RuntimeUnavailableError, match=r"not ready after 2\.0 s"):
         await supervisor_start.find_or_start(NodePaths(data=tmp_path / "data"), LogSettings())
@@ -359,7 +357,7 @@ def test_a_full_disk_does_not_keep_a_supervisor_from_knowing_what_was_lost(tmp_p
 
 
 @pytest.mark.parametrize("what", ["socket", "pointer", "folder"])
-async def test_a_socket_or_pointer_that_somebody_removed_is_made_anew(hasty: Rig, what: str) -> None:
+async def test_a_socket_or_pointer_that_somebody_removed_is_made_again(hasty: Rig, what: str) -> None:
     running = await hasty.client.start(hasty.config(hasty.artifact(SLEEPER)))
     pointer = supervisor_registry.current(hasty.paths.data)
     assert pointer is not None

@@ -16,10 +16,11 @@ import wasmtime
 from hypothesis import given
 from hypothesis import strategies as st
 from wasilet_node.runtime.hostcalls import http as hostcalls
-from wasilet_node.runtime.hostcalls.http import (
+from wasilet_node.runtime.hostcalls import http_client
+from wasilet_node.runtime.hostcalls.http import HttpHost
+from wasilet_node.runtime.hostcalls.http_client import (
     HttpCallError,
     HttpErrno,
-    HttpHost,
     Origin,
     allowed_origins,
     parse_headers,
@@ -343,14 +344,14 @@ def test_errors_are_the_crates_numbers(  # noqa: PLR0917
 def test_a_server_that_never_begins_to_answer_is_given_up_on(
     guest: Guest, server: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hostcalls, "REQUEST_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(http_client, "REQUEST_TIMEOUT_SECONDS", 0.3)
     began = time.monotonic()
     assert guest.request(server + path)[0] is HttpErrno.REQUEST_ERROR
     assert time.monotonic() - began < 3, "the drip alone would take four seconds"
 
 
 def test_a_body_may_take_longer_than_its_head(guest: Guest, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostcalls, "REQUEST_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(http_client, "REQUEST_TIMEOUT_SECONDS", 0.3)
     errno, _, handle = guest.request(f"{server}/large?100000")
     assert errno is HttpErrno.SUCCESS
     time.sleep(0.5)
@@ -358,7 +359,7 @@ def test_a_body_may_take_longer_than_its_head(guest: Guest, server: str, monkeyp
 
 
 def test_bodies_have_limits(guest: Guest, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostcalls, "MAX_RESPONSE_BODY_BYTES", 50_000)
+    monkeypatch.setattr(http_client, "MAX_RESPONSE_BODY_BYTES", 50_000)
     monkeypatch.setattr(hostcalls, "MAX_REQUEST_BODY_BYTES", 1000)
     assert guest.request(f"{server}/", "POST", body=b"x" * 1001)[0] is HttpErrno.BUFFER_TOO_SMALL
     errno, _, handle = guest.request(f"{server}/large?60000")

@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from wasilet_node.server import logwatch
-from wasilet_node.server.logwatch import LogWatcher
+from wasilet_node.server.logwatch import Inotify, LogWatcher
 
 pytestmark = pytest.mark.unit
 
@@ -31,12 +30,11 @@ async def test_new_text_wakes_at_once(tmp_path: Path) -> None:
         watcher.close()
 
 
-async def test_without_inotify_waking_takes_a_tick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: object) -> None:
+async def test_without_inotify_waking_takes_a_tick(tmp_path: Path) -> None:
+    def refuse() -> Inotify:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(logwatch._Inotify, "__init__", refuse)
-    watcher = LogWatcher()
+    watcher = LogWatcher(inotify=refuse)
     try:
         assert await seconds_until_woken(watcher, tmp_path, change=tmp_path / "0.log") < 0.3
     finally:
@@ -67,9 +65,8 @@ async def test_the_end_of_a_container_wakes_its_follower(tmp_path: Path) -> None
         watcher.close()
 
 
-async def test_a_lost_event_costs_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logwatch, "FORCED_CHECK_SECONDS", 0.1)
-    watcher = LogWatcher()
+async def test_a_lost_event_costs_a_second_at_most(tmp_path: Path) -> None:
+    watcher = LogWatcher(forced_check_seconds=0.1)
     try:
         async with watcher.follow(tmp_path, ended=lambda: False) as waiter:
             async with asyncio.timeout(1):

@@ -17,6 +17,7 @@ from typing import Any
 
 import wasmtime
 from wasilet_node.kube.base import ForbiddenError, KubeObject, NotFoundError, WatchEvent
+from wasilet_node.kube.pod_certificates import PodCertificates
 from wasilet_node.kube.references import References, ReferenceSettings
 from wasilet_node.runtime.protocol import Mount
 from wasilet_node.runtime.safe_path import open_directory, opened
@@ -195,10 +196,15 @@ class Rig:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.kube = ReferenceKube()
+
+        def node() -> tuple[str, str | None]:
+            return "wasm-1", "uid-node"
+
         self.references = References(
             self.kube,
             settings=ReferenceSettings(**{"lag_seconds": 0.2, **settings}),
-            node=lambda: ("wasm-1", "uid-node"),
+            node=node,
+            pod_certificates=PodCertificates(self.kube, node=node, jitter=lambda: 0.0, look_seconds=(0.01, 0.01)),
         )
         self.tokens = Tokens(self.references, clock=lambda: self.kube.now, jitter=lambda: 0.0)
         self.folder = folder

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wasilet_node.kube.pod_certificates
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from wasilet_node.volumes.base import VolumeError
@@ -33,8 +32,7 @@ def answer(outcome: str, *, name: str = "leaf", begin: str = "2999-01-01T00:00:0
 
 
 @pytest.fixture
-async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
-    monkeypatch.setattr(wasilet_node.kube.pod_certificates, "_LOOK_SECONDS", (0.01, 0.01))
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     rig = Rig(tmp_path)
     rig.kube.put(ACCOUNT)
     yield rig
@@ -109,7 +107,6 @@ async def test_a_signer_that_takes_its_time_is_not_asked_twice(rig: Rig) -> None
 
 async def test_it_is_renewed_when_the_signer_says_and_the_old_one_stays_until_then(rig: Rig) -> None:
     pod = pod_with()
-    rig.references.pod_certificates._jitter = lambda: 0.0
     rig.kube.certificate_status = answer("Issued", begin="2020-01-01T00:00:00Z")
     first = await files(rig, pod)
     rig.kube.certificate_status = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet_node.runtime.safe_path import opened
 from wasilet_node.volumes import removal
 from wasilet_node.volumes.removal import remove_tree, usage
 
@@ -209,26 +210,14 @@ def test_an_ordinary_user_removes_folders_that_are_shut() -> None:
         shutil.rmtree(folder)
 
 
-def test_a_folder_of_very_many_names_is_removed_without_holding_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(removal, "_MOST_PENDING", 16)
-    monkeypatch.setattr(removal, "_BATCH", 8)
-    held: list[int] = []
-    scan = removal._empty_root
-
-    def counted(root_fd: int, device: int) -> list[str]:
-        found = scan(root_fd, device)
-        held.append(len(found))
-        return found
-
-    monkeypatch.setattr(removal, "_empty_root", counted)
+def test_a_folder_of_very_many_names_is_removed_without_holding_them(tmp_path: Path) -> None:
     root = tmp_path / "pod"
     for number in range(150):
         (root / f"d{number}" / "in" / "deeper").mkdir(parents=True)
         (root / f"f{number}").touch()
     for number in range(150):
         (root / "d0" / f"x{number}").mkdir()
-    remove_tree(tmp_path, "pod")
+    with opened(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as root_fd:
+        assert len(removal.empty_root(root_fd, root.stat().st_dev, 16)) == 16
+    remove_tree(tmp_path, "pod", most_pending=16)
     assert not root.exists()
-    assert max(held) <= 16

@@ -1,0 +1,184 @@
+"""A supervisor whose sandboxes run native code instead of their guests, as after an escape from WebAssembly:
+``python hostile_sandbox.py FENCES --data-dir DIR``.
+
+``FENCES`` is ``all``, or ``user``: without Landlock and the filter of system calls, so that what is refused is refused
+to the sandbox's user. A container's first argument names what its sandbox does, the second is JSON for it. It writes
+JSON to its stdout.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wasilet_node.runtime import landlock, linux, sandbox, seccomp, supervisor
+
+PTRACE_ATTACH, PTRACE_SEIZE = 16, 0x4206
+HIGHEST = 5000
+"""More threads or processes than any limit here."""
+
+Facts = dict[str, Any]
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def attacks(facts: Facts) -> dict[str, Callable[[], object]]:
+    """By name. ``facts``: processes to attack (``pids`` by name), the supervisor's socket, a file in another pod's
+    volume."""
+    found: dict[str, Callable[[], object]] = {
+        "its old user again": lambda: os.setresuid(0, 0, 0),
+        "its old group again": lambda: os.setresgid(0, 0, 0),
+        "another sandbox's user": lambda: os.setresuid(*[sandbox.FIRST_UID + facts["pids"]["sandbox"]] * 3),
+        "groups": lambda: os.setgroups([0]),
+        "another user namespace": lambda: _checked(_libc.unshare(0x10000000)),
+        "another mount namespace": lambda: _checked(_libc.unshare(0x00020000)),
+        "a higher limit of threads": lambda: resource.setrlimit(resource.RLIMIT_NPROC, (HIGHEST, HIGHEST)),
+        "a setting of the kernel": lambda: _open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
+        "a setting of its network": lambda: _open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY),
+        "the supervisor's socket": lambda: _speak(facts["socket"]),
+    }
+    for name, pid in facts["pids"].items():
+        found |= _attacks_on(name, pid)
+    return found
+
+
+def _attacks_on(name: str, pid: int) -> dict[str, Callable[[], object]]:
+    return {
+        f"kill {name}": lambda: os.kill(pid, signal.SIGKILL),
+        f"stop {name} by pidfd": lambda: _stop(pid),
+        f"limits of {name}": lambda: resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64)),
+        f"priority of {name}": lambda: os.setpriority(os.PRIO_PROCESS, pid, 19),
+        f"processors of {name}": lambda: os.sched_setaffinity(pid, {0}),
+        f"attach to {name}": lambda: _checked(_libc.ptrace(PTRACE_ATTACH, pid, 0, 0)),
+        f"seize {name}": lambda: _checked(_libc.ptrace(PTRACE_SEIZE, pid, 0, 0)),
+        f"memory of {name}": lambda: _open(f"/proc/{pid}/mem", os.O_RDWR),
+        f"environment of {name}": lambda: Path(f"/proc/{pid}/environ").read_bytes(),
+        f"memory map of {name}": lambda: Path(f"/proc/{pid}/maps").read_bytes(),
+        f"a descriptor of {name} by its link": lambda: _open(f"/proc/{pid}/fd/1", os.O_WRONLY),
+        f"volumes of {name}": lambda: list(Path(f"/proc/{pid}/root/").iterdir()),
+        f"a descriptor of {name} by pidfd": lambda: _steal(pid),
+    }
+
+
+def _open(path: str, flags: int) -> None:
+    os.close(os.open(path, flags))
+
+
+def _stop(pid: int) -> None:
+    signal.pidfd_send_signal(os.pidfd_open(pid), signal.SIGSTOP)
+
+
+def _steal(pid: int) -> None:
+    _checked(_libc.syscall(438, os.pidfd_open(pid), 1, 0))
+
+
+def _speak(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(path)
+        if not sock.recv(1):
+            raise OSError(errno.ECONNREFUSED, "closed")
+
+
+def attack(facts: Facts) -> object:
+    """The outcome of each."""
+    found = {}
+    for name, attempt in attacks(facts).items():
+        try:
+            attempt()
+            found[name] = "ok"
+        except OSError as error:
+            found[name] = errno.errorcode[error.errno or 0]
+        except ValueError as error:  # setrlimit's
+            found[name] = str(error)
+    return found
+
+
+def threads(_facts: Facts) -> object:
+    """How many it gets beside its first; they stay."""
+    lock = _thread.allocate_lock()
+    lock.acquire()
+    _thread.stack_size(64 * 1024)
+    for number in range(HIGHEST):
+        try:
+            _thread.start_new_thread(lock.acquire, ())
+        except RuntimeError:
+            return number
+    return HIGHEST
+
+
+def processes(_facts: Facts) -> object:
+    """How many it gets beside itself; they end first."""
+    pids = []
+    try:
+        for _ in range(HIGHEST):
+            pid = os.fork()
+            if pid == 0:
+                signal.pause()
+                os._exit(0)
+            pids.append(pid)
+    except BlockingIOError:
+        pass
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return len(pids)
+
+
+def files(facts: Facts) -> object:
+    """What a file that it makes in its volume looks like, and that others' files there are its own to change."""
+    mine, theirs = Path(facts["volume"]) / "mine", Path(facts["volume"]) / "theirs"
+    mine.write_text("mine")
+    mine.chmod(0o640)
+    theirs.write_text(theirs.read_text() + " and changed")
+    made = mine.stat()
+    return {"uid": made.st_uid, "gid": made.st_gid, "mode": made.st_mode & 0o7777, "theirs": theirs.read_text()}
+
+
+def nothing(_facts: Facts) -> object:
+    """Be there."""
+    return None
+
+
+_DEEDS = {deed.__name__: deed for deed in (attack, threads, processes, files, nothing)}
+
+
+def instead_of_a_guest(config: Any, *_args: object, report: int, **_fields: object) -> int:
+    """Native code in place of the guest; afterwards it stays until it is stopped."""
+    os.write(report, b'{"started": true}\n')
+    found = _DEEDS[config.argv[0]](json.loads(config.argv[1]))
+    os.write(1, json.dumps(found).encode() + b"\n")
+    while True:
+        time.sleep(1)
+
+
+def main(arguments: list[str]) -> int:
+    """A supervisor."""
+    sandbox.run_guest = instead_of_a_guest
+    if arguments[0] == "user":
+        landlock.confine = lambda *_args, **_fields: False
+        seccomp.confine = lambda *_args, **_fields: False
+    with contextlib.suppress(OSError):
+        linux.set_name("hostile")
+    return supervisor.main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
