@@ -1,4 +1,6 @@
-"""The images that the tests ask for, in a local registry: one wasm module under the names of Linux images.
+"""The images that the tests ask for, in a local registry: one program under the names of Linux images.
+
+It is a component, which can listen and connect, where tests reach for the network, and else a module.
 
 Each keeps its original's entrypoint, because the module looks at ``argv[0]`` as busybox does, and because tests of
 ``command`` and ``args`` look at it too. An image that is not listed is not there, and its tests fail with a pull error.
@@ -30,15 +32,18 @@ _LIST_TIMEOUT_SECONDS = 60.0
 class _Image:
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
+    serves: bool = False
+    """A component."""
 
 
 _IMAGES: Mapping[str, _Image] = {
-    "agnhost": _Image(("/agnhost",), ("pause",)),
-    "busybox": _Image(cmd=("sh",)),
-    "httpd": _Image(cmd=("httpd",)),
-    "kitten": _Image(cmd=("kitten",)),
-    "nautilus": _Image(cmd=("nautilus",)),
-    "nginx": _Image(cmd=("nginx",)),
+    "agnhost": _Image(("/agnhost",), ("pause",), serves=True),
+    "busybox": _Image(cmd=("sh",), serves=True),
+    "glibc-dns-testing": _Image(cmd=("sh",), serves=True),
+    "httpd": _Image(cmd=("httpd",), serves=True),
+    "kitten": _Image(cmd=("kitten",), serves=True),
+    "nautilus": _Image(cmd=("nautilus",), serves=True),
+    "nginx": _Image(cmd=("nginx",), serves=True),
     "nonroot": _Image(cmd=("id",)),
     "pause": _Image(("/pause",)),
     "perl": _Image(cmd=("perl",)),
@@ -57,8 +62,12 @@ def repositories(registry: str) -> str:
 def push_images(
     suite: Suite, registry: str, repository_list: Path, *, say: Callable[[str], None], environ: Mapping[str, str]
 ) -> list[str]:
-    """Build the stand-in and push it as every image that the tests name and that it can be. Raises HarnessError."""
-    module = build(find_app(str(HERE / "standin")), say=say, environ=os.environ).module.read_bytes()
+    """Build the stand-ins and push them as every image that the tests name and that they can be. Raises
+    HarnessError."""
+    module, component = (
+        build(find_app(str(HERE / name)), say=say, environ=os.environ).module.read_bytes()
+        for name in ("standin", "serving")
+    )
     listed = process.run(
         [suite.tests, "--list-images"],
         timeout_seconds=_LIST_TIMEOUT_SECONDS,
@@ -68,7 +77,7 @@ def push_images(
     for reference in listed:
         image = _IMAGES.get(reference.rpartition("/")[2].partition(":")[0])
         if image is not None and reference.startswith(f"{registry}/{REPOSITORY}/"):
-            push(_artifact(module, image), reference_named(reference), environ=environ)
+            push(_artifact(component if image.serves else module, image), reference_named(reference), environ=environ)
             pushed.append(reference)
     return pushed
 

@@ -17,8 +17,8 @@ from tests.rigs.conformance.suite import HERE, VERSION
 _INTRODUCTION = """\
 Made by `./run test -m slow tests/e2e/test_conformance.py`: the end-to-end tests of Kubernetes {version}, as they are,
 those labelled Conformance or NodeConformance, on a cluster whose only nodes are two wasm nodes. The images they ask for
-(agnhost, busybox, pause, nginx...) are one [wasm module](../tests/rigs/conformance/standin/src/main.rs) that stands in
-for them.
+(agnhost, busybox, pause, nginx...) are one [program](../tests/rigs/conformance/standin/src/main.rs) that stands in for
+them: a component, which really serves and connects, where tests reach for the network, and else a module.
 What a module cannot do is left out by name, each with its reason, in
 [selection.yaml](../tests/rigs/conformance/selection.yaml); a stand-in never claims what it did not do.
 """
@@ -125,12 +125,12 @@ def failures(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.state == "failed"]
 
 
-def page(results: Sequence[Result]) -> str:
-    """``docs/conformance.md``."""
-    return "\n".join(_lines(results)) + "\n"
+def page(results: Sequence[Result], *, groups: Sequence[str] = ()) -> str:
+    """``docs/conformance.md``. ``groups``: those that were to be run; it names the ones of which nothing was."""
+    return "\n".join(_lines(results, groups)) + "\n"
 
 
-def _lines(results: Sequence[Result]) -> Iterator[str]:
+def _lines(results: Sequence[Result], wanted: Sequence[str]) -> Iterator[str]:
     states = ("passed", "failed", "skipped", "excluded")
     counts = Counter((result.group, result.state) for result in results)
     groups = sorted({result.group for result in results})
@@ -138,6 +138,9 @@ def _lines(results: Sequence[Result]) -> Iterator[str]:
     yield ""
     yield from _INTRODUCTION.format(version=VERSION).splitlines()
     yield ""
+    ran = {result.group for result in results if result.state in {"passed", "failed"}}
+    if missing := [group for group in wanted if group not in ran]:
+        yield from (f"Not run on this version yet: {', '.join(missing)}.", "")
     yield "| group | passed | failed | skipped by the test | cannot be for wasm |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     for group in groups:

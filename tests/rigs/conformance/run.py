@@ -100,7 +100,13 @@ def main() -> int:
     parser.add_argument("--cluster", default="", help="the name of a cluster that runs; without, one is made")
     parser.add_argument("--folder", type=Path, help="where log and report go")
     parser.add_argument("--page", action="store_true", help="write docs/conformance.md")
-    parser.add_argument("--earlier", type=Path, help="report.json of an earlier run: the page has its other tests too")
+    parser.add_argument(
+        "--earlier",
+        action="append",
+        default=[],
+        type=Path,
+        help="report.json of an earlier run: the page has its other tests too; repeatable, the newest first",
+    )
     options = parser.parse_args()
 
     def say(line: str) -> None:
@@ -112,10 +118,10 @@ def main() -> int:
         results = run(
             cluster, folder=folder.absolute(), focus=options.focus, skip=options.skip, procs=options.procs, say=say
         )
-    if options.earlier:
-        results = report.merged(results, report.read(options.earlier, report.Selection.load()))
+    for earlier in options.earlier:
+        results = report.merged(results, report.read(earlier, report.Selection.load()))
     if options.page:
-        PAGE.write_text(report.page(results))
+        PAGE.write_text(report.page(results, groups=report.Selection.load().groups))
     failed = report.failures(results)
     for result in failed:
         say(f"FAILED {result.name}: {result.why}")

@@ -1,4 +1,4 @@
-//! `agnhost`, the tests' own tool: those of its subcommands that need no port to listen on.
+//! `agnhost`, the tests' own tool: its subcommands, those that serve in `servers`.
 
 use std::fs;
 use std::thread;
@@ -26,8 +26,14 @@ pub fn main(argv: &[String], streams: &Streams) -> i32 {
         "mounttest" => mounttest(words, streams),
         "logs-generator" => logs_generator(words, streams),
         "help" | "--help" => streams.say("agnhost as a wasm module: pause, entrypoint-tester, mounttest, logs-generator"),
+        #[cfg(feature = "network")]
+        "connect" => crate::clients::connect(words, streams),
         _ if SERVERS.contains(&command) => {
-            streams.complain(&format!("{} would listen on a port, which a module cannot: it only runs", command));
+            #[cfg(feature = "network")]
+            if let Some(code) = crate::servers::run(command, words, streams) {
+                return code;
+            }
+            streams.complain(&format!("{} is not among what the stand-in serves: it only runs", command));
             streams::sleep_for_ever()
         }
         _ => {
@@ -38,7 +44,7 @@ pub fn main(argv: &[String], streams: &Streams) -> i32 {
 }
 
 /// The value of `--name=value` or `--name value`.
-fn flag<'a>(words: &'a [String], names: &[&str]) -> Option<&'a str> {
+pub fn flag<'a>(words: &'a [String], names: &[&str]) -> Option<&'a str> {
     words.iter().enumerate().find_map(|(index, word)| {
         let (name, value) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
         let given = names.contains(&name);

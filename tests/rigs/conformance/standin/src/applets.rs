@@ -81,6 +81,9 @@ pub fn program(argv: &[String], streams: &Streams) -> Option<i32> {
             streams.say(&seconds.to_string())
         }
         "sync" => 0,
+        #[cfg(feature = "network")]
+        _ => return crate::clients::program(name, &words, streams),
+        #[cfg(not(feature = "network"))]
         _ => return None,
     })
 }

@@ -1,17 +1,29 @@
-//! One module that stands in for the Linux images of Kubernetes' end-to-end tests, as far as a wasm module can.
+//! What stands in for the Linux images of Kubernetes' end-to-end tests, as far as wasm can.
 //!
-//! `argv[0]` says who it is, as in busybox: a shell, one of its commands, or agnhost with a subcommand. Whoever would
-//! listen on a port runs and says that it cannot: nothing here pretends to be a server.
+//! `argv[0]` says who it is, as in busybox: a shell, one of its commands, or agnhost with a subcommand. Built twice: as a
+//! module, which cannot listen, and with the feature `network` as a component, which really serves and connects. What
+//! it cannot do it says; nothing here pretends.
 
 mod agnhost;
 mod applets;
+#[cfg(feature = "network")]
+mod clients;
 mod expand;
+#[cfg(feature = "network")]
+mod grpc;
+#[cfg(feature = "network")]
+mod http;
+#[cfg(feature = "network")]
+mod net;
 mod parse;
+#[cfg(feature = "network")]
+mod serve;
+#[cfg(feature = "network")]
+mod servers;
 mod shell;
 mod streams;
 
 use std::env;
-use std::process;
 
 use streams::Streams;
 
@@ -29,12 +41,16 @@ fn main() {
         "pause" => streams::sleep_for_ever(),
         _ if name.starts_with("agnhost") => agnhost::main(&argv, &streams),
         _ if SERVERS.contains(&name.as_str()) => {
-            streams.complain(&format!("{} would listen on a port, which a module cannot: it only runs", name));
+            #[cfg(feature = "network")]
+            if let Some(code) = servers::run(&name, &argv[1..], &streams) {
+                streams::leave(code);
+            }
+            streams.complain(&format!("{} is not among what the stand-in serves: it only runs", name));
             streams::sleep_for_ever()
         }
         _ => applets::program(&argv, &streams).unwrap_or_else(|| unknown(path)),
     };
-    process::exit(code)
+    streams::leave(code)
 }
 
 fn unknown(name: &str) -> i32 {
