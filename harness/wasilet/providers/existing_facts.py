@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import Any
+
+from wasilet_common.time_format import parse_rfc3339
 
 from wasilet.errors import ApiError, WaitTimeoutError
 from wasilet.kube.client import Kube, api_path
@@ -30,12 +31,8 @@ def update_facts(cluster: Cluster, **values: Any) -> None:
 
 def made_since(created: str, since: str) -> bool:
     """Whether an instant that Docker reports (nanoseconds, UTC) is not before another one, give or take a second."""
-    try:
-        ours = dt.datetime.fromisoformat(since)
-        theirs = dt.datetime.fromisoformat(created[:26].rstrip("Z")).replace(tzinfo=dt.UTC)
-    except ValueError:
-        return False
-    return theirs >= ours - dt.timedelta(seconds=1)
+    begun, at = parse_rfc3339(since), parse_rfc3339(created)
+    return begun is not None and at is not None and at >= begun - 1.0
 
 
 def wait_for_answer(kube: Kube, settings: Settings, say: Progress, *, hint: str = "") -> str:
