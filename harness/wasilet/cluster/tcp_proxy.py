@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-logger = logging.getLogger("wasilet.forwarder")
+logger = logging.getLogger("wasilet.tcp-proxy")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
