@@ -148,7 +148,12 @@ def test_a_burst_of_pods_does_not_read_the_machines_routes_for_each(
 ) -> None:
     looks: list[None] = []
     look = NodeNetwork.know_machine
-    monkeypatch.setattr(NodeNetwork, "know_machine", lambda node: (looks.append(None), look(node))[1])
+
+    def counted(node: NodeNetwork) -> None:
+        looks.append(None)
+        look(node)
+
+    monkeypatch.setattr(NodeNetwork, "know_machine", counted)
 
     async def work() -> None:
         async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
