@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wasilet_node.runtime import landlock, linux, sandbox, seccomp, supervisor
+from wasilet_node.runtime import guest, landlock, linux, sandbox, seccomp, supervisor
 
 PTRACE_ATTACH, PTRACE_SEIZE = 16, 0x4206
 HIGHEST = 5000
@@ -171,7 +171,7 @@ def instead_of_a_guest(config: Any, *_args: object, report: int, **_fields: obje
 
 def main(arguments: list[str]) -> int:
     """A supervisor."""
-    sandbox.run_guest = instead_of_a_guest
+    guest.run_guest = instead_of_a_guest
     if arguments[0] == "user":
         landlock.confine = lambda *_args, **_fields: False
         seccomp.confine = lambda *_args, **_fields: False

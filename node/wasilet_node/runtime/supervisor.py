@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from wasilet_node.runtime import engine, linux, sandbox, supervisor_registry, user_namespace, wire
+from wasilet_node.runtime import engine, guest, linux, sandbox, supervisor_registry, user_namespace, wire
 from wasilet_node.runtime.cgroups import CgroupManager
 from wasilet_node.runtime.containers import Container, Containers, RequestError
 from wasilet_node.runtime.loop import READ, Loop, Watch
@@ -76,7 +76,7 @@ class Supervisor:
         if start_time is None:
             raise OSError("/proc does not show this process; is it mounted?")
         # Before anything is known of any container.
-        self._zygote = Zygote(sandbox.make_tools(engine.make_linkers()), own_users=isolated)
+        self._zygote = Zygote(guest.make_tools(engine.make_linkers()), own_users=isolated)
         owner = Owner(pid=pid, start_time=start_time)
         self._paths = paths
         self._connections: set[Connection] = set()
