@@ -57,6 +57,14 @@ def parse_rfc3339(text: str | None) -> float | None:
     return None if nanoseconds is None else nanoseconds / NANOSECONDS
 
 
+def seconds_of(text: object) -> float:
+    """Seconds since the epoch of an RFC 3339 time that has to be one. Raises ValueError."""
+    seconds = parse_rfc3339(text) if isinstance(text, str) else None
+    if seconds is None:
+        raise ValueError(f"{text!r} is no RFC 3339 time")
+    return seconds
+
+
 def go_duration(seconds: float) -> str:
     """A duration as Go prints it, cut to milliseconds: ``850ms``, ``1.2s``, ``1m20s``, ``1h0m2.5s``."""
     milliseconds = max(0, int(seconds * 1000))
