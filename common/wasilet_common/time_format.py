@@ -78,7 +78,9 @@ def go_duration(seconds: float) -> str:
     return f"{f'{hours}h' if hours else ''}{f'{minutes}m' if hours or minutes else ''}{text}"
 
 
+@lru_cache(maxsize=256)
 def _moment(seconds: int) -> str:
+    """Cached, since one status names the same second a dozen times, and so do many lines of a log."""
     moment = datetime.fromtimestamp(min(max(seconds, _FIRST_SECOND), _LAST_SECOND), UTC)
     return moment.replace(tzinfo=None).isoformat(timespec="seconds")
 
