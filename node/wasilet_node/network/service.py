@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wasilet_node.network import host_ports, machine_changes, resolver_files
-from wasilet_node.network.addresses import PodRecord, PodRecords
+from wasilet_node.network.addresses import PodRecord, PodRecords, gateway_of
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
-from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies
+from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies, outward
 from wasilet_node.network.pod_networks import NODE_KEY, PodNetworks
 from wasilet_node.runtime import netns, supervisor_registry
 from wasilet_node.settings import NetworkSettings, NodePaths
@@ -69,6 +69,7 @@ class PodNetwork:
         self._node_name = node_name
         self._host_ports = host_ports.HostPorts(self.connect)
         self._wake = asyncio.Event()
+        self._look_at = 0.0
         self._ready = asyncio.Event()
         self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
         self._dial: ThreadPoolExecutor | None = None
@@ -131,6 +132,7 @@ class PodNetwork:
         def calm() -> None:
             nonlocal pending
             pending = False
+            self._look_at = 0.0
             self._wake.set()
 
         def changed() -> None:
@@ -167,11 +169,15 @@ class PodNetwork:
         await self._ready.wait()
         if self.absent is not None or self._pod_cidr is None:
             return
-        settings, programs = self.settings, list[Program]()
+        with _own_namespace() as machine:
+            await self._run_processes(machine, self._pod_cidr)
+
+    async def _run_processes(self, machine: int, pod_cidr: ipaddress.IPv4Network) -> None:
+        settings, programs = self.settings, [outward(gateway_of(pod_cidr), machine)]
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
-            programs.append(network_policies(settings, self._pod_cidr))
+            programs.append(network_policies(settings, pod_cidr))
         async with asyncio.TaskGroup() as group:
             for program in programs:
                 kept = Kept(program, folder=self._paths.network, spawn=self._in_namespace)
@@ -183,11 +189,15 @@ class PodNetwork:
         return await asyncio.get_running_loop().run_in_executor(self._dial, work)
 
     async def _keep(self) -> float:
-        """Seconds until it is to be looked at again."""
+        """Seconds until it is to be looked at again. A pod that took a network has only the pool filled up: a look
+        reads all of the machine's routes, and pods come in bursts."""
+        now = asyncio.get_running_loop().time()
         try:
-            await self._in_thread(self._ensure)
-            await self._in_thread(self._know_machine)
-            self._set_problem(None)
+            if now >= self._look_at:
+                await self._in_thread(self._ensure)
+                await self._in_thread(self._know_machine)
+                self._look_at = now + REFILL_SECONDS
+                self._set_problem(None)
             while await self._in_thread(self._refill):
                 pass
         except NetworkAbsentError as error:
@@ -198,8 +208,9 @@ class PodNetwork:
             logger.warning("the pod network: %s", error)
             if self._pods is None:
                 self._set_problem(str(error))
+            self._look_at = 0.0
             return RETRY_SECONDS
-        return REFILL_SECONDS
+        return max(0.0, self._look_at - asyncio.get_running_loop().time())
 
     def _set_problem(self, problem: str | None) -> None:
         if problem is None:
@@ -312,12 +323,12 @@ class PodNetwork:
         if self._node is not None:
             self._node.close()
 
-    def _socket_inside(self, uid: str) -> tuple[socket.socket, str]:
+    def _socket_inside(self, uid: str, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, str]:
         pods = self._ensure()
         record = pods.find(uid)
         if record is None:
             raise NetworkError("the pod has no network of its own")
-        made = pods.inside(record, socket.socket)
+        made = pods.inside(record, lambda: socket.socket(socket.AF_INET, kind))
         made.setblocking(False)  # noqa: FBT003
         return made, record.address
 
@@ -410,6 +421,15 @@ class PodNetwork:
 
     def _folder(self, uid: str) -> Path:
         return self._paths.network / "etc" / uid
+
+
+@contextlib.contextmanager
+def _own_namespace() -> Iterator[int]:
+    descriptor = netns.open_own()
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _move_to(descriptor: int) -> None:
