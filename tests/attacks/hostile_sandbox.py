@@ -93,7 +93,7 @@ def attacks_on_files(facts: Facts) -> dict[str, Callable[[], object]]:
         "writable again": lambda: _checked(_libc.mount(None, b"/mount1", None, 32 | 4096, None)),
         "a device": lambda: os.mknod("/mount0/device", 0o60600, os.makedev(254, 0)),
         "a file by its handle": lambda: _by_handle("/mount0"),
-        "a file in its root": lambda: Path("/new").touch(),
+        "a file in its root": lambda: _open("/", os.O_TMPFILE | os.O_WRONLY),
         "a file in a read-only volume": lambda: Path("/mount1/new").touch(),
         "a mode in a read-only volume": lambda: Path("/mount1").chmod(0o777),
         "out of its volume": lambda: _expect_names("/mount0/../../..", {"artifact", "mount0", "mount1"}),
