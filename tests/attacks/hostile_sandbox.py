@@ -212,12 +212,17 @@ def files(facts: Facts) -> object:
     return {"uid": made.st_uid, "gid": made.st_gid, "mode": made.st_mode & 0o7777, "theirs": theirs.read_text()}
 
 
+def names(facts: Facts) -> object:
+    """In a folder."""
+    return sorted(path.name for path in Path(facts["folder"]).iterdir())
+
+
 def nothing(_facts: Facts) -> object:
     """Be there."""
     return None
 
 
-_DEEDS = {deed.__name__: deed for deed in (attack, attack_files, threads, processes, files, nothing)}
+_DEEDS = {deed.__name__: deed for deed in (attack, attack_files, threads, processes, files, names, nothing)}
 
 
 def instead_of_a_guest(config: Any, *_args: object, report: int, **_fields: object) -> int:

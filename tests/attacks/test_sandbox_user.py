@@ -152,3 +152,11 @@ async def test_files_in_a_volume_are_roots_as_ever(tmp_path: Path) -> None:
         assert status.pid is not None
         uids = psutil.Process(status.pid).uids()
         assert set(uids) == {sandbox.FIRST_UID + status.pid}
+
+
+async def test_a_volume_that_holds_the_data_folder_shows_what_is_there(tmp_path: Path) -> None:
+    """A sandbox's own root is made upon a folder of it, which the volume must not show instead."""
+    async with hostile(tmp_path / "data", "all") as rig:
+        mounts = (Mount(host=str(tmp_path), guest="/volume", read_only=True),)
+        config, _ = await started(rig, "names", {"folder": "/mount0/data/compiled"}, mounts=mounts)
+        assert await said(rig, config) == [Path(config.artifact).name]

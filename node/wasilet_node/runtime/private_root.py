@@ -25,9 +25,10 @@ from wasilet_node.runtime.protocol import Mount
 from wasilet_node.runtime.safe_path import open_directory
 
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine)
-_MOUNT_SETATTR = 442
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 _MOUNT_ATTR_RDONLY = 1
-_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _MNT_DETACH = 2
 _TMPFS_FLAGS = netns.MS_NOSUID | netns.MS_NODEV | netns.MS_NOEXEC
 _TMPFS_OPTIONS = "size=64k,mode=755"
@@ -53,27 +54,25 @@ def enter(place: str, *, file: str, shown: Iterable[str], mounts: Sequence[Mount
 
     ``place``: a folder that is there, to build upon. ``file`` is shown as the first of what is returned, ``mounts`` as
     the second says, and ``shown`` (those that exist) under their own paths. Raises OSError with a text for the user."""
-    opened: list[int] = []
+    trees: list[tuple[str, int]] = []
     try:
-        binds: list[tuple[str, int]] = []
+        # All before anything is mounted: a volume may hold the very folder that is built upon.
         for index, mount in enumerate(mounts):
-            opened.append(_open_folder(mount))
-            binds.append((f"mount{index}", opened[-1]))
-        opened.append(os.open(file, os.O_PATH | os.O_CLOEXEC))
-        binds.append(("artifact", opened[-1]))
+            trees.append((f"mount{index}", _clone(_open_folder(mount))))
+        trees.append(("artifact", _clone(os.open(file, os.O_PATH | os.O_CLOEXEC))))
         for path in _outermost(shown):
             try:
-                opened.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
+                descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
-                continue
-            binds.append((path.lstrip("/"), opened[-1]))
+                continue  # name lookup says what it misses
+            trees.append((path.lstrip("/"), _clone(descriptor)))
         netns.mount("tmpfs", place, _TMPFS_FLAGS, kind="tmpfs", options=_TMPFS_OPTIONS)
         os.chdir(place)
-        for name, descriptor in binds:
-            _bind(descriptor, name)
+        for name, tree in trees:
+            _attach(tree, name)
     finally:
-        for descriptor in opened:
-            os.close(descriptor)
+        for _, tree in trees:
+            os.close(tree)
     for index, mount in enumerate(mounts):
         if mount.read_only:
             _make_read_only(f"mount{index}", _AT_RECURSIVE)
@@ -126,15 +125,33 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return found
 
 
-def _bind(descriptor: int, name: str) -> None:
-    """At ``name`` beneath the working directory."""
+def _clone(descriptor: int) -> int:
+    """What is mounted there and beneath, as a tree that is not mounted anywhere yet. Takes the descriptor. Raises
+    OSError."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH | _AT_RECURSIVE
+    try:
+        tree = _syscall(ctypes.c_long(_OPEN_TREE), ctypes.c_int(descriptor), b"", ctypes.c_uint(flags))
+        if tree < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"open_tree: {os.strerror(number)}")
+        return int(tree)
+    finally:
+        os.close(descriptor)
+
+
+def _attach(tree: int, name: str) -> None:
+    """At ``name`` beneath the working directory. Raises OSError."""
     place = Path(name)
-    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+    if stat.S_ISDIR(os.fstat(tree).st_mode):
         place.mkdir(parents=True, exist_ok=True)
     else:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
-    netns.mount(f"/proc/self/fd/{descriptor}", name, netns.MS_BIND | netns.MS_REC)
+    flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
+    where = ctypes.c_int(_AT_FDCWD)
+    if _syscall(ctypes.c_long(_MOVE_MOUNT), ctypes.c_int(tree), b"", where, os.fsencode(name), flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"move_mount: {os.strerror(number)}")
 
 
 def _make_read_only(path: str, flags: int) -> None:
