@@ -15,7 +15,6 @@ import ctypes
 import errno
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,21 +83,25 @@ def enter(place: str, *, file: str, shown: Iterable[str], mounts: Sequence[Mount
 
 def why_unavailable() -> str:
     """Why this process's children cannot have it, tried by one of them; empty: they can. One thread."""
-    with tempfile.NamedTemporaryFile(prefix="wasilet-root-") as file, tempfile.TemporaryFile() as report:
-        pid = os.fork()
-        if pid == 0:
-            _try(file.name, report.fileno())
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with os.fdopen(reader, "rb") as report:
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _try(writer)
+        finally:
+            os.close(writer)
+        reason = report.read().decode(errors="replace")
         status = os.waitpid(pid, 0)[1]
-        report.seek(0)
-        return report.read().decode(errors="replace") or ("" if status == 0 else f"wait status {status}")
+    return reason or ("" if status == 0 else f"wait status {status}")
 
 
-def _try(file: str, report: int) -> None:
-    """A child's whole life: never returns."""
+def _try(report: int) -> None:
+    """A child's whole life, with this file as the one that is shown: never returns."""
     code = 1
     try:
         unshare_mounts()
-        enter(str(Path(file).parent), file=file, shown=(), mounts=())
+        enter(str(Path(__file__).parent), file=__file__, shown=(), mounts=())
         code = 0
     except OSError as error:
         os.write(report, str(error.strerror).encode())
