@@ -59,7 +59,8 @@ def enter(place: str, *, file: str, shown: Iterable[str], mounts: Sequence[Mount
         for index, mount in enumerate(mounts):
             trees.append((f"mount{index}", _clone(_open_folder(mount))))
         trees.append(("artifact", _clone(os.open(file, os.O_PATH | os.O_CLOEXEC))))
-        for path in _outermost(shown):
+        links, places = _sorted_out(shown)
+        for path in places:
             try:
                 descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
@@ -69,6 +70,10 @@ def enter(place: str, *, file: str, shown: Iterable[str], mounts: Sequence[Mount
         os.chdir(place)
         for name, tree in trees:
             _attach(tree, name)
+        for path, target in links:
+            link = Path(path.lstrip("/"))
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(target)
     finally:
         for _, tree in trees:
             os.close(tree)
@@ -119,13 +124,24 @@ def _open_folder(mount: Mount) -> int:
         raise OSError(error.errno, f"mount {mount.guest}: {error.strerror}: {mount.host}") from error
 
 
-def _outermost(paths: Iterable[str]) -> list[str]:
-    """Without those beneath others."""
-    found: list[str] = []
-    for path in sorted(set(paths)):
-        if not any(path.startswith(f"{folder}/") for folder in found):
-            found.append(path)
-    return found
+def _sorted_out(paths: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Links into folders that are shown, with what they lead to, and the outermost of the rest. A ``resolv.conf`` that
+    is a link stays one, so that what its folder's owner puts there later is seen. Nothing is beneath another."""
+    links, places = list[tuple[str, str]](), list[str]()
+    every = sorted(set(paths))
+    for path in every:
+        if any(_beneath(path, folder) for folder in (*places, *(link for link, _ in links))):
+            continue
+        target = os.path.realpath(path)
+        if target != path and any(_beneath(target, folder) for folder in every):
+            links.append((path, target))
+        else:
+            places.append(path)
+    return links, places
+
+
+def _beneath(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
 
 
 def _clone(descriptor: int) -> int:
