@@ -31,7 +31,7 @@ servers drop the field). Those of resizes say that the node decides on one; what
 the same. ExtendWebSocketsToKubelet: exec, attach and port-forward come as the WebSockets that clients speak; without it
 the API server translates them to SPDY."""
 
-_ASK_AGAIN_SECONDS = 300.0
+_ASK_AGAIN_SECONDS = 30.0
 _NUMBER = re.compile(r"\d+")
 
 
@@ -42,7 +42,7 @@ def version_for(server: tuple[int, int] | None) -> str:
 
 
 class Contract:
-    """Asks the API server for its version, at first and every five minutes, since it may be upgraded."""
+    """Asks the API server for its version, at first and every half minute, since it may be upgraded."""
 
     def __init__(self, kube: Kube, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._kube = kube

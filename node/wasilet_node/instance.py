@@ -74,7 +74,7 @@ def _refuse_foreign(data: Path) -> None:
         return
     shared = found.st_mode & 0o077 or found.st_uid != os.geteuid()
     if shared and not (data / _LOCK_NAME).exists() and any(data.iterdir()):
-        raise ForeignFolderError(f"{data} holds other things; give the node a folder of its own with --data-dir")
+        raise ForeignFolderError(f"{data} holds other things; give the node a separate folder with --data-dir")
 
 
 def write(data: Path, record: AgentRecord) -> None:

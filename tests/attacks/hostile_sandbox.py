@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wasilet_node.runtime import landlock, linux, private_root, sandbox, seccomp, supervisor
+from wasilet_node.runtime import guest, landlock, linux, private_root, sandbox, seccomp, supervisor
 
 PTRACE_ATTACH, PTRACE_SEIZE = 16, 0x4206
 HIGHEST = 5000
@@ -236,7 +236,7 @@ def instead_of_a_guest(config: Any, *_args: object, report: int, **_fields: obje
 
 def main(arguments: list[str]) -> int:
     """A supervisor."""
-    sandbox.run_guest = instead_of_a_guest
+    guest.run_guest = instead_of_a_guest
     if arguments[0] == "user":
         private_root.why_unavailable = lambda: "it is taken out"
     if arguments[0] != "all":

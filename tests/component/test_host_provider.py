@@ -120,7 +120,7 @@ def test_a_second_up_changes_nothing(own: TestCluster) -> None:
 
 
 @pytest.mark.parametrize("component", [*COMPONENTS, "node"])
-def test_up_mends_what_was_killed_and_only_that(own: TestCluster, component: str) -> None:
+def test_up_repairs_what_was_killed_and_only_that(own: TestCluster, component: str) -> None:
     name = own.cluster.node_names()[0] if component == "node" else component
     before = pids(own.settings)
     victim = before[name]
@@ -183,7 +183,7 @@ def test_nothing_but_nodes_listens_beyond_loopback(own: TestCluster) -> None:
     assert seen.keys() >= {*COMPONENTS} - {"approver"}
 
 
-def test_the_door_for_pods_takes_nobody_but_pods(own: TestCluster) -> None:
+def test_the_proxy_for_pods_takes_only_pods(own: TestCluster) -> None:
     """Linux takes packets for any of its addresses on any interface, so a neighbour may set a route to that address."""
     plan = pod_network.plan_of(own.cluster.state)
     if plan is None:
@@ -208,7 +208,7 @@ def test_no_secret_is_in_a_command_line(own: TestCluster) -> None:
         assert secret not in log.read_text(errors="replace")
 
 
-def test_strangers_are_refused(own: TestCluster) -> None:
+def test_unauthenticated_clients_are_refused(own: TestCluster) -> None:
     credentials = read_credentials(own.admin_kubeconfig)
     from dataclasses import replace
 

@@ -135,7 +135,7 @@ def ready(cluster: TestCluster, name: str) -> bool:
     return node is not None and node_is_ready(node)
 
 
-def test_the_other_machine_reaches_nothing_but_the_doors(machine: Machine, own: TestCluster, joined: Any) -> None:
+def test_the_other_machine_reaches_nothing_but_the_proxies(machine: Machine, own: TestCluster, joined: Any) -> None:
     ports = own.cluster.ports()
     script = (
         "import socket, sys\nfor port in sys.argv[2:]:\n    print(socket.socket().connect_ex((sys.argv[1], int(port))))"
@@ -150,7 +150,7 @@ def test_the_other_machine_reaches_nothing_but_the_doors(machine: Machine, own: 
     }  # fmt: skip
 
 
-def test_the_registrys_door_wants_a_login_which_can_only_read(own: TestCluster, joined: join.Joining) -> None:
+def test_the_registry_proxy_wants_a_login_which_can_only_read(own: TestCluster, joined: join.Joining) -> None:
     assert joined.registry_login is not None
     assert joined.registry_login.stat().st_mode & 0o077 == 0
     logins = json.loads(joined.registry_login.read_text())["auths"]
@@ -195,7 +195,7 @@ def test_it_runs_a_pod_from_this_machines_registry_and_its_log_comes_back(
     own.kube.delete(f"{path}/far")
 
 
-def test_doors_are_listed_and_a_dead_one_is_opened_again_by_up(own: TestCluster, joined: Any) -> None:
+def test_proxies_are_listed_and_a_dead_one_is_opened_again_by_up(own: TestCluster, joined: Any) -> None:
     names = [component["name"] for component in own.status()["components"]]
     assert {join.API_SERVER_PROXY, join.REGISTRY_PROXY} <= set(names)
     record = own.cluster.state.alive(join.API_SERVER_PROXY)
@@ -207,7 +207,7 @@ def test_doors_are_listed_and_a_dead_one_is_opened_again_by_up(own: TestCluster,
     eventually(lambda: ready(own, "other-1"), "node other-1 again")
 
 
-def test_down_closes_the_doors(own: TestCluster) -> None:
+def test_down_closes_the_proxies(own: TestCluster) -> None:
     """The last: after it there is no cluster."""
     ports = own.cluster.ports()
     assert down(own.settings, reporter=SilentReporter(), purge=True).succeeded

@@ -234,7 +234,7 @@ def test_tools_are_told_of_the_registry(own: TestCluster) -> None:
 
 
 @pytest.mark.smoke
-def test_the_registrys_second_door_is_for_reading_only(own: TestCluster) -> None:
+def test_the_registrys_second_proxy_is_for_reading_only(own: TestCluster) -> None:
     import http.client
 
     port = own.cluster.ports()["registry_for_nodes"]
@@ -332,7 +332,7 @@ def inventory(kube: Kube) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_what_an_interrupted_run_left_half_made_is_made_anew(kind_rig: KindRig, tmp_path: Path) -> None:
+def test_what_an_interrupted_run_left_half_made_is_made_again(kind_rig: KindRig, tmp_path: Path) -> None:
     given: dict[str, Any] = {"provider": "kind", "image": kind_rig.image, "config": kind_rig.config()}
     name = f"half-{os.getpid()}"
     docker = Docker(kind_rig.engine.environment)

@@ -28,6 +28,7 @@ from wasilet.process import is_alive
 from wasilet_node.network.node_network import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
+from tests.another_machine import another_machine
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
@@ -294,11 +295,40 @@ def test_a_network_policy_lets_friends_in_and_nobody_else(net: Net) -> None:
     wait(lambda: reached(net, net.pod("server-1")["status"]["podIP"]), "the policy's end")
 
 
-def reached(net: Net, address: str) -> bool:
+def reached(net: Net, address: str, port: int = PORT, **more: Any) -> bool:
     """Whether a pod that is nobody's friend gets through, within the deadline that it is given."""
     name = f"stranger-{time.monotonic_ns()}"
-    limits = {"activeDeadlineSeconds": 3}
-    return "answered" in net.said(name, "connect", address, str(PORT), "hi", **limits)
+    return "answered" in net.said(name, "connect", address, str(port), "hi", activeDeadlineSeconds=3, **more)
+
+
+def test_pods_reach_other_machines_as_the_machine_does_where_policies_let_them(net: Net) -> None:
+    other, labels = "198.51.100.2", {"app": "inward"}
+    rule = {"to": [{"ipBlock": {"cidr": f"{other}/32"}}]}
+    path = api_path("networkpolicies", namespace=NAMESPACE, group="networking.k8s.io", version="v1")
+    spec = {"podSelector": {"matchLabels": labels}, "policyTypes": ["Egress"]}
+    with another_machine("others0", other, own="198.51.100.1"):
+        for node in (0, 1):
+            wait(lambda node=node: reached(net, other, 80, node=node), "the way outward")  # type: ignore[misc]
+            said = net.said(f"outward-{node}", "connect", other, "80", "hi", node=node)
+            assert said == f"{other} answered hello 198.51.100.1"
+        net.kube.create(path, {"metadata": {"name": "inward"}, "spec": spec})
+        try:
+            wait(lambda: not reached(net, other, 80, labels=labels), "the policy")
+            net.kube.patch(f"{path}/inward", {"spec": {"egress": [rule]}})
+            wait(lambda: reached(net, other, 80, labels=labels), "the policy's exception")
+        finally:
+            net.kube.delete(f"{path}/inward")
+
+
+def test_a_pod_listens_on_the_ports_that_web_servers_have(net: Net) -> None:
+    """As under containerd and CRI-O: no port of a pod's own network takes a privilege."""
+    net.run("low", "serve", "80", node=0, labels={"app": "low"})
+    try:
+        wait(lambda: net.pod("low")["status"].get("podIP") and ready(net.pod("low")), "the server on port 80")
+        address = net.pod("low")["status"]["podIP"]
+        assert net.said("asks-low", "connect", address, "80", "hi", node=1) == f"{address} answered hi"
+    finally:
+        net.kube.delete(api_path("pods", "low", namespace=NAMESPACE))
 
 
 def test_port_forward_reaches_the_pod_many_times_at_once(net: Net) -> None:

@@ -216,7 +216,7 @@ def free_ports(count: int) -> list[int]:
 @contextlib.contextmanager
 def home_folder(name: str) -> Iterator[Path]:
     """An empty private folder with a short path, the same each time: what was compiled for an app is kept by the app's
-    path, so that the dependencies of cat-facts are compiled once a machine, and not once a run."""
+    path, so that the dependencies of cat-facts are compiled once per machine, and not once per run."""
     root = Path(f"/tmp/wasilet-docs-{os.getuid()}")
     root.mkdir(mode=0o700, exist_ok=True)
     assert root.lstat().st_uid == os.getuid(), f"{root} belongs to somebody else"

@@ -50,7 +50,7 @@ def corefile(plan: NetworkPlan, *, port: int, ready_port: int, kubeconfig: Path,
         f"    bind {plan.machine_address}\n"
         "    errors\n"
         f"    ready 127.0.0.1:{ready_port}\n"
-        # Linux takes packets for any of its addresses on any interface: a neighbour with a route here is nobody's pod.
+        # Linux takes packets for any of its addresses on any interface: a neighbour with a route here is no pod.
         "    acl {\n"
         f"        allow net {plan.pods}\n"
         "        drop\n"

@@ -17,6 +17,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from wasilet_common.relay import relay
+
 logger = logging.getLogger("wasilet.forwarder")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -25,7 +27,6 @@ MAX_CONNECTIONS = 500
 """A node holds about a dozen; the limit keeps a flood from taking the machine's descriptors."""
 
 CONNECT_SECONDS = 5.0
-_BLOCK_BYTES = 65536
 _IP_FREEBIND = 15
 """``linux/in.h``; Python has no name for it."""
 
@@ -118,24 +119,9 @@ async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, t
         logger.warning("no connection to %s:%d: %s", *to, error)
         return
     try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(_pump(reader, there_writer))
-            group.create_task(_pump(there_reader, writer))
+        await relay((reader, writer), (there_reader, there_writer))
     finally:
         await _close(there_writer)
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One direction, until its end; the end is passed on, the other direction lives."""
-    with contextlib.suppress(OSError):
-        while block := await reader.read(_BLOCK_BYTES):
-            writer.write(block)
-            await writer.drain()
-        if writer.can_write_eof():
-            writer.write_eof()
-        return
-    # Broken, not ended: the other side must not wait for the rest.
-    writer.transport.abort()
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:

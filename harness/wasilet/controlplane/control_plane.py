@@ -17,6 +17,11 @@ SERVICE_IP = "10.96.0.1"
 AUDIT_POLICY = "audit-policy.yaml"
 AUDIT_FILE_MEGABYTES = 20
 AUDIT_FILES = 4
+_RESIZE_VALIDATOR = "PodResizeValidator"
+"""Refuses resizes on nodes whose ``kubernetes.io/os`` is not ``linux``. A wasm node's is not, but it can resize, and
+judges by itself what it has room for."""
+
+_RESIZE_VALIDATOR_SINCE = (1, 36)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,9 @@ class ControlPlane:
     service_cidr: str = SERVICE_CIDR
     pod_cidr: str = ""
     """Of all pods, from which each node gets a share; empty: pods have no addresses of their own."""
+
+    kubernetes: str = ""
+    """Its version, as ``1.37.2``: which admission plugins there are; empty: not known, and none is named by it."""
 
     node_prefix: int = 24
     admission_config: Path | None = None
@@ -155,9 +163,13 @@ class ControlPlane:
         )
 
     def _admission_flags(self) -> tuple[str, ...]:
-        if self.admission_config is None:
-            return ()
-        return (f"--admission-control-config-file={self.admission_config}",)
+        flags: list[str] = []
+        # An API server that does not know a plugin's name does not start.
+        if self.kubernetes and tuple(int(part) for part in self.kubernetes.split(".")[:2]) >= _RESIZE_VALIDATOR_SINCE:
+            flags.append(f"--disable-admission-plugins={_RESIZE_VALIDATOR}")
+        if self.admission_config is not None:
+            flags.append(f"--admission-control-config-file={self.admission_config}")
+        return tuple(flags)
 
     def _answers(self, port: str, path: str) -> Probe:
         """Asked as the administrator, whom all three know by the certificate alone."""

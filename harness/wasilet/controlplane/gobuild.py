@@ -132,7 +132,7 @@ class _Ticker:
         self._packages += not text.startswith(("go: ", "#"))
 
     def __enter__(self) -> Self:
-        self._progress(f"building {self._names} from source (minutes, once a machine)")
+        self._progress(f"building {self._names} from source (minutes, once per machine)")
         self._thread.start()
         return self
 

@@ -113,7 +113,7 @@ def _signed(kube: Kube, path: str, sign_seconds: float) -> bytes:
                 raise HarnessError(f"the cluster refused the approver a certificate: {condition.get('message')}")
         if time.monotonic() >= deadline:
             raise HarnessError(
-                f"nobody signs client certificates in this cluster (signer {SIGNER}, for {sign_seconds:g} s)",
+                f"no one signs client certificates in this cluster (signer {SIGNER}, for {sign_seconds:g} s)",
                 hint="nodes could not join: the controller-manager needs its csrsigning controller and the "
                 "authority's key, see docs/providers/existing.md",
             )

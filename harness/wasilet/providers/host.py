@@ -94,6 +94,7 @@ class HostProvider:
                 service_cidr=pod_network.service_cidr(cluster.state),
                 pod_cidr=str(plan.pods) if plan is not None else "",
                 node_prefix=pod_network.NODE_PREFIX,
+                kubernetes=cluster.state.cluster.kubernetes,
                 admission_config=pod_security.write_config(cluster.state),
             )
 

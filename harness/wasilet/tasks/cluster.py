@@ -248,7 +248,7 @@ def approve(c: Context, request: str = "", all: bool = False, name: str = "", ou
         "action": "create, list or delete",
         "id": "which one to delete",
         "ttl": "how long a new token lives, in seconds",
-        "file": "write a bootstrap.conf with the new token there, in place of printing the token",
+        "file": "write a bootstrap.conf with the new token there, instead of printing the token",
         "node": "the node of this machine that will join with it, so that the approver knows it",
         "name": NAME_HELP,
         "output": OUTPUT_HELP,

@@ -1,6 +1,6 @@
 //! Loading the precompiled file.
 
-use crate::door;
+use crate::ffi;
 use crate::report::Outcome;
 use std::path::Path;
 use wasmtime::Engine;
@@ -8,7 +8,7 @@ use wasmtime::component::Component;
 
 /// The component; an error asks for the file to be compiled again.
 pub fn load(engine: &Engine, path: &Path) -> Result<Component, Outcome> {
-    door::load(engine, path).map_err(|error| Outcome::Error {
+    ffi::load(engine, path).map_err(|error| Outcome::Error {
         text: format!("cannot load the compiled component: {error:#}"),
         artifact: true,
     })

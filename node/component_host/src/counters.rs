@@ -3,7 +3,7 @@
 //! The layout is read by `wasilet_node`'s `component_host/counters.py`. Nothing but numbers leave this way, so a guest
 //! that broke out could write wrong ones and no more.
 
-use crate::door;
+use crate::ffi;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ impl Counters {
         let numbers = if descriptor < 0 {
             (0..LENGTH).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak()
         } else {
-            door::map_counters(descriptor, LENGTH).map_err(|error| format!("cannot map the counters: {error}"))?
+            ffi::map_counters(descriptor, LENGTH).map_err(|error| format!("cannot map the counters: {error}"))?
         };
         numbers[AT_LAYOUT].store(LAYOUT, Ordering::Relaxed);
         Ok(Counters(numbers))

@@ -1,15 +1,15 @@
 //! Runs one WebAssembly component inside a sandbox process that Wasilet's supervisor has forked and confined.
 //!
-//! Python enters through [`door`], the only module with `unsafe` code, with one JSON text ([`spec`]). What happens then
+//! Python enters through [`ffi`], the only module with `unsafe` code, with one JSON text ([`spec`]). What happens then
 //! is a command's life ([`command`]) or a server's ([`server`]); both end with a line on the report pipe ([`report`]).
 //! `README.md` beside this crate is the guide for maintainers.
 
 mod artifact;
 mod command;
 mod counters;
-mod door;
 mod engine;
 mod epochs;
+mod ffi;
 mod guest;
 mod outgoing;
 mod policy;

@@ -107,7 +107,7 @@ const METADATA: [IpAddr; 4] = [
 ];
 
 /// Loopback, link-local (cloud metadata services), multicast, broadcast and unspecified: what no origin leads to, since
-/// whoever runs a name's DNS would choose the target.
+/// the operator of a name's DNS would choose the target.
 pub fn reserved(address: IpAddr) -> bool {
     forms(address).into_iter().any(|form| {
         METADATA.contains(&form)

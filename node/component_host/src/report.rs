@@ -4,7 +4,7 @@
 //! `{"started": true}` once guest code is about to run (or a server listens), then one of `{"exit": code}`,
 //! `{"trap": text}` and `{"error": text, "artifact": bool}`. `sandbox.py` writes the same lines for modules.
 
-use crate::door;
+use crate::ffi;
 use serde_json::json;
 use std::fmt::Display;
 
@@ -12,7 +12,7 @@ use std::fmt::Display;
 const TRAP_EXIT_CODE: i32 = 134;
 /// What never ran.
 pub const START_ERROR_EXIT_CODE: i32 = 128;
-/// A backtrace can be long; a pipe that nobody reads for a while takes 64 KiB.
+/// A backtrace can be long; a pipe that no one reads for a while takes 64 KiB.
 const MAX_TEXT_BYTES: usize = 12 * 1024;
 
 /// How it ended.
@@ -36,7 +36,7 @@ impl Outcome {
     }
 }
 
-/// The write end of the pipe; -1: nobody listens.
+/// The write end of the pipe; -1: no one listens.
 pub struct Report {
     descriptor: i32,
 }
@@ -74,7 +74,7 @@ impl Report {
         let mut text = line.to_string();
         text.push('\n');
         // A supervisor that is gone needs no report.
-        let _ = door::write(self.descriptor, text.as_bytes());
+        let _ = ffi::write(self.descriptor, text.as_bytes());
     }
 }
 

@@ -14,9 +14,9 @@ mod reused;
 
 use crate::artifact;
 use crate::counters::Counters;
-use crate::door;
 use crate::engine;
 use crate::epochs::Epochs;
+use crate::ffi;
 use crate::guest::{Guest, Maker};
 use crate::report::{Outcome, Report};
 use crate::spec::{self, Spec};
@@ -47,7 +47,7 @@ pub fn run(spec: &Spec, settings: &spec::Server, counters: Counters, report: &Re
     let maker = Maker::new(spec, &engine, true)?;
     let epochs = Epochs::start(&engine, Duration::from_millis(settings.epoch_ms)).map_err(Outcome::start_error)?;
     let listener =
-        door::listener(settings.listener).map_err(|error| Outcome::start_error(format!("cannot listen: {error}")))?;
+        ffi::listener(settings.listener).map_err(|error| Outcome::start_error(format!("cannot listen: {error}")))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MAX_BLOCKING_THREADS)

@@ -16,7 +16,7 @@ fn linker(engine: &Engine) -> Result<Linker<Guest>> {
     Ok(linker)
 }
 
-/// The component with its imports filled in; an error names the import that nobody offers.
+/// The component with its imports filled in; an error names the import that no one offers.
 pub fn link(component: &Component) -> Result<InstancePre<Guest>> {
     linker(component.engine())?.instantiate_pre(component)
 }

@@ -15,13 +15,15 @@ What the defaults get wrong for a node, and is set here:
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
 
@@ -33,6 +35,8 @@ _KEEPALIVE_INTERVAL_SECONDS = 5
 _KEEPALIVE_PROBES = 3
 _USER_TIMEOUT_MILLISECONDS = 30_000
 _READ_BUFFER_BYTES = 256 * 1024
+# A connection is closed in the loop's third turn at the latest; the bound is for a transport that never lets go.
+_CLOSE_TURNS = 100
 
 
 def load() -> None:
@@ -64,6 +68,7 @@ class Transport:
                 self._rest: Any = RESTClientObject(configuration)
             except OSError as error:
                 raise ValueError(f"the certificates for {cluster.server} cannot be loaded: {error}") from error
+        self._sockets: WeakSet[socket.socket] = WeakSet()
         self._server = cluster.server
         self._limit = limit
         self._trust_env = not _is_loopback(cluster.server)
@@ -94,27 +99,39 @@ class Transport:
         return raw
 
     async def close(self) -> None:
-        """Close all connections, at once."""
+        """Close all connections, those included that a cancelled request was just making, and see them closed.
+
+        A request that is cancelled between TCP's connect and the first turn of its TLS handshake leaves asyncio with
+        a connection that nobody closes (``SSLProtocol`` ignores ``close`` until its ``connection_made`` was called):
+        its handshake would go on for as long as the loop runs. An end of the stream ends it like any other.
+        """
         await self._rest.close()
+        for connection in list(self._sockets):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for _ in range(_CLOSE_TURNS):
+            if all(connection.fileno() < 0 for connection in list(self._sockets)):
+                break
+            await asyncio.sleep(0)
 
     def _session(self) -> aiohttp.ClientSession:
         import aiohttp
 
         connector = aiohttp.TCPConnector(
-            limit=self._limit, ssl=self._rest.ssl_context, keepalive_timeout=60.0, socket_factory=_make_socket
+            limit=self._limit, ssl=self._rest.ssl_context, keepalive_timeout=60.0, socket_factory=self._make_socket
         )
         return aiohttp.ClientSession(connector=connector, trust_env=self._trust_env, read_bufsize=_READ_BUFFER_BYTES)
 
-
-def _make_socket(address: tuple[Any, ...]) -> socket.socket:
-    family, kind, protocol = address[:3]
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_SECONDS)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_SECONDS)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MILLISECONDS)
-    return made
+    def _make_socket(self, address: tuple[Any, ...]) -> socket.socket:
+        family, kind, protocol = address[:3]
+        made = socket.socket(family, kind, protocol)
+        self._sockets.add(made)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_SECONDS)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_SECONDS)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MILLISECONDS)
+        return made
 
 
 def _is_loopback(server: str) -> bool:

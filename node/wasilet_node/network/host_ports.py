@@ -7,11 +7,12 @@ a connection ends with the agent, unlike one to the pod's address or a NodePort.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+
+from wasilet_common.relay import relay
 
 from wasilet_node.network.errors import NetworkError
 
@@ -21,7 +22,6 @@ MAX_CONNECTIONS = 1024
 """Of one port."""
 
 CONNECT_SECONDS = 10.0
-_BLOCK_BYTES = 65536
 
 Connect = Callable[[str, int], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
@@ -112,19 +112,6 @@ class HostPorts:
             logger.info("a host port leads to %s:%d, where no process answers: %s", address, port, error)
             return
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(_pump(reader, there_writer))
-                group.create_task(_pump(there_reader, writer))
+            await relay((reader, writer), (there_reader, there_writer))
         finally:
             there_writer.close()
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One direction until its end, which is passed on; the other lives."""
-    with contextlib.suppress(OSError):
-        while block := await reader.read(_BLOCK_BYTES):
-            writer.write(block)
-            await writer.drain()
-        writer.write_eof()
-        return
-    writer.transport.abort()

@@ -42,6 +42,9 @@ MACHINE_SET = "machine"
 """Of the packet filter: the machine's own addresses."""
 
 UPLINK = "uplink"
+OUTWARD = "outward"
+"""The interface by which packets to other machines leave, while there is a way (``wasilet_node.network.outward``)."""
+
 LINK_PREFIX = "wl"
 LINK_ADDRESS = bytes.fromhex("0257534c4e4b")
 """Of every end of every node's link: locally administered, by its second bit."""
@@ -70,8 +73,9 @@ def base_rules(pod_cidr: ipaddress.IPv4Network, settings: NetworkSettings) -> st
     kube-proxy's rules are behind it has none, and must not go back and forth between the node and the machine. And what
     the machine sends to a Service whose pod is on another node must come back the way it went.
 
-    Beyond the machine no one knows the way back, so what goes there is refused at once, and nothing leaves the machine
-    with an address that is not its own."""
+    Beyond the machine no one knows the way back, so nothing leaves it with an address that is not its own: connections
+    to other machines go by the interface ``outward``, and what would go there by the uplink is refused at once, as is
+    all but TCP."""
     return f"""
 table ip wasilet
 delete table ip wasilet
@@ -88,6 +92,8 @@ table ip wasilet {{
         iifname "{BRIDGE}" ip daddr 169.254.0.0/16 jump refuse
         ip daddr {settings.service_cidr} jump refuse
         iifname "{BRIDGE}" oifname "{UPLINK}" ip daddr != {settings.cluster_cidr} ip daddr != @{MACHINE_SET} jump refuse
+        oifname "{OUTWARD}" meta l4proto != tcp jump refuse
+        oifname "{OUTWARD}" ip saddr != {pod_cidr} jump refuse
     }}
     chain postrouting {{
         type nat hook postrouting priority 100; policy accept;
@@ -184,6 +190,11 @@ class NodeNetwork:
             return
         elements = "".join(f"add element ip wasilet {MACHINE_SET} {{ {address} }}\n" for address in sorted(known))
         nft.apply(f"flush set ip wasilet {MACHINE_SET}\n{elements}")
+        # The way outward has routes that are wider than these.
+        uplink = self.node.require(UPLINK)
+        for network in (self.settings.cluster_cidr, *(ipaddress.IPv4Network(address) for address in known)):
+            if network.network_address != self.settings.machine_address:
+                self.node.add_route(network, gateway=self.settings.machine_address, index=uplink, replace=True)
         self._machine_addresses = known
 
     def keep_machine(self) -> None:

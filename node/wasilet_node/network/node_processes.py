@@ -1,8 +1,9 @@
-"""What keeps rules of the cluster in the node's network namespace: its own kube-proxy, and what keeps NetworkPolicies.
+"""Processes of the node's network namespace: its own kube-proxy, what keeps NetworkPolicies, and the way outward.
 
-Each is a process with its own credential. It ends with the agent, and the next agent starts another: the rules stay in
-the namespace meanwhile, so no connection notices. An executable may come later than the node (the harness builds it
-when nothing more urgent is to be done), so that is waited for.
+The first two hold rules, each with its own credential. Each process ends with the agent, and the next agent starts
+another: rules stay in the namespace meanwhile, so no connection of theirs notices, unlike those to other machines. An
+executable may come later than the node (the harness builds it when nothing more urgent is to be done), so that is
+waited for.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Program:
 
     name: str
     argv: tuple[str, ...]
+    descriptors: tuple[int, ...] = ()
+    """Of the agent's, which it inherits."""
 
 
 def kube_proxy(settings: NetworkSettings, node_name: str) -> Program:
@@ -86,6 +89,19 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network)
             f"--machine-address={settings.machine_address}",
             *(f"--dns={address}" for address in settings.cluster_dns),
         ),
+    )
+
+
+def outward(pod_gateway: ipaddress.IPv4Address, machine_namespace: int) -> Program:
+    """Connections of pods to other machines. ``machine_namespace``: a descriptor."""
+    return Program(
+        name="outward",
+        argv=(
+            *(sys.executable, "-P", "-m", "wasilet_node.network.outward"),
+            f"--gateway={pod_gateway}",
+            f"--machine-namespace={machine_namespace}",
+        ),
+        descriptors=(machine_namespace,),
     )
 
 
@@ -155,6 +171,7 @@ class Kept:
                 stdout=descriptor,
                 stderr=descriptor,
                 env=_environment(),
+                pass_fds=self._program.descriptors,
                 start_new_session=True,
             )
         finally:

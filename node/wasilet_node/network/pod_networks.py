@@ -18,6 +18,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from wasilet_node.network.addresses import AddressPool, PodRecord, PodRecords
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 NODE_KEY = "node"
 POOL_SIZE = 8
 POD_INTERFACE = "eth0"
+_UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _T = TypeVar("_T")
 _EVERYWHERE = ipaddress.IPv4Network("0.0.0.0/0")
 
@@ -175,3 +177,5 @@ def _configure(address: ipaddress.IPv4Address, gateway: ipaddress.IPv4Address) -
         inside.add_address(interface, address, prefix=32)
         inside.set_up(interface)
         inside.add_route(_EVERYWHERE, gateway=gateway, index=interface)
+    # Of this thread's namespace. A pod has its ports to itself, 80 too, as under containerd and CRI-O.
+    _UNPRIVILEGED_PORTS.write_text("0", encoding="ascii")

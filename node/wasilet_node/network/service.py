@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wasilet_node.network import host_ports, machine_changes, resolver_files
-from wasilet_node.network.addresses import PodRecord, PodRecords
+from wasilet_node.network.addresses import PodRecord, PodRecords, gateway_of
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
-from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies
+from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies, outward
 from wasilet_node.network.pod_networks import NODE_KEY, PodNetworks
 from wasilet_node.runtime import netns, supervisor_registry
 from wasilet_node.settings import NetworkSettings, NodePaths
@@ -167,11 +167,15 @@ class PodNetwork:
         await self._ready.wait()
         if self.absent is not None or self._pod_cidr is None:
             return
-        settings, programs = self.settings, list[Program]()
+        with _own_namespace() as machine:
+            await self._run_processes(machine, self._pod_cidr)
+
+    async def _run_processes(self, machine: int, pod_cidr: ipaddress.IPv4Network) -> None:
+        settings, programs = self.settings, [outward(gateway_of(pod_cidr), machine)]
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
-            programs.append(network_policies(settings, self._pod_cidr))
+            programs.append(network_policies(settings, pod_cidr))
         async with asyncio.TaskGroup() as group:
             for program in programs:
                 kept = Kept(program, folder=self._paths.network, spawn=self._in_namespace)
@@ -312,12 +316,12 @@ class PodNetwork:
         if self._node is not None:
             self._node.close()
 
-    def _socket_inside(self, uid: str) -> tuple[socket.socket, str]:
+    def _socket_inside(self, uid: str, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, str]:
         pods = self._ensure()
         record = pods.find(uid)
         if record is None:
             raise NetworkError("the pod has no network of its own")
-        made = pods.inside(record, socket.socket)
+        made = pods.inside(record, lambda: socket.socket(socket.AF_INET, kind))
         made.setblocking(False)  # noqa: FBT003
         return made, record.address
 
@@ -364,7 +368,7 @@ class PodNetwork:
             self._dial = ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="pod sockets", initializer=_move_to, initargs=(os.dup(descriptor),)
             )
-            # At once, too: until there is a thread, nobody closes that descriptor.
+            # At once, too: until there is a thread, no one closes that descriptor.
             self._dial.submit(int)
         try:
             channel.hold(NODE_KEY, descriptor)
@@ -410,6 +414,15 @@ class PodNetwork:
 
     def _folder(self, uid: str) -> Path:
         return self._paths.network / "etc" / uid
+
+
+@contextlib.contextmanager
+def _own_namespace() -> Iterator[int]:
+    descriptor = netns.open_own()
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _move_to(descriptor: int) -> None:

@@ -1,8 +1,8 @@
 """Starting one instance of a container: image, compiled module, environment, mounts, then the runtime.
 
-Whatever goes wrong becomes a ``LaunchError`` with kubelet's waiting reason, the message for the status, and what the
-event says. An id that was handed to the runtime is never given up half-way: a cancelled launch first waits for the
-runtime's answer, so that no instance runs unknown to its pod.
+Whatever goes wrong becomes a ``ContainerStartError`` with kubelet's waiting reason, the message for the status, and
+what the event says. An id that was handed to the runtime is never given up half-way: a cancelled start first waits for
+the runtime's answer, so that no instance runs unknown to its pod.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ANNOTATION_MODULE = "wasilet.dev/module-digest"
 """On every instance: which module its image was, so that garbage collection knows after a restart of the agent."""
 
 
-class LaunchError(Exception):
+class ContainerStartError(Exception):
     """A container did not start. ``reason`` and the message go into ``state.waiting``."""
 
     def __init__(self, reason: str, message: str, *, counts: bool = False, at_once: bool = False) -> None:
@@ -61,31 +61,31 @@ class LaunchError(Exception):
 Late = Callable[[ContainerStatus], None]
 
 
-async def launch(
-    services: PodDependencies, pod: Pod, container: Container, *, attempt: int, sandbox: str, late: Late
+async def start_container(
+    dependencies: PodDependencies, pod: Pod, container: Container, *, attempt: int, sandbox: str, late: Late
 ) -> ContainerStatus:
-    """Start an instance in the pod's sandbox of this id and return its status. Raises LaunchError; events are written
-    on the way.
+    """Start an instance in the pod's sandbox of this id and return its status. Raises ContainerStartError; events are
+    written on the way.
 
-    ``late`` gets the status of an instance that came up although the launch was cancelled meanwhile.
+    ``late`` gets the status of an instance that came up although the start was cancelled meanwhile.
     """
 
     def warn(message: str) -> None:
-        services.events.event(
+        dependencies.events.event(
             pod, "Warning", "Failed", f"Error: {message}", field_path=pod_fields.field_path(pod, container["name"])
         )
 
     try:
-        config = await _prepare(services, pod, container, attempt, sandbox)
+        config = await _prepare(dependencies, pod, container, attempt, sandbox)
     except ImageError as error:
         # What goes wrong with a pull is reported by the images, in their own events.
         if error.reason == "CreateContainerError":
             warn(error.message)
-        raise LaunchError(error.reason, error.message) from error
+        raise ContainerStartError(error.reason, error.message) from error
     except (ContainerConfigError, VolumeError) as error:
         warn(str(error))
-        raise LaunchError("CreateContainerConfigError", str(error)) from error
-    services.events.event(
+        raise ContainerStartError("CreateContainerConfigError", str(error)) from error
+    dependencies.events.event(
         pod,
         "Normal",
         "Created",
@@ -93,13 +93,13 @@ async def launch(
         field_path=pod_fields.field_path(pod, container["name"]),
     )
     try:
-        started = await _to_its_end(services, config, late)
+        started = await _start_uninterrupted(dependencies, config, late)
     except StartError as error:
         warn(str(error))
-        raise LaunchError("RunContainerError", str(error), counts=True) from error
+        raise ContainerStartError("RunContainerError", str(error), counts=True) from error
     except RuntimeUnavailableError as error:
-        raise LaunchError("RunContainerError", f"the runtime does not answer: {error}", at_once=True) from error
-    services.events.event(
+        raise ContainerStartError("RunContainerError", f"the runtime does not answer: {error}", at_once=True) from error
+    dependencies.events.event(
         pod,
         "Normal",
         "Started",
@@ -109,49 +109,49 @@ async def launch(
     return started
 
 
-async def _to_its_end(services: PodDependencies, config: ContainerConfig, late: Late) -> ContainerStatus:
+async def _start_uninterrupted(dependencies: PodDependencies, config: ContainerConfig, late: Late) -> ContainerStatus:
     """``runtime.start``, which a cancellation does not interrupt: the caller that cancelled learns what has started.
 
     It is not stopped here: the one who cancels may be a pod's deletion, which stops all that it knows of, but also the
     end of the agent, and then containers go on.
     """
-    task = asyncio.ensure_future(_start(services, config))
+    task = asyncio.ensure_future(_start(dependencies, config))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait({task}, timeout=services.timing.stop_timeout)
+        await asyncio.wait({task}, timeout=dependencies.timing.stop_timeout)
         if task.done() and not task.cancelled() and task.exception() is None:
             late(task.result())
         task.cancel()
         raise
 
 
-async def _start(services: PodDependencies, config: ContainerConfig) -> ContainerStatus:
+async def _start(dependencies: PodDependencies, config: ContainerConfig) -> ContainerStatus:
     """Ask again with the same id while the runtime is being replaced: one id never starts twice."""
     retry = RetryBackoff(initial=0.1, maximum=1.0)
     for _ in range(_START_ATTEMPTS - 1):
         try:
-            return await services.runtime.start(config)
+            return await dependencies.runtime.start(config)
         except RuntimeUnavailableError as error:
             logger.info("the runtime did not answer, asking again: %s", error)
             await asyncio.sleep(retry.next())
-    return await services.runtime.start(config)
+    return await dependencies.runtime.start(config)
 
 
 async def _prepare(
-    services: PodDependencies, pod: Pod, container: Container, attempt: int, sandbox: str
+    dependencies: PodDependencies, pod: Pod, container: Container, attempt: int, sandbox: str
 ) -> ContainerConfig:
     name = container["name"]
 
     def event(type_: str, reason: str, message: str) -> None:
-        services.events.event(pod, type_, reason, message, field_path=pod_fields.field_path(pod, name))
+        dependencies.events.event(pod, type_, reason, message, field_path=pod_fields.field_path(pod, name))
 
     # Read before the image is pulled: a mistake in an annotation should not cost a download.
-    policy = await services.outbound.policy(pod)
+    policy = await dependencies.outbound.policy(pod)
     server = server_settings(pod, container)
-    credentials = await _credentials(services, pod)
-    await _image_volumes(services, pod, container, credentials, event)
-    image = await services.images.ensure(
+    credentials = await _credentials(dependencies, pod)
+    await _image_volumes(dependencies, pod, container, credentials, event)
+    image = await dependencies.images.ensure(
         container.get("image", ""),
         policy=_pull_policy(container.get("imagePullPolicy")),
         credentials=credentials,
@@ -159,26 +159,28 @@ async def _prepare(
         pod_uid=pod_fields.uid(pod),
     )
     _report_ports(container, image.kind, attempt, event)
-    node = services.node()
+    node = dependencies.node()
     try:
-        network = await services.networks.attach(pod)
+        network = await dependencies.networks.attach(pod)
         # A core module has no sockets, so it resolves no names.
         resolves = network is not None and image.kind is GuestKind.COMPONENT
-        etc_files = await services.networks.etc_files(pod) if resolves else ()
+        etc_files = await dependencies.networks.etc_files(pod) if resolves else ()
     except NetworkError as error:
-        raise LaunchError("CreatePodSandboxError", f"failed to set up the pod's network: {error}") from error
+        raise ContainerStartError("CreatePodSandboxError", f"failed to set up the pod's network: {error}") from error
     addresses = network.addresses if network is not None else node.addresses
-    environment = await services.environments.build(
+    environment = await dependencies.environments.build(
         pod, container, pod_ips=addresses, host_ips=node.addresses, allocatable=node.allocatable
     )
-    mounts = await services.host_threads.run(
+    mounts = await dependencies.host_threads.run(
         f'the volumes of container "{name}"',
-        lambda: services.volumes.mounts(pod, container, environment, attempt=attempt, working_dir=image.working_dir),
+        lambda: dependencies.volumes.mounts(
+            pod, container, environment, attempt=attempt, working_dir=image.working_dir
+        ),
     )
     argv = expand_command(container, environment, image)
     if not argv:
         raise ContainerConfigError("no command specified")
-    artifact = await services.images.compiled(image, owner=pod["metadata"]["namespace"], event=event)
+    artifact = await dependencies.images.compiled(image, owner=pod["metadata"]["namespace"], event=event)
     return ContainerConfig(
         id=secrets.token_hex(32),
         pod_uid=pod_fields.uid(pod),
@@ -191,7 +193,7 @@ async def _prepare(
         argv=argv,
         env=process_environment(environment, pod, container, image),
         mounts=tuple(mounts),
-        log_path=str(layout.log_file(services.paths.logs, pod, name, attempt)),
+        log_path=str(layout.log_file(dependencies.paths.logs, pod, name, attempt)),
         image=container.get("image", ""),
         image_id=image.image_id,
         memory_limit_bytes=resources.enforced_limit(pod, container, "memory"),
@@ -245,7 +247,7 @@ def _pull_policy(text: str | None) -> PullPolicy:
 
 
 async def _image_volumes(
-    services: PodDependencies, pod: Pod, container: Container, credentials: Sequence[Credential], event: EventSink
+    dependencies: PodDependencies, pod: Pod, container: Container, credentials: Sequence[Credential], event: EventSink
 ) -> None:
     """Have the images of those that this container mounts, each time that it starts, as kubelet does. Raises
     ImageError."""
@@ -254,7 +256,7 @@ async def _image_volumes(
         source = volume.get("image")
         if source is None or volume["name"] not in mounted:
             continue
-        files = await services.images.ensure_files(
+        files = await dependencies.images.ensure_files(
             source.get("reference", ""),
             policy=_pull_policy(source.get("pullPolicy")),
             credentials=credentials,
@@ -262,12 +264,12 @@ async def _image_volumes(
             pod_uid=pod_fields.uid(pod),
         )
         try:
-            await services.volumes.place_image(pod, volume["name"], files.module_path, files.module_digest)
+            await dependencies.volumes.place_image(pod, volume["name"], files.module_path, files.module_digest)
         except VolumeError as error:
             raise ImageError("CreateContainerError", f'volume "{volume["name"]}": {error}') from error
 
 
-async def _credentials(services: PodDependencies, pod: Pod) -> Sequence[Credential]:
+async def _credentials(dependencies: PodDependencies, pod: Pod) -> Sequence[Credential]:
     """The pod's pull secrets, to which admission has added its service account's. A missing one is an event, no more:
     the image may be public."""
     found = []
@@ -277,18 +279,18 @@ async def _credentials(services: PodDependencies, pod: Pod) -> Sequence[Credenti
         try:
             # A pod that restarts its containers need not read them again each time.
             found.append(
-                await services.references.secret(
+                await dependencies.references.secret(
                     pod_fields.namespace(pod), name, pod_uid=pod_fields.uid(pod), max_age_seconds=30.0
                 )
             )
         except KubeError:
             missing.append(name)
     if missing:
-        services.events.event(
+        dependencies.events.event(
             pod,
             "Warning",
             "FailedToRetrieveImagePullSecret",
             f"Unable to retrieve some image pull secrets ({', '.join(missing)}); "
             "attempting to pull the image may not succeed.",
         )
-    return services.parse_credentials(found) if found else ()
+    return dependencies.parse_credentials(found) if found else ()

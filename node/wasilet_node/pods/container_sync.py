@@ -70,7 +70,7 @@ class ContainerSync:
 
     def __init__(
         self,
-        services: PodDependencies,
+        dependencies: PodDependencies,
         pod: Pod,
         *,
         instances: Instances,
@@ -83,16 +83,16 @@ class ContainerSync:
         self.pod = pod
         self.held = held
         self.volumes_ready = False
-        self.renewal = Renewal(services, instances)
-        self.resizes = Resizes(services, pod, instances.running().values())
-        self.attempts = StartAttempts(services, late=instances.observe)
-        self.refresher = Refresher(services)
-        self._services = services
+        self.renewal = Renewal(dependencies, instances)
+        self.resizes = Resizes(dependencies, pod, instances.running().values())
+        self.attempts = StartAttempts(dependencies, late=instances.observe)
+        self.refresher = Refresher(dependencies)
+        self._dependencies = dependencies
         self._instances = instances
         self._results = results
         self._messages = messages
         self._jobs = jobs
-        self._volume_retry = RetryBackoff(initial=services.timing.config_retry_first)
+        self._volume_retry = RetryBackoff(initial=dependencies.timing.config_retry_first)
 
     def seed_back_off(self) -> None:
         """From what ended before a restart of the agent."""
@@ -110,7 +110,7 @@ class ContainerSync:
         latest = self._instances.latest()
         free = not busy and put_off_seconds <= 0
         if self.renewal.is_lost():
-            if not sandboxes.begins_anew(self.pod, latest):
+            if not sandboxes.begins_again(self.pod, latest):
                 return Decision(end=True)
             return _begin(self._renew_sandbox, busy=busy, put_off_seconds=put_off_seconds)
         source = self.renewal.restarts_all(self.pod)
@@ -194,7 +194,7 @@ class ContainerSync:
 
     async def _move_limits(self, moves: list[Change]) -> None:
         for change in moves:
-            moved = await self.resizes.make(self.pod, change, self._services.wall_clock())
+            moved = await self.resizes.make(self.pod, change, self._dependencies.wall_clock())
             if moved is not None:
                 self._instances.observe(moved)
 
@@ -228,11 +228,11 @@ class ContainerSync:
         """What all containers have in common, as a sandbox elsewhere: the host's name, and the volumes."""
         try:
             fields.process_hostname(self.pod)
-            await self._services.volumes.setup(self.resizes.accepted(self.pod))
-            await self._services.networks.attach(self.pod)
+            await self._dependencies.volumes.setup(self.resizes.accepted(self.pod))
+            await self._dependencies.networks.attach(self.pod)
         except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
-            self._services.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)
+            self._dependencies.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)
             self._jobs.put_off(self._volume_retry)
             return False
         except VolumeRefusedError as error:
@@ -240,7 +240,7 @@ class ContainerSync:
             self._jobs.wake()
             return False
         except (VolumeError, ContainerConfigError) as error:
-            self._services.events.event(self.pod, "Warning", "FailedMount", str(error))
+            self._dependencies.events.event(self.pod, "Warning", "FailedMount", str(error))
             self._jobs.put_off(self._volume_retry)
             return False
         self.volumes_ready = True
@@ -279,7 +279,7 @@ class ContainerSync:
         grace = Grace(grace_seconds)
         try:
             stopped = await termination.kill_container(
-                self._services, self.pod, container, instance, message=message, grace=grace
+                self._dependencies, self.pod, container, instance, message=message, grace=grace
             )
         finally:
             grace.close()
@@ -290,7 +290,7 @@ class ContainerSync:
     async def _ask_runtime(self) -> bool:
         """After a start whose outcome is not known. False: still not known, or the instance was found; look again."""
         try:
-            listed = await self._services.runtime.list()
+            listed = await self._dependencies.runtime.list()
         except RuntimeUnavailableError:
             self._jobs.put_off()
             return False
@@ -306,11 +306,11 @@ class ContainerSync:
         while (old := self._instances.outdated(name)) is not None:
             try:
                 if old.log_path:
-                    await self._services.runtime.remove(old.id)
+                    await self._dependencies.runtime.remove(old.id)
             except RuntimeUnavailableError as error:
                 logger.info("the record of %s is left to the next restart: %s", old.id, error)
                 return
-            folder = layout.folder_of_pod(self._services.paths.logs, self.pod) / name
+            folder = layout.folder_of_pod(self._dependencies.paths.logs, self.pod) / name
             await asyncio.to_thread(layout.remove_attempt, folder, old.attempt)
             self._instances.forget(old)
             self._messages.forget(old.id)

@@ -102,14 +102,14 @@ def _quantity(number: int) -> str:
 class Evictor:
     """One per node. ``round`` looks once."""
 
-    def __init__(self, services: PodDependencies) -> None:
-        self._services = services
+    def __init__(self, dependencies: PodDependencies) -> None:
+        self._dependencies = dependencies
 
     async def round(self, workers: Mapping[str, PodWorker]) -> None:
         """Evict what has to go; raises RuntimeUnavailableError and OSError when that cannot be found out."""
         active = {uid: worker for uid, worker in workers.items() if worker.holds_resources and worker.verdict is None}
         await self._check_storage_limits(active)
-        pressures = self._services.node().pressures
+        pressures = self._dependencies.node().pressures
         # One pod at a time: whether it helped shows once it has ended, in the next round.
         leaving = any(worker.verdict is not None and worker.holds_resources for worker in workers.values())
         if pressures and not leaving:
@@ -117,7 +117,7 @@ class Evictor:
 
     async def memory_round(self, workers: Mapping[str, PodWorker]) -> None:
         """Evict those that wrote more into memory than they may; for every half second, since memory is filled fast."""
-        volumes = self._services.volumes
+        volumes = self._dependencies.volumes
         for worker in list(workers.values()):
             if not worker.holds_resources or worker.verdict is not None or is_critical(worker.pod):
                 continue
@@ -130,7 +130,7 @@ class Evictor:
 
     async def _relieve(self, pressure: Pressure, active: Mapping[str, PodWorker]) -> None:
         if pressure.resource != "memory":
-            freed = await self._services.images.delete_unused()
+            freed = await self._dependencies.images.delete_unused()
             if freed > 0:
                 logger.warning("the disk is nearly full: %d bytes of unused images were removed", freed)
                 return
@@ -141,7 +141,7 @@ class Evictor:
 
     def _evict(self, worker: PodWorker, verdict: Verdict) -> None:
         logger.warning("evicting %s: %s", pod_fields.format_pod(worker.pod), verdict.message)
-        self._services.events.event(worker.pod, "Warning", verdict.reason, verdict.message)
+        self._dependencies.events.event(worker.pod, "Warning", verdict.reason, verdict.message)
         worker.end(verdict, grace_seconds=0)
 
     async def _check_storage_limits(self, active: Mapping[str, PodWorker]) -> None:
@@ -153,8 +153,8 @@ class Evictor:
                 self._evict(worker, verdict)
 
     async def _storage(self, worker: PodWorker) -> ephemeral_storage.StorageUsage:
-        volumes = self._services.volumes
-        logs = layout.folder_of_pod(self._services.paths.logs, worker.pod)
+        volumes = self._dependencies.volumes
+        logs = layout.folder_of_pod(self._dependencies.paths.logs, worker.pod)
         folders = {
             name: (logs / name, volumes.instance_folder(worker.pod, name, instance.attempt))
             for name, instance in worker.latest().items()
@@ -169,7 +169,7 @@ class Evictor:
             return [await measure(uid, worker) for uid, worker in active.items()]
         owners = {i.id: (uid, name) for uid, worker in active.items() for name, i in worker.latest().items()}
         used: dict[str, dict[str, int]] = {}
-        for usage in await self._services.runtime.usage():
+        for usage in await self._dependencies.runtime.usage():
             if usage.id in owners:
                 uid, name = owners[usage.id]
                 used.setdefault(uid, {})[name] = usage.memory_bytes
@@ -177,12 +177,12 @@ class Evictor:
 
     async def _inode_usage(self, uid: str, worker: PodWorker) -> Usage:
         """Files and folders that the pod made, by whichever of its containers."""
-        paths = self._services.paths
+        paths = self._dependencies.paths
         everything = [paths.pods / uid, layout.folder_of_pod(paths.logs, worker.pod)]
         return Usage(pod=worker.pod, by_container={}, elsewhere=await asyncio.to_thread(_inodes, everything))
 
     async def _disk_usage(self, uid: str, worker: PodWorker) -> Usage:
-        paths = self._services.paths
+        paths = self._dependencies.paths
         own = (await self._storage(worker)).containers
         everything = [paths.pods / uid, layout.folder_of_pod(paths.logs, worker.pod)]
         total = await asyncio.to_thread(_bytes, everything)

@@ -43,9 +43,9 @@ class PodManager:
     """The pods bound to this node. ``run`` for ever; ``pods`` and ``pod`` for the kubelet API."""
 
     def __init__(self, dependencies: PodDependencies, *, node_name: str) -> None:
-        self._services = replace(dependencies, room=self.room)
+        self._dependencies = replace(dependencies, room=self.room)
         self._node_name = node_name
-        self._evictor = Evictor(self._services)
+        self._evictor = Evictor(self._dependencies)
         self._workers: dict[str, PodWorker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._unclaimed: dict[str, dict[str, ContainerStatus]] = {}
@@ -92,7 +92,7 @@ class PodManager:
 
     async def _watch_pods(self) -> None:
         listed: list[KubeObject] = []
-        watch = self._services.kube.watch("/api/v1/pods", field_selector=f"spec.nodeName={self._node_name}")
+        watch = self._dependencies.kube.watch("/api/v1/pods", field_selector=f"spec.nodeName={self._node_name}")
         async for event in watch:
             if event.type != "SYNCED" and not _has_identity(event.object):
                 logger.error("the API server told of a pod without a name or uid, which is left alone")
@@ -153,20 +153,20 @@ class PodManager:
         )
 
     def _make_worker(self, pod: Pod) -> PodWorker:
-        services = self._services
+        dependencies = self._dependencies
         admitted = self._was_admitted(pod)
         instances = self._unclaimed.pop(pod_fields.uid(pod), {}).values()
         refusal = admission.ADMITTED
         if not pod_fields.is_deleted(pod) and not pod_fields.is_terminal(pod) and not instances:
             # What can never run is asked after a restart of the agent too: such a pod was held, not admitted.
-            refusal = admission.never(pod, volumes=services.volumes)
+            refusal = admission.never(pod, volumes=dependencies.volumes)
             if not admitted and refusal is admission.ADMITTED:
-                refusal = admission.admit(pod, node=services.node(), neighbours=self._neighbours())
+                refusal = admission.admit(pod, node=dependencies.node(), neighbours=self._neighbours())
         if refusal.verdict is not None:
-            services.events.event(pod, "Warning", refusal.verdict.reason, refusal.verdict.message)
+            dependencies.events.event(pod, "Warning", refusal.verdict.reason, refusal.verdict.message)
         if refusal.hold is not None and not admitted:
-            services.events.event(pod, "Warning", "Failed", f"Error: {refusal.hold.message}")
-        return PodWorker(services, pod, instances=instances, rejected=refusal.verdict, held=refusal.hold)
+            dependencies.events.event(pod, "Warning", "Failed", f"Error: {refusal.hold.message}")
+        return PodWorker(dependencies, pod, instances=instances, rejected=refusal.verdict, held=refusal.hold)
 
     def _neighbours(self) -> Iterable[Neighbour]:
         return [
@@ -178,7 +178,7 @@ class PodManager:
     def room(self, pod: Pod) -> str:
         """See ``PodDependencies.room``. Raises QuantityError."""
         others = [each for each in self._neighbours() if pod_fields.uid(each.pod) != pod_fields.uid(pod)]
-        short = admission.lacking(resources.pod_requests(pod), others, self._services.node().allocatable)
+        short = admission.lacking(resources.pod_requests(pod), others, self._dependencies.node().allocatable)
         return "" if short is None else short.message
 
     def _worker_ended(self, uid: str, task: asyncio.Task[None]) -> None:
@@ -193,7 +193,7 @@ class PodManager:
         retry = RetryBackoff(initial=0.1, maximum=5.0)
         while True:
             try:
-                return list(await self._services.runtime.list())
+                return list(await self._dependencies.runtime.list())
             except RuntimeUnavailableError as error:
                 logger.warning("the runtime does not answer: %s", error)
                 await asyncio.sleep(retry.next())
@@ -203,7 +203,7 @@ class PodManager:
         while True:
             catching_up = asyncio.create_task(self._catch_up(), name="runtime list after subscription")
             try:
-                async for instance in self._services.runtime.events():
+                async for instance in self._dependencies.runtime.events():
                     retry.reset()
                     self._on_status(instance)
             except RuntimeUnavailableError as error:
@@ -259,9 +259,9 @@ class PodManager:
         """Stop and remove what belongs to no pod of the API server: containers, volumes, logs."""
         limit = asyncio.Semaphore(_ORPHANS_AT_ONCE)
         containers = [i for i in await self._list_runtime() if i.pod_uid not in self._workers]
-        folders = await asyncio.to_thread(_log_folders, layout.pods_root(self._services.paths.logs))
-        orphans = await self._services.volumes.orphans()
-        uids = {*orphans, *(i.pod_uid for i in containers), *folders, *self._services.networks.uids()}
+        folders = await asyncio.to_thread(_log_folders, layout.pods_root(self._dependencies.paths.logs))
+        orphans = await self._dependencies.volumes.orphans()
+        uids = {*orphans, *(i.pod_uid for i in containers), *folders, *self._dependencies.networks.uids()}
 
         async def clean(uid: str) -> None:
             async with limit:
@@ -272,10 +272,10 @@ class PodManager:
                         if instance.pod_uid == uid:
                             if instance.state is not ContainerState.EXITED:
                                 logger.info("container %s of a pod that is gone is stopped", instance.id)
-                                await termination.stop_instance(self._services, instance.id)
-                            await self._services.runtime.remove(instance.id)
-                    await self._services.volumes.teardown(uid)
-                    await self._services.networks.detach(uid)
+                                await termination.stop_instance(self._dependencies, instance.id)
+                            await self._dependencies.runtime.remove(instance.id)
+                    await self._dependencies.volumes.teardown(uid)
+                    await self._dependencies.networks.detach(uid)
                 except (RuntimeUnavailableError, VolumeError, NetworkError, OSError) as error:
                     logger.warning("remains of pod %s: %s", uid, error)
                     return
@@ -314,7 +314,7 @@ class PodManager:
         )
         if in_use != self._in_use:
             self._in_use = in_use
-            self._services.images.set_in_use(in_use)
+            self._dependencies.images.set_in_use(in_use)
 
 
 def _has_identity(pod: KubeObject) -> bool:

@@ -22,14 +22,14 @@ _REFRESHED_KINDS = frozenset({"configMap", "secret", "projected", "downwardAPI"}
 class Refresher:
     """Belongs to one pod's worker. Times are seconds since the epoch."""
 
-    def __init__(self, services: PodDependencies) -> None:
-        self._services = services
+    def __init__(self, dependencies: PodDependencies) -> None:
+        self._dependencies = dependencies
         self._due = NotBefore()
         self._task: asyncio.Task[None] | None = None
 
     def set_up(self) -> None:
         """The volumes have just been made, so they are fresh."""
-        self._due = NotBefore(self._services.wall_clock(), self._interval())
+        self._due = NotBefore(self._dependencies.wall_clock(), self._interval())
 
     def at_once(self) -> None:
         """Labels or annotations have changed, which downwardAPI volumes show."""
@@ -54,13 +54,13 @@ class Refresher:
             await asyncio.wait({self._task})
 
     def _interval(self) -> float:
-        return self._services.timing.volume_refresh * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load
+        return self._dependencies.timing.volume_refresh * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load
 
     async def _refresh(self, pod: Pod) -> None:
         try:
-            await self._services.volumes.refresh(pod)
+            await self._dependencies.volumes.refresh(pod)
         except (VolumeError, ContainerConfigError, KubeError) as error:
-            self._services.events.event(pod, "Warning", "FailedMount", str(error))
+            self._dependencies.events.event(pod, "Warning", "FailedMount", str(error))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None

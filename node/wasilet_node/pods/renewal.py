@@ -19,8 +19,8 @@ from wasilet_node.runtime.protocol import ContainerStatus
 class Renewal:
     """Belongs to one pod's worker."""
 
-    def __init__(self, services: PodDependencies, instances: Instances) -> None:
-        self._services = services
+    def __init__(self, dependencies: PodDependencies, instances: Instances) -> None:
+        self._dependencies = dependencies
         self._instances = instances
         self._sandbox = PodSandbox(instances)
 
@@ -66,7 +66,7 @@ class Renewal:
 
     async def replace_sandbox(self, pod: Pod) -> None:
         """The sandbox is gone: stop what is left of the pod, and have it begin in another. May be repeated."""
-        self._services.events.event(pod, "Normal", sandboxes.CHANGED_REASON, sandboxes.CHANGED_MESSAGE)
+        self._dependencies.events.event(pod, "Normal", sandboxes.CHANGED_REASON, sandboxes.CHANGED_MESSAGE)
         await self._stop(pod, self._instances.live(), grace_seconds=pod_fields.grace_seconds(pod))
         self._sandbox.replace()
 
@@ -82,7 +82,7 @@ class Renewal:
             return
         grace = Grace(grace_seconds)
         try:
-            await termination.stop_pod(self._services, pod, live, grace=grace, observe=self._instances.observe)
+            await termination.stop_pod(self._dependencies, pod, live, grace=grace, observe=self._instances.observe)
         finally:
             grace.close()
         for instance in live.values():

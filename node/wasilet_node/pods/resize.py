@@ -76,9 +76,9 @@ def _made(instance: ContainerStatus) -> tuple[dict[str, Any], dict[str, Any]] | 
 class Resizes:
     """Belongs to one pod's worker."""
 
-    def __init__(self, services: PodDependencies, pod: Pod, running: Iterable[ContainerStatus]) -> None:
+    def __init__(self, dependencies: PodDependencies, pod: Pod, running: Iterable[ContainerStatus]) -> None:
         """``running``: what an agent before this one has left."""
-        self._services = services
+        self._dependencies = dependencies
         self._accepted = _wanted(pod)
         self._pod_level: Mapping[str, Any] = pod["spec"].get("resources") or {}
         self._restore(pod, running)
@@ -130,7 +130,7 @@ class Resizes:
                 self._accept(pod)  # written in another way, or nothing that is held to
                 return True
             problem = self._infeasible(pod, running)
-            reason, message = ("Infeasible", problem) if problem else ("Deferred", self._services.room(pod))
+            reason, message = ("Infeasible", problem) if problem else ("Deferred", self._dependencies.room(pod))
         except QuantityError as error:
             reason, message = "Infeasible", str(error)
         except RuntimeUnavailableError:
@@ -163,7 +163,7 @@ class Resizes:
 
     def _infeasible(self, pod: Pod, running: Mapping[str, ContainerStatus]) -> str:
         """Why this node cannot do it to what runs; empty: it can. Raises RuntimeUnavailableError."""
-        capabilities = getattr(self._services.runtime, "capabilities", None)
+        capabilities = getattr(self._dependencies.runtime, "capabilities", None)
         if not isinstance(capabilities, RuntimeCapabilities):
             raise RuntimeUnavailableError("not connected")
         for change in self._changes(pod, running):
@@ -224,7 +224,7 @@ class Resizes:
         accepted = self.accepted(pod)
         wanted = held(accepted, change.container)
         try:
-            return await self._services.runtime.resize(
+            return await self._dependencies.runtime.resize(
                 change.instance.id,
                 Resources(
                     memory_limit_bytes=wanted.memory_limit,
@@ -262,7 +262,7 @@ class Resizes:
         return found
 
     def _event(self, pod: Pod, type_: str, reason: str, text: str, *, error: str = "") -> None:
-        self._services.events.event(pod, type_, reason, f"{text}: {summary(pod, error)}")
+        self._dependencies.events.event(pod, type_, reason, f"{text}: {summary(pod, error)}")
 
 
 def summary(pod: Pod, error: str = "") -> str:

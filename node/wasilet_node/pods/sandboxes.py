@@ -72,7 +72,7 @@ class PodSandbox:
         self._round += 1
 
 
-def begins_anew(pod: Pod, latest: Mapping[str, ContainerStatus]) -> bool:
+def begins_again(pod: Pod, latest: Mapping[str, ContainerStatus]) -> bool:
     """Whether a pod that has lost its sandbox gets another. ``latest`` maps names to newest instances.
 
     Not under ``Never``: what was lost has failed. And not when initialization was over and no regular container has to

@@ -11,7 +11,7 @@ from wasilet_common.pod_fields import Container, Pod
 from wasilet_common.time_format import NANOSECONDS, go_duration
 
 from wasilet_node.pods import hooks, resources
-from wasilet_node.pods.container_start import Late, LaunchError, launch
+from wasilet_node.pods.container_start import ContainerStartError, Late, start_container
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.status import Waiting
 from wasilet_node.runtime.protocol import ContainerStatus, RuntimeUnavailableError
@@ -26,9 +26,9 @@ _COMPILE_RETRY_SECONDS = 60.0
 class StartAttempts:
     """Belongs to one pod's worker."""
 
-    def __init__(self, services: PodDependencies, *, late: Late) -> None:
-        """``late``: see ``launch``."""
-        self._services = services
+    def __init__(self, dependencies: PodDependencies, *, late: Late) -> None:
+        """``late``: see ``start_container``."""
+        self._dependencies = dependencies
         self._late = late
         self.waiting: dict[str, Waiting] = {}
         """By container: why the last attempt came to nothing. Cleared by the next that works."""
@@ -69,7 +69,7 @@ class StartAttempts:
             reason="CrashLoopBackOff",
             message=f"back-off {delay} restarting failed container={name} pod={pod_fields.format_pod(pod)}",
         )
-        self._services.events.event(
+        self._dependencies.events.event(
             pod,
             "Warning",
             "BackOff",
@@ -94,14 +94,16 @@ class StartAttempts:
         """One attempt. None: it failed; ``waiting`` says why and ``retry_in`` when. ``fresh``: nothing has crashed, so
         no back-off is counted."""
         name = container["name"]
-        now = self._services.wall_clock()
+        now = self._dependencies.wall_clock()
         attempt = latest.attempt + 1 if latest is not None else 0
         try:
-            started = await launch(self._services, pod, container, attempt=attempt, sandbox=sandbox, late=self._late)
-        except LaunchError as error:
+            started = await start_container(
+                self._dependencies, pod, container, attempt=attempt, sandbox=sandbox, late=self._late
+            )
+        except ContainerStartError as error:
             self.unsure = self.unsure or error.at_once
             self.waiting[name] = Waiting(reason=error.reason, message=error.message)
-            not_before = NotBefore(since=self._services.wall_clock(), seconds=self._delay(name, error))
+            not_before = NotBefore(since=self._dependencies.wall_clock(), seconds=self._delay(name, error))
             self._retry_at[name] = (container.get("image", ""), not_before)
             return None
         if latest is not None and not fresh:
@@ -122,12 +124,12 @@ class StartAttempts:
         if limit is None or self._cpu_limit_told:
             return
         try:
-            capabilities = self._services.runtime.capabilities
+            capabilities = self._dependencies.runtime.capabilities
         except RuntimeUnavailableError:
             return
         if not capabilities.cpu_limits:
             self._cpu_limit_told = True
-            self._services.events.event(
+            self._dependencies.events.event(
                 pod,
                 "Warning",
                 "CPULimitNotEnforced",
@@ -135,8 +137,8 @@ class StartAttempts:
                 field_path=pod_fields.field_path(pod, container["name"]),
             )
 
-    def _delay(self, name: str, error: LaunchError) -> float:
-        timing = self._services.timing
+    def _delay(self, name: str, error: ContainerStartError) -> float:
+        timing = self._dependencies.timing
         if error.at_once:
             return _RUNTIME_RETRY_SECONDS
         if error.counts:
@@ -165,17 +167,19 @@ class StartAttempts:
             return True
         try:
             await hooks.run_hook(
-                self._services.runtime,
+                self._dependencies.runtime,
                 pod,
                 container,
                 instance.id,
                 hook,
-                networks=self._services.networks,
+                networks=self._dependencies.networks,
                 timeout_seconds=hooks.POST_START_TIMEOUT_SECONDS,
             )
         except hooks.HookError as error:
             path = pod_fields.field_path(pod, container["name"])
-            self._services.events.event(pod, "Warning", "FailedPostStartHook", "PostStartHook failed", field_path=path)
+            self._dependencies.events.event(
+                pod, "Warning", "FailedPostStartHook", "PostStartHook failed", field_path=path
+            )
             self.waiting[container["name"]] = Waiting(reason="PostStartHookError", message=str(error))
             return False
         return True

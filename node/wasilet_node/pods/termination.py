@@ -79,7 +79,7 @@ Observe = Callable[[ContainerStatus], None]
 
 
 async def kill_container(
-    services: PodDependencies,
+    dependencies: PodDependencies,
     pod: Pod,
     container: Container,
     instance: ContainerStatus,
@@ -91,20 +91,20 @@ async def kill_container(
     """Stop one instance. ``turn``: what to wait for after preStop, within the grace. None: the runtime no longer
     knows it. Raises RuntimeUnavailableError when the runtime stays away."""
     path = pod_fields.field_path(pod, container["name"])
-    services.events.event(pod, "Normal", "Killing", message, field_path=path)
+    dependencies.events.event(pod, "Normal", "Killing", message, field_path=path)
     hook = (container.get("lifecycle") or {}).get("preStop")
     try:
         if hook is not None and grace.remaining > 0:
             try:
                 done = await grace.run(
                     hooks.run_hook(
-                        services.runtime,
+                        dependencies.runtime,
                         pod,
                         container,
                         instance.id,
                         hook,
                         timeout_seconds=grace.remaining,
-                        networks=services.networks,
+                        networks=dependencies.networks,
                     )
                 )
                 if not done:
@@ -113,7 +113,7 @@ async def kill_container(
                     )
             except hooks.HookError as error:
                 logger.info("%s", error)
-                services.events.event(pod, "Warning", "FailedPreStopHook", "PreStopHook failed", field_path=path)
+                dependencies.events.event(pod, "Warning", "FailedPreStopHook", "PreStopHook failed", field_path=path)
         if turn is not None:
             waiting, turn = turn, None
             await grace.run(waiting)
@@ -121,30 +121,32 @@ async def kill_container(
         if turn is not None:
             turn.close()
     drained: list[ContainerStatus] = []
-    await grace.run(_drain(services, instance.id, grace, drained))
-    return drained[0] if drained else await stop_instance(services, instance.id)
+    await grace.run(_drain(dependencies, instance.id, grace, drained))
+    return drained[0] if drained else await stop_instance(dependencies, instance.id)
 
 
-async def _drain(services: PodDependencies, container_id: str, grace: Grace, drained: list[ContainerStatus]) -> None:
+async def _drain(
+    dependencies: PodDependencies, container_id: str, grace: Grace, drained: list[ContainerStatus]
+) -> None:
     """A server ends when its requests are answered; everything else does at once. A grace that is shortened ends this,
     and so does a runtime that does not answer: killing follows."""
     seconds = grace.remaining
     if seconds <= 0:
         return
     with contextlib.suppress(RuntimeUnavailableError):
-        stopped = await services.runtime.stop(
-            container_id, timeout_seconds=services.timing.stop_timeout, grace_seconds=seconds
+        stopped = await dependencies.runtime.stop(
+            container_id, timeout_seconds=dependencies.timing.stop_timeout, grace_seconds=seconds
         )
         if stopped is not None:
             drained.append(stopped)
 
 
-async def stop_instance(services: PodDependencies, container_id: str) -> ContainerStatus | None:
+async def stop_instance(dependencies: PodDependencies, container_id: str) -> ContainerStatus | None:
     """Kill and reap; waits for a runtime that is being replaced. Raises RuntimeUnavailableError after 8 attempts."""
     retry = RetryBackoff(initial=0.2, maximum=5.0)
     for attempt in range(1, _MAX_ATTEMPTS + 1):
         try:
-            return await services.runtime.stop(container_id, timeout_seconds=services.timing.stop_timeout)
+            return await dependencies.runtime.stop(container_id, timeout_seconds=dependencies.timing.stop_timeout)
         except RuntimeUnavailableError:
             if attempt == _MAX_ATTEMPTS:
                 raise
@@ -153,7 +155,7 @@ async def stop_instance(services: PodDependencies, container_id: str) -> Contain
 
 
 async def stop_pod(
-    services: PodDependencies, pod: Pod, live: Mapping[str, ContainerStatus], *, grace: Grace, observe: Observe
+    dependencies: PodDependencies, pod: Pod, live: Mapping[str, ContainerStatus], *, grace: Grace, observe: Observe
 ) -> None:
     """Stop all instances in ``live`` (by container name), each in its turn; ``observe`` receives every end."""
     dead = {name: asyncio.Event() for name in live}
@@ -166,7 +168,7 @@ async def stop_pod(
         name = container["name"]
         try:
             stopped = await kill_container(
-                services,
+                dependencies,
                 pod,
                 container,
                 instance,

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class TerminationMessages:
     """Belongs to one pod's worker. ``changed`` is called when a message has been read."""
 
-    def __init__(self, services: PodDependencies, *, changed: Callable[[], None]) -> None:
-        self._services = services
+    def __init__(self, dependencies: PodDependencies, *, changed: Callable[[], None]) -> None:
+        self._dependencies = dependencies
         self._changed = changed
         self._texts: dict[str, str] = {}
         self._reading: dict[str, asyncio.Task[None]] = {}
@@ -77,7 +77,7 @@ class TerminationMessages:
     async def _read(self, pod: Pod, container: Container, instance: ContainerStatus) -> None:
         text = instance.message
         try:
-            text = await self._services.host_threads.run(
+            text = await self._dependencies.host_threads.run(
                 "the termination message", lambda: self._message(pod, container, instance)
             )
         except (OSError, ValueError, VolumeError) as error:
@@ -86,7 +86,7 @@ class TerminationMessages:
 
     def _message(self, pod: Pod, container: Container, instance: ContainerStatus) -> str:
         """The runtime's message (a trap), then the termination message: the file, or the log's tail after a failure."""
-        said = self._services.volumes.termination_message(pod, container, attempt=instance.attempt)
+        said = self._dependencies.volumes.termination_message(pod, container, attempt=instance.attempt)
         on_error = container.get("terminationMessagePolicy") == "FallbackToLogsOnError"
         if not said and on_error and instance.exit_code != 0 and instance.reason != "StartError":
             said = last_text(instance.log_path)

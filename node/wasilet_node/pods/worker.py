@@ -62,7 +62,7 @@ class PodWorker:
 
     def __init__(
         self,
-        services: PodDependencies,
+        dependencies: PodDependencies,
         pod: Pod,
         *,
         instances: Iterable[ContainerStatus] = (),
@@ -71,7 +71,7 @@ class PodWorker:
     ) -> None:
         """``rejected``: admission's refusal, which makes the pod Failed. ``held``: the pod can never run here but is
         kept waiting, because its controller would replace a failed one for ever."""
-        self.services = services
+        self.dependencies = dependencies
         self.pod = pod
         self.uid = pod_fields.uid(pod)
         self.stage = Stage.ACTIVE
@@ -81,17 +81,17 @@ class PodWorker:
         self.status: Mapping[str, Any] = pod.get("status") or {}
         self._rejected = rejected is not None
         self._wake = asyncio.Event()
-        self._status_writer = StatusWriter(services.kube, pod, on_gone=self.remove, pace=services.status_pace)
+        self._status_writer = StatusWriter(dependencies.kube, pod, on_gone=self.remove, pace=dependencies.status_pace)
         self._probes = PodProbes(
             pod,
-            runtime=services.runtime,
-            networks=services.networks,
-            events=services.events,
+            runtime=dependencies.runtime,
+            networks=dependencies.networks,
+            events=dependencies.events,
             results=self.results,
             changed=self._wake.set,
-            observe=services.observe_probe,
+            observe=dependencies.observe_probe,
         )
-        self._messages = TerminationMessages(services, changed=self._wake.set)
+        self._messages = TerminationMessages(dependencies, changed=self._wake.set)
         self._job: asyncio.Task[None] | None = None
         self._job_retry = RetryBackoff()
         self._not_before = NotBefore()
@@ -104,7 +104,13 @@ class PodWorker:
             ended=lambda instance, newest: self._messages.note(self.pod, instance, newest=newest),
         )
         self._containers = ContainerSync(
-            services, pod, instances=self.instances, results=self.results, messages=self._messages, jobs=self, held=held
+            dependencies,
+            pod,
+            instances=self.instances,
+            results=self.results,
+            messages=self._messages,
+            jobs=self,
+            held=held,
         )
         self._counted: tuple[Mapping[str, Any], Requests] | None = None
         self._containers.seed_back_off()
@@ -202,7 +208,7 @@ class PodWorker:
 
     def _step(self) -> float | None:
         """Look at everything, start what is to be done, publish. Returns when to look again, in seconds."""
-        now = self.services.wall_clock()
+        now = self.dependencies.wall_clock()
         delay: float | None = None
         if self.stage is Stage.ACTIVE:
             delay = self._decide_the_end(now)
@@ -243,7 +249,7 @@ class PodWorker:
 
     def put_off(self, retry: RetryBackoff | None = None) -> None:
         """No job for a while: by this back-off, or by that of jobs that fail."""
-        self._not_before = NotBefore(self.services.wall_clock(), (retry or self._job_retry).next())
+        self._not_before = NotBefore(self.dependencies.wall_clock(), (retry or self._job_retry).next())
 
     async def publish_status(self) -> None:
         """Have the API server know the status, within a second or so."""
@@ -260,7 +266,7 @@ class PodWorker:
         if (error := task.exception()) is not None:
             logger.error("pod %s: a job failed", pod_fields.format_pod(self.pod), exc_info=error)
             self.put_off()
-        elif self._not_before.left(self.services.wall_clock()) <= 0:
+        elif self._not_before.left(self.dependencies.wall_clock()) <= 0:
             self._job_retry.reset()
 
     # ---- the end
@@ -275,7 +281,7 @@ class PodWorker:
             started = parse_rfc3339(self.status.get("startTime"))
             left = float(limit) - (now - started) if started is not None else float(limit)
             if left <= 0:
-                self.services.events.event(self.pod, "Normal", DEADLINE.reason, DEADLINE.message)
+                self.dependencies.events.event(self.pod, "Normal", DEADLINE.reason, DEADLINE.message)
                 self.verdict = DEADLINE
                 self._begin_to_end(pod_fields.grace_seconds(self.pod))
             else:
@@ -298,10 +304,10 @@ class PodWorker:
         live = self.instances.live()
         if live:
             try:
-                await termination.stop_pod(self.services, self.pod, live, grace=grace, observe=self.observe)
+                await termination.stop_pod(self.dependencies, self.pod, live, grace=grace, observe=self.observe)
             except* RuntimeUnavailableError as errors:
                 message = f"error killing pod: {errors.exceptions[0]}"
-                self.services.events.event(self.pod, "Warning", "FailedKillPod", message)
+                self.dependencies.events.event(self.pod, "Warning", "FailedKillPod", message)
                 raise
             for instance in live.values():
                 self.instances.assume_dead(instance)
@@ -311,9 +317,9 @@ class PodWorker:
         self._stopped = True
         self._probes.close()
         self._publish()
-        await self.services.volumes.teardown(self.uid)
-        await self.services.networks.detach(self.uid)
-        self.services.references.release(self.uid)
+        await self.dependencies.volumes.teardown(self.uid)
+        await self.dependencies.networks.detach(self.uid)
+        self.dependencies.references.release(self.uid)
         self.stage = Stage.ENDED
 
     async def _finish(self) -> None:
@@ -323,7 +329,7 @@ class PodWorker:
             await self._status_writer.flush()
         if not self.removed:
             try:
-                await self.services.kube.delete(pod_fields.path(self.pod), grace_period_seconds=0, uid=self.uid)
+                await self.dependencies.kube.delete(pod_fields.path(self.pod), grace_period_seconds=0, uid=self.uid)
             except NotFoundError:
                 self.removed = True
             except KubeError as error:
@@ -334,16 +340,16 @@ class PodWorker:
         for instance in self.instances:
             # What only the status knows has no record here, and its id is whatever someone wrote there.
             if instance.log_path:
-                await self.services.runtime.remove(instance.id)
-        self.services.references.release(self.uid)
-        await asyncio.to_thread(layout.remove_folder, layout.folder_of_pod(self.services.paths.logs, self.pod))
+                await self.dependencies.runtime.remove(instance.id)
+        self.dependencies.references.release(self.uid)
+        await asyncio.to_thread(layout.remove_folder, layout.folder_of_pod(self.dependencies.paths.logs, self.pod))
         self._finished = True
 
     # ---- what is reported
 
     def _publish(self) -> None:
         """Compute the status and have it sent; one that only says "being created" may wait for what comes next."""
-        now = rfc3339(int(self.services.wall_clock() * NANOSECONDS))
+        now = rfc3339(int(self.dependencies.wall_clock() * NANOSECONDS))
         if self._rejected and self.verdict is not None:
             if not pod_fields.is_terminal(self.pod):
                 self.status = status_of.rejected(self.pod, self.verdict, now)
@@ -360,7 +366,7 @@ class PodWorker:
                 old=self._old_status(),
                 instances=self.instances.by_container,
                 probes=self.results,
-                node=self.services.node(),
+                node=self.dependencies.node(),
                 now=now,
                 waiting=waiting,
                 message_of=self._messages.of,
@@ -384,7 +390,7 @@ class PodWorker:
         self._status_writer.submit(self.status, urgent=begun or self.stage is not Stage.ACTIVE)
 
     def _pod_addresses(self) -> tuple[str, ...] | None:
-        networks = self.services.networks
+        networks = self.dependencies.networks
         own = networks.addresses(self.pod)
         return None if own is None and networks.shares_machine(self.pod) else own or ()
 

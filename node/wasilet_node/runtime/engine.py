@@ -57,7 +57,8 @@ def make_engine(*, server: bool = False) -> wasmtime.Engine:
 
 
 def make_linkers() -> Linkers:
-    """WASI preview 1 for modules and preview 2 for components; neither can reach the network."""
+    """WASI preview 1 for modules and preview 2 for components. Neither reaches a network unless its store allows it
+    (``hostcalls.sockets``)."""
     import wasmtime
     from wasmtime import component as wasmtime_component
 

@@ -193,13 +193,13 @@ def main(arguments: list[str]) -> None:
         os._exit(START_ERROR_EXIT_CODE)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    from wasilet_node.runtime import sandbox
+    from wasilet_node.runtime import guest, sandbox
     from wasilet_node.runtime.engine import make_linkers
 
     with os.fdopen(plan_fd, "rb") as file:
         config = wire.load_config(json.loads(file.read()))
     linux.drop_privileges()
-    tools = sandbox.make_tools(make_linkers())
+    tools = guest.make_tools(make_linkers())
     sandbox.run_here(config, tools, report=report_fd, on_listening=_print_address)
 
 

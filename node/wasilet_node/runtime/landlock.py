@@ -2,8 +2,8 @@
 
 Should a guest break out of WebAssembly it would have the rights of the agent's user. With this it reaches the folders
 that are mounted into its container and no other file, makes no TCP connections, and can neither signal nor trace
-processes outside. A guest that may speak HTTP must resolve names and read certificates, so for it TCP stays allowed and
-those files can be read (``wasilet_node.runtime.resolving``).
+processes outside. A guest that may speak HTTP, or that has its pod's network, must resolve names and read certificates:
+for it TCP stays allowed and those files can be read (``wasilet_node.runtime.resolving``).
 
 Kernels without Landlock, or with its first version only (which forbids to rename from one folder into another), run
 the sandbox without it, as do those whose file systems refuse: it is one fence more, never a condition. Numbers are

@@ -241,7 +241,7 @@ class NamespaceSession:
         match request["op"]:
             case "make":
                 key = str(request["key"])
-                self._namespaces.make(key, lambda descriptor, problem: self._made_anew(key, descriptor, problem))
+                self._namespaces.make(key, lambda descriptor, problem: self._made_again(key, descriptor, problem))
             case "get":
                 self._made(self._namespaces.descriptor(str(request["key"])) or -1, "not kept here")
             case "hold":
@@ -255,10 +255,10 @@ class NamespaceSession:
             case operation:
                 self._answer({"error": f"unknown operation {operation!r}"})
 
-    def _made_anew(self, key: str, descriptor: int, problem: str) -> None:
+    def _made_again(self, key: str, descriptor: int, problem: str) -> None:
         self._made(descriptor, problem)
         if descriptor >= 0 and self._watch is None:
-            # The agent gave up waiting: it asks under another key, and nobody would drop this one.
+            # The agent gave up waiting: it asks under another key, and no one would drop this one.
             self._namespaces.drop([key])
 
     def _made(self, descriptor: int, problem: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from wasilet_common.cri_log.writer import READ_BYTES
 
-from wasilet_node.runtime import sandbox
+from wasilet_node.runtime import guest, sandbox
 from wasilet_node.runtime.cgroups import Group
 from wasilet_node.runtime.loop import Loop, Watch
 from wasilet_node.runtime.protocol import ContainerConfig
@@ -254,7 +254,7 @@ class SandboxProcess:
         if "exit" in report:
             return Outcome(exit_code=int(str(report["exit"])) & 0xFF)
         if "trap" in report:
-            return Outcome(exit_code=sandbox.TRAP_EXIT_CODE, message=str(report["trap"]))
+            return Outcome(exit_code=guest.TRAP_EXIT_CODE, message=str(report["trap"]))
         if "error" in report:
             return Outcome(
                 exit_code=sandbox.START_ERROR_EXIT_CODE,

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from wasilet_node.runtime import engine, linux, private_root, sandbox, supervisor_registry, user_namespace, wire
+from wasilet_node.runtime import engine, guest, linux, private_root, sandbox, supervisor_registry, user_namespace, wire
 from wasilet_node.runtime.cgroups import CgroupManager
 from wasilet_node.runtime.containers import Container, Containers, RequestError
 from wasilet_node.runtime.loop import READ, Loop, Watch
@@ -77,7 +77,7 @@ class Supervisor:
             raise OSError("/proc does not show this process; is it mounted?")
         # Before anything is known of any container.
         self._zygote = Zygote(
-            sandbox.make_tools(engine.make_linkers()), own_users=isolated, own_roots=isolated and _own_roots()
+            guest.make_tools(engine.make_linkers()), own_users=isolated, own_roots=isolated and _own_roots()
         )
         owner = Owner(pid=pid, start_time=start_time)
         self._paths = paths

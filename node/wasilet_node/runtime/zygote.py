@@ -28,7 +28,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wasilet_node.runtime import engine, linux, sandbox, wire
+from wasilet_node.runtime import engine, guest, linux, sandbox, wire
 from wasilet_node.runtime.loop import Loop, Watch
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Spare:
 class Zygote:
     """The supervisor's side. Made before the supervisor knows of any container."""
 
-    def __init__(self, tools: sandbox.GuestTools, *, own_users: bool = False, own_roots: bool = False) -> None:
+    def __init__(self, tools: guest.GuestTools, *, own_users: bool = False, own_roots: bool = False) -> None:
         """Fork it. ``own_users``: each sandbox becomes a user of its own, which takes CAP_SETUID and CAP_SETGID.
         ``own_roots``: each has a file tree of its own, which takes CAP_SYS_ADMIN. Raises OSError."""
         self.own_users = own_users
@@ -243,7 +243,7 @@ def _decoded(message: wire.Message, descriptors: list[int]) -> sandbox.ChildPlan
 # --- the zygote's own process ---------------------------------------------------------------------------------------
 
 
-def _run(commands: socket.socket, parent: int, tools: sandbox.GuestTools) -> NoReturn:
+def _run(commands: socket.socket, parent: int, tools: guest.GuestTools) -> NoReturn:
     code = 1
     try:
         linux.close_range_except((commands.fileno(),))
@@ -257,7 +257,7 @@ def _run(commands: socket.socket, parent: int, tools: sandbox.GuestTools) -> NoR
         os._exit(code)
 
 
-def _serve(commands: socket.socket, tools: sandbox.GuestTools) -> None:
+def _serve(commands: socket.socket, tools: guest.GuestTools) -> None:
     """Make sandboxes on demand until the supervisor is gone."""
     linux.set_name("wasilet-zygote")
     signal.set_wakeup_fd(-1)
@@ -278,7 +278,7 @@ def _serve(commands: socket.socket, tools: sandbox.GuestTools) -> None:
             channel.close()
 
 
-def _make(count: int, tools: sandbox.GuestTools) -> tuple[list[int], list[socket.socket]]:
+def _make(count: int, tools: guest.GuestTools) -> tuple[list[int], list[socket.socket]]:
     """Sandboxes that wait, with the supervisor's ends of their sockets. Raises OSError; those that were made until then
     see end of file on their sockets."""
     threads = linux.thread_count()
@@ -311,7 +311,7 @@ def _make(count: int, tools: sandbox.GuestTools) -> tuple[list[int], list[socket
     return pids, [ours for ours, _ in pairs]
 
 
-def _make_and_end(pairs: list[tuple[socket.socket, socket.socket]], writer: int, tools: sandbox.GuestTools) -> NoReturn:
+def _make_and_end(pairs: list[tuple[socket.socket, socket.socket]], writer: int, tools: guest.GuestTools) -> NoReturn:
     code = 1
     try:
         for _, theirs in pairs:
@@ -324,7 +324,7 @@ def _make_and_end(pairs: list[tuple[socket.socket, socket.socket]], writer: int,
         os._exit(code)
 
 
-def _wait(channel: int, tools: sandbox.GuestTools) -> NoReturn:
+def _wait(channel: int, tools: guest.GuestTools) -> NoReturn:
     """A sandbox, from its fork to its plan, which it then carries out."""
     try:
         linux.close_range_except((channel,))
@@ -358,7 +358,7 @@ def main(arguments: list[str]) -> NoReturn:
     """A zygote in place of one that was killed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s zygote[%(process)d] %(message)s")
     descriptor, parent = (int(argument) for argument in arguments)
-    _run(socket.socket(fileno=descriptor), parent, sandbox.make_tools(engine.make_linkers()))
+    _run(socket.socket(fileno=descriptor), parent, guest.make_tools(engine.make_linkers()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kubernetes' own end-to-end tests as programs: ``e2e.test`` and ginkgo, built once a machine from the pinned modules.
+"""Kubernetes' own end-to-end tests ``e2e.test`` and ginkgo, built once per machine from the pinned modules.
 
 Both are built with the flags of the control plane's own build, so that Go's cache serves most of the packages.
 """
@@ -60,7 +60,7 @@ def _build(command: tuple[str, ...], package: str, output: Path, say: Callable[[
     go = find_go(os.environ)
     if go.path is None:
         raise HarnessError(f"the conformance tests are built with Go: {go.problem}")
-    say(f"building {package} (minutes, once a machine)")
+    say(f"building {package} (minutes, once per machine)")
     making = output.with_name(f".{output.name}.{os.getpid()}")
     process.run(
         [

@@ -1,6 +1,6 @@
 """Making a kind node image: Debian packages, binaries from the pinned Go modules, and a containerd filled beforehand.
 
-The image is kept by the engine under a tag that names what it was made of, so it is made once a machine (about two
+The image is kept by the engine under a tag that names what it was made of, so it is made once per machine (about two
 minutes when the binaries are there). Its parts are this folder's ``files``.
 """
 
@@ -65,7 +65,7 @@ def node_image(engine: Engine, *, cache: Path, binaries_cache: Path, say: Callab
     image = f"{REPOSITORY}:{_key(base, _files_digest(), *(BINARIES[name].version for name in _PROGRAMS))}"
     if _has(engine, image):
         return image
-    say("making a kind node image from Debian packages and Go modules (once a machine)")
+    say("making a kind node image from Debian packages and Go modules (once per machine)")
     found = acquire(_PROGRAMS, cache=binaries_cache, environ=os.environ, progress=say)
     programs = {name: place.path for name, place in found.items()}
     programs |= {name: build_go_tool(name, cache=cache) for name in ("softrunc", "pause")}

@@ -58,7 +58,7 @@ async def test_a_cancelled_caller_leaves_the_others_their_work() -> None:
     assert work.cancelled == 0
 
 
-async def test_the_last_cancelled_caller_cancels_the_work_and_the_next_one_starts_anew() -> None:
+async def test_the_last_cancelled_caller_cancels_the_work_and_the_next_one_starts_again() -> None:
     flights: SingleFlight[str, int] = SingleFlight()
     work = Work()
     callers = [asyncio.create_task(flights.do("a", work)) for _ in range(2)]

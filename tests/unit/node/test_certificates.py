@@ -141,7 +141,7 @@ async def test_an_expired_certificate_falls_back_to_the_bootstrap_file(cluster: 
     assert cluster.users == ["bootstrap", "bootstrap"]
 
 
-async def test_a_certificate_of_a_cluster_that_was_made_anew_is_replaced(cluster: FakeCluster, tmp_path: Path) -> None:
+async def test_a_certificate_of_a_cluster_that_was_made_again_is_replaced(cluster: FakeCluster, tmp_path: Path) -> None:
     bootstrap = cluster.bootstrap(tmp_path)
     async with joined(certificates(tmp_path, bootstrap)):
         pass

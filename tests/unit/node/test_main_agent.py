@@ -88,7 +88,7 @@ async def test_a_stop_ends_all_parts_and_writes_the_last_events(tmp_path: Path) 
     assert store.count("POST", "/api/v1/namespaces/d/events") == 1
 
 
-def test_what_a_person_can_mend_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_person_can_repair_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     log_failure(BaseExceptionGroup("parts", [ExceptionGroup("inner", [JoinError("no token")])]))
     assert [record.getMessage() for record in caplog.records] == ["no token"]
     assert caplog.records[0].exc_info is None

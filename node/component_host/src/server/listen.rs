@@ -1,6 +1,6 @@
 //! Taking connections, and the end of a server.
 
-use crate::door;
+use crate::ffi;
 use crate::report::Report;
 use crate::server::connection;
 use crate::server::request::Service;
@@ -14,10 +14,10 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 /// After an accept that failed, which is mostly for want of descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
-/// While lingering: nobody came for this long, so nobody is sent here any more.
+/// While lingering: no one came for this long, so no one is sent here any more.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// Serve until SIGTERM, then drain: nothing that was accepted is lost. Whoever sent the signal limits the time.
+/// Serve until SIGTERM, then drain: nothing that was accepted is lost. The sender of the signal limits the time.
 pub async fn until_drained(
     listener: std::net::TcpListener,
     service: Arc<Service>,
@@ -25,7 +25,7 @@ pub async fn until_drained(
 ) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
-    let mut terminations = pipe::Receiver::from_owned_fd(door::terminations()?)?;
+    let mut terminations = pipe::Receiver::from_owned_fd(ffi::terminations()?)?;
     report.started();
     loop {
         tokio::select! {
@@ -35,7 +35,7 @@ pub async fn until_drained(
     }
     linger(&listener, &service).await;
     drop(listener);
-    // It may be that nobody looks, with no connection.
+    // It may be that no one looks, with no connection.
     service.closing.send_replace(true);
     service.connections.none().await;
     let all = service.settings.max_concurrent;

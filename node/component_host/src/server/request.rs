@@ -139,7 +139,7 @@ struct Counted {
     begin: Instant,
 }
 
-/// nginx' status for a client that closed its request: for the counters, nobody reads the answer.
+/// nginx' status for a client that closed its request: for the counters, no one reads the answer.
 const CLIENT_GONE: u16 = 499;
 
 impl Counted {

@@ -42,6 +42,13 @@ impl wasip2::exports::http::incoming_handler::Guest for Handler {
                 text(again, 200, "twice\n");
             }
             "/half" => drop(begin(out, 200, &[("content-length", "100")])),
+            "/body-first" => {
+                let response = OutgoingResponse::new(Fields::new());
+                let body = response.body().unwrap();
+                write(&body, &vec![b'x'; query.parse().unwrap_or(1)]);
+                ResponseOutparam::set(out, Ok(response));
+                let _ = OutgoingBody::finish(body, None);
+            }
             "/then-loop" => {
                 let body = begin(out, 200, &[]);
                 write(&body, b"a piece\n");

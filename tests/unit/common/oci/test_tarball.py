@@ -81,7 +81,7 @@ def test_a_whiteout_hides_the_file_of_the_layers_below(tmp_path: Path, whiteout:
     assert take(layer(tmp_path, archive((whiteout, b""))), "app/main.wasm")[0] == Found(deleted=True)
 
 
-def test_an_opaque_folder_may_hold_the_file_anew(tmp_path: Path) -> None:
+def test_an_opaque_folder_may_hold_the_file_again(tmp_path: Path) -> None:
     path = layer(tmp_path, archive(("app/.wh..wh..opq", b""), ("app/main.wasm", DATA)))
     assert take(path, "app/main.wasm") == (Found(size=len(DATA)), DATA)
 

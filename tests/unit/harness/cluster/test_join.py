@@ -70,7 +70,7 @@ async def test_bytes_pass_both_ways_and_an_end_is_passed_on() -> None:
         await writer.wait_closed()
 
 
-async def test_a_server_that_is_away_closes_the_connection_and_the_door_stays() -> None:
+async def test_a_server_that_is_away_closes_the_connection_and_the_proxy_stays() -> None:
     async with door(free_port()) as port:
         for _ in range(2):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -122,7 +122,7 @@ async def test_stopping_ends_connections_that_are_open() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "host", "host:", ":1", "host:0", "host:65536", "host:x"])
-def test_an_address_of_a_door_is_a_host_and_a_port(text: str) -> None:
+def test_an_address_of_a_proxy_is_a_host_and_a_port(text: str) -> None:
     with pytest.raises(SystemExit):
         tcp_proxy.main(["--listen", text, "--to", "127.0.0.1:1"])
 
@@ -200,7 +200,7 @@ def test_the_data_folder_of_an_ordinary_user_is_made_by_systemd(data_dir: str, u
     assert next((line for line in lines if line.startswith("StateDirectory=")), None) == expected
 
 
-def test_a_node_runs_as_whoever_asks_for_its_unit() -> None:
+def test_a_node_runs_as_the_user_who_asks_for_its_unit() -> None:
     assert join.unit_user({"SUDO_USER": "ann"}) == "ann"
     assert join.unit_user({}) == pwd.getpwuid(os.geteuid()).pw_name
 
@@ -245,7 +245,7 @@ def test_what_other_machines_cannot_reach_is_known(server: str, *, expected: boo
     assert join.is_loopback(server) is expected
 
 
-def test_the_name_on_the_servers_certificate_goes_along_with_a_doors_address() -> None:
+def test_the_name_on_the_servers_certificate_goes_along_with_a_proxys_address() -> None:
     config = bootstrap_config(
         server="https://192.0.2.1:7000", ca=b"CA", client_ca=b"CLIENT", token=Token("abcdef", "0" * 16),
         tls_server_name="127.0.0.1",

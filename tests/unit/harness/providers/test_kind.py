@@ -264,7 +264,7 @@ def test_up_starts_a_stopped_cluster_of_ours_and_waits_for_it(world: World, sett
     assert failure.hint.startswith("`invoke down --purge --name unit`")
 
 
-def test_what_an_interrupted_run_left_is_deleted_and_made_anew(world: World, settings: Settings) -> None:
+def test_what_an_interrupted_run_left_is_deleted_and_made_again(world: World, settings: Settings) -> None:
     world.configure(kubeconfig="")
     theirs(world, id="half", created="2099-01-01T00:00:00.000000001Z")
     with open_cluster(settings) as cluster:
@@ -285,7 +285,7 @@ def test_a_cluster_made_before_our_run_began_is_never_taken_for_ours(world: Worl
     assert world.calls("kind", "delete") == []
 
 
-def test_a_cluster_that_was_made_anew_by_hand_under_our_name_stays(world: World, cluster: Cluster) -> None:
+def test_a_cluster_that_was_made_again_by_hand_under_our_name_stays(world: World, cluster: Cluster) -> None:
     theirs(world)
     update_facts(cluster, created=True, ids=["ours"])
     assert "stays" in KindProvider().destroy(cluster)

@@ -157,7 +157,7 @@ def test_a_killed_run_does_not_hold_the_cluster(machine: Machine) -> None:
     assert machine.asked == ["up", "purge"]
 
 
-def test_a_cluster_made_anew_since_a_run_was_killed_is_nobodys_to_remove(machine: Machine) -> None:
+def test_a_cluster_made_again_since_a_run_was_killed_is_nobodys_to_remove(machine: Machine) -> None:
     join(machine.wish, dead())
     machine.state.remove()
     machine.start()

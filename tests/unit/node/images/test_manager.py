@@ -384,7 +384,7 @@ async def test_a_pull_that_breaks_off_goes_on_where_it_ended(rig: Rig) -> None:
     assert all(span and int(span[6:-1]) > 0 for span in spans[1:])
 
 
-async def test_a_pull_goes_on_after_a_restart_and_begins_anew_from_a_spoilt_part(rig: Rig) -> None:
+async def test_a_pull_goes_on_after_a_restart_and_begins_again_from_a_spoilt_part(rig: Rig) -> None:
     rig.registry.add_cncf("a/hello:v1", BIG)
     for part in (BIG[:100_000], b"X" * 100_000, BIG + b"X", BIG):
         await rig.restart()

@@ -6,6 +6,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -370,3 +371,27 @@ async def test_idle_connections_probe_their_peer() -> None:
                 options.append(protocol.transport.get_extra_info("socket").getsockopt(
                     socket.IPPROTO_TCP, socket.TCP_KEEPIDLE))  # fmt: skip
     assert options == [15]
+
+
+async def test_a_request_that_is_cancelled_at_any_moment_leaves_no_connection(
+    identity_server: tuple[str, Pair, Pair, list[str]],
+) -> None:
+    url, first, _, (ca,) = identity_server
+    port = urlsplit(url).port
+    assert port is not None
+    identity = Credentials(certificate=first.certificate, key=first.key)
+    for turns in [*range(50), *range(50)]:
+        kube = KubeClient(Cluster(server=url, ca_data=ca), identity, user_agent="test")
+        asking = asyncio.create_task(kube.get("/x"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        await kube.close()
+        assert established_to(port) == 0, f"cancelled after {turns} turns of the loop"
+
+
+def established_to(port: int) -> int:
+    """How many connections of this machine to a port are established (``/proc/net/tcp``: 01), on the asking end."""
+    rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    return sum(remote.endswith(f":{port:04X}") and state == "01" for _, _, remote, state, *_ in rows)

@@ -61,7 +61,7 @@ async def test_a_missing_object_is_reported_at_once_in_kubelets_words(
     assert kube.calls["/api/v1/namespaces/default/secrets/s"] == 1
 
 
-async def test_a_start_reads_anew_and_a_refresh_does_not(kube: ReferenceKube, references: References) -> None:
+async def test_a_start_reads_again_and_a_refresh_does_not(kube: ReferenceKube, references: References) -> None:
     kube.config_map("cm", {"k": "1"})
     assert await data(references) == {"k": "1"}
     kube.config_map("cm", {"k": "2"})

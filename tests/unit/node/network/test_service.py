@@ -9,6 +9,7 @@ import fcntl
 import functools
 import ipaddress
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
 from wasilet_node.settings import NetworkSettings, NodePaths
 
+from tests.another_machine import another_machine
 from tests.unit.node.network.test_netlink import in_namespace
 from tests.unit.node.runtime.component_guests import ACCESS_DENIED, socket_guest
 from tests.unit.node.runtime.guests import connected, eventually, running_supervisor
@@ -470,7 +472,87 @@ def test_the_gateway_keeps_its_hardware_address_whatever_pods_come(tmp_path: Pat
     with_machine(work)
 
 
-def test_pods_reach_the_machine_at_all_its_addresses_and_nothing_beyond_it(tmp_path: Path) -> None:
+async def asked(pods: PodNetwork, target: str, port: int = 80) -> str:
+    """What a server sends to a pod that connects; empty: the connection was refused or reset.
+
+    While the kernel takes other namespaces down, a new bridge port may forward nothing for seconds, and a lost SYN is
+    repeated ever later: so each attempt has a socket of its own."""
+    loop = asyncio.get_running_loop()
+    for attempts_left in reversed(range(20)):
+        client, _ = await pods._in_thread(pods._socket_inside, "u1")
+        with client:
+            try:
+                async with asyncio.timeout(2):
+                    await loop.sock_connect(client, (target, port))
+                    return (await loop.sock_recv(client, 100)).decode()
+            except (ConnectionRefusedError, ConnectionResetError):
+                return ""
+            except TimeoutError:
+                if not attempts_left:
+                    raise
+    raise AssertionError
+
+
+def test_pods_reach_other_machines_and_nothing_that_only_this_one_reaches(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for name, address, own in (("lan", "192.0.2.10", "192.0.2.9"), ("wlother", "10.29.0.5", "10.29.0.1")):
+                stack.enter_context(another_machine(name, address, own=own))
+            rig = await stack.enter_async_context(running_supervisor(tmp_path))
+            pods = await stack.enter_async_context(Running(network(rig.paths)))
+            await pods.attach(pod("u1"))
+            process = await outward_process()
+            assert await asked(pods, "192.0.2.10") == "hello 192.0.2.9\n"
+            rows = {
+                "a port at which the other machine does not listen": ("192.0.2.10", 81),
+                "a kubelet": ("192.0.2.10", 10250),
+                "a network that the machine has no route to": ("203.0.113.1", 80),
+                "the metadata service": ("169.254.169.254", 80),
+                "another cluster": ("10.29.0.5", 80),
+                "a Service that is not there": ("10.10.0.99", 80),
+                "what takes the connections in": ("192.0.0.8", 80),
+            }
+            for name, (address, port) in rows.items():
+                assert not await asked(pods, address, port), name
+            client, _ = await pods._in_thread(pods._socket_inside, "u1", socket.SOCK_DGRAM)
+            with client:
+                client.connect(("192.0.2.10", 80))
+                client.send(b"x")
+                with pytest.raises(ConnectionRefusedError):
+                    await asyncio.get_running_loop().sock_recv(client, 1)
+
+            os.kill(process, signal.SIGKILL)
+            again = await outward_process(other_than=process)
+            assert await asked(pods, "192.0.2.10") == "hello 192.0.2.9\n"
+            status = Path(f"/proc/{again}/status").read_text()
+            assert re.findall(r"^(?:Uid|CapEff|NoNewPrivs):\t(\S+)", status, re.MULTILINE) == ["65534", "0" * 16, "1"]
+
+    with_machine(work)
+
+
+async def outward_process(*, other_than: int = 0) -> int:
+    """Of this test's agent, once the process has given up what it does not need."""
+
+    def find() -> int | None:
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (
+                    entry.name == str(other_than)
+                    or b"wasilet_node.network.outward" not in (entry / "cmdline").read_bytes()
+                ):
+                    continue
+                status = (entry / "status").read_text()
+                if f"PPid:\t{os.getpid()}\n" in status and "Uid:\t65534" in status:
+                    return int(entry.name)
+        return None
+
+    async def probe() -> int | None:
+        return find()
+
+    return await eventually(probe, timeout_seconds=30)
+
+
+def test_pods_reach_the_machine_at_all_its_addresses(tmp_path: Path) -> None:
     async def work() -> None:
         address = ipaddress.IPv4Address
         with Netlink() as machine:
@@ -507,8 +589,5 @@ def test_pods_reach_the_machine_at_all_its_addresses_and_nothing_beyond_it(tmp_p
                             return
 
             await connect("192.0.2.9")
-            for beyond in ("192.0.2.10", "198.51.100.1", "169.254.169.254", "10.10.0.99"):
-                with pytest.raises(ConnectionRefusedError):
-                    await connect(beyond)
 
     with_machine(work)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from wasilet_node.network.attachment import Attachment, MachineNetwork
 from wasilet_node.network.errors import NetworkError
-from wasilet_node.pods.container_start import LaunchError, launch
+from wasilet_node.pods.container_start import ContainerStartError, start_container
 from wasilet_node.runtime.protocol import GuestKind, Mount
 from wasilet_node.volumes.host_threads import HostThreads
 
@@ -52,12 +52,14 @@ async def test_volumes_that_hang_make_the_container_wait_and_nothing_else(
     tmp_path: Path, let_go: threading.Event
 ) -> None:
     fakes = Fakes(data=tmp_path, volumes=HangingVolumes(let_go))
-    services = dataclasses.replace(fakes.dependencies(), host_threads=HostThreads(timeout_seconds=0.2))
+    dependencies = dataclasses.replace(fakes.dependencies(), host_threads=HostThreads(timeout_seconds=0.2))
     pod = make_pod()
 
-    async def start() -> LaunchError:
-        with pytest.raises(LaunchError) as caught:
-            await launch(services, pod, pod["spec"]["containers"][0], attempt=0, sandbox="s", late=lambda _: None)
+    async def start() -> ContainerStartError:
+        with pytest.raises(ContainerStartError) as caught:
+            await start_container(
+                dependencies, pod, pod["spec"]["containers"][0], attempt=0, sandbox="s", late=lambda _: None
+            )
         return caught.value
 
     # More than the event loop's own threads on any machine that runs tests.
@@ -79,9 +81,9 @@ class Network(MachineNetwork):
 
 
 async def started(fakes: Fakes, container: dict[str, Any], *, attempt: int = 0) -> Any:
-    services = dataclasses.replace(fakes.dependencies(), networks=Network())
+    dependencies = dataclasses.replace(fakes.dependencies(), networks=Network())
     pod = make_pod(containers=[container])
-    await launch(services, pod, container, attempt=attempt, sandbox="s", late=lambda _: None)
+    await start_container(dependencies, pod, container, attempt=attempt, sandbox="s", late=lambda _: None)
     return fakes.runtime.configs[-1]
 
 
@@ -110,8 +112,10 @@ async def test_a_network_that_cannot_be_had_is_the_pods_reason_to_wait(tmp_path:
             raise NetworkError("no free address in 10.9.0.0/29: 5 are in use")
 
     fakes = Fakes(data=tmp_path)
-    services = dataclasses.replace(fakes.dependencies(), networks=Exhausted())
+    dependencies = dataclasses.replace(fakes.dependencies(), networks=Exhausted())
     pod = make_pod()
-    with pytest.raises(LaunchError, match="no free address in") as caught:
-        await launch(services, pod, pod["spec"]["containers"][0], attempt=0, sandbox="s", late=lambda _: None)
+    with pytest.raises(ContainerStartError, match="no free address in") as caught:
+        await start_container(
+            dependencies, pod, pod["spec"]["containers"][0], attempt=0, sandbox="s", late=lambda _: None
+        )
     assert caught.value.reason == "CreatePodSandboxError"

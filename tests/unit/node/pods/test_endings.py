@@ -95,7 +95,7 @@ async def test_a_pod_that_is_gone_is_let_go_of_whatever_the_server_answers_about
         assert fakes.runtime.known == {}
 
 
-async def test_a_pod_made_anew_under_the_same_name_does_not_wait_for_the_old_one(fakes: Fakes) -> None:
+async def test_a_pod_made_again_under_the_same_name_does_not_wait_for_the_old_one(fakes: Fakes) -> None:
     async with running(fakes) as manager:
         fakes.kube.add(make_pod(uid="one"))
         await eventually(lambda: phase(fakes) == "Running")

@@ -138,11 +138,11 @@ async def test_a_container_over_its_limit_ends_its_pod_and_no_other(
         fakes.kube.add(make_pod("b", containers=[limited("c", "1Mi")]))
         fakes.kube.add(make_pod("critical", containers=[limited("c", "1Mi")], priority=2_000_001_000))
         await eventually(lambda: len(fakes.runtime.running()) == 4)
-        services = fakes.dependencies()
+        dependencies = fakes.dependencies()
         for name, size in (("a", 2 * MIB), ("b", MIB // 2), ("critical", 5 * MIB)):
             pod = fakes.kube.pod(name)
             folders = {
-                "log": layout.folder_of_pod(services.paths.logs, pod) / "c",
+                "log": layout.folder_of_pod(dependencies.paths.logs, pod) / "c",
                 "root": volumes.instance_folder(pod, "c", 0),
             }
             write(folders[where], size)

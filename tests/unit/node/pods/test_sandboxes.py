@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX, CHANGED_MESSAGE, PodSandbox, begins_anew
+from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX, CHANGED_MESSAGE, PodSandbox, begins_again
 from wasilet_node.runtime.protocol import RuntimeUnavailableError
 
 from tests.unit.node.pods.fakes import Fakes, eventually, make_instance, make_pod
@@ -75,7 +75,7 @@ async def test_a_restart_of_the_agent_alone_restarts_nothing(fakes: Fakes) -> No
     assert changes(fakes) == 0
 
 
-async def test_a_restart_of_the_agent_in_the_midst_of_beginning_anew_goes_on_where_it_was(fakes: Fakes) -> None:
+async def test_a_restart_of_the_agent_in_the_midst_of_beginning_again_goes_on_where_it_was(fakes: Fakes) -> None:
     async with running(fakes):
         fakes.kube.add(make_pod(initContainers=[FILL]))
         await up(fakes, init=1)
@@ -89,7 +89,7 @@ async def test_a_restart_of_the_agent_in_the_midst_of_beginning_anew_goes_on_whe
     assert changes(fakes) == 1
 
 
-async def test_a_supervisor_lost_under_a_living_agent_begins_the_pod_anew(fakes: Fakes) -> None:
+async def test_a_supervisor_lost_under_a_living_agent_begins_the_pod_again(fakes: Fakes) -> None:
     async with running(fakes) as manager:
         fakes.kube.add(make_pod(initContainers=[FILL]))
         await up(fakes, init=1)
@@ -146,7 +146,7 @@ async def test_under_never_a_lost_sandbox_is_the_end(fakes: Fakes) -> None:
         assert changes(fakes) == 0
 
 
-async def test_the_status_alone_is_enough_to_begin_anew(fakes: Fakes) -> None:
+async def test_the_status_alone_is_enough_to_begin_again(fakes: Fakes) -> None:
     """The data folder was emptied: of the containers only the API server knows."""
     async with running(fakes):
         fakes.kube.add(make_pod(initContainers=[FILL]))
@@ -204,10 +204,10 @@ def test_instances_of_a_node_that_knew_no_sandboxes_have_one_all_the_same() -> N
         ("Never", {}, True),
     ],
 )
-def test_which_pods_begin_anew(policy: str, ended: Mapping[str, int], expected: bool) -> None:  # noqa: FBT001
+def test_which_pods_begin_again(policy: str, ended: Mapping[str, int], expected: bool) -> None:  # noqa: FBT001
     names = [name for name in ("c", "d") if name == "c" or name in ended]
     pod = make_pod(
         restartPolicy=policy, containers=[{**REGULAR, "name": name} for name in names], initContainers=[FILL]
     )
     latest = {name: make_instance(name, state="exited", exit_code=code, inherited=True) for name, code in ended.items()}
-    assert begins_anew(pod, latest) is expected
+    assert begins_again(pod, latest) is expected

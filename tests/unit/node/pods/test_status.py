@@ -167,7 +167,7 @@ def test_resources_are_told_of_instances_even_when_they_have_none() -> None:
     assert "allocatedResources" not in only
 
 
-def test_a_read_only_mount_is_recursively_so_for_whoever_asked() -> None:
+def test_a_read_only_mount_is_recursively_so_for_any_caller() -> None:
     mounts = [
         {"name": "v", "mountPath": "/rw"},
         {"name": "v", "mountPath": "/ro", "readOnly": True},

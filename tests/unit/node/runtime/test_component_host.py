@@ -227,6 +227,8 @@ async def test_instances_are_new_or_reused_as_asked(
         ("http_p2", ("/panic", 500, "GET /panic: 500: wasm trap: wasm `unreachable` instruction executed")),
         ("http_p2", ("/loop", 504, "GET /loop: 504: no answer in time")),
         ("http_p2", ("/sleep?9000", 504, "GET /sleep: 504: no answer in time")),
+        # A body that is written before its head: nobody reads what goes beyond the buffer.
+        ("http_p2", ("/body-first?1000000", 504, "GET /body-first: 504: no answer in time")),
         ("http_p2", ("/never", 500, "GET /never: 500: the guest returned without an answer")),
         ("http_p2", ("/recurse", 500, "GET /recurse: 500: wasm trap: call stack exhausted")),
         ("http_p2", ("/error-code", 500, "GET /error-code: 500: the guest answered with an error: internal error")),
@@ -267,6 +269,17 @@ async def test_an_answer_that_cannot_be_given_again_or_at_all_is_one_line(
         ours = [found for found in server.lines() if found.startswith("wasilet: ")]
         assert len(ours) == 1, ours
         assert ours[0].startswith(f"wasilet: {line}")
+
+
+@pytest.mark.parametrize("reuse", [None, 10])
+async def test_a_body_that_is_written_before_its_head_and_fits_into_the_buffer_arrives(
+    rig: Rig, artifacts: dict[str, str], reuse: int | None
+) -> None:
+    async with serving(rig, artifacts["http_p2"], replace(SETTINGS, reuse=reuse)) as server:
+        assert await server.get("/body-first?5") == (200, "xxxxx")
+        assert await server.get("/hello") == (200, "hello\n")
+        await server.stop(0)
+        assert not [line for line in server.lines() if line.startswith("wasilet: ")]
 
 
 @pytest.mark.parametrize("name", ["http_p2", "http_p3"])

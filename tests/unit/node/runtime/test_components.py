@@ -80,7 +80,7 @@ async def test_a_component_that_traps_is_134(rig: Rig) -> None:
                 "(i32.const 0)",
                 imports='(import "wasi:http/outgoing-handler@0.2.3" (instance (export "handle" (func))))',
             ),
-            r"what this node does not offer \(components have no network: .*`wasi:http/outgoing-handler@0.2.3`",
+            r"what this node does not offer \(wasi:http needs the component host.*`wasi:http/outgoing-handler@0.2.3`",
         ),
         (
             component_guest("(i32.const 0)").replace("(func $run (result (result))", "(func $run (result u32)"),

@@ -357,7 +357,7 @@ def test_a_full_disk_does_not_keep_a_supervisor_from_knowing_what_was_lost(tmp_p
 
 
 @pytest.mark.parametrize("what", ["socket", "pointer", "folder"])
-async def test_a_socket_or_pointer_that_somebody_removed_is_made_anew(hasty: Rig, what: str) -> None:
+async def test_a_socket_or_pointer_that_somebody_removed_is_made_again(hasty: Rig, what: str) -> None:
     running = await hasty.client.start(hasty.config(hasty.artifact(SLEEPER)))
     pointer = supervisor_registry.current(hasty.paths.data)
     assert pointer is not None

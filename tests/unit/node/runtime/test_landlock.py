@@ -122,7 +122,7 @@ def test_every_sandbox_is_confined_before_its_guest_is_looked_at(tmp_path: Path)
     script = """
 import dataclasses, sys
 from pathlib import Path
-from wasilet_node.runtime import engine, sandbox
+from wasilet_node.runtime import engine, guest
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.process import SandboxProcess
 from wasilet_node.runtime.zygote import Zygote
@@ -131,11 +131,11 @@ from tests.unit.node.runtime.test_wire import CONFIG
 def instead_of_a_guest(*_args, **_fields):
     return len(Path(sys.argv[1]).read_text())
 
-sandbox.run_guest = instead_of_a_guest
+guest.run_guest = instead_of_a_guest
 loop = Loop()
 process = SandboxProcess(loop, dataclasses.replace(CONFIG, http=None), on_output=print, on_started=print,
                          on_exit=lambda outcome: (print(outcome.message), loop.stop()))
-zygote = Zygote(sandbox.make_tools(engine.make_linkers()))
+zygote = Zygote(guest.make_tools(engine.make_linkers()))
 process.spawn(zygote, guest_stdin=False, group=None, backstop_bytes=None)
 loop.run()
 """

@@ -106,8 +106,7 @@ def test_no_guest_runs_before_its_start_record_is_on_disk(tmp_path: Path) -> Non
     thread."""
     script = """
 import os, sys
-from wasilet_node.runtime import engine, sandbox
-
+from wasilet_node.runtime import engine, guest
 from wasilet_node.runtime.loop import Loop
 from wasilet_node.runtime.process import SandboxProcess
 from wasilet_node.runtime.zygote import Zygote
@@ -116,7 +115,7 @@ from tests.unit.node.runtime.test_wire import CONFIG
 loop, ends = Loop(), os.pipe()
 process = SandboxProcess(loop, CONFIG, on_output=print, on_started=lambda: print("it ran"),
                          on_exit=lambda outcome: (print(outcome.start_failed, outcome.message), loop.stop()))
-zygote = Zygote(sandbox.make_tools(engine.make_linkers()))
+zygote = Zygote(guest.make_tools(engine.make_linkers()))
 process.spawn(zygote, guest_stdin=False, group=None, backstop_bytes=None, record=ends[1])
 loop.run()
 zygote.close()

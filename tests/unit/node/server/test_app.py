@@ -198,7 +198,7 @@ async def test_it_listens_only_once_there_is_a_certificate(tmp_path: Path) -> No
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_strangers_that_hold_connections_make_room_for_others(rig: Rig) -> None:
+async def test_unauthenticated_clients_that_hold_connections_make_room_for_others(rig: Rig) -> None:
     writers = [
         (await asyncio.open_connection("127.0.0.1", rig.server.port, ssl=rig.tls(None)))[1] for _ in range(LIMIT)
     ]
@@ -210,7 +210,7 @@ async def test_strangers_that_hold_connections_make_room_for_others(rig: Rig) ->
         await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
 
 
-async def test_strangers_that_never_begin_tls_make_room_for_others(rig: Rig) -> None:
+async def test_unauthenticated_clients_that_never_begin_tls_make_room_for_others(rig: Rig) -> None:
     writers = [(await asyncio.open_connection("127.0.0.1", rig.server.port))[1] for _ in range(LIMIT)]
     try:
         async with asyncio.timeout(5):

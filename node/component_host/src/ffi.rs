@@ -92,7 +92,7 @@ pub fn map_counters(descriptor: i32, count: usize) -> std::io::Result<&'static [
 /// Not tokio's signals: those need a socket pair, which the sandbox's system call filter refuses.
 pub fn terminations() -> std::io::Result<OwnedFd> {
     let mut ends = [-1; 2];
-    // SAFETY: pipe2 fills the two descriptors, which nobody else owns.
+    // SAFETY: pipe2 fills the two descriptors, which no one else owns.
     let reader = unsafe {
         if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) != 0 {
             return Err(std::io::Error::last_os_error());
