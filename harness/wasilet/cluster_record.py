@@ -104,6 +104,9 @@ class ClusterRecord:
     """Proxies for nodes of other machines: component to the address that it listens on."""
 
     local_origins: tuple[str, ...] = ()
+    outbound_policy: str = ""
+    """The file of the nodes' rule of outbound HTTP; empty: there is none."""
+
     pod_security: str = ""
     """The default PodSecurity level; empty: the cluster was made before there was one."""
 
@@ -139,6 +142,7 @@ class ClusterRecord:
             created_objects=tuple(map(str, reader.get("created_objects", list, []))),
             proxies=_proxies(reader),
             local_origins=tuple(map(str, reader.get("local_origins", list, []))),
+            outbound_policy=reader.get("outbound_policy", str, ""),
             pod_security=reader.get("pod_security", str, ""),
             registry_secret=reader.get("registry_secret", str, ""),
             client_configs=reader.made("client_configs", _client_configs) or {},
