@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import lru_cache
 
 _GRAMMAR = re.compile(r"([+-]?)(\d*)(?:\.(\d*))?(n|u|m|k|[KMGTPE]i|[MGTPE]|[eE][+-]?\d+)?", re.ASCII)
 _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
@@ -28,7 +29,13 @@ class QuantityError(ValueError):
 def parse(text: str | float) -> Fraction:
     """The exact value. JSON manifests may hold a bare number, hence int and float. Raises QuantityError."""
     text = str(text)
-    match = _GRAMMAR.fullmatch(text) if 0 < len(text) <= _MAX_TEXT else None
+    return _parsed(text if len(text) <= _MAX_TEXT else "")
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Fraction:
+    """Cached, since pods of one template name the same few, and each is asked for many times."""
+    match = _GRAMMAR.fullmatch(text)
     if match is None or not (match[2] or match[3]):
         raise QuantityError(
             "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'"

@@ -57,6 +57,14 @@ def parse_rfc3339(text: str | None) -> float | None:
     return None if nanoseconds is None else nanoseconds / NANOSECONDS
 
 
+def seconds_of(text: object) -> float:
+    """Seconds since the epoch of an RFC 3339 time that has to be one. Raises ValueError."""
+    seconds = parse_rfc3339(text) if isinstance(text, str) else None
+    if seconds is None:
+        raise ValueError(f"{text!r} is no RFC 3339 time")
+    return seconds
+
+
 def go_duration(seconds: float) -> str:
     """A duration as Go prints it, cut to milliseconds: ``850ms``, ``1.2s``, ``1m20s``, ``1h0m2.5s``."""
     milliseconds = max(0, int(seconds * 1000))
@@ -70,7 +78,9 @@ def go_duration(seconds: float) -> str:
     return f"{f'{hours}h' if hours else ''}{f'{minutes}m' if hours or minutes else ''}{text}"
 
 
+@lru_cache(maxsize=256)
 def _moment(seconds: int) -> str:
+    """Cached, since one status names the same second a dozen times, and so do many lines of a log."""
     moment = datetime.fromtimestamp(min(max(seconds, _FIRST_SECOND), _LAST_SECOND), UTC)
     return moment.replace(tzinfo=None).isoformat(timespec="seconds")
 

@@ -15,10 +15,10 @@ import os
 import sys
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.time_format import rfc3339, rfc3339_micro
 from wasilet_node.kube import kubeconfig
 from wasilet_node.kube.base import ConflictError, KubeError, KubeObject, NotFoundError
 from wasilet_node.kube.client import KubeClient
@@ -166,7 +166,7 @@ def _path(pod: KubeObject) -> str:
 
 
 def _now(*, micro: bool = False) -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ" if micro else "%Y-%m-%dT%H:%M:%SZ")
+    return (rfc3339_micro if micro else rfc3339)(time.time_ns())
 
 
 def _end_with_parent() -> None:

@@ -39,6 +39,46 @@ class KubeconfigRecord:
         }
 
 
+@dataclass(frozen=True)
+class LeftOverRecord:
+    """What the user's Docker had of the cluster's name before it was made."""
+
+    networks: tuple[str, ...]
+    volumes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExternalRecord:
+    """A cluster of a provider other than host, as far as it was found; see ``wasilet.providers.existing_base``."""
+
+    created: bool = False
+    """Made here; else adopted, or not there yet."""
+
+    creating: str = ""
+    """Since when it is being made, RFC 3339; empty: it is not."""
+
+    ids: tuple[str, ...] = ()
+    """Of the containers that it is made of."""
+
+    before: LeftOverRecord | None = None
+    uid: str = ""
+    server: str = ""
+    node_address: str = ""
+    """At which the cluster reaches this machine's nodes."""
+
+    registry_address: str = ""
+    """At which the cluster's own nodes reach this machine's registry; empty: they do not."""
+
+    source: str = ""
+    context: str = ""
+    """The kubeconfig and the context that it was adopted from."""
+
+    @property
+    def found(self) -> bool:
+        """Whether anything was written down."""
+        return self != ExternalRecord()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterRecord:
     """The whole of it. Each field has the name that it has in the file, and is empty as long as nothing was written."""
@@ -64,6 +104,9 @@ class ClusterRecord:
     """Proxies for nodes of other machines: component to the address that it listens on."""
 
     local_origins: tuple[str, ...] = ()
+    outbound_policy: str = ""
+    """The file of the nodes' rule of outbound HTTP; empty: there is none."""
+
     pod_security: str = ""
     """The default PodSecurity level; empty: the cluster was made before there was one."""
 
@@ -77,8 +120,8 @@ class ClusterRecord:
     service_ranges: tuple[str, ...] = ()
     """In CIDR notation, as the cluster reported it to an administrator."""
 
-    external: Mapping[str, Any] = field(default_factory=dict)
-    """What a provider other than host found out; see ``wasilet.providers.existing_base``."""
+    external: ExternalRecord = ExternalRecord()
+    """What a provider other than host found out."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], path: Path) -> ClusterRecord:
@@ -99,12 +142,13 @@ class ClusterRecord:
             created_objects=tuple(map(str, reader.get("created_objects", list, []))),
             proxies=_proxies(reader),
             local_origins=tuple(map(str, reader.get("local_origins", list, []))),
+            outbound_policy=reader.get("outbound_policy", str, ""),
             pod_security=reader.get("pod_security", str, ""),
             registry_secret=reader.get("registry_secret", str, ""),
             client_configs=reader.made("client_configs", _client_configs) or {},
             known_nodes={str(name): bool(here) for name, here in reader.get("known_nodes", dict, {}).items()},
             service_ranges=tuple(map(str, reader.get("service_ranges", list, []))),
-            external=reader.get("external", dict, {}),
+            external=reader.made("external", _external) or ExternalRecord(),
         )
 
 
@@ -145,6 +189,28 @@ def _kubeconfig(data: Mapping[str, Any]) -> KubeconfigRecord:
         previous=str(data.get("previous") or ""),
         created=bool(data.get("created")),
     )
+
+
+def _external(data: Mapping[str, Any]) -> ExternalRecord:
+    def text(name: str) -> str:
+        return str(data.get(name) or "")
+
+    return ExternalRecord(
+        created=bool(data.get("created")),
+        creating=text("creating"),
+        ids=tuple(map(str, data.get("ids") or ())),
+        before=_left_over(data["before"]) if data.get("before") is not None else None,
+        uid=text("uid"),
+        server=text("server"),
+        node_address=text("node_address"),
+        registry_address=text("registry_address"),
+        source=text("source"),
+        context=text("context"),
+    )
+
+
+def _left_over(data: Mapping[str, Any]) -> LeftOverRecord:
+    return LeftOverRecord(tuple(data.get("networks") or ()), tuple(data.get("volumes") or ()))
 
 
 def _client_configs(data: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

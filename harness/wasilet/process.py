@@ -141,7 +141,7 @@ def run(
         text = plain(completed.stderr) if completed.stderr.strip() else plain(completed.stdout)
         tail = last_lines(text)
         why = headline(text.splitlines()) if headline is not None else None
-        reason = _exit_words(completed.returncode)
+        reason = _exit_text(completed.returncode)
         message = f"{_name(args)} {reason}" + (f": {(why or tail[-1]).strip()}" if tail else "")
         raise CommandError(message, argv=args, returncode=completed.returncode, tail=tail)
     return completed
@@ -280,7 +280,7 @@ def _name(args: tuple[str, ...]) -> str:
     return " ".join(words)
 
 
-def _exit_words(returncode: int) -> str:
+def _exit_text(returncode: int) -> str:
     if returncode >= 0:
         return f"failed with exit code {returncode}"
     try:

@@ -160,6 +160,10 @@ class Settings:
     """Origins on this machine that pods' modules may call when their annotation lists them, as
     ``http://127.0.0.1:8090``; empty: those of the cluster so far. The API that a demo starts is always among them."""
 
+    outbound_policy: Path | None = None
+    """A file that says which namespaces may call what by HTTP, above what pods' annotations list; kept for the cluster.
+    None: that of the cluster so far, if any."""
+
     pod_network: bool = True
     """Whether pods of a new cluster get their own network where this machine allows it (host)."""
 
@@ -206,6 +210,7 @@ _ENVIRONMENT = {
     "WASILET_DOWNLOAD": "download",
     "WASILET_INSTALL": "install",
     "WASILET_LOCAL_ORIGINS": "local_origins",
+    "WASILET_OUTBOUND_POLICY": "outbound_policy",
     "WASILET_POD_NETWORK": "pod_network",
     "WASILET_POD_CIDR": "pod_cidr",
     "WASILET_SERVICE_CIDR": "service_cidr",
@@ -215,7 +220,7 @@ INVOKE_PREFIX = "INVOKE_WASILET_"
 
 _NUMBERS = frozenset({"nodes", "max_pods", "token_ttl_seconds"})
 _FLAGS = frozenset({"yes", "download", "install", "approve_any", "pod_network"})
-_PATHS = frozenset({"kubeconfig", "config"})
+_PATHS = frozenset({"kubeconfig", "config", "outbound_policy"})
 _TRUE, _FALSE = frozenset({"1", "yes", "true", "on", "y"}), frozenset({"0", "no", "false", "off", "n"})
 
 
@@ -372,6 +377,8 @@ def _checked(settings: Settings) -> Settings:
         raise UsageError("--image and --kubernetes-version both say which version runs", hint="give one of them")
     if settings.config is not None and not settings.config.is_file():
         raise UsageError(f"there is no file {settings.config}")
+    if settings.outbound_policy is not None and not settings.outbound_policy.is_file():
+        raise UsageError(f"setting outbound_policy: there is no file {settings.outbound_policy}")
     for origin in settings.local_origins:
         if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/:@\[\]]+)(:\d{1,5})?/?", origin):
             raise UsageError(

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from wasilet.errors import CancelledError, CommandError, ComponentError, HarnessError, PortTakenError
 from wasilet.process import cancelled_by, tail_of
-from wasilet.storage import os_error_words
+from wasilet.storage import os_error_text
 
 GIVE_UP_SECONDS = 10.0
 """How long running steps get to notice that the play is given up."""
@@ -352,7 +352,7 @@ def _attempt(step: Step, progress: Progress, *, check: bool) -> Outcome:
     except HarnessError as error:
         return _failed(step, error, diff)
     except OSError as error:
-        return _failed(step, HarnessError(os_error_words(error)), diff)
+        return _failed(step, HarnessError(os_error_text(error)), diff)
     except Exception as error:  # noqa: BLE001  (a bug in a step must not hang the play; it is reported as what it is)
         failure = HarnessError(f"internal error: {type(error).__name__}: {error}")
         failure.__cause__ = error

@@ -23,10 +23,10 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StateError(os_error_words(error, path), hint=_storage_hint(error)) from error
+        raise StateError(os_error_text(error, path), hint=_storage_hint(error)) from error
 
 
-def os_error_words(error: OSError, path: Path | None = None) -> str:
+def os_error_text(error: OSError, path: Path | None = None) -> str:
     """``<what> <where>`` for the errors that people meet."""
     return f"cannot write {error.filename or path or 'a file'}: {os_error_reason(error)}"
 

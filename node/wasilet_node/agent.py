@@ -252,6 +252,7 @@ class Agent:
                     own_addresses=lambda: (*node.info().addresses, *interface_addresses()),
                     api_server=kube.cluster.server,
                     kubelet_port=self._kubelet_port,
+                    policy_file=settings.outbound_policy,
                 ),
             ),
             node_name=settings.node_name,

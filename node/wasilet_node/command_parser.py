@@ -151,6 +151,11 @@ def _add_outbound(parser: argparse.ArgumentParser) -> None:
         "link-local, the API server or a kubelet, repeatable; a pod's annotation must list them as well "
         "[WASILET_NODE_ALLOW_LOCAL_ORIGINS]",
     )  # fmt: skip
+    outbound.add_argument(
+        "--outbound-policy", metavar="FILE",
+        help='which namespace may call what, above what annotations list: YAML as "team-a: [https://api.example]"; "*" '
+        "is every other namespace, or every origin; read again as pods start [WASILET_NODE_OUTBOUND_POLICY]",
+    )  # fmt: skip
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:

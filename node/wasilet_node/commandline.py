@@ -197,6 +197,7 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
         local_origins=tuple(
             options.get_all("allow_local_origins", ("WASILET_NODE_ALLOW_LOCAL_ORIGINS",), _http_origin)
         ),
+        outbound_policy=options.get("outbound_policy", ("WASILET_NODE_OUTBOUND_POLICY",), _absolute),
         provider_id=options.get("provider_id", ("WASILET_NODE_PROVIDER_ID",), str),
         network=_network(options),
     )

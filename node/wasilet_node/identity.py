@@ -11,10 +11,10 @@ import asyncio
 import re
 import secrets
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 from wasilet_common.files import write_private
+from wasilet_common.time_format import parse_rfc3339
 
 from wasilet_node.kube.base import Kube, KubeObject, NotFoundError
 
@@ -77,7 +77,5 @@ async def _lease(kube: Kube, node_name: str) -> tuple[str, int] | None:
 def _age_seconds(renewed: str) -> float:
     """By this machine's clock; endless for a lease that was never renewed. A clock that differs costs a wait, or an
     agent that is refused a little later, by the next one's look."""
-    try:
-        return (datetime.now(UTC) - datetime.fromisoformat(renewed)).total_seconds()
-    except (ValueError, TypeError):
-        return float("inf")
+    at = parse_rfc3339(renewed)
+    return float("inf") if at is None else time.time() - at

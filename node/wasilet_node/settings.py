@@ -152,4 +152,8 @@ class NodeSettings:
     """Origins on the node itself, or otherwise refused (``wasilet_common.addresses``), that pods' modules may call when
     their annotation lists them, as ``http://127.0.0.1:8090``."""
 
+    outbound_policy: Path | None = None
+    """A file that says which namespaces may call what (``wasilet_node.pods.outbound_policy``); None: what annotations
+    list."""
+
     provider_id: str | None = None

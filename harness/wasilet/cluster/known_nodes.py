@@ -39,4 +39,4 @@ def remember_node(cluster: Cluster, name: str, *, local: bool) -> None:
 
 def _is_adopted(cluster: Cluster) -> bool:
     """Whether the cluster is someone else's."""
-    return cluster.provider.name != "host" and not cluster.state.cluster.external.get("created")
+    return cluster.provider.name != "host" and not cluster.state.cluster.external.created

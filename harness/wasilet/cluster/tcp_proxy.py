@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from wasilet_common.relay import relay
 
-logger = logging.getLogger("wasilet.forwarder")
+logger = logging.getLogger("wasilet.tcp-proxy")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 

@@ -198,6 +198,8 @@ def _preparation_step(cluster: Cluster) -> Step:
         missing = [name for name, port in wanted().items() if not ports.get(name) or (port and ports[name] != port)]
         other = bool(settings.local_origins) and record.local_origins != settings.local_origins
         other = other or level() != record.pod_security
+        policy = settings.outbound_policy
+        other = other or (policy is not None and str(policy) != record.outbound_policy)
         if not record.run_id or record.nodes != cluster.node_count() or missing or other:
             return Finding.differs(
                 f"use {state.path}", [f"+ {state.path}", *(f"+ port for {name}" for name in missing)]
@@ -221,6 +223,8 @@ def _preparation_step(cluster: Cluster) -> Step:
         state.update(name=settings.name, provider=cluster.provider.name, nodes=cluster.node_count())
         if settings.local_origins:
             state.update(local_origins=list(settings.local_origins))
+        if settings.outbound_policy is not None:
+            state.update(outbound_policy=str(settings.outbound_policy))
         state.run_id()
         return f"{state.path}, ports {', '.join(f'{name} {port}' for name, port in ports.items())}"
 
@@ -399,6 +403,8 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         argv += ["--taint", taint]
     for origin in local_origins(cluster):
         argv += ["--allow-local-origins", origin]
+    if state.cluster.outbound_policy:
+        argv += ["--outbound-policy", state.cluster.outbound_policy]
     if (plan := pod_network.plan_of(state)) is not None:
         argv += pod_network.node_arguments(
             plan,

@@ -374,7 +374,7 @@ def log_lines(result: DemoResult) -> list[str]:
     return lines
 
 
-def next_words(result: DemoResult) -> str:
+def next_text(result: DemoResult) -> str:
     """What to type now, for people; empty after a failure."""
     if not result.next:
         return ""

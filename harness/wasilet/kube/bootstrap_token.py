@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import datetime as dt
 import re
 import secrets
 import string
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from wasilet_common.kubeconfig import (
     document,
     read,
 )
-from wasilet_common.time_format import rfc3339_of
+from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
 
 from wasilet.errors import ApiError, StateError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
@@ -69,11 +69,8 @@ class TokenInfo:
         """Negative when expired; infinite without an expiration."""
         if not self.expires:
             return float("inf")
-        try:
-            end = dt.datetime.fromisoformat(self.expires)
-        except ValueError:
-            return -1.0
-        return (end - dt.datetime.now(dt.UTC)).total_seconds()
+        end = parse_rfc3339(self.expires)
+        return -1.0 if end is None else end - time.time()
 
 
 def new_token() -> Token:
@@ -86,12 +83,11 @@ def create_token(
 ) -> Token:
     """Create a token's Secret. Raises ApiError."""
     token = token or new_token()
-    end = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=ttl_seconds)
     (secret,) = render_objects(
         "bootstrap-token.yaml.j2",
         token_id=token.id,
         token_secret=token.secret,
-        expiration=rfc3339_of(end),
+        expiration=rfc3339(int(time.time() + ttl_seconds) * NANOSECONDS),
         description=description,
     )
     kube.create(object_path(secret, collection=True), secret)

@@ -84,7 +84,7 @@ class ContainedProvider(ExternalProvider):
         ours = self.made_here(cluster, containers)
         servers = [container for container in containers if self.is_server(container)]
         stopped = [container.name for container in containers if self.lasts(container) and not container.running]
-        if ours and facts(cluster).get("creating"):
+        if ours and facts(cluster).creating:
             # An API server answers long before its tool has done its last step.
             if not servers or stopped or self.orphans(cluster) or not self._answers(cluster):
                 raise HalfMadeError(f"an interrupted run left {self.name} cluster {name} half made")
@@ -117,7 +117,7 @@ class ContainedProvider(ExternalProvider):
 
     def note_containers(self, cluster: Cluster) -> None:
         """Write down what is being made, as it appears: by this a later run knows it again."""
-        known = set(facts(cluster).get("ids") or ())
+        known = set(facts(cluster).ids)
         # The note is a help; an engine that is too busy to answer must not end the creation.
         with contextlib.suppress(CommandError):
             found = Docker(cluster.settings.environ).containers(self.label(cluster.settings.name))
@@ -128,14 +128,14 @@ class ContainedProvider(ExternalProvider):
         """Whether these are containers that Wasilet had made: one is known by its id or its mark, or, when the run was
         killed before it knew any, all were made since it began."""
         known = facts(cluster)
-        if not (known.get("created") or known.get("creating")):
+        if not (known.created or known.creating):
             return False
-        ids = set(known.get("ids") or ())
+        ids = set(known.ids)
         lasting = [container for container in containers if self.lasts(container)]
         marks = [self.is_marked(cluster, container) for container in lasting]
         if any(marks) or any(container.id in ids for container in containers):
             return True
-        since = str(known.get("creating") or "")
+        since = known.creating
         if not since or (lasting and ids) or False in marks:
             return False
         return all(made_since(container.created, since) for container in containers)
@@ -146,7 +146,7 @@ class ContainedProvider(ExternalProvider):
         docker = Docker(cluster.settings.environ)
         docker.check()
         self._end_orphans(cluster)
-        unsettled = bool(facts(cluster).get("creating"))
+        unsettled = bool(facts(cluster).creating)
         deleted = 0
         while deleted < _DELETE_ATTEMPTS:
             containers = docker.containers(self.label(name))

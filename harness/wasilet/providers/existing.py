@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import ipaddress
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from wasilet.cluster_record import ExternalRecord
 from wasilet.errors import ApiError, CommandError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import Credentials, read_credentials
@@ -42,7 +42,7 @@ class ExistingProvider(ExternalProvider):
         with _admin(source, context) as kube:
             uid = _uid(kube, context)
             known = _known(settings)
-            if known.get("uid") == uid:
+            if known.uid == uid:
                 return Detection(usable=True, detail=f"context {context}, adopted")
             added = inspect(kube, what=f"context {context!r}")
             check_node_names(kube, Cluster(settings=settings, state=State.of(settings), provider=self).node_names())
@@ -52,7 +52,7 @@ class ExistingProvider(ExternalProvider):
         """A cluster that is not adopted yet is not touched without ``--yes``."""
         source, context = chosen(settings)
         with _admin(source, context) as kube:
-            if settings.yes or _known(settings).get("uid") == _uid(kube, context):
+            if settings.yes or _known(settings).uid == _uid(kube, context):
                 return
             added = inspect(kube, what=f"context {context!r}")
         raise UsageError(
@@ -93,15 +93,15 @@ def chosen(settings: Settings) -> tuple[Path, str]:
     the cluster was adopted with."""
     known = _known(settings)
     files = _files(settings, known)
-    context = settings.context or str(known.get("context") or "")
+    context = settings.context or known.context
     if not context:
         names = [name for file in files for name in _contexts(file)]
         raise UsageError(
             "which cluster? Name its context: --context NAME", hint=f"there are: {', '.join(names) or 'none'}"
         )
-    if known.get("context") and context != known["context"]:
+    if known.context and context != known.context:
         raise UsageError(
-            f"cluster {settings.name!r} was adopted from context {known['context']!r}, not {context!r}",
+            f"cluster {settings.name!r} was adopted from context {known.context!r}, not {context!r}",
             hint="give the other one another --name",
         )
     for file in files:
@@ -112,15 +112,15 @@ def chosen(settings: Settings) -> tuple[Path, str]:
     raise UsageError(f"{where} has no context {context!r}", hint=f"its contexts: {', '.join(names) or 'none'}")
 
 
-def _known(settings: Settings) -> Mapping[str, object]:
-    return dict(State.of(settings).cluster.external)
+def _known(settings: Settings) -> ExternalRecord:
+    return State.of(settings).cluster.external
 
 
-def _files(settings: Settings, known: Mapping[str, object]) -> list[Path]:
+def _files(settings: Settings, known: ExternalRecord) -> list[Path]:
     if settings.config is not None:
         return [settings.config]
-    if known.get("source"):
-        return [Path(str(known["source"]))]
+    if known.source:
+        return [Path(known.source)]
     return kubeconfig_files(settings.environ)
 
 

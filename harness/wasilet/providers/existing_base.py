@@ -137,7 +137,7 @@ class ExternalProvider:
 
         def look() -> Finding:
             known = facts(cluster)
-            if known.get("uid") and not known.get("registry_address"):
+            if known.uid and not known.registry_address:
                 return Finding.skip("its nodes could not be told of it")
             return step.look()
 
@@ -149,20 +149,20 @@ class ExternalProvider:
 
     def components(self, cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
         """The registry's second entry point, where the cluster's own nodes have one."""
-        if not facts(cluster).get("registry_address"):
+        if not facts(cluster).registry_address:
             return {}
         return {REGISTRY_FOR_NODES: lambda: registry_for_nodes(cluster)}
 
     def access(self, cluster: Cluster) -> Access:
         """As the last run of the cluster's step found it. Raises UsageError before that."""
         known = facts(cluster)
-        if not known.get("server"):
+        if not known.server:
             raise UsageError(f"cluster {cluster.settings.name!r} is not up", hint="`invoke up` brings it up")
         return Access(
-            server=known["server"],
+            server=known.server,
             ca=_read(cluster.state.etc / "ca.crt"),
             client_ca=_read(cluster.state.etc / "client-ca.crt"),
-            node_address=known["node_address"],
+            node_address=known.node_address,
         )
 
     def approver_kubeconfig(self, cluster: Cluster) -> Path:
@@ -170,23 +170,23 @@ class ExternalProvider:
         path = cluster.state.etc / "approver.conf"
         access = self.access(cluster)
         # In a cluster that was made a moment ago the controller-manager may still be starting.
-        patience = cluster.settings.timeouts.ready_seconds if facts(cluster).get("created") else SIGN_SECONDS
+        patience = cluster.settings.timeouts.ready_seconds if facts(cluster).created else SIGN_SECONDS
         approver_credential(cluster.admin, path, server=access.server, ca=access.ca, sign_seconds=patience)
         return path
 
     def deletion(self, cluster: Cluster) -> str:
         """What ``delete`` would do, as text."""
-        if facts(cluster).get("created") or facts(cluster).get("creating"):
+        if facts(cluster).created or facts(cluster).creating:
             return f"delete the {self.name} cluster {cluster.settings.name}"
-        return f"leave the {self.name} cluster as it was" if facts(cluster) else ""
+        return f"leave the {self.name} cluster as it was" if facts(cluster).found else ""
 
     def delete(self, cluster: Cluster, *, purge: bool) -> list[str]:  # noqa: ARG002
         """Delete what was created here; take back what was added to what was not."""
         known = facts(cluster)
         report: list[str] = []
-        if known.get("created") or known.get("creating"):
+        if known.created or known.creating:
             report.append(self.destroy(cluster))
-        elif known:
+        elif known.found:
             report += self._withdraw(cluster)
         forget_identities(cluster)
         for file in (
@@ -221,7 +221,7 @@ class ExternalProvider:
                 return Finding.differs(f"create a {self.name} cluster", [f"+ {self.name} cluster"])
             words = "made here" if there.created else "adopted"
             if self._unchanged(cluster, there):
-                return Finding.ok(f"{facts(cluster)['server']}, {words}")
+                return Finding.ok(f"{facts(cluster).server}, {words}")
             verb = "take up" if there.created else "adopt"
             return Finding.differs(f"{verb} the {self.name} cluster {cluster.settings.name}")
 
@@ -237,7 +237,7 @@ class ExternalProvider:
             if there is None:
                 there = self._create(cluster, say)
             self._take_up(cluster, there, say)
-            return f"{facts(cluster)['server']}, {'made here' if there.created else 'adopted'}"
+            return f"{facts(cluster).server}, {'made here' if there.created else 'adopted'}"
 
         return Step(
             name="API server",
@@ -269,12 +269,12 @@ class ExternalProvider:
         path = cluster.state.admin_kubeconfig
         if not path.is_file() or load_yaml(path.read_bytes()) != there.kubeconfig:
             return False
-        if known.get("node_address") != there.node_address or known.get("created") is not there.created:
+        if known.node_address != there.node_address or known.created is not there.created:
             return False
-        if known.get("registry_address", "") != there.registry_address:
+        if known.registry_address != there.registry_address:
             return False
         try:
-            return cluster_uid(cluster.admin()) == known.get("uid") and client_ca(cluster.admin()) == _read(
+            return cluster_uid(cluster.admin()) == known.uid and client_ca(cluster.admin()) == _read(
                 cluster.state.etc / "client-ca.crt"
             )
         except ApiError:
@@ -290,7 +290,7 @@ class ExternalProvider:
         kube = cluster.admin()
         another = f"`invoke down --purge --name {cluster.settings.name}`, then `invoke up`, makes another one"
         uid = wait_for_answer(kube, cluster.settings, say, hint=another if there.created else "")
-        if uid != facts(cluster).get("uid"):
+        if uid != facts(cluster).uid:
             if not there.created:
                 check_node_names(kube, cluster.node_names())
                 self.preflight(cluster, kube, say)
@@ -320,7 +320,7 @@ class ExternalProvider:
 
         def wanted() -> KubeObject:
             host = registry_address(cluster.ports()["registry"])
-            inside = f"{facts(cluster)['registry_address']}:{cluster.ports()['registry_for_nodes']}"
+            inside = f"{facts(cluster).registry_address}:{cluster.ports()['registry_for_nodes']}"
             text = f'host: "{host}"\nhostFromContainerRuntime: "{inside}"\n'
             return {
                 "apiVersion": "v1",
@@ -336,7 +336,7 @@ class ExternalProvider:
         def look() -> Finding:
             if not cluster.state.admin_kubeconfig.is_file():
                 return Finding.differs("say in kube-public where the registry is")
-            if not facts(cluster).get("registry_address"):
+            if not facts(cluster).registry_address:
                 return Finding.skip("the cluster's nodes cannot pull from it")
             try:
                 there = cluster.admin().find(HOSTING)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import Any
 
+from wasilet_common.time_format import parse_rfc3339
+
+from wasilet.cluster_record import ExternalRecord
 from wasilet.errors import ApiError, WaitTimeoutError
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import check_cancelled
@@ -18,24 +20,20 @@ REFUSAL_SECONDS = 10.0
 AUTHENTICATION = api_path("configmaps", "extension-apiserver-authentication", namespace="kube-system")
 
 
-def facts(cluster: Cluster) -> dict[str, Any]:
+def facts(cluster: Cluster) -> ExternalRecord:
     """What is remembered of the cluster; empty before it was found."""
-    return dict(cluster.state.cluster.external)
+    return cluster.state.cluster.external
 
 
 def update_facts(cluster: Cluster, **values: Any) -> None:
-    """Merge values into the facts."""
-    cluster.state.update(external=facts(cluster) | values)
+    """Merge values into the facts: fields of ``ExternalRecord``, as JSON has them."""
+    cluster.state.update(external=cluster.state.read().get("external", {}) | values)
 
 
 def made_since(created: str, since: str) -> bool:
     """Whether an instant that Docker reports (nanoseconds, UTC) is not before another one, give or take a second."""
-    try:
-        ours = dt.datetime.fromisoformat(since)
-        theirs = dt.datetime.fromisoformat(created[:26].rstrip("Z")).replace(tzinfo=dt.UTC)
-    except ValueError:
-        return False
-    return theirs >= ours - dt.timedelta(seconds=1)
+    begun, at = parse_rfc3339(since), parse_rfc3339(created)
+    return begun is not None and at is not None and at >= begun - 1.0
 
 
 def wait_for_answer(kube: Kube, settings: Settings, say: Progress, *, hint: str = "") -> str:

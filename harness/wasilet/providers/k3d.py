@@ -157,14 +157,14 @@ class K3dProvider(ContainedProvider):
     def clear_leftovers(self, cluster: Cluster) -> None:
         """The network and the volumes of the cluster, but for those that were there before it. Only where no container
         of that name is left."""
-        before = facts(cluster).get("before")
+        before = facts(cluster).before
         docker = Docker(cluster.settings.environ)
-        if not isinstance(before, dict) or docker.containers(self.label(cluster.settings.name)):
+        if before is None or docker.containers(self.label(cluster.settings.name)):
             return
         networks, volumes = self._networks_and_volumes(cluster)
-        for network in set(networks) - set(before.get("networks") or ()):
+        for network in set(networks) - set(before.networks):
             docker.remove_network(network)
-        for volume in set(volumes) - set(before.get("volumes") or ()):
+        for volume in set(volumes) - set(before.volumes):
             docker.remove_volume(volume)
 
     def _networks_and_volumes(self, cluster: Cluster) -> tuple[list[str], list[str]]:
@@ -209,15 +209,15 @@ class K3dProvider(ContainedProvider):
         docker = Docker(cluster.settings.environ)
 
         def unaware() -> list[str]:
-            address = str(facts(cluster)["registry_address"])
+            address = facts(cluster).registry_address
             nodes = self.node_ids(cluster)
             return [node for node in nodes if not _knows_host(docker.read(node, "/etc/hosts"), address)]
 
         def look() -> Finding:
-            if facts(cluster) and not facts(cluster).get("created"):
+            if facts(cluster).found and not facts(cluster).created:
                 name = registry_address(cluster.ports()["registry"])
                 return Finding.skip(f"adopted: to pull Linux images of {name}, see docs/providers/k3d.md")
-            if not facts(cluster).get("registry_address"):
+            if not facts(cluster).registry_address:
                 return Finding.differs("tell k3d's nodes where it is")
             try:
                 nodes = unaware()
@@ -230,7 +230,7 @@ class K3dProvider(ContainedProvider):
         def change(_: Progress) -> str:
             nodes = unaware()
             for node in nodes:
-                docker.append(node, "/etc/hosts", f"{facts(cluster)['registry_address']} {HOST_NAME}")
+                docker.append(node, "/etc/hosts", f"{facts(cluster).registry_address} {HOST_NAME}")
             return f"{HOST_NAME}, in {len(nodes)} nodes" if nodes else "told at creation"
 
         after = (API_SERVER_STEP, REGISTRY_FOR_NODES_STEP)

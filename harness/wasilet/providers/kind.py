@@ -181,7 +181,7 @@ class KindProvider(ContainedProvider):
             ]
 
         def look() -> Finding:
-            if not facts(cluster).get("registry_address") or "registry_for_nodes" not in cluster.ports():
+            if not facts(cluster).registry_address or "registry_for_nodes" not in cluster.ports():
                 return Finding.differs("tell kind's nodes where it is")
             try:
                 nodes = unwired()

@@ -79,7 +79,7 @@ class MinikubeProvider(ExternalProvider):
             raise UsageError(f"minikube profile {name} is damaged", hint=f"`minikube delete -p {name}` removes it")
         running = self._running(cluster)
         whole = running and profile["Config"].get("Driver") in DRIVERS and self._has_context(cluster)
-        if facts(cluster).get("creating") and not whole:
+        if facts(cluster).creating and not whole:
             raise HalfMadeError(f"an interrupted run left minikube profile {name} half made")
         self._check_driver(cluster, profile)
         if not running:
@@ -139,7 +139,7 @@ class MinikubeProvider(ExternalProvider):
         self._end_orphans(cluster)
         if self._profile(cluster) is None:
             return f"minikube profile {name} was gone already"
-        if facts(cluster).get("created") and self._is_another(cluster):
+        if facts(cluster).created and self._is_another(cluster):
             return f"minikube profile {name} is another cluster by now, and stays"
         self._minikube(cluster, "delete", timeout_seconds=180.0)
         return f"minikube profile {name} deleted"
@@ -252,11 +252,11 @@ class MinikubeProvider(ExternalProvider):
             found = cluster.admin().get(api_path("namespaces", "kube-system"), timeout_seconds=5.0)
         except (ApiError, UsageError):
             return False
-        return bool(found["metadata"]["uid"] != facts(cluster).get("uid"))
+        return bool(found["metadata"]["uid"] != facts(cluster).uid)
 
     @staticmethod
     def _ours(cluster: Cluster) -> bool:
-        return bool(facts(cluster).get("created") or facts(cluster).get("creating"))
+        return bool(facts(cluster).created or facts(cluster).creating)
 
     def _own_file(self, cluster: Cluster) -> Path:
         return cluster.state.etc / "minikube.conf"
@@ -305,9 +305,9 @@ class MinikubeProvider(ExternalProvider):
             return [node for node in nodes if self._ssh(cluster, script, node=node).strip() != wanted], len(nodes)
 
         def look() -> Finding:
-            if facts(cluster) and not facts(cluster).get("registry_address"):
+            if facts(cluster).found and not facts(cluster).registry_address:
                 return Finding.skip("its nodes run Docker: `minikube image load` brings Linux images, see the docs")
-            if not facts(cluster) or "registry_for_nodes" not in cluster.ports():
+            if not facts(cluster).found or "registry_for_nodes" not in cluster.ports():
                 return Finding.differs("tell minikube's nodes where it is")
             try:
                 nodes, count = unwired()
@@ -341,7 +341,7 @@ class MinikubeProvider(ExternalProvider):
 
     def unwire(self, cluster: Cluster) -> None:
         """Remove the ``hosts.toml`` again."""
-        if facts(cluster).get("registry_address"):
+        if facts(cluster).registry_address:
             for node in self._running_nodes(cluster):
                 self._ssh(cluster, f"sudo rm -rf {CERTS_D}/{hosts_toml(cluster)[0]}", node=node)
 

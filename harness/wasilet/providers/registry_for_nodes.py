@@ -16,7 +16,7 @@ def registry_for_nodes(cluster: Cluster) -> Component:
     first entry point stays on loopback: what may write does not leave the machine."""
     from wasilet.controlplane.local_registry import registry_component
 
-    address = facts(cluster).get("registry_address")
+    address = facts(cluster).registry_address
     if not address:
         raise HarnessError("the cluster's nodes reach no registry here yet", hint="`invoke up` repairs it")
     port = cluster.ports().get("registry_for_nodes")
@@ -40,5 +40,5 @@ def hosts_toml(cluster: Cluster) -> tuple[str, str]:
     from wasilet.controlplane.local_registry import registry_address
 
     name = registry_address(cluster.ports()["registry"])
-    url = f"http://{facts(cluster)['registry_address']}:{cluster.ports()['registry_for_nodes']}"
+    url = f"http://{facts(cluster).registry_address}:{cluster.ports()['registry_for_nodes']}"
     return name, f'server = "{url}"\n\n[host."{url}"]\n  capabilities = ["pull", "resolve"]\n'

@@ -210,7 +210,7 @@ def demo(
     result = apps.demo(app, settings, options=options, reporter=reporter())
     for line in [apps.result_json(result)] if output == "json" else apps.log_lines(result):
         emit(line)
-    sys.stderr.write(apps.next_words(result) if output == "text" else "")
+    sys.stderr.write(apps.next_text(result) if output == "text" else "")
     finish(result.recap)
 
 

@@ -26,7 +26,7 @@ from wasilet.errors import CommandError, ComponentError, HarnessError, StateErro
 from wasilet.settings import Settings, environment_flag, from_invoke_variables, invocation_path, load
 from wasilet.state import State
 from wasilet.steps import Recap
-from wasilet.storage import os_error_reason, os_error_words
+from wasilet.storage import os_error_reason, os_error_text
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,7 +63,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
             silence_stdout()
             raise Exit(code=0) from None
         except OSError as error:
-            raise Exit(f"error: {os_error_words(error)}", code=EXIT_FAILED) from error
+            raise Exit(f"error: {os_error_text(error)}", code=EXIT_FAILED) from error
         except Exit:
             raise
         except Exception as error:

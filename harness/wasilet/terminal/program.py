@@ -34,32 +34,32 @@ class TaskProgram(Program):
 
     def create_config(self) -> None:
         """Read the configuration files."""
-        with _clear_words(self):
+        with _clear_errors(self):
             super().create_config()
 
     def parse_core(self, argv: list[str] | None) -> None:
         """Find Invoke's own options in the command line."""
-        with _clear_words(self):
+        with _clear_errors(self):
             super().parse_core(argv)
 
     def parse_collection(self) -> None:
         """Load tasks.py."""
-        with _clear_words(self):
+        with _clear_errors(self):
             super().parse_collection()
 
     def parse_tasks(self) -> None:
         """Find the tasks and their options in the command line."""
-        with _clear_words(self):
+        with _clear_errors(self):
             super().parse_tasks()
 
     def parse_cleanup(self) -> None:
         """Answer ``--help`` and ``--list``."""
-        with _clear_words(self):
+        with _clear_errors(self):
             super().parse_cleanup()
 
     def update_config(self, merge: bool = True) -> None:  # noqa: FBT001, FBT002  (Invoke's own signature)
         """Read the file that ``--config`` names."""
-        with _clear_words(self):
+        with _clear_errors(self):
             super().update_config(merge)
 
     def execute(self) -> None:
@@ -119,7 +119,7 @@ def _typed() -> str:
 
 
 @contextlib.contextmanager
-def _clear_words(program: Program) -> Iterator[None]:
+def _clear_errors(program: Program) -> Iterator[None]:
     with _interruptible():
         try:
             yield

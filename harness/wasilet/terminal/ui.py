@@ -199,7 +199,7 @@ class View:
                 printable(pod.namespace),
                 printable(pod.name),
                 Text(pod.phase or "-", style=_PHASE_STYLES.get(pod.phase, "")),
-                printable(_state_words(pod)),
+                printable(_state_text(pod)),
                 str(restarts),
                 took,
                 *((rates.get((pod.namespace, pod.name), ""),) if rates else ()),
@@ -239,7 +239,7 @@ class View:
         return Text(" ↑ ↓ or j k: choose a pod    g G: first, last    q: leave", style="dim", no_wrap=True)
 
 
-def _state_words(pod: PodView) -> str:
+def _state_text(pod: PodView) -> str:
     words = []
     for entry in pod.containers():
         for kind, detail in (entry.get("state") or {}).items():

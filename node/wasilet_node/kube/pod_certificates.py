@@ -16,12 +16,12 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from wasilet_common.time_format import seconds_of
 
 from wasilet_node.kube.base import Kube, KubeError, KubeObject, NotFoundError
 from wasilet_node.kube.pem import certificates, encoded
@@ -178,7 +178,7 @@ class PodCertificates:
                 case "Issued":
                     chain = "".join(encoded(der) for der in certificates(str(status.get("certificateChain") or "")))
                     state.issued = Credentials(key=request.key, chain=chain.encode())
-                    begin = datetime.fromisoformat(status["beginRefreshAt"]).timestamp()
+                    begin = seconds_of(status["beginRefreshAt"])
                     state.refresh_at = begin + self._jitter() * _JITTER_SECONDS
                     state.request = None
                     return True

@@ -113,14 +113,15 @@ class PodNetworks:
         return list(self._pods)
 
     def refill(self) -> bool:
-        """Make one for the pool. False: it is full, or there is no address left for it. Raises NetworkError."""
+        """Make one for the pool. Whether there is room for another: it is not full, and addresses are left. Raises
+        NetworkError."""
         if len(self._pool) >= POOL_SIZE:
             return False
         try:
             self._pool.append(self._make())
         except AddressesExhaustedError:
             return False
-        return True
+        return len(self._pool) < POOL_SIZE
 
     def inside(self, record: PodRecord, work: Callable[[], _T]) -> _T:
         """Do something in a pod's namespace. Raises NetworkError, OSError."""

@@ -69,6 +69,7 @@ class PodNetwork:
         self._node_name = node_name
         self._host_ports = host_ports.HostPorts(self.connect)
         self._wake = asyncio.Event()
+        self._look_at = 0.0
         self._ready = asyncio.Event()
         self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
         self._dial: ThreadPoolExecutor | None = None
@@ -131,6 +132,7 @@ class PodNetwork:
         def calm() -> None:
             nonlocal pending
             pending = False
+            self._look_at = 0.0
             self._wake.set()
 
         def changed() -> None:
@@ -187,11 +189,15 @@ class PodNetwork:
         return await asyncio.get_running_loop().run_in_executor(self._dial, work)
 
     async def _keep(self) -> float:
-        """Seconds until it is to be looked at again."""
+        """Seconds until it is to be looked at again. A pod that took a network has only the pool filled up: a look
+        reads all of the machine's routes, and pods come in bursts."""
+        now = asyncio.get_running_loop().time()
         try:
-            await self._in_thread(self._ensure)
-            await self._in_thread(self._know_machine)
-            self._set_problem(None)
+            if now >= self._look_at:
+                await self._in_thread(self._ensure)
+                await self._in_thread(self._know_machine)
+                self._look_at = now + REFILL_SECONDS
+                self._set_problem(None)
             while await self._in_thread(self._refill):
                 pass
         except NetworkAbsentError as error:
@@ -202,8 +208,9 @@ class PodNetwork:
             logger.warning("the pod network: %s", error)
             if self._pods is None:
                 self._set_problem(str(error))
+            self._look_at = 0.0
             return RETRY_SECONDS
-        return REFILL_SECONDS
+        return max(0.0, self._look_at - asyncio.get_running_loop().time())
 
     def _set_problem(self, problem: str | None) -> None:
         if problem is None:

@@ -30,6 +30,7 @@ from wasilet_node.pods.resize import Change, Resizes
 from wasilet_node.pods.results import ProbeResults
 from wasilet_node.pods.start_attempts import StartAttempts
 from wasilet_node.pods.status import Waiting
+from wasilet_node.pods.status_pace import FIRST_SECONDS
 from wasilet_node.pods.termination import Grace
 from wasilet_node.pods.termination_message import TerminationMessages
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, RuntimeUnavailableError
@@ -221,8 +222,13 @@ class ContainerSync:
                 fresh.add(kill.container)
         if not self.volumes_ready and not await self._set_up():
             return
-        for name in (*fresh, *plan.start):
-            await self._start(name, fresh=name in fresh)
+        # In time for the first status of a pod whose image is being pulled; most containers start sooner than this.
+        shown = asyncio.get_running_loop().call_later(FIRST_SECONDS / 2, self._jobs.wake)
+        try:
+            for name in (*fresh, *plan.start):
+                await self._start(name, fresh=name in fresh)
+        finally:
+            shown.cancel()
 
     async def _set_up(self) -> bool:
         """What all containers have in common, as a sandbox elsewhere: the host's name, and the volumes."""
@@ -246,7 +252,6 @@ class ContainerSync:
         self.volumes_ready = True
         self._volume_retry.reset()
         self.refresher.set_up()
-        self._jobs.wake()
         return True
 
     async def _start(self, name: str, *, fresh: bool = False) -> None:

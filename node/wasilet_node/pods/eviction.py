@@ -118,8 +118,9 @@ class Evictor:
     async def memory_round(self, workers: Mapping[str, PodWorker]) -> None:
         """Evict those that wrote more into memory than they may; for every half second, since memory is filled fast."""
         volumes = self._dependencies.volumes
-        for worker in list(workers.values()):
-            if not worker.holds_resources or worker.verdict is not None or is_critical(worker.pod):
+        for uid in volumes.loose_pods():
+            worker = workers.get(uid)
+            if worker is None or not worker.holds_resources or worker.verdict is not None or is_critical(worker.pod):
                 continue
             sizes = {name: int(usage.bytes) for name, usage in (await volumes.loose_usage(worker.pod)).items()}
             if not sizes:

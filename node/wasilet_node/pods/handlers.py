@@ -130,10 +130,10 @@ async def http_get(
             ok=False, output=f'Get "{url}": context deadline exceeded (Client.Timeout exceeded while awaiting headers)'
         )
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        return Outcome(ok=False, output=f'Get "{url}": {_dial_words(error, host, port)}')
+        return Outcome(ok=False, output=f'Get "{url}": {_dial_problem(error, host, port)}')
 
 
-def _dial_words(error: Exception, host: str, port: int) -> str:
+def _dial_problem(error: Exception, host: str, port: int) -> str:
     """A failed connection as Go words it, which is what people search for; anything else by its own text."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, socket.gaierror):
@@ -202,6 +202,6 @@ async def tcp_connect(
     except TimeoutError:
         return Outcome(ok=False, output=f"dial tcp {host}:{port}: i/o timeout")
     except (OSError, ValueError) as error:
-        return Outcome(ok=False, output=_dial_words(error, host, port))
+        return Outcome(ok=False, output=_dial_problem(error, host, port))
     writer.close()
     return Outcome(ok=True)

@@ -1,25 +1,32 @@
 """Krustlet's annotations for wasi-experimental-http: which origins a pod's modules may call, and how many at once.
 
 Without the annotation there is no outbound HTTP at all. What cannot be read fails the container with the parser's
-message, rather than running it with another policy than its author wrote; so does an origin that leads to the node
+message, rather than running it with another policy than its author wrote. So does an origin that leads to the node
 itself, to the cluster's API server or to another place that ``wasilet_common.addresses`` refuses, unless the node's
-operator allows it. Names are judged again by the sandbox, at each resolution.
+operator allows it, and one that the operator's own rule keeps from the pod's namespace. Names are judged again by the
+sandbox, at each resolution.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from wasilet_common import addresses
 from wasilet_common.pod_fields import Pod
 
+from wasilet_node.pods import outbound_policy
+from wasilet_node.pods.outbound_policy import OutboundPolicyError
 from wasilet_node.runtime.protocol import HttpPolicy
 from wasilet_node.volumes.base import ContainerConfigError
+
+logger = logging.getLogger(__name__)
 
 ALLOWED_DOMAINS = "alpha.wasi.krustlet.dev/allowed-domains"
 MAX_CONCURRENT_REQUESTS = "alpha.wasi.krustlet.dev/max-concurrent-requests"
@@ -31,12 +38,14 @@ _RESOLVE_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class OutboundRules:
-    """The node's side of every pod's policy; the fields are those of ``HttpPolicy``."""
+    """The node's side of every pod's policy; the first four fields are those of ``HttpPolicy``."""
 
     local_origins: tuple[str, ...] = ()
     own_addresses: tuple[str, ...] = ()
     api_servers: tuple[tuple[str, int], ...] = ()
     kubelet_ports: tuple[int, ...] = ()
+    by_namespace: outbound_policy.Policy | None = None
+    """The operator's rule; None: there is none."""
 
 
 @dataclass(kw_only=True)
@@ -49,15 +58,23 @@ class Outbound:
     """The URL by which the node reaches it."""
 
     kubelet_port: Callable[[], int] = lambda: 0
+    policy_file: Path | None = None
+    """The operator's rule, see ``outbound_policy``."""
+
     _resolved: tuple[float, tuple[str, ...]] = field(default=(-1e9, ()), init=False)
 
     async def policy(self, pod: Pod) -> HttpPolicy | None:
         """``http_policy`` with the rules as of now, which a pod without the annotation does not need."""
         asked = ALLOWED_DOMAINS in (pod["metadata"].get("annotations") or {})
-        return http_policy(pod, await self.rules() if asked else None)
+        try:
+            return http_policy(pod, await self.rules() if asked else None)
+        except OutboundPolicyError as error:
+            # Nobody knows what it would allow, so nothing is. Its path is the operator's business, not the pod's.
+            logger.error("the rule of outbound HTTP: %s", error)  # noqa: TRY400
+            raise ContainerConfigError("the node's rule of outbound HTTP cannot be read; see the node's log") from error
 
     async def rules(self) -> OutboundRules:
-        """As of now. The API server's name is looked up at most once a minute."""
+        """As of now. The API server's name is looked up at most once a minute. Raises OutboundPolicyError."""
         parts = urlsplit(self.api_server)
         host, port = parts.hostname or "", parts.port or 443
         hosts = (host, *await self._addresses(host, port)) if host else ()
@@ -66,6 +83,7 @@ class Outbound:
             own_addresses=tuple(self.own_addresses()),
             api_servers=tuple(dict.fromkeys((name, port) for name in hosts)),
             kubelet_ports=tuple(port for port in (self.kubelet_port(),) if port),
+            by_namespace=outbound_policy.read(self.policy_file) if self.policy_file is not None else None,
         )
 
     async def _addresses(self, host: str, port: int) -> tuple[str, ...]:
@@ -99,6 +117,7 @@ def http_policy(pod: Pod, rules: OutboundRules | None = None) -> HttpPolicy | No
         raise ContainerConfigError(f"annotation {ALLOWED_DOMAINS} is not a JSON array of strings: {text[:200]!r}")
     origins = tuple(_origin(item) for item in listed)
     _judge(origins, rules)
+    _judge_by_namespace(origins, str(pod["metadata"].get("namespace") or "default"), rules)
     return HttpPolicy(
         allowed_origins=origins,
         max_concurrent_requests=limit,
@@ -111,9 +130,9 @@ def http_policy(pod: Pod, rules: OutboundRules | None = None) -> HttpPolicy | No
 
 def _judge(origins: Sequence[str], rules: OutboundRules) -> None:
     guard = addresses.guard(own=rules.own_addresses, endpoints=rules.api_servers, ports=rules.kubelet_ports)
-    local = {_key(origin) for origin in rules.local_origins}
+    local = {outbound_policy.key(origin) for origin in rules.local_origins}
     for origin in origins:
-        scheme, host, port = _key(origin)
+        scheme, host, port = outbound_policy.key(origin)
         refusal = "" if (scheme, host, port) in local else guard.refusal(host, port)
         if refusal:
             raise ContainerConfigError(
@@ -122,10 +141,15 @@ def _judge(origins: Sequence[str], rules: OutboundRules) -> None:
             )
 
 
-def _key(origin: str) -> tuple[str, str, int]:
-    """Scheme, host in lower case, and port of an origin that was checked."""
-    parts = urlsplit(origin)
-    return parts.scheme, (parts.hostname or "").lower(), parts.port or (443 if parts.scheme == "https" else 80)
+def _judge_by_namespace(origins: Sequence[str], namespace: str, rules: OutboundRules) -> None:
+    for origin in origins:
+        if rules.by_namespace is not None and not outbound_policy.allows(
+            rules.by_namespace, namespace, outbound_policy.key(origin)
+        ):
+            raise ContainerConfigError(
+                f"annotation {ALLOWED_DOMAINS}: {origin} is refused: the node's operator does not let pods of "
+                f"namespace {namespace} call it (--outbound-policy)"
+            )
 
 
 def _origin(text: str) -> str:

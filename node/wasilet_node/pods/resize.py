@@ -26,7 +26,6 @@ from wasilet_node.runtime.protocol import (
     ContainerStatus,
     ResizeError,
     Resources,
-    RuntimeCapabilities,
     RuntimeUnavailableError,
     UnknownContainerError,
 )
@@ -163,9 +162,7 @@ class Resizes:
 
     def _infeasible(self, pod: Pod, running: Mapping[str, ContainerStatus]) -> str:
         """Why this node cannot do it to what runs; empty: it can. Raises RuntimeUnavailableError."""
-        capabilities = getattr(self._dependencies.runtime, "capabilities", None)
-        if not isinstance(capabilities, RuntimeCapabilities):
-            raise RuntimeUnavailableError("not connected")
+        capabilities = self._dependencies.runtime.capabilities
         for change in self._changes(pod, running):
             made, wanted = self._held_now(change.instance, change.container), held(pod, change.container)
             if change.restart or made is None:

@@ -44,6 +44,16 @@ _KEPT = frozenset({"conditions", "nominatedNodeName", "resize", "resourceClaimSt
 _GENERATION = "observedGeneration"
 
 
+_TERMINAL = frozenset({"Succeeded", "Failed"})
+_CHANGED_BY_EVERY_WRITE = frozenset({"resourceVersion", "managedFields"})
+
+
+def _of_others(status: Mapping[str, Any]) -> list[Any]:
+    """What of a status is no kubelet's to write."""
+    foreign = [each for each in status.get("conditions") or () if each["type"] not in OWNED]
+    return [foreign, *(status.get(name) for name in sorted(_KEPT - {"conditions"}))]
+
+
 def _stripped(condition: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in condition.items() if v is not None and k != "lastProbeTime"}
 
@@ -148,6 +158,19 @@ class StatusWriter:
                 await asyncio.wait({self._task})
         finally:
             self._flushing -= 1
+
+    def is_echo(self, before: Pod, after: Pod) -> bool:
+        """Whether a newer state of the pod, which was observed, only brings back the status that was sent: nothing else
+        in it is news, and nothing of the status is left to send."""
+        if self._desired is None or any(
+            before["metadata"].get(name) != after["metadata"].get(name)
+            for name in {*before["metadata"], *after["metadata"]} - _CHANGED_BY_EVERY_WRITE
+        ):
+            return False
+        old, new = before.get("status") or {}, after.get("status") or {}
+        if new.get("phase") in _TERMINAL and new.get("phase") != old.get("phase"):
+            return False  # what ends with the pod waits for it
+        return _of_others(old) == _of_others(new) and not self._pending()
 
     def stop(self) -> None:
         """The pod is gone, or the agent goes: drop what was not sent, also for those who wait in ``flush``."""

@@ -122,7 +122,8 @@ class PodWorker:
         if not self._status_writer.observed(pod, listed=listed):
             return
         before = self.pod
-        if pod["spec"] == before["spec"]:
+        same_spec = pod["spec"] == before["spec"]
+        if same_spec:
             # Each change of the status brings the whole pod again: one spec is kept, and what was made of it counts on.
             pod = {**pod, "spec": before["spec"]}
         self.pod = pod
@@ -131,7 +132,8 @@ class PodWorker:
             self._containers.refresher.at_once()
         if pod_fields.is_deleted(pod) and self._grace is not None:
             self._grace.shorten(pod_fields.grace_seconds(pod))
-        self._wake.set()
+        if listed or not same_spec or not self._status_writer.is_echo(before, pod):
+            self._wake.set()
 
     def remove(self) -> None:
         """The API server no longer has the pod."""
@@ -195,6 +197,8 @@ class PodWorker:
                         await self._wake.wait()
                 except TimeoutError:
                     pass
+                # A container that came up and the job that started it are two wake-ups, and one look.
+                await asyncio.sleep(0)
         finally:
             self._probes.close()
             if self._grace is not None:

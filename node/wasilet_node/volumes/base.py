@@ -72,6 +72,10 @@ class Volumes(Protocol):
     async def usage(self, pod: Pod) -> Mapping[str, Usage]:
         """What the volumes of a pod that lie on the node hold, by name."""
 
+    def loose_pods(self) -> Sequence[str]:
+        """Uids of the pods that :meth:`loose_usage` finds something of: most nodes have none, and it is asked twice a
+        second."""
+
     async def loose_usage(self, pod: Pod) -> Mapping[str, Usage]:
         """As :meth:`usage`, of the memory volumes with a size that the kernel does not hold."""
 

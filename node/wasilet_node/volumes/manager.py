@@ -145,6 +145,7 @@ class VolumeManager:
             "ephemeral": EphemeralClaims(shared),
         }
         self._places: dict[str, dict[str, Place]] = {}
+        self._loose: set[str] = set()
         self._locks: dict[str, asyncio.Lock] = {}
 
     def close(self) -> None:
@@ -194,6 +195,8 @@ class VolumeManager:
                     raise result
                 else:
                     places[volume.name] = result
+                    if result.loose:
+                        self._loose.add(uid)
             if problems:
                 raise VolumeError("; ".join(problems))
 
@@ -348,6 +351,10 @@ class VolumeManager:
 
         return await self._measure(own)
 
+    def loose_pods(self) -> Sequence[str]:
+        """See ``Volumes.loose_pods``."""
+        return list(self._loose)
+
     async def loose_usage(self, pod: Pod) -> dict[str, Usage]:
         """Of the memory volumes with a size that the kernel does not hold."""
         places = self._places.get(pod["metadata"]["uid"], {})
@@ -375,6 +382,7 @@ class VolumeManager:
         uid = checked_uid(pod_uid)
         async with self._lock(uid):
             self._places.pop(uid, None)
+            self._loose.discard(uid)
             self._references.release(uid)
             self._tokens.release(uid)
             roots = self._pod_dirs.roots()

@@ -16,8 +16,9 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
+
+from wasilet_common.time_format import seconds_of
 
 from wasilet_node.kube.base import KubeError
 from wasilet_node.kube.references import References
@@ -109,7 +110,7 @@ class Tokens:
             del self._tokens[key]
 
     def _received(self, status: dict[str, Any], key: _Key) -> _Token:
-        expires_at = datetime.fromisoformat(status["expirationTimestamp"]).timestamp()
+        expires_at = seconds_of(status["expirationTimestamp"])
         # The server may grant another lifetime than was asked for; the token itself says when it was issued.
         issued_at = _claims(status["token"].encode()).get("iat", expires_at - key.expiration_seconds)
         return _Token(status["token"], float(issued_at), expires_at)

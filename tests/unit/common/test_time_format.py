@@ -15,6 +15,7 @@ from wasilet_common.time_format import (
     rfc3339_micro,
     rfc3339_nano,
     rfc3339_of,
+    seconds_of,
 )
 
 pytestmark = pytest.mark.unit
@@ -71,3 +72,10 @@ def test_what_is_written_is_read_again(nanoseconds: int) -> None:
 )
 def test_a_duration_is_written_as_go_does(seconds: float, text: str) -> None:
     assert go_duration(seconds) == text
+
+
+@pytest.mark.parametrize("text", [None, "", "soon", 5, "2026-13-01T00:00:00Z"])
+def test_what_has_to_be_a_time_and_is_none_is_an_error(text: object) -> None:
+    assert seconds_of("1970-01-01T00:00:01.5Z") == 1.5
+    with pytest.raises(ValueError, match="is no RFC 3339 time"):
+        seconds_of(text)

@@ -84,6 +84,14 @@ def test_a_value_that_makes_no_sense_is_refused(config: Any) -> None:
         load(config, environ={})
 
 
+def test_a_rule_of_outbound_http_that_is_not_there_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    path = tmp_path / "rule.yaml"
+    with pytest.raises(UsageError, match="there is no file"):
+        load(environ={"WASILET_OUTBOUND_POLICY": str(path)})
+    path.write_text("{}")
+    assert load(environ={"WASILET_OUTBOUND_POLICY": str(path)}).outbound_policy == path
+
+
 def test_local_origins_come_as_a_list_or_by_commas() -> None:
     origins = ("http://127.0.0.1:1", "http://127.0.0.1:2")
     assert load({"local_origins": list(origins)}, environ={}).local_origins == origins

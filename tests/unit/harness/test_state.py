@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from wasilet import state as states
-from wasilet.cluster_record import ClusterRecord, KubeconfigRecord
+from wasilet.cluster_record import ClusterRecord, KubeconfigRecord, LeftOverRecord
 from wasilet.errors import PortTakenError, StateError
 from wasilet.ports import EVERYWHERE, port_is_free
 from wasilet.process import ProcessRecord, spawn, stop
@@ -331,3 +331,14 @@ def test_files_are_replaced_whole_with_the_mode_asked_for(tmp_path: Path) -> Non
     write_json(path, {"a": 1})
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_a_provider_found_is_typed_and_an_older_file_lacks_nothing(state: State) -> None:
+    assert not state.cluster.external.found
+    state.update(external={"created": True, "creating": None, "ids": ["a"], "before": {"networks": ["k3d-t"]}})
+    found = state.cluster.external
+    assert (found.found, found.created, found.creating, found.ids) == (True, True, "", ("a",))
+    assert found.before == LeftOverRecord(networks=("k3d-t",), volumes=())
+    state.update(external={"before": "k3d-t"})
+    with pytest.raises(StateError, match="is damaged: external"):
+        _ = state.cluster

@@ -24,5 +24,5 @@ def test_what_cannot_be_built_makes_no_cluster(tmp_path: Path, monkeypatch: pyte
     (failure,) = result.recap.failures
     assert failure.detail == "Rust is not installed"
     assert demo.log_lines(result) == []
-    assert not demo.next_words(result)
+    assert not demo.next_text(result)
     assert not (tmp_path / "state").exists()

@@ -369,9 +369,9 @@ def test_what_was_made_is_written_down_as_it_appears(world: World, cluster: Clus
     provider = K3dProvider()
     add_node(world, "k3d-unit-tools", "noRole")
     provider.note_containers(cluster)
-    assert facts(cluster).get("ids", []) == []
+    assert facts(cluster).ids == ()
     add_node(world, "k3d-unit-server-0", "server")
     provider.note_containers(cluster)
     add_node(world, "k3d-unit-serverlb", "loadbalancer")
     provider.note_containers(cluster)
-    assert facts(cluster)["ids"] == ["id-of-k3d-unit-server-0", "id-of-k3d-unit-serverlb"]
+    assert facts(cluster).ids == ("id-of-k3d-unit-server-0", "id-of-k3d-unit-serverlb")

@@ -23,7 +23,8 @@ from wasilet_node.network import nft
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
-from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, interface_prefix
+from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork, interface_prefix
+from wasilet_node.network.pod_networks import POOL_SIZE
 from wasilet_node.network.service import PodNetwork
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
@@ -140,6 +141,29 @@ def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path)
         await until(lambda: not machine_interfaces())
         with Netlink() as machine:
             assert machine.routes() == []
+
+    with_machine(work)
+
+
+def test_a_burst_of_pods_does_not_read_the_machines_routes_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[None] = []
+    look = NodeNetwork.know_machine
+
+    def counted(node: NodeNetwork) -> None:
+        looks.append(None)
+        look(node)
+
+    monkeypatch.setattr(NodeNetwork, "know_machine", counted)
+
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            for number in range(6):
+                await until(lambda: pods._pods is not None and len(pods._pods._pool) == POOL_SIZE)
+                await pods.attach(pod(f"u{number}"))
+            await until(lambda: pods._pods is not None and len(pods._pods._pool) == POOL_SIZE)
+        assert len(looks) <= 3, "at the start, after its own changes, and perhaps because half a minute is over"
 
     with_machine(work)
 

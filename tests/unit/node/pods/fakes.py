@@ -502,6 +502,9 @@ class FakeVolumes:
     async def usage(self, pod: Pod) -> Mapping[str, Usage]:
         return {}
 
+    def loose_pods(self) -> Sequence[str]:
+        return ()
+
     async def loose_usage(self, pod: Pod) -> Mapping[str, Usage]:
         return {}
 

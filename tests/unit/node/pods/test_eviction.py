@@ -161,6 +161,9 @@ async def test_a_container_over_its_limit_ends_its_pod_and_no_other(
 class LooseVolumes(MeasuredVolumes):
     """Memory volumes whose size nobody holds."""
 
+    def loose_pods(self) -> list[str]:
+        return [folder.name for folder in self.root.iterdir()]
+
     async def loose_usage(self, pod: Pod) -> dict[str, Usage]:
         return await self.usage(pod)
 

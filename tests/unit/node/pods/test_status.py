@@ -424,6 +424,35 @@ async def test_an_older_watch_event_does_not_bring_an_old_status_back() -> None:
     await patcher.close()
 
 
+@pytest.mark.parametrize(
+    ("change", "echo"),
+    [
+        pytest.param({}, True, id="what was sent"),
+        pytest.param({"metadata": {"managedFields": []}}, True, id="bookkeeping"),
+        pytest.param({"metadata": {"labels": {"a": "b"}}}, False, id="a label"),
+        pytest.param({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}, False, id="a deletion"),
+        pytest.param({"status": {"conditions": [{"type": "Mine", "status": "True"}]}}, False, id="someone's condition"),
+        pytest.param({"status": {"nominatedNodeName": "n"}}, False, id="a field of the scheduler"),
+        pytest.param({"status": {"phase": "Pending"}}, False, id="a status that was overwritten"),
+        pytest.param({"status": {"phase": "Failed"}}, False, id="the end"),
+    ],
+)
+async def test_what_only_brings_back_a_sent_status_is_no_news(change: dict[str, Any], *, echo: bool) -> None:
+    kube = PodKube()
+    kube.add(make_pod())
+    before = copy.deepcopy(kube.pod("a"))
+    patcher = StatusWriter(kube, before, on_gone=lambda: None, pace=StatusPace(time.monotonic))
+    assert not patcher.is_echo(before, before), "nothing was sent yet"
+    patcher.submit({"phase": "Running"})
+    await patcher.flush()
+    after = copy.deepcopy(kube.pod("a"))
+    for part, fields in change.items():
+        after[part] |= fields
+    assert patcher.observed(after)
+    assert patcher.is_echo(before, after) is echo
+    await patcher.close()
+
+
 async def test_an_absent_server_is_asked_again() -> None:
     kube = PodKube()
     kube.add(make_pod())

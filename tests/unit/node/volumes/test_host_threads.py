@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 
@@ -79,3 +80,14 @@ async def test_one_that_is_cancelled_is_cancelled(hang: threading.Event) -> None
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_thread_that_answered_takes_the_next_call_and_ends_with_its_owner() -> None:
+    threads = HostThreads()
+    names = {await threads.run("x", threading.get_ident) for _ in range(5)}
+    assert len(names) == 1
+    thread = next(each for each in threading.enumerate() if each.ident in names)
+    del threads
+    gc.collect()
+    await asyncio.to_thread(thread.join, 10.0)
+    assert not thread.is_alive()

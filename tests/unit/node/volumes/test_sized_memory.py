@@ -98,6 +98,7 @@ async def test_a_volume_without_a_size_is_a_folder(rig: Rig) -> None:
     (await guest_of(rig, pod)).write("/v/file", b"x")
     assert mounted(rig) == []
     assert await rig.volumes.loose_usage(pod) == {}
+    assert rig.volumes.loose_pods() == []
 
 
 async def test_who_may_not_mount_gets_a_folder_that_is_looked_at(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +107,9 @@ async def test_who_may_not_mount_gets_a_folder_that_is_looked_at(rig: Rig, monke
     (await guest_of(rig, pod)).write("/v/file", b"x" * 20_000)
     assert mounted(rig) == []
     assert (await rig.volumes.loose_usage(pod))["vol"].bytes >= 20_000
+    assert rig.volumes.loose_pods() == [pod["metadata"]["uid"]]
+    await rig.volumes.teardown(pod["metadata"]["uid"])
+    assert rig.volumes.loose_pods() == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may mount")
