@@ -1,9 +1,9 @@
 """A supervisor whose sandboxes run native code instead of their guests, as after an escape from WebAssembly:
 ``python hostile_sandbox.py FENCES --data-dir DIR``.
 
-``FENCES`` is ``all``, or ``user``: without Landlock and the filter of system calls, so that what is refused is refused
-to the sandbox's user. A container's first argument names what its sandbox does, the second is JSON for it. It writes
-JSON to its stdout.
+``FENCES`` is ``all``, or what is left of them: ``user``, so that what is refused is refused to the sandbox's user, or
+``user and root``, where it has its own file tree, too; both without Landlock and the filter of system calls. A
+container's first argument names what its sandbox does, the second is JSON for it. It writes JSON to its stdout.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import os
 import resource
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wasilet_node.runtime import guest, landlock, linux, sandbox, seccomp, supervisor
+from wasilet_node.runtime import guest, landlock, linux, private_root, sandbox, seccomp, supervisor
 
 PTRACE_ATTACH, PTRACE_SEIZE = 16, 0x4206
 HIGHEST = 5000
@@ -77,6 +78,56 @@ def _attacks_on(name: str, pid: int) -> dict[str, Callable[[], object]]:
     }
 
 
+def attacks_on_files(facts: Facts) -> dict[str, Callable[[], object]]:
+    """By name. ``facts``: ``paths`` by name that are none of its business, and that the test has made: where no fence
+    holds, they are removed."""
+    found: dict[str, Callable[[], object]] = {
+        "list /proc": lambda: list(Path("/proc").iterdir()),
+        "list /sys": lambda: list(Path("/sys").iterdir()),
+        "list /dev": lambda: list(Path("/dev").iterdir()),
+        "read the machine's users": lambda: _open("/etc/passwd", os.O_RDONLY),
+        "another root": lambda: os.chroot("/mount0"),
+        "mount something": lambda: _checked(_libc.mount(b"none", b"/mount0", b"tmpfs", 0, None)),
+        "unmount its volume": lambda: _checked(_libc.umount2(b"/mount0", 2)),
+        "the old root": lambda: _checked(_libc.umount2(b"/", 2)),
+        "writable again": lambda: _checked(_libc.mount(None, b"/mount1", None, 32 | 4096, None)),
+        "a device": lambda: os.mknod("/mount0/device", 0o60600, os.makedev(254, 0)),
+        "a file by its handle": lambda: _by_handle("/mount0"),
+        "a file in its root": lambda: _open("/", os.O_TMPFILE | os.O_WRONLY),
+        "a file in a read-only volume": lambda: Path("/mount1/new").touch(),
+        "a mode in a read-only volume": lambda: Path("/mount1").chmod(0o777),
+        "out of its volume": lambda: _expect_names("/mount0/../../..", {"artifact", "mount0", "mount1"}),
+        "a file in its volume": lambda: Path("/mount0/new").touch(),
+        "connect to the supervisor": lambda: _speak(facts["paths"]["the socket"]),
+    }
+    for name, path in facts["paths"].items():
+        found |= _attacks_on_file(name, path)
+    return found
+
+
+def _attacks_on_file(name: str, path: str) -> dict[str, Callable[[], object]]:
+    return {
+        f"read {name}": lambda: _open(path, os.O_RDONLY),
+        f"mode of {name}": lambda: Path(path).chmod(0o777),
+        f"times of {name}": lambda: os.utime(path, (0, 0)),
+        f"remove {name}": lambda: Path(path).unlink(),
+    }
+
+
+def _expect_names(folder: str, wanted: set[str]) -> None:
+    if {path.name for path in Path(folder).iterdir()} != wanted:
+        raise OSError(errno.EBADE, "there is more")
+
+
+def _by_handle(path: str) -> None:
+    """As ``shocker`` did: what a file system knows by number, from any descriptor on it."""
+    handle = ctypes.create_string_buffer(struct.pack("=Ii", 128, 0) + bytes(128))
+    mount = ctypes.c_int()
+    _checked(_libc.name_to_handle_at(-100, path.encode(), handle, ctypes.byref(mount), 0))
+    folder = os.open(path, os.O_RDONLY)
+    _checked(_libc.open_by_handle_at(folder, handle, os.O_RDONLY))
+
+
 def _open(path: str, flags: int) -> None:
     os.close(os.open(path, flags))
 
@@ -98,14 +149,23 @@ def _speak(path: str) -> None:
 
 
 def attack(facts: Facts) -> object:
-    """The outcome of each."""
+    """The outcome of each on processes."""
+    return _outcomes(attacks(facts))
+
+
+def attack_files(facts: Facts) -> object:
+    """The outcome of each on files."""
+    return _outcomes(attacks_on_files(facts))
+
+
+def _outcomes(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
     found = {}
-    for name, attempt in attacks(facts).items():
+    for name, attempt in attempts.items():
         try:
             attempt()
             found[name] = "ok"
         except OSError as error:
-            found[name] = errno.errorcode[error.errno or 0]
+            found[name] = errno.errorcode.get(error.errno or 0, str(error))
         except ValueError as error:  # setrlimit's
             found[name] = str(error)
     return found
@@ -152,12 +212,17 @@ def files(facts: Facts) -> object:
     return {"uid": made.st_uid, "gid": made.st_gid, "mode": made.st_mode & 0o7777, "theirs": theirs.read_text()}
 
 
+def names(facts: Facts) -> object:
+    """In a folder."""
+    return sorted(path.name for path in Path(facts["folder"]).iterdir())
+
+
 def nothing(_facts: Facts) -> object:
     """Be there."""
     return None
 
 
-_DEEDS = {deed.__name__: deed for deed in (attack, threads, processes, files, nothing)}
+_DEEDS = {deed.__name__: deed for deed in (attack, attack_files, threads, processes, files, names, nothing)}
 
 
 def instead_of_a_guest(config: Any, *_args: object, report: int, **_fields: object) -> int:
@@ -173,6 +238,8 @@ def main(arguments: list[str]) -> int:
     """A supervisor."""
     guest.run_guest = instead_of_a_guest
     if arguments[0] == "user":
+        private_root.why_unavailable = lambda: "it is taken out"
+    if arguments[0] != "all":
         landlock.confine = lambda *_args, **_fields: False
         seccomp.confine = lambda *_args, **_fields: False
     with contextlib.suppress(OSError):

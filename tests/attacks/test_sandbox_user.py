@@ -55,12 +55,14 @@ async def started(rig: Rig, deed: str, facts: object = None, **fields: Any) -> t
     return config, await rig.client.start(config)
 
 
-async def said(config: ContainerConfig) -> Any:
+async def said(rig: Rig, config: ContainerConfig) -> Any:
     """The JSON that a container has written."""
 
     async def whole() -> list[Any] | None:
         with contextlib.suppress(OSError, ValueError, IndexError):
             return [json.loads(Path(config.log_path).read_text().split(" ", 3)[3])]
+        ended = [status for status in await rig.client.list() if status.id == config.id and status.finished_at_ns]
+        assert not ended, ended[0].message
         return None
 
     return (await eventually(whole, timeout_seconds=30))[0]
@@ -79,7 +81,7 @@ async def test_what_is_anothers_is_refused_to_a_sandbox_without_landlock_and_fil
             pointer = supervisor_registry.current(rig.paths.data)
             assert pointer is not None
             config, _ = await started(rig, "attack", {"pids": pids, "socket": pointer.socket})
-            found = await said(config)
+            found = await said(rig, config)
         finally:
             outsider.kill()
             await outsider.wait()
@@ -89,15 +91,52 @@ async def test_what_is_anothers_is_refused_to_a_sandbox_without_landlock_and_fil
     tally.count("refused", len(expected))
 
 
+async def test_files_outside_of_its_volumes_are_not_there_for_a_sandbox_without_landlock_and_filter(
+    tmp_path: Path, tally: Tally
+) -> None:
+    rows = yaml.safe_load((Path(__file__).parent / "sandbox_root.yaml").read_text())
+    for name in ("own", "read-only", "another's"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text(SECRET)
+    (tmp_path / "roots").write_text(SECRET)
+    async with hostile(tmp_path / "data", "user and root") as rig:
+        pointer = supervisor_registry.current(rig.paths.data)
+        assert pointer is not None
+        theirs = (Mount(host=str(tmp_path / "another's"), guest="/volume"),)
+        neighbour, _ = await started(rig, "nothing", mounts=theirs)
+        paths = {
+            "root's file": str(tmp_path / "roots"),
+            "the pointer": str(next(path for path, _ in supervisor_registry.pointers(rig.paths.data))),
+            "the socket": pointer.socket,
+            "a neighbour's volume": str(tmp_path / "another's" / "precious"),
+            "a neighbour's log": neighbour.log_path,
+            "a neighbour's compiled file": neighbour.artifact,
+        }
+        assert [name for name, path in paths.items() if not Path(path).exists()] == []
+        # Where the fence fails they are really removed: none may be of this machine's.
+        ours = (tmp_path, Path(pointer.socket).parent)
+        assert [path for path in paths.values() if not any(Path(path).is_relative_to(each) for each in ours)] == []
+        mounts = (
+            Mount(host=str(tmp_path / "own"), guest="/own"),
+            Mount(host=str(tmp_path / "read-only"), guest="/ro", read_only=True),
+        )
+        config, _ = await started(rig, "attack_files", {"paths": paths}, mounts=mounts)
+        found = await said(rig, config)
+    expected = {**rows["once"], **{row.format(of): how for row, how in rows["each"].items() for of in paths}}
+    assert found == expected
+    assert (tmp_path / "own" / "new").exists()
+    tally.count("refused", sum(how != "ok" for how in expected.values()))
+
+
 async def test_a_sandbox_has_so_many_threads_and_another_as_many_beside_it(tmp_path: Path) -> None:
     """Behind all fences: the filter lets it start threads. Without them, the same for processes."""
     async with hostile(tmp_path / "all", "all") as rig:
         for _ in range(2):  # the first one's stay
             config, _ = await started(rig, "threads")
-            assert await said(config) == sandbox.MAX_THREADS - 1
+            assert await said(rig, config) == sandbox.MAX_THREADS - 1
     async with hostile(tmp_path / "user", "user") as rig:
         config, _ = await started(rig, "processes")
-        assert await said(config) == sandbox.MAX_THREADS - 1
+        assert await said(rig, config) == sandbox.MAX_THREADS - 1
 
 
 async def test_files_in_a_volume_are_roots_as_ever(tmp_path: Path) -> None:
@@ -106,10 +145,18 @@ async def test_files_in_a_volume_are_roots_as_ever(tmp_path: Path) -> None:
     (tmp_path / "volume" / "theirs").write_text("theirs")
     (tmp_path / "volume" / "theirs").chmod(0o600)
     os.chown(tmp_path / "volume" / "theirs", 12345, 12345)
-    async with hostile(tmp_path / "data", "user") as rig:
+    async with hostile(tmp_path / "data", "user and root") as rig:
         mounts = (Mount(host=str(tmp_path / "volume"), guest="/volume"),)
-        config, status = await started(rig, "files", {"volume": str(tmp_path / "volume")}, mounts=mounts)
-        assert await said(config) == {"uid": 0, "gid": 0, "mode": 0o640, "theirs": "theirs and changed"}
+        config, status = await started(rig, "files", {"volume": "/mount0"}, mounts=mounts)
+        assert await said(rig, config) == {"uid": 0, "gid": 0, "mode": 0o640, "theirs": "theirs and changed"}
         assert status.pid is not None
         uids = psutil.Process(status.pid).uids()
         assert set(uids) == {sandbox.FIRST_UID + status.pid}
+
+
+async def test_a_volume_that_holds_the_data_folder_shows_what_is_there(tmp_path: Path) -> None:
+    """A sandbox's own root is made upon a folder of it, which the volume must not show instead."""
+    async with hostile(tmp_path / "data", "all") as rig:
+        mounts = (Mount(host=str(tmp_path), guest="/volume", read_only=True),)
+        config, _ = await started(rig, "names", {"folder": "/mount0/data/compiled"}, mounts=mounts)
+        assert await said(rig, config) == [Path(config.artifact).name]

@@ -173,7 +173,8 @@ def test_nothing_but_nodes_listens_beyond_loopback(own: TestCluster) -> None:
         inner[cluster_dns.COMPONENT] = {(plan.machine_address, ports[cluster_dns.DNS_PORT])}
     seen: dict[str, set[tuple[str, int]]] = {}
     for entry in status(own.settings)["components"]:
-        for connection in psutil.Process(entry["pid"]).net_connections("inet"):
+        process = psutil.Process(entry["pid"])
+        for connection in [each for one in (process, *process.children()) for each in one.net_connections("inet")]:
             open_to_all = connection.type == socket.SOCK_DGRAM and len(connection.raddr) == 0
             if connection.status == psutil.CONN_LISTEN or open_to_all:
                 seen.setdefault(entry["name"], set()).add((connection.laddr.ip, connection.laddr.port))
@@ -181,6 +182,27 @@ def test_nothing_but_nodes_listens_beyond_loopback(own: TestCluster) -> None:
         beyond = {place for place in places if place[0] not in {"127.0.0.1", "::ffff:127.0.0.1"}}
         assert beyond <= inner.get(name, set()), name
     assert seen.keys() >= {*COMPONENTS} - {"approver"}
+
+
+def test_the_dns_comes_back_without_an_up_and_ends_with_its_process(own: TestCluster) -> None:
+    if not of_the_pod_network(own) or not dns_is_there(own):
+        pytest.skip("no pod network here, or no CoreDNS yet")
+    wait_for_dns(own)
+    record = own.cluster.state.alive(cluster_dns.COMPONENT)
+    assert record is not None
+    owner = psutil.Process(record.process.pid)
+    (first,) = owner.children()
+    first.kill()
+    first.wait(10)
+    deadline = time.monotonic() + DNS_SECONDS
+    while not (running := [child for child in owner.children() if child.name().startswith("coredns")]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    wait_for_dns(own)
+    owner.kill()
+    running[0].wait(10)
+    assert bring_up(own.settings).succeeded
+    wait_for_dns(own)
 
 
 def test_the_proxy_for_pods_takes_only_pods(own: TestCluster) -> None:

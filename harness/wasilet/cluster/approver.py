@@ -32,6 +32,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wasilet_common.backoff import RetryBackoff
+
 from wasilet.cluster.approver_facts import gather_facts, read_policy
 from wasilet.cluster.approver_rules import SIGNER, Verdict, is_open, judge, requesting_node
 from wasilet.errors import ApiError, HarnessError, StateError
@@ -79,7 +81,7 @@ def examine(kube: Kube, csr: KubeObject, policy_file: Path | None = None) -> Ver
 class _Waiting:
     csr: KubeObject
     due: float
-    pause_seconds: float = RETRY_FIRST_SECONDS
+    backoff: RetryBackoff = field(default_factory=lambda: RetryBackoff(RETRY_FIRST_SECONDS, RETRY_LAST_SECONDS))
     said: str = ""
 
 
@@ -170,8 +172,7 @@ class Approver:
             logger.info("approved %s for %s", name, verdict.why)
             self._report()
             return
-        waiting.due = time.monotonic() + (waiting.pause_seconds if verdict.pending else float("inf"))
-        waiting.pause_seconds = min(waiting.pause_seconds * 2, RETRY_LAST_SECONDS)
+        waiting.due = time.monotonic() + (waiting.backoff.next() if verdict.pending else float("inf"))
         if waiting.said != verdict.why:
             waiting.said = verdict.why
             logger.warning("left alone %s%s: %s", name, " for now" if verdict.pending else "", verdict.why)

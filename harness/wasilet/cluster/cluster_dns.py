@@ -1,19 +1,26 @@
 """The cluster's DNS: the real CoreDNS as a process of this machine, behind the usual Service ``kube-dns``.
 
 ``python -P -m wasilet.cluster.cluster_dns ...`` installs what Services and names need (CoreDNS, and kube-proxy for the
-nodes) and kubectl, waits for the address at which pods reach this machine, and becomes CoreDNS. Where they have to
-be built, that takes minutes, at the lowest priority: it begins when nothing that the user waits for is left to do.
+nodes) and kubectl, waits for the address at which pods reach this machine, and runs CoreDNS, again when it ended, which
+nobody else would before the next `up`. Where they have to be built, that takes minutes, at the lowest priority: it
+begins when nothing that the user waits for is left to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from wasilet_common.backoff import RetryBackoff
+from wasilet_common.child import ending_with_parent
 
 from wasilet.controlplane.acquire import Found, acquire, locate
 from wasilet.controlplane.binaries import LATER
@@ -32,6 +39,9 @@ DNS_PORT, READY_PORT = "dns", "dns_ready"
 _NICE = 19
 _ADDRESS_POLL_SECONDS = 0.2
 _RETRY_SECONDS = 60.0
+_FIRST_RESTART_SECONDS, _LONGEST_RESTART_SECONDS = 0.5, 30.0
+_STEADY_SECONDS = 60.0
+"""One that ran for longer is started again at once."""
 
 
 def has_binaries(settings: Settings) -> bool:
@@ -155,8 +165,38 @@ def _wait_for(address: str) -> None:
                 return
 
 
+def keep_running(argv: Sequence[str]) -> None:
+    """Have a program running until SIGTERM, which it gets as well, and whose end is waited for. It is killed with this
+    process."""
+    over = threading.Event()
+    running: list[subprocess.Popen[bytes]] = []
+
+    def end(*_: object) -> None:
+        over.set()
+        for process in running:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
+    retry = RetryBackoff(_FIRST_RESTART_SECONDS, _LONGEST_RESTART_SECONDS)
+    while not over.is_set():
+        begun = time.monotonic()
+        process = subprocess.Popen(ending_with_parent(argv))
+        running[:] = [process]
+        if over.is_set():
+            process.terminate()
+        code = process.wait()
+        running.clear()
+        if over.is_set():
+            break
+        if time.monotonic() - begun > _STEADY_SECONDS:
+            retry.reset()
+        delay = retry.next()
+        _log_line(f"{Path(argv[0]).name} ended with {code}; it starts again in {delay:g} s")
+        over.wait(delay)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; becomes CoreDNS."""
+    """The command line; runs until SIGTERM."""
     parser = argparse.ArgumentParser(prog="wasilet.cluster.cluster_dns", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--corefile", type=Path, required=True)
@@ -167,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     path = _install(options, LATER)[COMPONENT].path
     _wait_for(options.address)
-    os.execv(path, [str(path), "-conf", str(options.corefile)])  # noqa: S606 - no shell is wanted
+    keep_running([str(path), "-conf", str(options.corefile)])
+    return 0
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from wasilet.steps import Reporter
 
 
+_KEEP_NOTHING_ELSE = frozenset({"etcd", "kube-apiserver"})
+"""What they write lies in the cluster's folder alone. Asked to end together, the API server waits for etcd and etcd for
+its clients until the grace period is over: it is not given where the folder is deleted next."""
+
+
 def down(settings: Settings, *, reporter: Reporter, purge: bool = False, check: bool = False) -> Recap:
     """End the cluster that settings name. With ``purge`` also one that is damaged, and it is no error when there is
     none. Raises UsageError and StateError before anything is changed."""
@@ -66,7 +71,7 @@ def unknown_cluster(settings: Settings) -> UsageError:
 def steps(cluster: Cluster, *, purge: bool) -> list[Step]:
     """Everything ends at once; then whatever is left; then what has to be written, for which there may be no room."""
     nodes = [_node_step(cluster, name, purge=purge) for name in _node_folders(cluster.state)]
-    components = _components_step(cluster)
+    components = _components_step(cluster, purge=purge)
     return [
         *nodes,
         components,
@@ -101,7 +106,7 @@ def _node_step(cluster: Cluster, name: str, *, purge: bool) -> Step:
     return Step(name=f"node {name}", look=look, change=change, after=(), log=state.log(node_component(name)))
 
 
-def _components_step(cluster: Cluster) -> Step:
+def _components_step(cluster: Cluster, *, purge: bool) -> Step:
     settings, state = cluster.settings, cluster.state
 
     def records() -> list[ComponentRecord]:
@@ -116,6 +121,8 @@ def _components_step(cluster: Cluster) -> Step:
 
     def change(_: Progress) -> str:
         chosen = records()
+        if purge:
+            stop([record.process for record in chosen if record.name in _KEEP_NOTHING_ELSE], grace_seconds=0)
         left = stop([record.process for record in chosen], grace_seconds=settings.timeouts.stop_grace_seconds)
         _check_gone(left)
         for record in chosen:

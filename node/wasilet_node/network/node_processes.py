@@ -19,17 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wasilet_common.backoff import RetryBackoff
+from wasilet_common.child import ending_with_parent
 
 from wasilet_node.settings import NetworkSettings
 
 logger = logging.getLogger(__name__)
 
 LOG_KEEP_BYTES = 10 * 1024 * 1024
-_END_WITH_PARENT = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); "
-    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
-)
-"""``PR_SET_PDEATHSIG`` holds for the process that sets it; Python offers no safe place between fork and exec."""
 
 Spawn = Callable[[Callable[[], "subprocess.Popen[bytes]"]], Awaitable["subprocess.Popen[bytes]"]]
 """Runs something in a thread that stays in the node's namespace for as long as the agent lives."""
@@ -163,10 +159,7 @@ class Kept:
         descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             return subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid())),
-                    *self._program.argv,
-                ],
+                ending_with_parent(self._program.argv),
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,

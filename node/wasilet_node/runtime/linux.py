@@ -19,6 +19,7 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
+PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -119,9 +120,11 @@ def keep_only_capabilities(keep: frozenset[int]) -> None:
 
 def _bound_capabilities(keep: frozenset[int]) -> None:
     """What no exec can bring back."""
-    left = _capabilities("CapBnd")
-    for capability in range(left.bit_length()):
-        if left >> capability & 1 and capability not in keep:
+    for capability in range(64):
+        held = _prctl(PR_CAPBSET_READ, capability, 0, 0, 0)
+        if held < 0:
+            break  # the kernel knows no more of them
+        if held and capability not in keep:
             # EPERM: CAP_SETPCAP is not held, and then the set below can only shrink by no_new_privs.
             with contextlib.suppress(PermissionError):
                 prctl(PR_CAPBSET_DROP, capability)
@@ -212,16 +215,10 @@ def set_oom_score(adjustment: int) -> bool:
 
 
 def effective_capabilities() -> int:
-    """The bit set of capabilities in effect for this process."""
-    return _capabilities("CapEff")
-
-
-def _capabilities(which: str) -> int:
-    """A bit set of this process, by its name in /proc/PID/status; 0: there is none."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(which):
-            return int(line.split()[1], 16)
-    return 0
+    """The bit set of capabilities in effect for this process. Works without /proc."""
+    data = (_CapData * 2)()
+    _libc.capget(ctypes.byref(_CapHeader(_CAPABILITY_VERSION_3, 0)), data)
+    return int(data[0].effective) | int(data[1].effective) << 32
 
 
 def raise_open_files_limit() -> int:

@@ -12,12 +12,15 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
 
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
 MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p]
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 
 
 def setns(descriptor: int, kind: int = CLONE_NEWNET) -> None:
@@ -32,9 +35,10 @@ def unshare(kinds: int) -> None:
         raise _error("unshare")
 
 
-def mount(source: str, target: str, flags: int) -> None:
-    """``mount(2)`` without a file system type. Raises OSError."""
-    if _libc.mount(source.encode(), target.encode(), None, flags, None) != 0:
+def mount(source: str, target: str, flags: int, *, kind: str = "", options: str = "") -> None:
+    """``mount(2)``. Raises OSError."""
+    type_name = kind.encode() if kind else None
+    if _libc.mount(source.encode(), target.encode(), type_name, flags, options.encode() if options else None) != 0:
         raise _error(f"mount {source} on {target}")
 
 

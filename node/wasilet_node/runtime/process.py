@@ -120,6 +120,7 @@ class SandboxProcess:
                 counters=counters,
                 network=network,
                 own_user=zygote.own_users,
+                own_root=zygote.own_roots,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
             spare = zygote.take()

@@ -13,6 +13,7 @@ user could not be read; root's supplementary groups go. ``no_new_privs`` holds f
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import resource
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wasilet_node.runtime import guest, landlock, linux, netns, seccomp
+from wasilet_node.runtime import guest, landlock, linux, netns, private_root, seccomp
 from wasilet_node.runtime.component_host import entry
 from wasilet_node.runtime.guest import GuestTools, LoadError, shortened, write_report
 from wasilet_node.runtime.protocol import ContainerConfig, GuestKind
@@ -80,6 +81,9 @@ class ChildPlan:
 
     own_user: bool = False
     """Whether it becomes a user that no other process is."""
+
+    own_root: bool = False
+    """Whether it has a file tree of its own."""
 
     def descriptors(self) -> dict[str, int]:
         """Those that it names, by field; ``cgroup_files`` are numbered."""
@@ -184,15 +188,16 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     for file in plan.cgroup_files:
         os.write(file, b"0")
         os.close(file)
-    _enter_network(plan)
-    _limit(plan.config, MAX_THREADS if plan.own_user else MAX_USER_PROCESSES)
-    _drop_privileges(plan)
     if plan.config.kind is GuestKind.COMPONENT:
         tools.components.open()  # it may have been built since
-    listener = _listen(plan.config)
-    _confine(plan.config, tools)
+    _enter_network(plan)
+    _limit(plan.config, MAX_THREADS if plan.own_user else MAX_USER_PROCESSES)
+    config = _enter_root(plan, tools) if plan.own_root else plan.config
+    _drop_privileges(plan)
+    listener = _listen(config)
+    _confine(config, tools)
     return guest.run_guest(
-        plan.config,
+        config,
         tools,
         guest_stdin=plan.guest_stdin,
         memory_backstop_bytes=plan.memory_backstop_bytes,
@@ -208,14 +213,32 @@ def _enter_network(plan: ChildPlan) -> None:
     if plan.network >= 0:
         try:
             if plan.config.etc_files:
-                netns.unshare(netns.CLONE_NEWNS)
-                netns.mount("none", "/", netns.MS_REC | netns.MS_PRIVATE)
+                private_root.unshare_mounts()
                 for place, file in plan.config.etc_files:
                     netns.mount(file, place, netns.MS_BIND)
             netns.setns(plan.network)
         except OSError as error:
             raise LoadError(f"cannot enter the pod's network: {error.strerror}") from error
         os.close(plan.network)
+
+
+def _enter_root(plan: ChildPlan, tools: GuestTools) -> ContainerConfig:
+    """Into a file tree of its own; the config with the paths of that. Raises LoadError."""
+    config = plan.config
+    try:
+        if not config.etc_files:
+            private_root.unshare_mounts()
+        artifact, mounts = private_root.enter(
+            os.path.dirname(config.artifact),  # noqa: PTH120 - one string is wanted
+            file=config.artifact,
+            shown=tools.network_files if _has_network(config) else (),
+            mounts=config.mounts,
+        )
+    except OSError as error:
+        missing = error.filename == config.artifact
+        text = f"cannot load the compiled file: {error.strerror}" if missing else str(error.strerror)
+        raise LoadError(text, artifact=missing) from error
+    return dataclasses.replace(config, artifact=artifact, mounts=mounts)
 
 
 def _drop_privileges(plan: ChildPlan) -> None:
@@ -234,10 +257,14 @@ def _drop_privileges(plan: ChildPlan) -> None:
 def _confine(config: ContainerConfig, tools: GuestTools) -> None:
     """Before a byte of the image is looked at, and while there is one thread: it holds for this and those that it
     makes. Landlock first, since the filter forbids its calls."""
-    network = config.http is not None or bool(config.network)
+    network = _has_network(config)
     files = (config.artifact, *tools.network_files) if network else (config.artifact,)
     landlock.confine(config.mounts, files=files, tcp=network)
     seccomp.confine(_network(config))
+
+
+def _has_network(config: ContainerConfig) -> bool:
+    return config.http is not None or bool(config.network)
 
 
 def _network(config: ContainerConfig) -> seccomp.Network:

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from wasilet_node.runtime import engine, guest, linux, sandbox, supervisor_registry, user_namespace, wire
+from wasilet_node.runtime import engine, guest, linux, private_root, sandbox, supervisor_registry, user_namespace, wire
 from wasilet_node.runtime.cgroups import CgroupManager
 from wasilet_node.runtime.containers import Container, Containers, RequestError
 from wasilet_node.runtime.loop import READ, Loop, Watch
@@ -76,7 +76,9 @@ class Supervisor:
         if start_time is None:
             raise OSError("/proc does not show this process; is it mounted?")
         # Before anything is known of any container.
-        self._zygote = Zygote(guest.make_tools(engine.make_linkers()), own_users=isolated)
+        self._zygote = Zygote(
+            guest.make_tools(engine.make_linkers()), own_users=isolated, own_roots=isolated and _own_roots()
+        )
         owner = Owner(pid=pid, start_time=start_time)
         self._paths = paths
         self._connections: set[Connection] = set()
@@ -392,6 +394,14 @@ class Supervisor:
             self._listener, self._accepting = listener, accepting
             self._pointer = dataclasses.replace(self._pointer, socket=str(path))
         supervisor_registry.write_pointer(self._paths.data, self._pointer, current=not self._retired)
+
+
+def _own_roots() -> bool:
+    """Whether sandboxes can have file trees of their own; why not goes to the log."""
+    reason = private_root.why_unavailable()
+    if reason:
+        logger.warning("sandboxes have no file tree of their own, so Landlock alone keeps files from them: %s", reason)
+    return not reason
 
 
 def _require_beneath(folder: Path, path: str, what: str) -> None:

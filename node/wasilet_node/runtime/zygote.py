@@ -88,10 +88,11 @@ class Spare:
 class Zygote:
     """The supervisor's side. Made before the supervisor knows of any container."""
 
-    def __init__(self, tools: guest.GuestTools, *, own_users: bool = False) -> None:
-        """Fork it. ``own_users``: each sandbox becomes a user of its own, which takes CAP_SETUID and CAP_SETGID. Raises
-        OSError."""
+    def __init__(self, tools: guest.GuestTools, *, own_users: bool = False, own_roots: bool = False) -> None:
+        """Fork it. ``own_users``: each sandbox becomes a user of its own, which takes CAP_SETUID and CAP_SETGID.
+        ``own_roots``: each has a file tree of its own, which takes CAP_SYS_ADMIN. Raises OSError."""
         self.own_users = own_users
+        self.own_roots = own_roots
         linux.become_subreaper()
         self._ready: deque[Spare] = deque()
         self._asked = 0

@@ -58,6 +58,19 @@ def test_a_disk_that_is_full_keeps_no_process_alive(
         stop(process, grace_seconds=0)
 
 
+def test_a_control_plane_that_is_deleted_is_not_asked_to_save_anything(settings: Settings) -> None:
+    """A store that never answers SIGTERM, and a grace period that no one waits for."""
+    state = State.of(settings)
+    process = spawn(["/bin/sh", "-c", "trap '' TERM; exec sleep infinity"], log=state.log("etcd"))
+    patient = replace(settings, timeouts=replace(settings.timeouts, stop_grace_seconds=3600.0))
+    try:
+        state.remember(ComponentRecord(name="etcd", process=process, log=state.log("etcd"), argv_digest=""))
+        assert down(patient, reporter=SilentReporter(), purge=True).succeeded
+        assert not is_alive(process)
+    finally:
+        stop(process, grace_seconds=0)
+
+
 def test_who_waits_for_another_run_is_told_at_once_whom_for(settings: Settings) -> None:
     state, log = State.of(settings), io.StringIO()
     impatient = replace(settings, timeouts=replace(settings.timeouts, lock_seconds=0.3))

@@ -397,6 +397,7 @@ class FakeImages:
         self.asked: list[tuple[str, tuple[Credential, ...]]] = []
         self.in_use: frozenset[str] = frozenset()
         self.kind = GuestKind.MODULE
+        self.server = False
 
     async def ensure(
         self,
@@ -418,6 +419,7 @@ class FakeImages:
             module_digest="sha256:2",
             module_path=Path("/m.wasm"),
             kind=self.kind,
+            server=self.server,
             size_bytes=1,
             module_name="hello.wasm",
         )

@@ -119,3 +119,26 @@ async def test_a_network_that_cannot_be_had_is_the_pods_reason_to_wait(tmp_path:
             dependencies, pod, pod["spec"]["containers"][0], attempt=0, sandbox="s", late=lambda _: None
         )
     assert caught.value.reason == "CreatePodSandboxError"
+
+
+async def test_without_a_pod_network_a_server_listens_where_its_pod_asks_for_the_nodes_and_is_refused_elsewhere(
+    tmp_path: Path,
+) -> None:
+    fakes = Fakes(data=tmp_path)
+    fakes.images.kind = GuestKind.COMPONENT
+    fakes.images.server = True
+    container = {"name": "c", "image": "x", "ports": [{"containerPort": 8123}]}
+
+    async def start(**spec: Any) -> None:
+        pod = make_pod(containers=[container], **spec)
+        dependencies = dataclasses.replace(fakes.dependencies(), networks=MachineNetwork())
+        await start_container(dependencies, pod, container, attempt=0, sandbox="s", late=lambda _: None)
+
+    with pytest.raises(ContainerStartError, match=r"no network of their own .* set hostNetwork") as caught:
+        await start()
+    assert caught.value.reason == "CreateContainerConfigError"
+    assert not fakes.runtime.configs
+    await start(hostNetwork=True)
+    config = fakes.runtime.configs[-1]
+    assert config.server is not None
+    assert (config.server.port, config.network) == (8123, "")
