@@ -26,6 +26,7 @@ from wasilet_node.pods import resources
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.environment import expand_command, process_environment
 from wasilet_node.pods.sandboxes import ANNOTATION_SANDBOX
+from wasilet_node.pods.security_context import refuse_root
 from wasilet_node.pods.server_settings import server_settings
 from wasilet_node.runtime.protocol import (
     ContainerConfig,
@@ -146,7 +147,8 @@ async def _prepare(
     def event(type_: str, reason: str, message: str) -> None:
         dependencies.events.event(pod, type_, reason, message, field_path=pod_fields.field_path(pod, name))
 
-    # Read before the image is pulled: a mistake in an annotation should not cost a download.
+    # Read before the image is pulled: a mistake in the pod should not cost a download.
+    refuse_root(pod, container)
     policy = await dependencies.outbound.policy(pod)
     server = server_settings(pod, container)
     credentials = await _credentials(dependencies, pod)
