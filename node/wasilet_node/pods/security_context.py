@@ -1,7 +1,7 @@
 """What of a security context holds for a guest that has no user: a pod cannot ask for root and for not being it.
 
-kubelet's ``verifyRunAsNonRoot`` (pkg/kubelet/kuberuntime/security_context_others.go), but for a user that only the image
-names: a module runs as none, so every image keeps ``runAsNonRoot`` where the pod names no user.
+kubelet's ``verifyRunAsNonRoot`` (pkg/kubelet/kuberuntime/security_context_others.go), but for a user that only the
+image names: a module runs as none, so every image keeps ``runAsNonRoot`` where the pod names no user.
 """
 
 from __future__ import annotations
