@@ -5,6 +5,10 @@ by a pod's, before anything is masqueraded. Each selected pod has a chain per di
 allows returns from it. So a packet between two pods of one node passes both. What the node itself sends (probes) is not
 forwarded, what the machine sends is allowed, and a pod always reaches itself. Answers belong to what was allowed.
 
+A pod must be isolated from its first instant, and is known here only when its status names its address, some tenth of a
+second after its containers began. So where there is any policy, an address that is not known yet is nobody's: what it
+sends and what is sent to it is dropped, for TCP to send again.
+
 The cluster's DNS is a process of the machine and no pod. For policies it is one: in the namespace kube-system, with the
 label and the port that everyone's DNS has, so that the rule which every egress policy needs means what it says.
 """
@@ -50,7 +54,7 @@ class Peer:
 
 
 def rules(policies: Iterable[Object], pods: Iterable[Object], namespaces: Iterable[Object], place: Place) -> str:
-    """The whole table, replacing what was there; without a policy that selects a pod of this node, an empty one."""
+    """The whole table, replacing what was there; without any policy an empty one."""
     peers = [peer for pod in pods if (peer := _peer(pod)) is not None]
     labels = {str(ns["metadata"]["name"]): ns["metadata"].get("labels") or {} for ns in namespaces}
     local = [peer for peer in peers if ipaddress.IPv4Address(peer.address) in place.pod_cidr]
@@ -68,7 +72,7 @@ def rules(policies: Iterable[Object], pods: Iterable[Object], namespaces: Iterab
                 view = _View(pod=peer, direction=direction, peers=peers, labels=labels, place=place)
                 for rule in spec.get(direction) or ():
                     chain += _allowed(rule, view)
-    return _table(chains, place)
+    return _table(chains, place, known=[peer.address for peer in local] if listed else None)
 
 
 def _directions(spec: Object) -> list[str]:
@@ -210,7 +214,8 @@ def _dns(ports: Sequence[Object], place: Place) -> Iterator[str]:
             yield f"meta l4proto {protocol.lower()} ct original ip daddr {address} return"
 
 
-def _table(chains: Mapping[tuple[str, str], Sequence[str]], place: Place) -> str:
+def _table(chains: Mapping[tuple[str, str], Sequence[str]], place: Place, *, known: Sequence[str] | None) -> str:
+    """``known``: the addresses of this node's pods; None: nothing is judged."""
     lines = [f"table ip {TABLE}", f"delete table ip {TABLE}", f"table ip {TABLE} {{"]
     jumps: dict[str, list[str]] = {"ingress": [], "egress": []}
     for (direction, address), allowed in sorted(chains.items()):
@@ -224,6 +229,13 @@ def _table(chains: Mapping[tuple[str, str], Sequence[str]], place: Place) -> str
         lines += ["        drop", "    }"]
     lines += ["    chain forward {", "        type filter hook forward priority 10; policy accept;"]
     lines.append("        ct state established,related accept")
+    if known is not None:
+        listed = ", ".join(sorted(known, key=ipaddress.IPv4Address))
+        others = {side: f"ip {side} {place.pod_cidr}" for side in ("saddr", "daddr")}
+        if listed:
+            others = {side: f"{match} ip {side} != {{ {listed} }}" for side, match in others.items()}
+        lines.append(f"        {others['saddr']} drop")
+        lines.append(f"        {others['daddr']} ip saddr != {place.machine_address} drop")
     for direction, side in (("egress", "saddr"), ("ingress", "daddr")):
         if jumps[direction]:
             lines.append(f"        ip {side} vmap {{ {', '.join(jumps[direction])} }}")

@@ -80,6 +80,15 @@ def test_without_policies_nothing_is_judged() -> None:
     assert "vmap" not in policies.rules([], PODS, NAMESPACES, PLACE)
 
 
+def test_where_there_is_a_policy_an_address_that_is_not_known_yet_is_nobodys() -> None:
+    assert " drop" not in policies.rules([], PODS, NAMESPACES, PLACE)
+    text = policies.rules([policy(namespace="other")], PODS, NAMESPACES, PLACE)
+    listed = "{ 10.9.4.2, 10.9.4.3, 10.9.4.4 }"
+    assert f"ip saddr 10.9.4.0/24 ip saddr != {listed} drop" in text
+    assert f"ip daddr 10.9.4.0/24 ip daddr != {listed} ip saddr != 10.9.255.1 drop" in text
+    assert "ip saddr 10.9.4.0/24 drop" in policies.rules([policy()], [], NAMESPACES, PLACE)
+
+
 def test_default_deny_isolates_the_pods_of_its_namespace_and_node() -> None:
     made = chains(policy())
     assert sorted(made) == ["ingress 10.9.4.2", "ingress 10.9.4.3"]
