@@ -14,9 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wasilet_common.backoff import RetryBackoff
@@ -37,7 +36,7 @@ DNS_PORT, READY_PORT = "dns", "dns_ready"
 """Names of the ports: for queries at the machine's end of the nodes' links, for health on loopback."""
 
 _NICE = 19
-_ADDRESS_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 _RETRY_SECONDS = 60.0
 _FIRST_RESTART_SECONDS, _LONGEST_RESTART_SECONDS = 0.5, 30.0
 _STEADY_SECONDS = 60.0
@@ -160,7 +159,7 @@ def _wait_for(address: str) -> None:
             try:
                 probe.bind((address, 0))
             except OSError:
-                time.sleep(_ADDRESS_POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)
             else:
                 return
 
@@ -168,31 +167,42 @@ def _wait_for(address: str) -> None:
 def keep_running(argv: Sequence[str]) -> None:
     """Have a program running until SIGTERM, which it gets as well, and whose end is waited for. It is killed with this
     process."""
-    over = threading.Event()
+    over = False
     running: list[subprocess.Popen[bytes]] = []
 
     def end(*_: object) -> None:
-        over.set()
+        # Nothing that takes a lock: the interrupted code may hold it.
+        nonlocal over
+        over = True
         for process in running:
             process.terminate()
 
     signal.signal(signal.SIGTERM, end)
     retry = RetryBackoff(_FIRST_RESTART_SECONDS, _LONGEST_RESTART_SECONDS)
-    while not over.is_set():
+    while not over:
         begun = time.monotonic()
-        process = subprocess.Popen(ending_with_parent(argv))
-        running[:] = [process]
-        if over.is_set():
-            process.terminate()
-        code = process.wait()
-        running.clear()
-        if over.is_set():
-            break
+        code = _run_once(argv, running, is_over=lambda: over)
         if time.monotonic() - begun > _STEADY_SECONDS:
             retry.reset()
-        delay = retry.next()
-        _log_line(f"{Path(argv[0]).name} ended with {code}; it starts again in {delay:g} s")
-        over.wait(delay)
+        again_at = time.monotonic() + retry.next()
+        if not over:
+            _log_line(f"{Path(argv[0]).name} ended with {code}; it starts again")
+        while not over and time.monotonic() < again_at:
+            time.sleep(_POLL_SECONDS)
+
+
+def _run_once(argv: Sequence[str], running: list[subprocess.Popen[bytes]], *, is_over: Callable[[], bool]) -> int | str:
+    """Its exit code, or why it did not start."""
+    try:
+        process = subprocess.Popen(ending_with_parent(argv))
+    except OSError as error:
+        return str(error)
+    running[:] = [process]
+    if is_over():
+        process.terminate()
+    code = process.wait()
+    running.clear()
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
