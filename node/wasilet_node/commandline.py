@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from wasilet_node.command_parser import DEFAULT_BOOTSTRAP_FILE, EFFECTS, LOG_LEVELS, UsageError, make_parser
+from wasilet_node.pods import origins
 from wasilet_node.settings import ImageSettings, NetworkSettings, NodePaths, NodeSettings
 
 _Value = TypeVar("_Value")
@@ -363,12 +363,10 @@ def _check_label_value(value: str) -> None:
 
 
 def _http_origin(text: str) -> str:
-    parts = urlsplit(text)
-    _ = parts.port
-    more = parts.username is not None or parts.path not in {"", "/"} or parts.query or parts.fragment
-    if parts.scheme not in {"http", "https"} or not parts.hostname or more:
-        raise ValueError("not an origin, as http://127.0.0.1:8090")
-    return f"{parts.scheme}://{parts.netloc.lower()}"
+    try:
+        return origins.checked(text)
+    except origins.OriginError as error:
+        raise ValueError("not an origin, as http://127.0.0.1:8090") from error
 
 
 def _registry(text: str) -> str:

@@ -96,9 +96,7 @@ class Approver:
     kube: Kube
     status_file: Path | None = None
     policy_file: Path | None = None
-    _news: queue.SimpleQueue[list[KubeObject] | tuple[str, KubeObject]] = field(
-        default_factory=queue.SimpleQueue, init=False
-    )
+    _news: queue.SimpleQueue[_News] = field(default_factory=queue.SimpleQueue, init=False)
     _waiting: dict[str, _Waiting] = field(default_factory=dict, init=False)
     _approved: int = field(default=0, init=False)
     _synced: bool = field(default=False, init=False)

@@ -271,22 +271,27 @@ class NodeNetwork:
     def _meet_other_nodes(self, machine: Netlink, index: int) -> None:
         """Redirect between this node's link and those of the cluster's other nodes, both ways. Each node does so after
         its own routes are there: of two that join at one moment, the later one sees both. Raises NetlinkError."""
-        names = dict(machine.links())
         reached: dict[int, list[ipaddress.IPv4Network]] = {}
-        for route in machine.routes():
-            destination = route.destination
-            if not isinstance(destination, ipaddress.IPv4Network) or not names.get(
-                route.interface_index, ""
-            ).startswith(LINK_PREFIX):
-                continue
+        for index_there, destination in routes_to_nodes(machine):
             if destination.subnet_of(self.settings.cluster_cidr):
-                reached.setdefault(route.interface_index, []).append(destination)
+                reached.setdefault(index_there, []).append(destination)
         machine.take_ingress(index)
         own = reached.pop(index, [])
         for other, destinations in reached.items():
             with contextlib.suppress(NetlinkGoneError):  # a node that ends takes its link with it
                 _redirect(machine, index, destinations, to=other)
                 _redirect(machine, other, own, to=index)
+
+
+def routes_to_nodes(machine: Netlink) -> list[tuple[int, ipaddress.IPv4Network]]:
+    """What the machine reaches by links of nodes, of whichever cluster, with the link's index. Raises NetlinkError."""
+    names = dict(machine.links())
+    return [
+        (route.interface_index, route.destination)
+        for route in machine.routes()
+        if isinstance(route.destination, ipaddress.IPv4Network)
+        and names.get(route.interface_index, "").startswith(LINK_PREFIX)
+    ]
 
 
 def _redirect(machine: Netlink, index: int, destinations: Iterable[ipaddress.IPv4Network], *, to: int) -> None:

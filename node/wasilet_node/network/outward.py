@@ -36,7 +36,7 @@ from wasilet_common.relay import relay
 
 from wasilet_node.network import nft
 from wasilet_node.network.netlink import Netlink
-from wasilet_node.network.node_network import LINK_PREFIX, OUTWARD
+from wasilet_node.network.node_network import OUTWARD, routes_to_nodes
 from wasilet_node.runtime import linux, netns
 
 logger = logging.getLogger("wasilet.outward")
@@ -81,14 +81,8 @@ class Machine:
         return "an address of the node itself" if _is_local(address) else ""
 
     def _read(self) -> None:
-        names = dict(self._netlink.links())
         self._guard = addresses.Guard(own=frozenset(self._netlink.addresses()))
-        self._nodes = tuple(
-            route.destination
-            for route in self._netlink.routes()
-            if names.get(route.interface_index, "").startswith(LINK_PREFIX)
-            and isinstance(route.destination, ipaddress.IPv4Network)
-        )
+        self._nodes = tuple(destination for _, destination in routes_to_nodes(self._netlink))
         self._read_at = time.monotonic()
 
 

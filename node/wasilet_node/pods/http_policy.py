@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from wasilet_common import addresses
 from wasilet_common.pod_fields import Pod
 
-from wasilet_node.pods import outbound_policy
+from wasilet_node.pods import origins, outbound_policy
 from wasilet_node.pods.outbound_policy import OutboundPolicyError
 from wasilet_node.runtime.protocol import HttpPolicy
 from wasilet_node.volumes.base import ContainerConfigError
@@ -115,11 +115,11 @@ def http_policy(pod: Pod, rules: OutboundRules | None = None) -> HttpPolicy | No
         raise ContainerConfigError(f"annotation {ALLOWED_DOMAINS} is not a JSON array of origins: {error}") from error
     if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
         raise ContainerConfigError(f"annotation {ALLOWED_DOMAINS} is not a JSON array of strings: {text[:200]!r}")
-    origins = tuple(_origin(item) for item in listed)
-    _judge(origins, rules)
-    _judge_by_namespace(origins, str(pod["metadata"].get("namespace") or "default"), rules)
+    asked = tuple(_origin(item) for item in listed)
+    _judge(asked, rules)
+    _judge_by_namespace(asked, str(pod["metadata"].get("namespace") or "default"), rules)
     return HttpPolicy(
-        allowed_origins=origins,
+        allowed_origins=asked,
         max_concurrent_requests=limit,
         local_origins=rules.local_origins,
         own_addresses=rules.own_addresses,
@@ -128,11 +128,11 @@ def http_policy(pod: Pod, rules: OutboundRules | None = None) -> HttpPolicy | No
     )
 
 
-def _judge(origins: Sequence[str], rules: OutboundRules) -> None:
+def _judge(asked: Sequence[str], rules: OutboundRules) -> None:
     guard = addresses.guard(own=rules.own_addresses, endpoints=rules.api_servers, ports=rules.kubelet_ports)
-    local = {outbound_policy.key(origin) for origin in rules.local_origins}
-    for origin in origins:
-        scheme, host, port = outbound_policy.key(origin)
+    local = {origins.key(origin) for origin in rules.local_origins}
+    for origin in asked:
+        scheme, host, port = origins.key(origin)
         refusal = "" if (scheme, host, port) in local else guard.refusal(host, port)
         if refusal:
             raise ContainerConfigError(
@@ -141,10 +141,10 @@ def _judge(origins: Sequence[str], rules: OutboundRules) -> None:
             )
 
 
-def _judge_by_namespace(origins: Sequence[str], namespace: str, rules: OutboundRules) -> None:
-    for origin in origins:
+def _judge_by_namespace(asked: Sequence[str], namespace: str, rules: OutboundRules) -> None:
+    for origin in asked:
         if rules.by_namespace is not None and not outbound_policy.allows(
-            rules.by_namespace, namespace, outbound_policy.key(origin)
+            rules.by_namespace, namespace, origins.key(origin)
         ):
             raise ContainerConfigError(
                 f"annotation {ALLOWED_DOMAINS}: {origin} is refused: the node's operator does not let pods of "
@@ -154,20 +154,9 @@ def _judge_by_namespace(origins: Sequence[str], namespace: str, rules: OutboundR
 
 def _origin(text: str) -> str:
     try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise ContainerConfigError(f"annotation {ALLOWED_DOMAINS}: {text[:200]!r} is no origin: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ContainerConfigError(
-            f"annotation {ALLOWED_DOMAINS}: {text[:200]!r} is no origin: write it as https://host or http://host:port"
-        )
-    if parts.username is not None or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise ContainerConfigError(
-            f"annotation {ALLOWED_DOMAINS}: {text[:200]!r} is more than an origin: leave out user, path and query"
-        )
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}" + (f":{port}" if port is not None else "")
+        return origins.checked(text)
+    except origins.OriginError as error:
+        raise ContainerConfigError(f"annotation {ALLOWED_DOMAINS}: {text[:200]!r} {error}") from error
 
 
 def _limit(text: str | None) -> int | None:

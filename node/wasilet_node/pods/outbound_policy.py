@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from wasilet_common.kube_yaml import YamlError, load
+
+from wasilet_node.pods import origins
+from wasilet_node.pods.origins import Origin, OriginError
 
 ALL = "*"
 _MAX_BYTES = 1024 * 1024
 
-Origin = tuple[str, str, int]
 Policy = Mapping[str, frozenset[Origin] | None]
 """Origins by namespace; None: all."""
 
@@ -47,15 +48,9 @@ def read(path: Path) -> Policy:
 
 
 def allows(policy: Policy, namespace: str, origin: Origin) -> bool:
-    """Whether pods of a namespace may call an origin, as :func:`key` writes it."""
-    origins = policy[namespace] if namespace in policy else policy.get(ALL, frozenset())
-    return origins is None or origin in origins
-
-
-def key(origin: str) -> Origin:
-    """Scheme, host in lower case, and port. Raises ValueError."""
-    parts = urlsplit(origin)
-    return parts.scheme, (parts.hostname or "").lower(), parts.port or (443 if parts.scheme == "https" else 80)
+    """Whether pods of a namespace may call an origin, as ``origins.key`` writes it."""
+    listed = policy[namespace] if namespace in policy else policy.get(ALL, frozenset())
+    return listed is None or origin in listed
 
 
 def _origins(path: Path, namespace: str, listed: object) -> frozenset[Origin] | None:
@@ -67,12 +62,9 @@ def _origins(path: Path, namespace: str, listed: object) -> frozenset[Origin] | 
 
 
 def _origin(path: Path, namespace: str, entry: object) -> Origin:
+    if not isinstance(entry, str):
+        raise OutboundPolicyError(f"{path}: {namespace}: {entry!r} is no origin")
     try:
-        parts = urlsplit(str(entry))
-        found = key(str(entry))
-    except ValueError as error:
-        raise OutboundPolicyError(f"{path}: {namespace}: {entry!r}: {error}") from error
-    more = parts.username is not None or parts.path not in {"", "/"} or parts.query or parts.fragment
-    if not isinstance(entry, str) or found[0] not in {"http", "https"} or not found[1] or more:
-        raise OutboundPolicyError(f"{path}: {namespace}: {entry!r} is no origin, as https://host or http://host:port")
-    return found
+        return origins.key(origins.checked(entry))
+    except OriginError as error:
+        raise OutboundPolicyError(f"{path}: {namespace}: no origin: {entry!r} {error}") from error
