@@ -15,10 +15,11 @@ import yaml
 from tests.rigs.conformance.suite import HERE, VERSION
 
 _INTRODUCTION = """\
-Made by `python -m tests.rigs.conformance.run --page`, from one or more runs: the end-to-end tests of Kubernetes {version}, as
-they are, those labelled Conformance or NodeConformance, on a cluster whose only nodes are two wasm nodes. The images they ask for
-(agnhost, busybox, pause, nginx...) are one [program](../tests/rigs/conformance/standin/src/main.rs) that stands in for
-them: a component, which really serves and connects, where tests reach for the network, and else a module.
+Made by `python -m tests.rigs.conformance.run --page`, from one or more runs: the end-to-end tests of Kubernetes
+{version}, as they are, those labelled Conformance or NodeConformance, on a cluster whose only nodes are two wasm nodes.
+The images they ask for (agnhost, busybox, pause, nginx...) are one
+[program](../tests/rigs/conformance/standin/src/main.rs) that stands in for them: a component, which really serves and
+connects, where tests reach for the network, and else a module.
 What a module cannot do is left out by name, each with its reason, in
 [selection.yaml](../tests/rigs/conformance/selection.yaml); a stand-in never claims what it did not do.
 """
