@@ -1,9 +1,10 @@
 """A supervisor whose sandboxes run native code instead of their guests, as after an escape from WebAssembly:
 ``python hostile_sandbox.py FENCES --data-dir DIR``.
 
-``FENCES`` is ``all``, or what is left of them: ``user``, so that what is refused is refused to the sandbox's user, or
-``user and root``, where it has its own file tree, too; both without Landlock and the filter of system calls. A
-container's first argument names what its sandbox does, the second is JSON for it. It writes JSON to its stdout.
+``FENCES`` is ``all``, or what is left of them: ``user``, so that what is refused is refused to the sandbox's user,
+``user and pids``, where it has its own pid namespace, too, or ``user and root``, where it has its own file tree; each
+without Landlock and the filter of system calls. A container's first argument names what its sandbox does, the second is
+JSON for it. It writes JSON to its stdout.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wasilet_node.runtime import guest, landlock, linux, private_root, sandbox, seccomp, supervisor
+from wasilet_node.runtime import guest, landlock, linux, pid_namespace, private_root, sandbox, seccomp, supervisor
 
 PTRACE_ATTACH, PTRACE_SEIZE = 16, 0x4206
 HIGHEST = 5000
@@ -54,6 +55,7 @@ def attacks(facts: Facts) -> dict[str, Callable[[], object]]:
         "a setting of the kernel": lambda: _open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
         "a setting of its network": lambda: _open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY),
         "the supervisor's socket": lambda: _speak(facts["socket"]),
+        "every process there is": lambda: os.kill(-1, 0),  # no signal: where no fence holds they are this machine's
     }
     for name, pid in facts["pids"].items():
         found |= _attacks_on(name, pid)
@@ -62,6 +64,7 @@ def attacks(facts: Facts) -> dict[str, Callable[[], object]]:
 
 def _attacks_on(name: str, pid: int) -> dict[str, Callable[[], object]]:
     return {
+        f"name {name}": lambda: os.close(os.pidfd_open(pid)),
         f"kill {name}": lambda: os.kill(pid, signal.SIGKILL),
         f"stop {name} by pidfd": lambda: _stop(pid),
         f"limits of {name}": lambda: resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64)),
@@ -237,8 +240,10 @@ def instead_of_a_guest(config: Any, *_args: object, report: int, **_fields: obje
 def main(arguments: list[str]) -> int:
     """A supervisor."""
     guest.run_guest = instead_of_a_guest
-    if arguments[0] == "user":
+    if arguments[0] in {"user", "user and pids"}:
         private_root.why_unavailable = lambda: "it is taken out"
+    if arguments[0] in {"user", "user and root"}:
+        pid_namespace.why_unavailable = lambda: "it is taken out"
     if arguments[0] != "all":
         landlock.confine = lambda *_args, **_fields: False
         seccomp.confine = lambda *_args, **_fields: False
