@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = Machine()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    linux.drop_privileges(keep=frozenset(), uid=_NOBODY)
+    linux.drop_privileges(keep=frozenset(), uids=(_NOBODY,))
     if os.getppid() != parent:
         return errno.ESRCH
     asyncio.run(Outward(machine).serve(listener))

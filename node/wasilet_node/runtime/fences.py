@@ -14,7 +14,7 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from wasilet_node.runtime import landlock, pid_namespace, private_root, sandbox, seccomp, user_namespace
+from wasilet_node.runtime import landlock, own_user, pid_namespace, private_root, seccomp, user_namespace
 from wasilet_node.runtime.protocol import Fence
 
 
@@ -30,7 +30,7 @@ class Fences:
 
     def each(self) -> tuple[Fence, ...]:
         """One by one, with what they mean for a user."""
-        threads = f"{sandbox.MAX_THREADS:,} threads"
+        threads = f"{own_user.MAX_THREADS:,} threads"
         shown = (
             (
                 "own user",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from wasilet_common.cri_log.writer import READ_BYTES
 
-from wasilet_node.runtime import guest, sandbox
+from wasilet_node.runtime import guest, own_user, sandbox
 from wasilet_node.runtime.cgroups import Group
 from wasilet_node.runtime.loop import Loop, Watch
 from wasilet_node.runtime.protocol import ContainerConfig
@@ -126,7 +126,7 @@ class SandboxProcess:
             spare = zygote.take()
             self.pid = spare.pid
             if zygote.own_users:
-                plan = dataclasses.replace(plan, user=sandbox.FIRST_UID + spare.pid)
+                plan = dataclasses.replace(plan, user=own_user.FIRST_UID + spare.pid)
             self._pidfd = os.pidfd_open(self.pid)
             opened.append(self._pidfd)
             if stdin_write >= 0:

@@ -24,25 +24,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wasilet_node.runtime import guest, landlock, linux, netns, private_root, seccomp
+from wasilet_node.runtime import guest, landlock, linux, netns, own_user, private_root, seccomp
 from wasilet_node.runtime.component_host import entry
 from wasilet_node.runtime.guest import GuestTools, LoadError, shortened, write_report
 from wasilet_node.runtime.protocol import ContainerConfig, GuestKind
 
 START_ERROR_EXIT_CODE = 128
 MAX_OPEN_FILES = 1024
-MAX_USER_PROCESSES = 16384
-"""Threads, of all processes of the sandbox's user: the filter lets it start no process. The kernel does not hold uid 0
-to it."""
-
-MAX_THREADS = 1024
-"""Of one sandbox that is a user of its own. The component host's own pool has 512 at most."""
-
-FIRST_UID = 0x70000000
-"""A sandbox's own user is this plus the pid that the supervisor knows, which no other process of the machine has
-meanwhile: nothing to allocate, to remember or to give back. systemd's list of uids has the 268 million from here for
-nobody, and pids end at 4 million."""
-
 MAX_STRING_BYTES = 128 * 1024
 MAX_STRINGS_BYTES = 2 * 1024 * 1024
 """Of one argument or variable, and of all: Linux' own limits for execve (MAX_ARG_STRLEN, and a quarter of the usual
@@ -140,7 +128,7 @@ def run_here(
     def run() -> int:
         check_config(config)
         linux.close_range_except((report,))
-        _limit(config, MAX_USER_PROCESSES)
+        _limit(config, own_user.MAX_USER_PROCESSES)
         if config.kind is GuestKind.COMPONENT:
             tools.components.open()
         listener = _listen(config, loopback=True)
@@ -190,7 +178,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     if plan.config.kind is GuestKind.COMPONENT:
         tools.components.open()  # it may have been built since
     _enter_network(plan)
-    _limit(plan.config, MAX_THREADS if plan.user is not None else MAX_USER_PROCESSES)
+    _limit(plan.config, own_user.MAX_THREADS if plan.user is not None else own_user.MAX_USER_PROCESSES)
     config = _enter_root(plan, tools) if plan.own_root else plan.config
     _drop_privileges(plan)
     listener = _listen(config)
