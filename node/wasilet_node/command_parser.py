@@ -183,8 +183,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         ),
         (
             "--pod-network-absent", "TEXT",
-            "without --cluster-cidr: why, for the Node's condition NetworkUnavailable "
-            "[WASILET_NODE_POD_NETWORK_ABSENT]",
+            "why there is none, for the Node's condition NetworkUnavailable [WASILET_NODE_POD_NETWORK_ABSENT]",
         ),
     ):  # fmt: skip
         network.add_argument(flag, metavar=metavar, help=text)
