@@ -6,7 +6,7 @@ allows returns from it. So a packet between two pods of one node passes both. Wh
 forwarded, what the machine sends is allowed, and a pod always reaches itself. Answers belong to what was allowed.
 
 A pod must be isolated from its first instant. So where there is any policy, an address that is not known yet is
-nobody's: what it sends and what is sent to it is dropped. The agent reports the addresses of its pods before their
+no pod's: what it sends and what is sent to it is dropped. The agent reports the addresses of its pods before their
 containers start (``policy_gate``); those of other nodes' pods are known when their statuses name them.
 
 The cluster's DNS is a process of the machine and no pod. For policies it is one: in the namespace kube-system, with the

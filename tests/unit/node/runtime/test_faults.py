@@ -105,7 +105,7 @@ async def test_one_that_hangs_is_noticed_and_goes_on_with_the_same_containers(
 
 
 async def test_a_start_that_nobody_waits_for_any_more_is_not_made_up_for(rig: Rig) -> None:
-    """An agent that dies, or gives its connection up, while the supervisor hangs: the next one asks anew."""
+    """An agent that dies, or gives its connection up, while the supervisor hangs: the next one asks again."""
     config = rig.config(rig.artifact(SLEEPER))
     pointer = supervisor_registry.current(rig.paths.data)
     assert pointer is not None
