@@ -93,6 +93,8 @@ async def start_container(
         f"Created container: {container['name']}",
         field_path=pod_fields.field_path(pod, container["name"]),
     )
+    if config.network:
+        await dependencies.networks.await_policies(pod)
     try:
         started = await _start_uninterrupted(dependencies, config, late)
     except StartError as error:

@@ -528,3 +528,11 @@ async def test_an_outage_is_survived_and_said_once(caplog: pytest.LogCaptureFixt
     await asyncio.gather(task, return_exceptions=True)
     assert caplog.text.count("was not renewed") == 1
     assert told == [True]
+
+
+async def test_a_node_without_pod_network_states_the_reason_that_it_was_given(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, network_absent="it needs root")
+    await rig.make().register()
+    condition = rig.condition("NetworkUnavailable")
+    assert (condition["status"], condition["reason"]) == ("False", "NoPodNetwork")
+    assert condition["message"] == "pods share the machine's network: it needs root"

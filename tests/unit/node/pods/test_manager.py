@@ -424,7 +424,7 @@ async def test_pull_secrets_are_brought_and_a_missing_one_hinders_nothing(fakes:
         assert not fakes.events.has(MISSING)
 
 
-async def test_a_missing_pull_secret_is_told_when_a_pull_has_failed(fakes: Fakes) -> None:
+async def test_a_missing_pull_secret_is_reported_when_a_pull_has_failed(fakes: Fakes) -> None:
     fakes.images.errors["reg/hello:1"] = ImageError("ImagePullBackOff", "put off")
     async with running(fakes):
         fakes.kube.add(make_pod(imagePullSecrets=[{"name": "missing"}]))

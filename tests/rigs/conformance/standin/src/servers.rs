@@ -371,7 +371,7 @@ fn porter(server: &mut Server, words: &[String]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Of nettest what the tests of `preStop` ask: who wrote to it, and how often. It contacts nobody.
+/// Of nettest what the tests of `preStop` ask: who wrote to it, and how often. It contacts no one.
 fn nettest(server: &mut Server) -> Result<(), Failure> {
     let received: RefCell<BTreeMap<String, u32>> = RefCell::default();
     server.http(8080, Rc::new(move |request| match request.path.as_str() {
