@@ -16,7 +16,7 @@ from wasilet_node.runtime import netns
 
 @contextlib.contextmanager
 def another_machine(name: str, address: str, *, own: str) -> Iterator[None]:
-    """A machine behind the veth ``name``, in a namespace of its own, that greets whoever connects at port 80, by the
+    """A machine behind the veth ``name``, in a namespace of its own, that greets each client at port 80, by the
     address that it sees. ``own``: this machine's address on that link."""
     inside: list[int] = []
 

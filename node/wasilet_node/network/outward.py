@@ -1,4 +1,4 @@
-"""The way outward: TCP connections of pods to other machines, opened anew by a process in the machine's own network.
+"""The way outward: TCP connections of pods to other machines, opened again by a process in the machine's own network.
 
 ``python -P -m wasilet_node.network.outward ...``, started by the agent in the node's network namespace. Whatever a pod
 sends beyond the cluster and the machine is routed to one more namespace behind a veth. There the kernel's ``redirect``
