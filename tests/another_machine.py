@@ -19,7 +19,7 @@ RESOLVED = "192.0.2.77"
 
 @contextlib.contextmanager
 def another_machine(name: str, address: str, *, own: str) -> Iterator[None]:
-    """A machine behind the veth ``name``, in a namespace of its own, that greets whoever connects at port 80, by the
+    """A machine behind the veth ``name``, in a namespace of its own, that greets each client at port 80, by the
     address that it sees, and by UDP as well; what is longer than ``GREETED_BYTES`` comes back as it is. At port 53 it
     answers every question for an A record with ``RESOLVED``. ``own``: this machine's address on that link."""
     inside: list[int] = []

@@ -267,7 +267,7 @@ def answers(address: str, port: int) -> bool:
 
 
 def refused(address: str, port: int) -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens there."""
     try:
         socket.create_connection((address, port), timeout=5).close()
     except ConnectionRefusedError:
@@ -296,7 +296,7 @@ def test_a_network_policy_lets_friends_in_and_nobody_else(net: Net) -> None:
 
 
 def reached(net: Net, address: str, port: int = PORT, **more: Any) -> bool:
-    """Whether a pod that is nobody's friend gets through, within the deadline that it is given."""
+    """Whether a pod that no policy allows gets through, within the deadline that it is given."""
     name = f"stranger-{time.monotonic_ns()}"
     return "answered" in net.said(name, "connect", address, str(port), "hi", activeDeadlineSeconds=3, **more)
 
@@ -415,7 +415,7 @@ def test_connections_outlive_the_agent_and_kube_proxy(net: Net) -> None:
         assert recap
         connection.sendall(b"after\n")
         assert lines.readline() == "after\n"
-    assert echo(service["clusterIP"], 80, "anew") == "anew"
+    assert echo(service["clusterIP"], 80, "again") == "again"
     assert (data / "network" / "pods").is_dir()
 
 
@@ -437,7 +437,7 @@ def test_a_pod_whose_supervisor_is_killed_begins_again_with_an_address(net: Net)
         restarts = pod["status"]["containerStatuses"][0]["restartCount"]
         return ready(pod) and restarts >= 1
 
-    wait(back, "server-0, anew")
+    wait(back, "server-0, again")
     address = net.pod("server-0")["status"]["podIP"]
     assert echo(address, PORT, "again") == "again"
     assert net.said("after-loss", "connect", address, str(PORT), "hello", node=1) == f"{address} answered hello"

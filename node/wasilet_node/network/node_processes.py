@@ -74,8 +74,8 @@ def kube_proxy(settings: NetworkSettings, node_name: str) -> Program:
     )
 
 
-def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network) -> Program:
-    """NetworkPolicies, for the pods of ``pod_cidr``."""
+def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network, agent: Path) -> Program:
+    """NetworkPolicies, for the pods of ``pod_cidr``. ``agent``: the socket of its ``PolicyGate``."""
     return Program(
         name="network-policies",
         argv=(
@@ -83,6 +83,7 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network)
             f"--kubeconfig={settings.network_policies_kubeconfig}",
             f"--pod-cidr={pod_cidr}",
             f"--machine-address={settings.machine_address}",
+            f"--agent={agent}",
             *(f"--dns={address}" for address in settings.cluster_dns),
         ),
     )

@@ -28,6 +28,7 @@ from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
 from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies, outward
 from wasilet_node.network.pod_networks import NODE_KEY, PodNetworks
+from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyGate
 from wasilet_node.runtime import netns, supervisor_registry
 from wasilet_node.settings import NetworkSettings, NodePaths
 
@@ -68,6 +69,7 @@ class PodNetwork:
         self._pod_cidr: ipaddress.IPv4Network | None = None
         self._node_name = node_name
         self._host_ports = host_ports.HostPorts(self.connect)
+        self._gate = PolicyGate(paths.network / SOCKET_NAME)
         self._wake = asyncio.Event()
         self._look_at = 0.0
         self._ready = asyncio.Event()
@@ -177,8 +179,9 @@ class PodNetwork:
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
-            programs.append(network_policies(settings, pod_cidr))
+            programs.append(network_policies(settings, pod_cidr, self._paths.network / SOCKET_NAME))
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._gate.run(), name="policy gate")
             for program in programs:
                 kept = Kept(program, folder=self._paths.network, spawn=self._in_namespace)
                 group.create_task(kept.run(), name=program.name)
@@ -238,12 +241,18 @@ class PodNetwork:
             record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
             self._wake.set()
             addresses = (record.address,)
+            self._gate.claim(record.uid, record.address)
             await self._host_ports.open(record.uid, host_ports.wanted(pod), record.address)
             return Attachment(key=record.key, addresses=addresses)
         except NetworkAbsentError:
             return None
         except OSError as error:
             raise NetworkError(f"{error.strerror or error}") from error
+
+    async def await_policies(self, pod: dict[str, Any]) -> None:
+        """See ``Networks.await_policies``."""
+        if not await self._gate.passed(str(pod["metadata"]["uid"])):
+            logger.warning("the rules of NetworkPolicies do not know pod %s yet; it starts", pod["metadata"]["name"])
 
     async def etc_files(self, pod: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         """See ``Networks.etc_files``. Only for containers that read them: writing three files costs as much as a
@@ -258,6 +267,7 @@ class PodNetwork:
         await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
+        self._gate.release(uid)
         if (folder := self._folder(uid)).exists():
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 

@@ -101,5 +101,7 @@ def test_command_lines_name_the_nodes_own_ranges() -> None:
     proxy = kube_proxy(settings, "n1").argv
     assert proxy[0] == "/bin/kube-proxy"
     assert {"--hostname-override=n1", "--cluster-cidr=10.9.0.0/16", "--nodeport-addresses=10.9.255.4/30"} <= {*proxy}
-    policies = network_policies(settings, ipaddress.IPv4Network("10.9.4.0/22")).argv
-    assert {"--pod-cidr=10.9.4.0/22", "--machine-address=10.9.255.5", "--dns=10.10.0.10"} <= {*policies}
+    policies = network_policies(settings, ipaddress.IPv4Network("10.9.4.0/22"), Path("/d/p.sock")).argv
+    assert {*("--pod-cidr=10.9.4.0/22", "--machine-address=10.9.255.5", "--dns=10.10.0.10", "--agent=/d/p.sock")} <= {
+        *policies
+    }

@@ -10,10 +10,11 @@ pytestmark = pytest.mark.unit
 
 def test_what_is_too_much_for_a_period_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    log = SparingLog(logging.getLogger("t"), lines=2, seconds=3600.0)
+    now = [0.0]
+    log = SparingLog(logging.getLogger("t"), lines=2, seconds=60.0, clock=lambda: now[0])
     for number in range(5):
         log.info("%d", number)
     assert caplog.messages == ["0", "1"]
-    log._since -= 3600.0
+    now[0] = 60.0
     log.info("next")
     assert caplog.messages == ["0", "1", "3 more messages were left out", "next"]
