@@ -28,7 +28,7 @@ from wasilet.process import is_alive
 from wasilet_node.network.node_network import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
-from tests.another_machine import another_machine
+from tests.another_machine import RESOLVED, another_machine
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
@@ -311,13 +311,24 @@ def test_pods_reach_other_machines_as_the_machine_does_where_policies_let_them(n
             wait(lambda node=node: reached(net, other, 80, node=node), "the way outward")  # type: ignore[misc]
             said = net.said(f"outward-{node}", "connect", other, "80", "hi", node=node)
             assert said == f"{other} answered hello 198.51.100.1"
+            assert resolved_outside(net, other, node=node) == RESOLVED
         net.kube.create(path, {"metadata": {"name": "inward"}, "spec": spec})
         try:
             wait(lambda: not reached(net, other, 80, labels=labels), "the policy")
+            assert RESOLVED not in resolved_outside(net, other, labels=labels)
             net.kube.patch(f"{path}/inward", {"spec": {"egress": [rule]}})
             wait(lambda: reached(net, other, 80, labels=labels), "the policy's exception")
+            assert resolved_outside(net, other, labels=labels) == RESOLVED
         finally:
             net.kube.delete(f"{path}/inward")
+
+
+def resolved_outside(net: Net, server: str, **more: Any) -> str:
+    """What a pod is told by a DNS server on another machine, which is asked by UDP."""
+    options = [{"name": "timeout", "value": "2"}, {"name": "attempts", "value": "2"}]
+    config = {"nameservers": [server], "options": options}
+    name = f"resolves-{time.monotonic_ns()}"
+    return net.said(name, "resolve", "name.example", dnsPolicy="None", dnsConfig=config, **more)
 
 
 def test_a_pod_listens_on_the_ports_that_web_servers_have(net: Net) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wasilet_node.network import host_ports, machine_changes, resolver_files
-from wasilet_node.network.addresses import PodRecord, PodRecords, gateway_of
+from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
@@ -190,7 +190,7 @@ class PodNetwork:
             await self._run_processes(machine, self._pod_cidr)
 
     async def _run_processes(self, machine: int, pod_cidr: ipaddress.IPv4Network) -> None:
-        settings, programs = self.settings, [outward(gateway_of(pod_cidr), machine)]
+        settings, programs = self.settings, [outward(pod_cidr, machine)]
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
