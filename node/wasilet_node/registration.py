@@ -375,6 +375,8 @@ class Registration:
         found = self._conditions.judge(now_levels, self._problem())
         if self._network is not None:
             found.append(network_verdict(self._network.absent))
+        elif self._settings.network_absent:
+            found.append(network_verdict(self._settings.network_absent))
         return found
 
     def _pass_on_pod_cidr(self, node: KubeObject) -> None:

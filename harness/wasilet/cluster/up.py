@@ -412,6 +412,8 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
             folder=state.etc,
             kube_proxy=_late_binary(cluster, "kube-proxy"),
         )
+    elif reason := pod_network.why_absent(state):
+        argv += ["--pod-network-absent", reason]
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
     return Component(
