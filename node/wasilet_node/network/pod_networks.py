@@ -43,6 +43,9 @@ POOL_SIZE = 8
 POOL_LOW = 3
 """With no more than these left, making others is no longer put off."""
 
+BRIDGE_PORTS = 1023
+"""The most that a Linux bridge takes (BR_MAX_PORTS); the next is refused with EXFULL. One is that of modules."""
+
 POD_INTERFACE = "eth0"
 _UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _T = TypeVar("_T")
@@ -210,10 +213,15 @@ class PodNetworks:
         return list(self._pods)
 
     def refill(self) -> bool:
-        """Make one for the pool, unless it is full. Whether there is room for another. Raises NetworkError."""
-        if len(self._pool) < POOL_SIZE:
-            self._pool.append(self._make())
+        """Make one for the pool, unless it or the bridge is full. Whether there is room for another. Raises
+        NetworkError."""
+        if len(self._pool) >= POOL_SIZE or self._ports_left() <= 0:
+            return False
+        self._pool.append(self._make())
         return len(self._pool) < POOL_SIZE
+
+    def _ports_left(self) -> int:
+        return BRIDGE_PORTS - 1 - len(self._pool) - sum(bool(record.key) for record in self._pods.values())
 
     def inside(self, record: PodRecord, work: Callable[[], _T]) -> _T:
         """Do something in the namespace of a pod that has one. Raises NetworkError, OSError."""
@@ -227,6 +235,10 @@ class PodNetworks:
         return ipaddress.IPv4Address(record.address) in self._node.pod_cidr
 
     def _make(self) -> _Ready:
+        if self._ports_left() <= 0:
+            raise NetworkError(
+                f"the pods' bridge is full: {BRIDGE_PORTS - 1} pods with components are the most per node"
+            )
         key = secrets.token_hex(5)
         interface = f"w{key}"
         self._plug_in(key, interface, _bring_up)

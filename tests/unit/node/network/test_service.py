@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet_node.network import nft
+from wasilet_node.network import nft, pod_networks
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
@@ -103,11 +103,10 @@ async def until(condition: Callable[[], bool]) -> None:
     await eventually(probe)
 
 
-def bridge_ports(pods: PodNetwork) -> int:
-    """Of the node's network, but for those of the pool."""
+def shared_by_modules(pods: PodNetwork) -> int:
+    """How many interfaces of the node lead to a namespace of theirs."""
     assert pods._node is not None
-    assert pods._pods is not None
-    return sum(name.startswith(("w", "m")) for _, name in pods._node.node.links()) - pods._pods.ready
+    return sum(name.startswith("m") for _, name in pods._node.node.links())
 
 
 def test_pods_of_modules_share_a_namespace_that_refuses_what_nothing_in_them_can_take(tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ def test_pods_of_modules_share_a_namespace_that_refuses_what_nothing_in_them_can
             assert len(addresses) == 20
             assert only_address.addresses[0] in addresses
             assert [each.key for each in attached if each is not None] == [""] * 20
-            assert await pods._in_thread(bridge_ports, pods) == 1
+            assert await pods._in_thread(shared_by_modules, pods) == 1
             for connect in (pods.connect, lambda *_: pods.connect_inside(pod("m7"), 80)):
                 with pytest.raises(ConnectionRefusedError):
                     await connect(min(addresses), 80)
@@ -193,7 +192,7 @@ def test_the_next_agent_answers_for_the_pods_of_modules_and_repairs_what_was_los
                 third = await second.attach(pod("m3"), GuestKind.MODULE)
                 assert third is not None
                 assert third.addresses[0] not in addresses
-                assert await second._in_thread(bridge_ports, second) == 1
+                assert await second._in_thread(shared_by_modules, second) == 1
 
     with_machine(work)
 
@@ -404,6 +403,26 @@ def test_a_network_that_is_gone_is_a_start_error(tmp_path: Path) -> None:
             config = rig.config(artifact, kind=GuestKind.COMPONENT, network="nowhere")
             with pytest.raises(StartError, match="the pod's network namespace is gone"):
                 await rig.client.start(config)
+
+    with_machine(work)
+
+
+def test_a_bridge_without_ports_is_named_and_takes_pods_of_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_networks, "BRIDGE_PORTS", POOL_SIZE + 3)
+
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            await until(lambda: pods._pods is not None and pods._pods.ready == POOL_SIZE)
+            for number in range(POOL_SIZE + 2):
+                assert await pods.attach(pod(f"u{number}")) is not None
+            with pytest.raises(NetworkError, match="the pods' bridge is full: 10 pods with components"):
+                await pods.attach(pod("u-too-many"))
+            assert await pods.attach(pod("m1"), GuestKind.MODULE) is not None
+            assert pods.problem is None
+            await pods.detach("u0")
+            assert await pods.attach(pod("u10")) is not None
 
     with_machine(work)
 
