@@ -78,13 +78,13 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network,
     )
 
 
-def outward(pod_gateway: ipaddress.IPv4Address, machine_namespace: int) -> Program:
-    """Connections of pods to other machines. ``machine_namespace``: a descriptor."""
+def outward(pod_cidr: ipaddress.IPv4Network, machine_namespace: int) -> Program:
+    """What pods send to other machines. ``machine_namespace``: a descriptor."""
     return Program(
         name="outward",
         argv=(
             *(sys.executable, "-P", "-m", "wasilet_node.network.outward"),
-            f"--gateway={pod_gateway}",
+            f"--pod-cidr={pod_cidr}",
             f"--machine-namespace={machine_namespace}",
         ),
         descriptors=(machine_namespace,),
@@ -133,11 +133,15 @@ class Kept:
             await asyncio.sleep(self._restarts.delay_seconds(ran_seconds=loop.time() - begun))
 
     async def _once(self) -> None:
+        starting = asyncio.ensure_future(self._spawn(self._start))
         try:
-            process = self._process = await self._spawn(self._start)
+            process = self._process = await asyncio.shield(starting)
         except OSError as error:
             logger.warning("%s does not start: %s", self._program.name, error)
             return
+        except asyncio.CancelledError:
+            starting.add_done_callback(_end_it)
+            raise
         logger.info("%s runs, pid %d; its log is %s", self._program.name, process.pid, self._log)
         try:
             await _ended(process)
@@ -165,6 +169,14 @@ class Kept:
             )
         finally:
             os.close(descriptor)
+
+
+def _end_it(started: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    """A process that came when no one waited for it any longer."""
+    if not started.cancelled() and started.exception() is None:
+        process = started.result()
+        process.kill()
+        process.wait()
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:
