@@ -96,18 +96,18 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
         stack.enter_context(another_machine("cloud", METADATA, own="169.254.169.1"))
         rig = await stack.enter_async_context(running_supervisor(tmp_path))
         pods = await stack.enter_async_context(Running(network(rig.paths)))
-        objects = []
+        objects, victim = [], ""
         for uid in (ATTACKER, NEIGHBOUR, VICTIM):
             metadata = {"uid": uid, "name": uid, "namespace": uid[0], "labels": {}}
             attached = await pods.attach({"metadata": metadata, "spec": {}})
             assert attached is not None
-            objects.append({"metadata": metadata, "spec": {}, "status": {"podIP": attached.addresses[0]}})
+            victim = attached.addresses[0]
+            objects.append({"metadata": metadata, "spec": {}, "status": {"podIP": victim}})
         both = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
         deny = {"metadata": {"name": "deny", "namespace": VICTIM[0]}, "spec": both}
         place = policies.Place(pod_cidr=ipaddress.IPv4Network(POD_CIDR), machine_address=str(SETTINGS.machine_address))
         spaces = [{"metadata": {"name": name}} for name in (ATTACKER[0], VICTIM[0])]
         await pods._in_thread(nft.apply, policies.rules([deny], objects, spaces, place))
-        victim = objects[-1]["status"]["podIP"]
         yield Stage(rig=rig, pods=pods, victim=victim, outward=await outward_process())
 
 
