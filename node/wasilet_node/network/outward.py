@@ -262,7 +262,7 @@ table ip outward-datagrams {{
 def _drop_privileges(thread: ThreadPoolExecutor) -> None:
     """The user is the process's, the rest each thread's own. In this order: the C library ends a process whose threads
     may not all become that user."""
-    linux.drop_privileges(keep=frozenset(), uid=_NOBODY)
+    linux.drop_privileges(keep=frozenset(), uids=(_NOBODY,))
     thread.submit(linux.drop_privileges, keep=frozenset()).result()
 
 
