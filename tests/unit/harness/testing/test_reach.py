@@ -145,7 +145,7 @@ def test_connects_takes_a_refusal_for_an_answer() -> None:
 def test_the_url_of_a_pod_is_that_of_its_forward(kubectl: Path, cluster: Any) -> None:
     api = LogApi()
     with scene_on(api) as scene:
-        scene.reach._cluster = cluster
+        scene.reach = Reach(cluster, NAMESPACE)
         shown = api.pod("p", "Running", running("a"))
         shown["status"] |= {"podIP": "10.244.0.5", "hostIP": "10.0.0.1"}
         api.show(PODS, shown)
