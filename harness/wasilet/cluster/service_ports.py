@@ -31,7 +31,7 @@ from typing import Any
 
 from wasilet_common.time_format import rfc3339_of
 
-from wasilet.cluster.tcp_proxy import Forwarding, listener
+from wasilet.cluster.tcp_proxy import Connect, Forwarding, listener
 from wasilet.controlplane.components import Component
 from wasilet.errors import ApiError, HarnessError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
@@ -53,8 +53,9 @@ _SERVICES = "/api/v1/services"
 _REPORTER = "wasilet-service-ports"
 
 
-def component(state: State, address: str) -> Component:
-    """The process; ``address``: the nodes'. It is ready once it has served the Services that there were."""
+def component(state: State, address: str, through: Path | None = None) -> Component:
+    """The process; ``address``: the nodes'. ``through``: the socket of a proxy that reaches Services; None: the machine
+    itself does. It is ready once it has served the Services that there were."""
     kubeconfig, status_file = state.etc / f"{COMPONENT}.conf", state.run / f"{COMPONENT}.status"
 
     def ready() -> bool:
@@ -66,6 +67,7 @@ def component(state: State, address: str) -> Component:
         argv=(
             *(sys.executable, "-P", "-m", "wasilet.cluster.service_ports", "--kubeconfig", str(kubeconfig)),
             *("--address", address, "--status-file", str(status_file)),
+            *(("--through", str(through)) if through is not None else ()),
         ),
         inputs=(kubeconfig,),
         addresses=(),
@@ -135,7 +137,8 @@ class _Open:
 class MachinePorts:
     """What is open now. Of one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, connect: Connect = asyncio.open_connection) -> None:
+        self._connect = connect
         self._open: dict[MachinePort, _Open] = {}
         self._problems: dict[MachinePort, str] = {}
 
@@ -186,7 +189,7 @@ class MachinePorts:
         self._problems[wanted] = words
 
     async def _serve(self, wanted: MachinePort, sock: socket.socket) -> None:
-        forwarding = Forwarding(wanted.target)
+        forwarding = Forwarding(wanted.target, connect=self._connect)
         await forwarding.begin(sock)
         port = int(sock.getsockname()[1])
         self._open[wanted] = _Open(forwarding, port)
@@ -213,11 +216,13 @@ def load_balancer_status(address: str, ports: Mapping[int, int]) -> KubeObject:
 class ServicePorts:
     """The loop: a thread lists and watches, the event loop opens, closes and reports."""
 
-    def __init__(self, kube: Kube, address: str, status_file: Path | None = None) -> None:
+    def __init__(
+        self, kube: Kube, address: str, status_file: Path | None = None, connect: Connect = asyncio.open_connection
+    ) -> None:
         self._kube = kube
         self._status_file = status_file
         self._address = address
-        self._ports = MachinePorts()
+        self._ports = MachinePorts(connect)
         self._services: dict[tuple[str, str], KubeObject] = {}
         self._recorded: dict[tuple[str, str], str] = {}
 
@@ -356,12 +361,33 @@ def _key(service: KubeObject) -> tuple[str, str]:
     return str(service["metadata"]["namespace"]), str(service["metadata"]["name"])
 
 
-async def _run(kube: Kube, address: str, status_file: Path) -> None:
+def connect_through(proxy: Path) -> Connect:
+    """By a proxy that takes HTTP's CONNECT at a Unix socket, as ``wasilet_node.network.keeper`` does."""
+
+    async def connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_unix_connection(proxy)
+        try:
+            writer.write(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+            status = (await reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")[0]
+            if status.split(b" ")[1:2] != [b"200"]:
+                raise ConnectionRefusedError(errno.ECONNREFUSED, f"{host}:{port}: {status.decode(errors='replace')}")
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            writer.close()
+            raise ConnectionResetError(errno.ECONNRESET, f"{host}:{port}: the proxy gave no answer") from error
+        except BaseException:
+            writer.close()
+            raise
+        return reader, writer
+
+    return connect
+
+
+async def _run(kube: Kube, address: str, status_file: Path, connect: Connect) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await ServicePorts(kube, address, status_file).run(stop)
+    await ServicePorts(kube, address, status_file, connect).run(stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -371,10 +397,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kubeconfig", type=Path, required=True)
     parser.add_argument("--address", required=True, help="the nodes' address, where load balancers listen")
     parser.add_argument("--status-file", type=Path, required=True, help="written once all Services are served")
+    parser.add_argument("--through", type=Path, help="the Unix socket of a proxy by which Services are reached")
     options = parser.parse_args(argv)
+    connect = connect_through(options.through) if options.through is not None else asyncio.open_connection
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(_run(Kube.from_kubeconfig(options.kubeconfig), options.address, options.status_file))
+        asyncio.run(_run(Kube.from_kubeconfig(options.kubeconfig), options.address, options.status_file, connect))
     except HarnessError as error:
         logger.error("%s", error)  # noqa: TRY400  (one clear line; the trace adds nothing)
         return error.exit_code

@@ -15,13 +15,14 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from wasilet_common.relay import relay
 
 logger = logging.getLogger("wasilet.tcp-proxy")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Connect = Callable[[str, int], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 MAX_CONNECTIONS = 500
 """A node holds about a dozen; the limit keeps a flood from taking the machine's descriptors."""
@@ -49,11 +50,14 @@ def listener(address: tuple[str, int], *, freebind: bool) -> socket.socket:
 class Forwarding:
     """A listener whose connections are forwarded until it is closed. Of one event loop."""
 
-    def __init__(self, to: tuple[str, int], *, allowed: Sequence[Network] = ()) -> None:
+    def __init__(
+        self, to: tuple[str, int], *, allowed: Sequence[Network] = (), connect: Connect = asyncio.open_connection
+    ) -> None:
         """``allowed``: whose connections are forwarded; empty: everyone's. Linux takes packets for any of its addresses
         on any of its interfaces, so an address of an inner network alone keeps out no neighbour who sets a route to
-        it."""
+        it. ``connect``: by which way."""
         self._to = to
+        self._connect = connect
         self._allowed = allowed
         self._places = asyncio.Semaphore(MAX_CONNECTIONS)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,7 +88,7 @@ class Forwarding:
                 logger.warning("more than %d connections: one was refused", MAX_CONNECTIONS)
                 return
             async with self._places:
-                await _forward(reader, writer, self._to)
+                await _forward(reader, writer, self._to, self._connect)
         finally:
             await _close(writer)
 
@@ -111,10 +115,12 @@ def _is_within(peer: tuple[str, int] | None, allowed: Sequence[Network]) -> bool
     return peer is not None and any(ipaddress.ip_address(peer[0]) in network for network in allowed)
 
 
-async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tuple[str, int]) -> None:
+async def _forward(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: tuple[str, int], connect: Connect
+) -> None:
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
-            there_reader, there_writer = await asyncio.open_connection(*to)
+            there_reader, there_writer = await connect(*to)
     except OSError as error:
         logger.warning("no connection to %s:%d: %s", *to, error)
         return

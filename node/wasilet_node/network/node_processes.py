@@ -88,16 +88,16 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network)
     )
 
 
-def outward(pod_gateway: ipaddress.IPv4Address, machine_namespace: int) -> Program:
-    """Connections of pods to other machines. ``machine_namespace``: a descriptor."""
+def outward(pod_gateway: ipaddress.IPv4Address, node_namespace: int) -> Program:
+    """Connections of pods to other machines, which runs in the machine's network. ``node_namespace``: a descriptor."""
     return Program(
         name="outward",
         argv=(
             *(sys.executable, "-P", "-m", "wasilet_node.network.outward"),
             f"--gateway={pod_gateway}",
-            f"--machine-namespace={machine_namespace}",
+            f"--node-namespace={node_namespace}",
         ),
-        descriptors=(machine_namespace,),
+        descriptors=(node_namespace,),
     )
 
 

@@ -1,6 +1,6 @@
 """The way outward: TCP connections of pods to other machines, opened anew by a process in the machine's own network.
 
-``python -P -m wasilet_node.network.outward ...``, started by the agent in the node's network namespace. Whatever a pod
+``python -P -m wasilet_node.network.outward ...``, started by the agent in the machine's network. Whatever a pod
 sends beyond the cluster and the machine is routed to one more namespace behind a veth. There the kernel's ``redirect``
 hands every connection to this process, which opens it again from the machine's network, to the address and port that
 the pod asked for. So the machine needs no rule, no forwarding and no translation, which would have no owner when the
@@ -30,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from wasilet_common import addresses
 from wasilet_common.relay import relay
@@ -202,13 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; runs until it is killed."""
     parser = argparse.ArgumentParser(prog="wasilet_node.network.outward")
     parser.add_argument("--gateway", type=ipaddress.IPv4Address, required=True)
-    parser.add_argument("--machine-namespace", type=int, required=True)
+    parser.add_argument("--node-namespace", type=int, required=True)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     parent = os.getppid()
-    listener = open_namespace(options.gateway)
-    netns.setns(options.machine_namespace)
-    os.close(options.machine_namespace)
+    # In a thread: without root there is no way back into the machine's namespace.
+    with ThreadPoolExecutor(1) as inside:
+        inside.submit(netns.setns, options.node_namespace).result()
+        listener = inside.submit(open_namespace, options.gateway).result()
+    os.close(options.node_namespace)
     machine = Machine()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

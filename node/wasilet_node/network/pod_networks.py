@@ -31,6 +31,9 @@ from wasilet_node.runtime import netns
 logger = logging.getLogger(__name__)
 
 NODE_KEY = "node"
+MACHINE_KEY = "machine"
+"""What stands in for the machine's namespace where the node is an ordinary user's."""
+
 POOL_SIZE = 8
 POD_INTERFACE = "eth0"
 _UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
@@ -65,7 +68,7 @@ class PodNetworks:
             else:
                 records.remove(record.uid)
         # What no record names was in the pool, or was being made, when the agent before this one ended.
-        channel.drop([key for key in kept if key != NODE_KEY])
+        channel.drop([key for key in kept if key not in {NODE_KEY, MACHINE_KEY}])
         taken = [ipaddress.IPv4Address(record.address) for record in self._pods.values()]
         self._addresses = AddressPool(node.pod_cidr, taken=taken)
 

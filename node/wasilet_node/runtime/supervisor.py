@@ -27,7 +27,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from wasilet_node.runtime import engine, guest, linux, private_root, sandbox, supervisor_registry, user_namespace, wire
+from wasilet_node.runtime import (
+    engine,
+    guest,
+    linux,
+    private_root,
+    rootless,
+    sandbox,
+    supervisor_registry,
+    user_namespace,
+    wire,
+)
 from wasilet_node.runtime.cgroups import CgroupManager
 from wasilet_node.runtime.containers import Container, Containers, RequestError
 from wasilet_node.runtime.loop import READ, Loop, Watch
@@ -67,10 +77,16 @@ class Supervisor:
     """Serves requests until it is told to end."""
 
     def __init__(
-        self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True, isolated: bool = False
+        self,
+        paths: NodePaths,
+        logs: LogSettings,
+        *,
+        use_cgroups: bool = True,
+        isolated: bool = False,
+        pod_networks: bool = False,
     ) -> None:
-        """``isolated``: this process is in its own user namespace, which may own network namespaces. Raises
-        OSError when the data folder cannot be used."""
+        """``isolated``: this process is in a user namespace of its own that knows all ids. ``pod_networks``: its user
+        namespace may own network namespaces. Raises OSError when the data folder cannot be used."""
         pid = os.getpid()
         start_time = linux.start_time(pid)
         if start_time is None:
@@ -91,7 +107,7 @@ class Supervisor:
             cpu_limits=self._cgroups.cpu,
             memory_cgroup=self._cgroups.memory,
             wasmtime_version=engine.wasmtime_version(),
-            pod_networks=isolated,
+            pod_networks=pod_networks,
         )
         self._namespaces = PodNamespaces(self._loop)
         self._containers = Containers(
@@ -460,9 +476,14 @@ def main(arguments: list[str]) -> int:
             logger.warning("root without CAP_SYS_ADMIN: pods have no network and sandboxes no user of their own")
         isolated = user_namespace.may_be_had() and user_namespace.enter(inside)
         inside.close()
-        linux.drop_privileges(keep=_CAPABILITIES if isolated else frozenset({linux.CAP_DAC_OVERRIDE}))
+        rootless_networks = rootless.is_inside()
+        linux.drop_privileges(keep=_kept(isolated=isolated, rootless_networks=rootless_networks))
         supervisor = Supervisor(
-            NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups, isolated=isolated
+            NodePaths(data=options.data_dir),
+            logs,
+            use_cgroups=not options.no_cgroups,
+            isolated=isolated,
+            pod_networks=isolated or rootless_networks,
         )
     except Exception as error:
         logger.exception("cannot start")
@@ -473,6 +494,13 @@ def main(arguments: list[str]) -> int:
         os.close(options.ready_fd)
     supervisor.run()
     return 0
+
+
+def _kept(*, isolated: bool, rootless_networks: bool) -> frozenset[int]:
+    """The capabilities that stay. Those of an ordinary user put sandboxes into networks, and do nothing else."""
+    if rootless_networks:
+        return frozenset({linux.CAP_SYS_ADMIN})
+    return _CAPABILITIES if isolated else frozenset({linux.CAP_DAC_OVERRIDE})
 
 
 def _write_message(descriptor: int, message: dict[str, object]) -> None:
