@@ -28,7 +28,7 @@ from wasilet.process import is_alive
 from wasilet_node.network.node_network import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
-from tests.another_machine import another_machine
+from tests.another_machine import RESOLVED, another_machine
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
@@ -267,7 +267,7 @@ def answers(address: str, port: int) -> bool:
 
 
 def refused(address: str, port: int) -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens there."""
     try:
         socket.create_connection((address, port), timeout=5).close()
     except ConnectionRefusedError:
@@ -296,7 +296,7 @@ def test_a_network_policy_lets_friends_in_and_nobody_else(net: Net) -> None:
 
 
 def reached(net: Net, address: str, port: int = PORT, **more: Any) -> bool:
-    """Whether a pod that is nobody's friend gets through, within the deadline that it is given."""
+    """Whether a pod that no policy allows gets through, within the deadline that it is given."""
     name = f"stranger-{time.monotonic_ns()}"
     return "answered" in net.said(name, "connect", address, str(port), "hi", activeDeadlineSeconds=3, **more)
 
@@ -311,13 +311,24 @@ def test_pods_reach_other_machines_as_the_machine_does_where_policies_let_them(n
             wait(lambda node=node: reached(net, other, 80, node=node), "the way outward")  # type: ignore[misc]
             said = net.said(f"outward-{node}", "connect", other, "80", "hi", node=node)
             assert said == f"{other} answered hello 198.51.100.1"
+            assert resolved_outside(net, other, node=node) == RESOLVED
         net.kube.create(path, {"metadata": {"name": "inward"}, "spec": spec})
         try:
             wait(lambda: not reached(net, other, 80, labels=labels), "the policy")
+            assert RESOLVED not in resolved_outside(net, other, labels=labels)
             net.kube.patch(f"{path}/inward", {"spec": {"egress": [rule]}})
             wait(lambda: reached(net, other, 80, labels=labels), "the policy's exception")
+            assert resolved_outside(net, other, labels=labels) == RESOLVED
         finally:
             net.kube.delete(f"{path}/inward")
+
+
+def resolved_outside(net: Net, server: str, **more: Any) -> str:
+    """What a pod is told by a DNS server on another machine, which is asked by UDP."""
+    options = [{"name": "timeout", "value": "2"}, {"name": "attempts", "value": "2"}]
+    config = {"nameservers": [server], "options": options}
+    name = f"resolves-{time.monotonic_ns()}"
+    return net.said(name, "resolve", "name.example", dnsPolicy="None", dnsConfig=config, **more)
 
 
 def test_a_pod_listens_on_the_ports_that_web_servers_have(net: Net) -> None:
@@ -404,7 +415,7 @@ def test_connections_outlive_the_agent_and_kube_proxy(net: Net) -> None:
         assert recap
         connection.sendall(b"after\n")
         assert lines.readline() == "after\n"
-    assert echo(service["clusterIP"], 80, "anew") == "anew"
+    assert echo(service["clusterIP"], 80, "again") == "again"
     assert (data / "network" / "pods").is_dir()
 
 
@@ -426,7 +437,7 @@ def test_a_pod_whose_supervisor_is_killed_begins_again_with_an_address(net: Net)
         restarts = pod["status"]["containerStatuses"][0]["restartCount"]
         return ready(pod) and restarts >= 1
 
-    wait(back, "server-0, anew")
+    wait(back, "server-0, again")
     address = net.pod("server-0")["status"]["podIP"]
     assert echo(address, PORT, "again") == "again"
     assert net.said("after-loss", "connect", address, str(PORT), "hello", node=1) == f"{address} answered hello"

@@ -1,7 +1,7 @@
 """Services at the machine's own addresses: NodePorts on loopback and the node's address, and load balancers.
 
 A node's kube-proxy works in a network namespace of its own, so a NodePort is open at the address of the node's link
-alone, and nobody gives a LoadBalancer Service an address. This process listens for both on the machine and passes bytes
+alone, and a LoadBalancer Service gets no address. This process listens for both on the machine and passes bytes
 on to the Service's cluster address, to which the machine has a route. So kube-proxy still chooses the endpoint; the
 client's address ends here, and ``externalTrafficPolicy: Local`` is no different from ``Cluster``. TCP only: what is
 asked for by UDP is told in an event.

@@ -34,10 +34,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from wasilet_common.datagrams import AT_ONCE, DNS_IDLE_SECONDS, MAX_BYTES, Flow, Flows
 from wasilet_common.relay import Connection, relay
 
 from wasilet_node.network.channel import NamespaceChannel
-from wasilet_node.network.datagrams import DatagramRelay
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.pod_networks import MACHINE_KEY
@@ -186,7 +186,47 @@ async def serve_way(inside: Inside, way: Way) -> None:
         await door.pass_on((reader, writer), lambda: asyncio.open_connection(*way.to))
 
     await asyncio.start_server(accept, sock=inside.bind(way.listen), backlog=_BACKLOG)
-    DatagramRelay(inside.bind(way.listen, socket.SOCK_DGRAM), way.to).begin()
+    DatagramWay(inside.bind(way.listen, socket.SOCK_DGRAM), way.to).begin()
+
+
+class DatagramWay:
+    """UDP from a bound socket to one address, and the answers to who asked. Of one event loop."""
+
+    def __init__(self, listener: socket.socket, to: Address) -> None:
+        self._listener = listener
+        self._to = to
+        self._flows = Flows()
+
+    def begin(self) -> None:
+        """From here on, for as long as the process lives."""
+        asyncio.get_running_loop().add_reader(self._listener, self._readable)
+
+    def _readable(self) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                data, client = self._listener.recvfrom(MAX_BYTES)
+            except OSError:
+                return
+            if self._flows.send(client, data) or not self._flows.has_room(client[0]):
+                continue
+            # A datagram may be lost: who asked asks again.
+            with contextlib.suppress(OSError):
+                self._flows.add(client, self._flow(client))
+                self._flows.send(client, data)
+
+    def _flow(self, client: Address) -> Flow:
+        far = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            far.connect(self._to)
+        except OSError:
+            far.close()
+            raise
+        return Flow(
+            client=client[0],
+            far=far,
+            answer=lambda data: self._listener.sendto(data, client),
+            idle_seconds=DNS_IDLE_SECONDS,
+        )
 
 
 class ConnectProxy:

@@ -74,8 +74,8 @@ def kube_proxy(settings: NetworkSettings, node_name: str) -> Program:
     )
 
 
-def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network) -> Program:
-    """NetworkPolicies, for the pods of ``pod_cidr``."""
+def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network, agent: Path) -> Program:
+    """NetworkPolicies, for the pods of ``pod_cidr``. ``agent``: the socket of its ``PolicyGate``."""
     return Program(
         name="network-policies",
         argv=(
@@ -83,18 +83,19 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network)
             f"--kubeconfig={settings.network_policies_kubeconfig}",
             f"--pod-cidr={pod_cidr}",
             f"--machine-address={settings.machine_address}",
+            f"--agent={agent}",
             *(f"--dns={address}" for address in settings.cluster_dns),
         ),
     )
 
 
-def outward(pod_gateway: ipaddress.IPv4Address, node_namespace: int) -> Program:
-    """Connections of pods to other machines, which runs in the machine's network. ``node_namespace``: a descriptor."""
+def outward(pod_cidr: ipaddress.IPv4Network, node_namespace: int) -> Program:
+    """What pods send to other machines; it runs in the machine's network. ``node_namespace``: a descriptor."""
     return Program(
         name="outward",
         argv=(
             *(sys.executable, "-P", "-m", "wasilet_node.network.outward"),
-            f"--gateway={pod_gateway}",
+            f"--pod-cidr={pod_cidr}",
             f"--node-namespace={node_namespace}",
         ),
         descriptors=(node_namespace,),
@@ -137,11 +138,15 @@ class Kept:
             await asyncio.sleep(retry.next())
 
     async def _once(self) -> None:
+        starting = asyncio.ensure_future(self._spawn(self._start))
         try:
-            process = self._process = await self._spawn(self._start)
+            process = self._process = await asyncio.shield(starting)
         except OSError as error:
             logger.warning("%s does not start: %s", self._program.name, error)
             return
+        except asyncio.CancelledError:
+            starting.add_done_callback(_end_it)
+            raise
         logger.info("%s runs, pid %d; its log is %s", self._program.name, process.pid, self._log)
         try:
             await _ended(process)
@@ -169,6 +174,14 @@ class Kept:
             )
         finally:
             os.close(descriptor)
+
+
+def _end_it(started: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    """A process that came when no one waited for it any longer."""
+    if not started.cancelled() and started.exception() is None:
+        process = started.result()
+        process.kill()
+        process.wait()
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wasilet_node.network import host_ports, machine_changes, resolver_files
-from wasilet_node.network.addresses import PodRecord, PodRecords, gateway_of
+from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
 from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies, outward
 from wasilet_node.network.pod_networks import MACHINE_KEY, NODE_KEY, PodNetworks
+from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyGate
 from wasilet_node.runtime import linux, netns, rootless, supervisor_registry
 from wasilet_node.settings import NetworkSettings, NodePaths
 
@@ -70,6 +71,7 @@ class PodNetwork:
         self._pod_cidr: ipaddress.IPv4Network | None = None
         self._node_name = node_name
         self._host_ports = host_ports.HostPorts(self.connect)
+        self._gate = PolicyGate(paths.network / SOCKET_NAME)
         self._wake = asyncio.Event()
         self._look_at = 0.0
         self._ready = asyncio.Event()
@@ -185,9 +187,10 @@ class PodNetwork:
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
-            programs.append(network_policies(settings, pod_cidr))
-        way_out = outward(gateway_of(pod_cidr), node)
+            programs.append(network_policies(settings, pod_cidr, self._paths.network / SOCKET_NAME))
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._gate.run(), name="policy gate")
+            way_out = outward(pod_cidr, node)
             for program, spawn in ((way_out, _in_own_namespace), *((each, self._in_namespace) for each in programs)):
                 kept = Kept(program, folder=self._paths.network, spawn=spawn)
                 group.create_task(kept.run(), name=program.name)
@@ -247,12 +250,18 @@ class PodNetwork:
             record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
             self._wake.set()
             addresses = (record.address,)
+            self._gate.claim(record.uid, record.address)
             await self._host_ports.open(record.uid, host_ports.wanted(pod), record.address)
             return Attachment(key=record.key, addresses=addresses)
         except NetworkAbsentError:
             return None
         except OSError as error:
             raise NetworkError(f"{error.strerror or error}") from error
+
+    async def await_policies(self, pod: dict[str, Any]) -> None:
+        """See ``Networks.await_policies``."""
+        if not await self._gate.passed(str(pod["metadata"]["uid"])):
+            logger.warning("the rules of NetworkPolicies do not know pod %s yet; it starts", pod["metadata"]["name"])
 
     async def etc_files(self, pod: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         """See ``Networks.etc_files``. Only for containers that read them: writing three files costs as much as a
@@ -267,6 +276,7 @@ class PodNetwork:
         await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
+        self._gate.release(uid)
         if (folder := self._folder(uid)).exists():
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 

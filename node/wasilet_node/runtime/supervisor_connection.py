@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from wasilet_node.runtime import supervisor_registry, wire
+from wasilet_node.runtime import supervisor_registry, unix_sockets, wire
 from wasilet_node.runtime.protocol import (
     PROTOCOL_VERSION,
     ContainerStatus,
@@ -156,7 +156,7 @@ async def open_connection(pointer: supervisor_registry.Pointer) -> tuple[asyncio
     sock: socket.socket | None = None
     try:
         sock = await asyncio.to_thread(
-            supervisor_registry.connect, Path(pointer.socket), timeout_seconds=CONNECT_TIMEOUT_SECONDS
+            unix_sockets.connect, Path(pointer.socket), timeout_seconds=CONNECT_TIMEOUT_SECONDS
         )
         if (uid := wire.peer(sock).uid) != os.geteuid():
             raise RuntimeUnavailableError(f"the socket {pointer.socket} belongs to uid {uid}")

@@ -198,6 +198,7 @@ async def test_allocatable_leaves_room_before_pressure_begins(rig: Rig) -> None:
     memory = [int(status[key]["memory"].removesuffix("Ki")) for key in ("capacity", "allocatable")]
     assert memory[0] - memory[1] == 100 * 1024
     assert int(status["allocatable"]["ephemeral-storage"]) == 95 * GIB
+    assert int(status["capacity"]["ephemeral-storage"]) == 100 * GIB, "a plain number of bytes, as what is allocatable"
 
 
 async def test_an_existing_node_is_brought_up_to_date_and_keeps_what_others_gave_it(rig: Rig) -> None:

@@ -318,7 +318,7 @@ class FakeRuntime:
         )
         _touch(config.log_path)
         if self.lost_answers > 0:
-            # It runs, but nobody hears of it: the connection broke.
+            # It runs, but no report of it arrives: the connection broke.
             self.known[status.id] = status
             raise RuntimeUnavailableError("the answer was lost")
         if self.start_delay:

@@ -1,4 +1,4 @@
-"""Who is evicted for what it writes to the node's disk, in kubelet's words."""
+"""Who is evicted for what it writes to the node's disk, with the kubelet's messages."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ async def test_a_container_over_its_limit_ends_its_pod_and_no_other(
 
 
 class LooseVolumes(MeasuredVolumes):
-    """Memory volumes whose size nobody holds."""
+    """Memory volumes whose size the kernel does not hold."""
 
     def loose_pods(self) -> list[str]:
         return [folder.name for folder in self.root.iterdir()]

@@ -412,15 +412,26 @@ async def test_a_cpu_limit_that_is_not_kept_is_said_once(fakes: Fakes) -> None:
         assert "The cpu limit of 100m is not enforced" in told[0]
 
 
-async def test_pull_secrets_are_brought_and_a_missing_one_is_told(fakes: Fakes) -> None:
+MISSING = "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (missing);"
+
+
+async def test_pull_secrets_are_brought_and_a_missing_one_hinders_nothing(fakes: Fakes) -> None:
     fakes.references.secrets["have"] = {"registry": "reg"}
     async with running(fakes):
         fakes.kube.add(make_pod(imagePullSecrets=[{"name": "have"}, {"name": "missing"}]))
         await eventually(lambda: phase(fakes) == "Running")
         assert [credential.registry for credential in fakes.images.asked[0][1]] == ["reg"]
-        assert fakes.events.has(
-            "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (missing);"
-        )
+        assert not fakes.events.has(MISSING)
+
+
+async def test_a_missing_pull_secret_is_reported_when_a_pull_has_failed(fakes: Fakes) -> None:
+    fakes.images.errors["reg/hello:1"] = ImageError("ImagePullBackOff", "put off")
+    async with running(fakes):
+        fakes.kube.add(make_pod(imagePullSecrets=[{"name": "missing"}]))
+        await eventually(lambda: len(fakes.images.asked) > 1)
+        assert not fakes.events.has(MISSING), "no pull was tried"
+        fakes.images.errors["reg/hello:1"] = ImageError("ErrImagePull", "unauthorized")
+        await eventually(lambda: fakes.events.has(MISSING))
 
 
 async def test_labels_that_change_reach_downward_volumes_at_once(fakes: Fakes) -> None:

@@ -54,7 +54,9 @@ def test_both_address_families_are_told() -> None:
 def test_a_pod_has_no_address_before_its_volumes_are_ready() -> None:
     status = compute(facts(sandbox_ready=False))
     assert "podIP" not in status
-    assert conditions(status)["PodReadyToStartContainers"]["status"] == "False"
+    condition = conditions(status)["PodReadyToStartContainers"]
+    assert condition["status"] == "False"
+    assert (condition["reason"], condition["message"]) == ("PodSandboxNotReady", "no pod sandbox exists")
 
 
 def test_a_final_phase_never_changes() -> None:
