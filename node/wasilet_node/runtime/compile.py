@@ -74,7 +74,7 @@ class Compiler:
         Raises CompileError.
         """
         target = self._target(module_digest, server=server)
-        if await asyncio.to_thread(self._usable, target):
+        if self._is_verified(target) or await asyncio.to_thread(self._usable, target):
             return target
         task = self._running.get(module_digest)
         if task is None:
@@ -111,10 +111,16 @@ class Compiler:
             raise CompileError(f"{module_digest!r} is no digest")
         return self._directory / f"{hexadecimal}-{self._keys[server]}{SUFFIX}"
 
+    def _is_verified(self, target: Path) -> bool:
+        """Whether it is the very file that was looked at before: one ``stat``, which needs no thread."""
+        try:
+            return target in self._verified and self._verified[target] == _identity(target)
+        except OSError:
+            return False
+
     def _usable(self, target: Path) -> bool:
         try:
-            found = target.stat()
-            identity = (found.st_ino, found.st_mtime_ns, found.st_size)
+            identity = _identity(target)
             if self._verified.get(target) == identity:
                 return True
             wanted = _digest_file(target).read_text(encoding="ascii").strip()
@@ -209,6 +215,11 @@ def _publish(output: Path, target: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _digest_file(target: Path) -> Path:

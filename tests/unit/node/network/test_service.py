@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 from wasilet_node.network import nft
+from wasilet_node.network.addresses import PodRecord
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork, interface_prefix
 from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
-from wasilet_node.network.pod_networks import POOL_SIZE
+from wasilet_node.network.pod_networks import POOL_LOW, POOL_SIZE
 from wasilet_node.network.service import PodNetwork
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
@@ -101,6 +102,58 @@ async def until(condition: Callable[[], bool]) -> None:
         return True if condition() else None
 
     await eventually(probe)
+
+
+def test_a_network_just_claimed_is_not_asked_for_again_and_none_is_remembered_that_went(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            asked: list[str] = []
+            claim = pods._claim
+
+            def counted(uid: str) -> PodRecord:
+                asked.append(uid)
+                return claim(uid)
+
+            pods._claim = counted  # type: ignore[method-assign]
+            one = await pods.attach(pod("u1"))
+            assert await pods.attach(pod("u1")) == one
+            assert asked == ["u1"]
+            await pods.detach("u1")
+            assert await pods.attach(pod("u1")) != one
+            assert asked == ["u1", "u1"]
+
+    with_machine(work)
+
+
+def test_namespaces_for_later_pods_let_starts_go_first(tmp_path: Path) -> None:
+    async def work() -> None:
+        waits: list[int] = []
+        calm = asyncio.Event()
+        calm.set()
+
+        async def wait(_limit_seconds: float) -> bool:
+            waits.append(ready())
+            if not calm.is_set():
+                await asyncio.sleep(0.01)
+            return calm.is_set()
+
+        def ready() -> int:
+            return pods._pods.ready if pods._pods is not None else 0
+
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths, calm=wait)) as pods:
+            await until(lambda: ready() == POOL_SIZE)
+            calm.clear()
+            waits.clear()
+            for number in range(POOL_SIZE - POOL_LOW - 1):
+                await pods.attach(pod(f"u{number}"))
+            await until(lambda: bool(waits))
+            assert ready() == POOL_LOW + 1, "none was made while starts were under way"
+            await pods.attach(pod("last"))
+            await until(lambda: ready() > POOL_LOW)
+            calm.set()
+            await until(lambda: ready() == POOL_SIZE)
+
+    with_machine(work)
 
 
 def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path) -> None:

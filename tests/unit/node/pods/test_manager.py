@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet_common.pod_fields import Pod
 from wasilet_node.images.model import ImageError
+from wasilet_node.network.attachment import Attachment, MachineNetwork
 from wasilet_node.pods import resources
 from wasilet_node.runtime.protocol import ExecResult, RuntimeCapabilities
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
@@ -450,3 +452,31 @@ async def test_the_modules_of_known_containers_are_reported_as_in_use(
     async with running(fakes):
         fakes.kube.add(make_pod())
         await eventually(lambda: fakes.images.in_use == frozenset({"sha256:2"}))
+
+
+async def test_volumes_and_network_are_prepared_side_by_side(fakes: Fakes) -> None:
+    """A token's way to the API server and back is the longest wait of a start."""
+    order: list[str] = []
+    both = asyncio.Event()
+
+    async def begun(name: str) -> None:
+        order.append(name)
+        if len(order) == 2:
+            both.set()
+        async with asyncio.timeout(5):
+            await both.wait()
+
+    class Networks(MachineNetwork):
+        async def attach(self, pod: Pod) -> Attachment | None:
+            await begun("network")
+            return None
+
+    async def setup(pod: Pod) -> None:
+        await begun("volumes")
+
+    fakes.networks = Networks()
+    fakes.volumes.setup = setup  # type: ignore[method-assign]
+    async with running(fakes):
+        fakes.kube.add(make_pod())
+        await eventually(lambda: phase(fakes) == "Running")
+    assert sorted(order[:2]) == ["network", "volumes"]
