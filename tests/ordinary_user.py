@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wasilet.settings import cache_root
+from wasilet_node.runtime.component_host import locate
+from wasilet_node.runtime.component_host.library import HostUnavailableError
 
 UID = 61234
 """Of no account; one test at a time is this user."""
@@ -76,8 +78,9 @@ def ordinary_user() -> Iterator[OrdinaryUser]:
     folder.chmod(0o755)
     home, cache = folder / "home", folder / "home" / "cache"
     (cache / "binaries").mkdir(parents=True)
-    if (cache_root() / "component-host").is_dir():
-        shutil.copytree(cache_root() / "component-host", cache / "component-host")
+    library = home / "component-host.so"
+    with contextlib.suppress(HostUnavailableError):
+        shutil.copyfile(locate.find(), library)
     for path in (home, *home.rglob("*")):
         os.chown(path, UID, UID, follow_symlinks=False)
     script = folder / "enter"
@@ -89,6 +92,7 @@ def ordinary_user() -> Iterator[OrdinaryUser]:
             "PATH": "/usr/local/bin:/usr/bin:/bin",
             "WASILET_CACHE": str(cache),
             "WASILET_STATE_HOME": str(home / "state"),
+            **({locate.VARIABLE: str(library)} if library.exists() else {}),
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "LC_ALL": "C.UTF-8",
         },

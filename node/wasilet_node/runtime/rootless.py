@@ -22,8 +22,8 @@ from pathlib import Path
 
 from wasilet_node.runtime import linux, netns
 
-RIGHTS = frozenset({linux.CAP_NET_ADMIN, linux.CAP_SYS_ADMIN})
-"""To make and enter network namespaces and what is in them."""
+RIGHTS = frozenset({linux.CAP_NET_ADMIN, linux.CAP_NET_RAW, linux.CAP_SYS_ADMIN})
+"""To make and enter network namespaces and what is in them (``outward`` sends ICMP)."""
 
 _TIMEOUT_SECONDS = 20.0
 _NS_GET_USERNS = 0xB701
