@@ -103,6 +103,15 @@ def echo(address: str, port: int, text: str) -> str:
         return connection.makefile().readline().strip()
 
 
+def echo_datagram(address: str, port: int, text: str) -> str:
+    """As ``echo``, by UDP. Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        asker.settimeout(2)
+        asker.connect((address, port))
+        asker.send(text.encode())
+        return asker.recv(1000).decode()
+
+
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
     needs_rust_for_bindings()
@@ -214,12 +223,17 @@ def test_the_machine_reaches_pods_services_and_node_ports(net: Net) -> None:
 
 
 def test_a_node_port_is_open_on_the_machines_own_addresses_while_the_service_lasts(net: Net) -> None:
-    body = {"type": "NodePort", "selector": {"app": "echo"}, "ports": [{"port": 80, "targetPort": "echo"}]}
+    asked = [
+        {"name": protocol.lower(), "port": 80, "targetPort": PORT, "protocol": protocol} for protocol in ("TCP", "UDP")
+    ]
+    body = {"type": "NodePort", "selector": {"app": "echo"}, "ports": asked}
     made = net.kube.create(api_path("services", namespace=NAMESPACE), {"metadata": {"name": "local"}, "spec": body})
-    port = made["spec"]["ports"][0]["nodePort"]
+    port, for_datagrams = (each["nodePort"] for each in made["spec"]["ports"])
     places = [("127.0.0.1", port), (net.cluster.access.node_address, port)]
     for place in places:
         wait(lambda place=place: answers(*place), f"a listener at {place}")  # type: ignore[misc]
+        by_udp = (place[0], for_datagrams)
+        wait(lambda place=by_udp: answers_datagrams(*place), f"an answer by UDP at {by_udp}")  # type: ignore[misc]
     net.kube.delete(api_path("services", "local", namespace=NAMESPACE))
     for place in places:
         wait(lambda place=place: refused(*place), f"the end of the listener at {place}")  # type: ignore[misc]
@@ -263,6 +277,13 @@ def answers(address: str, port: int) -> bool:
     """Whether an echo server is behind it by now."""
     with contextlib.suppress(OSError):
         return echo(address, port, "hello") == "hello"
+    return False
+
+
+def answers_datagrams(address: str, port: int) -> bool:
+    """As ``answers``, by UDP."""
+    with contextlib.suppress(OSError):
+        return echo_datagram(address, port, "hello") == "hello"
     return False
 
 
@@ -377,13 +398,16 @@ def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
-    ports = {"ports": [{"containerPort": PORT, "hostPort": port}]}
+    both = [{"containerPort": PORT, "hostPort": port, "protocol": protocol} for protocol in ("TCP", "UDP")]
+    ports = {"ports": both}
     with pod_security(net, "privileged"):
         net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
         wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
         # It has no probe: it is ready before it listens, and then what was taken for it is closed again.
         wait(lambda: echo("127.0.0.1", port, "by the machine") == "by the machine", "an answer by the machine's port")
-        net.run("too-late", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+        wait(lambda: answers_datagrams("127.0.0.1", port), "an answer by UDP by the machine's port")
+        udp_alone = {"ports": both[1:]}
+        net.run("too-late", "serve", str(PORT), node=0, container=udp_alone, labels={"app": "apart"})
     wait(lambda: net.pod("too-late")["status"].get("phase") == "Failed", "the refusal")
     assert net.pod("too-late")["status"]["reason"] == "NodePorts"
     for name in ("too-late", "on-the-machine"):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.keeper import kept
 from wasilet_node.runtime import rootless
 
 from wasilet.build import apt
@@ -278,11 +279,14 @@ def _keeper(plan: NetworkPlan, state: State) -> Component:
     ways = (f"{plan.machine_address}:{ports[name]}={LOOPBACK}:{ports[name]}" for name in ("apiserver", "dns"))
     return Component(
         name=PROXY,
-        argv=(
-            *(sys.executable, "-P", "-m", "wasilet_node.network.keeper", "--nodes", str(state.path / "nodes")),
-            *("--socket", str(entrance), "--connect-socket", str(connect)),
-            *("--inside", str(plan.pods), "--inside", str(plan.services)),
-            *(word for way in ways for word in ("--way", way)),
+        argv=kept(
+            PROXY,
+            (
+                *(sys.executable, "-P", "-m", "wasilet_node.network.keeper", "--nodes", str(state.path / "nodes")),
+                *("--socket", str(entrance), "--connect-socket", str(connect)),
+                *("--inside", str(plan.pods), "--inside", str(plan.services)),
+                *(word for way in ways for word in ("--way", way)),
+            ),
         ),
         addresses=(),
         ready=lambda: keeper_answers(state),
@@ -313,10 +317,13 @@ def _proxy(plan: NetworkPlan, apiserver_port: int) -> Component:
     before the address is there, since nodes make it, and takes connections from the pods' range alone."""
     return Component(
         name=PROXY,
-        argv=(
-            *(sys.executable, "-P", "-m", "wasilet.cluster.tcp_proxy", "--freebind"),
-            *("--listen", f"{plan.machine_address}:{apiserver_port}", "--to", f"127.0.0.1:{apiserver_port}"),
-            *("--allow-from", str(plan.pods)),
+        argv=kept(
+            PROXY,
+            (
+                *(sys.executable, "-P", "-m", "wasilet.cluster.tcp_proxy", "--freebind"),
+                *("--listen", f"{plan.machine_address}:{apiserver_port}", "--to", f"127.0.0.1:{apiserver_port}"),
+                *("--allow-from", str(plan.pods)),
+            ),
         ),
         addresses=(),
         ready=lambda: accepts(plan.machine_address, apiserver_port),

@@ -22,19 +22,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
 import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from wasilet_common.datagrams import AT_ONCE, DNS_IDLE_SECONDS, MAX_BYTES, Flow, Flows
+from wasilet_common.datagrams import DNS_PORT
+from wasilet_common.forwarding import Connections, Datagrams, connected_datagrams, listener
 from wasilet_common.relay import Connection, relay
 
 from wasilet_node.network.channel import NamespaceChannel
@@ -46,18 +46,14 @@ from wasilet_node.runtime import linux, netns, rootless, supervisor_registry
 logger = logging.getLogger("wasilet.network-keeper")
 
 MAX_CONNECTIONS = 2048
-"""Of one listener."""
+"""Of the API server's."""
 
 CONNECT_SECONDS = 10.0
-_ANSWER_SECONDS = 10.0
 _HEAD_BYTES = 4096
 _BACKLOG = 256
-_IP_FREEBIND = 15
-"""``linux/in.h``; Python has no name for it."""
 
 Network = ipaddress.IPv4Network
 Address = tuple[str, int]
-_Open = Callable[[], Awaitable[Connection]]
 
 
 # --- the agent's side ------------------------------------------------------------------------------------------------
@@ -67,20 +63,16 @@ def enter(path: Path) -> int:
     """Move this process, which must have one thread, into the user namespace of a keeper. A descriptor of the network
     namespace that stands in for the machine's. Raises NetworkError."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
-            sock.settimeout(_ANSWER_SECONDS)
-            sock.connect(str(path))
-            _, descriptors, _, _ = socket.recv_fds(sock, 64, 1, socket.MSG_CMSG_CLOEXEC)
-        if not descriptors:
-            raise OSError(errno.ECONNRESET, "no descriptor came")
-        machine = descriptors[0]
-        rootless.join(machine)
+        handed = rootless.ask(path)
+        os.close(handed.stream)
+        os.close(handed.datagrams)
+        rootless.join(handed.namespace)
         linux.keep_only_capabilities(rootless.RIGHTS)
     except OSError as error:
         raise NetworkError(
             f"the keeper of the pod network does not let this node in ({path}): {error.strerror or error}"
         ) from error
-    return machine
+    return handed.namespace
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
@@ -100,17 +92,9 @@ class Inside:
         made.setblocking(False)  # noqa: FBT003
         return made
 
-    def bind(self, address: Address, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    def listen(self, address: Address, kind: socket.SocketKind) -> socket.socket:
         """At an address that the first node brings. Raises OSError."""
-        made = self.make_socket(kind)
-        try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
-            made.bind(address)
-        except OSError:
-            made.close()
-            raise
-        return made
+        return self._thread.submit(listener, address, kind=kind, freebind=True).result()
 
     async def connect(self, address: Address) -> Connection:
         """Raises OSError."""
@@ -133,43 +117,6 @@ def _move_inside(found: int | None) -> int:
     return netns.open_own()
 
 
-class Door:
-    """Connections that come to one listener and are opened anew elsewhere. Of one event loop."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._open = 0
-
-    async def pass_on(self, here: Connection, connect: _Open, *, opened: bytes = b"", refused: bytes = b"") -> None:
-        """One connection to its end; ``opened`` or ``refused`` is its answer first."""
-        self._open += 1
-        try:
-            if self._open > MAX_CONNECTIONS:
-                logger.warning("%s: more than %d connections", self._name, MAX_CONNECTIONS)
-                return
-            await self._pass_on(here, connect, opened, refused)
-        except OSError as error:
-            logger.info("%s: %s", self._name, error)
-        finally:
-            self._open -= 1
-            here[1].close()
-
-    async def _pass_on(self, here: Connection, connect: _Open, opened: bytes, refused: bytes) -> None:
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                there = await connect()
-        except OSError as error:
-            logger.info("%s: %s", self._name, error)
-            here[1].write(refused)
-            await here[1].drain()
-            return
-        try:
-            here[1].write(opened)
-            await relay(here, there)
-        finally:
-            there[1].close()
-
-
 @dataclass(frozen=True)
 class Way:
     """From an address inside to one of the machine's."""
@@ -179,54 +126,11 @@ class Way:
 
 
 async def serve_way(inside: Inside, way: Way) -> None:
-    """TCP, and UDP beside it. Raises OSError."""
-    door = Door(f"{way.to[0]}:{way.to[1]}")
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await door.pass_on((reader, writer), lambda: asyncio.open_connection(*way.to))
-
-    await asyncio.start_server(accept, sock=inside.bind(way.listen), backlog=_BACKLOG)
-    DatagramWay(inside.bind(way.listen, socket.SOCK_DGRAM), way.to).begin()
-
-
-class DatagramWay:
-    """UDP from a bound socket to one address, and the answers to who asked. Of one event loop."""
-
-    def __init__(self, listener: socket.socket, to: Address) -> None:
-        self._listener = listener
-        self._to = to
-        self._flows = Flows()
-
-    def begin(self) -> None:
-        """From here on, for as long as the process lives."""
-        asyncio.get_running_loop().add_reader(self._listener, self._readable)
-
-    def _readable(self) -> None:
-        for _ in range(AT_ONCE):
-            try:
-                data, client = self._listener.recvfrom(MAX_BYTES)
-            except OSError:
-                return
-            if self._flows.send(client, data) or not self._flows.has_room(client[0]):
-                continue
-            # A datagram may be lost: who asked asks again.
-            with contextlib.suppress(OSError):
-                self._flows.add(client, self._flow(client))
-                self._flows.send(client, data)
-
-    def _flow(self, client: Address) -> Flow:
-        far = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        try:
-            far.connect(self._to)
-        except OSError:
-            far.close()
-            raise
-        return Flow(
-            client=client[0],
-            far=far,
-            answer=lambda data: self._listener.sendto(data, client),
-            idle_seconds=DNS_IDLE_SECONDS,
-        )
+    """TCP, and UDP beside it, which is the DNS's. Raises OSError."""
+    streams = Connections(lambda: asyncio.open_connection(*way.to), name=f"{way.to[0]}:{way.to[1]}")
+    await streams.begin(inside.listen(way.listen, socket.SOCK_STREAM))
+    datagrams = Datagrams(lambda: connected_datagrams(way.to), to_port=DNS_PORT)
+    await datagrams.begin(inside.listen(way.listen, socket.SOCK_DGRAM))
 
 
 class ConnectProxy:
@@ -235,7 +139,7 @@ class ConnectProxy:
     def __init__(self, inside: Inside, networks: Sequence[Network]) -> None:
         self._inside = inside
         self._networks = networks
-        self._door = Door("API server")
+        self._open = 0
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, to its end."""
@@ -247,12 +151,30 @@ class ConnectProxy:
             writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
             writer.close()
             return
-        await self._door.pass_on(
-            (reader, writer),
-            lambda: self._connect(address),
-            opened=b"HTTP/1.1 200 Connection established\r\n\r\n",
-            refused=b"HTTP/1.1 502 Bad Gateway\r\n\r\n",
-        )
+        self._open += 1
+        try:
+            if self._open <= MAX_CONNECTIONS:
+                await self._pass_on((reader, writer), address)
+        except OSError as error:
+            logger.info("%s:%d: %s", *address, error)
+        finally:
+            self._open -= 1
+            writer.close()
+
+    async def _pass_on(self, here: Connection, address: Address) -> None:
+        """Raises OSError."""
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                there = await self._connect(address)
+        except OSError:
+            here[1].write(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+            await here[1].drain()
+            raise
+        try:
+            here[1].write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await relay(here, there)
+        finally:
+            there[1].close()
 
     async def _connect(self, address: Address) -> Connection:
         if _is_within(address[0], self._networks):
@@ -280,25 +202,27 @@ def _asked(head: bytes) -> Address:
 def _listen(path: Path) -> socket.socket:
     """For this user alone; takes the place of one that an ended keeper left. Raises OSError."""
     path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     mask = os.umask(0o177)
     try:
-        listener.bind(str(path))
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)  # noqa: FBT003
+        made.bind(str(path))
+        made.listen(_BACKLOG)
+        made.setblocking(False)  # noqa: FBT003
     except OSError:
-        listener.close()
+        made.close()
         raise
     finally:
         os.umask(mask)
-    return listener
+    return made
 
 
-def _hand_out(listener: socket.socket, descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        connection, _ = listener.accept()
-        with connection:
-            socket.send_fds(connection, [b"machine"], [descriptor])
+def _hand_out(entrance: socket.socket, inside: Inside) -> None:
+    """See ``rootless.Handed``."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        connection, _ = entrance.accept()
+        stack.enter_context(connection)
+        sockets = [stack.enter_context(inside.make_socket(kind)) for kind in rootless.KINDS]
+        socket.send_fds(connection, [b"inside"], [inside.descriptor, *(made.fileno() for made in sockets)])
 
 
 def _found(nodes: Path) -> int | None:
@@ -335,11 +259,11 @@ async def _serve(inside: Inside, options: argparse.Namespace) -> None:
     proxy = ConnectProxy(inside, options.inside)
     await asyncio.start_unix_server(proxy.accept, sock=_listen(options.connect_socket), limit=_HEAD_BYTES)
     # Last: by it others know that all is there.
-    listener = _listen(options.socket)
-    loop.add_reader(listener, _hand_out, listener, inside.descriptor)
+    entrance = _listen(options.socket)
+    loop.add_reader(entrance, _hand_out, entrance, inside)
     await stop.wait()
-    loop.remove_reader(listener)
-    listener.close()
+    loop.remove_reader(entrance)
+    entrance.close()
 
 
 def _address(text: str) -> Address:

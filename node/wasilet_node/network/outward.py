@@ -36,13 +36,13 @@ from pathlib import Path
 
 from wasilet_common import addresses
 from wasilet_common.relay import relay
+from wasilet_common.sparing_log import SparingLog
 
 from wasilet_node.network import nft, outward_udp
 from wasilet_node.network.addresses import gateway_of
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.node_network import OUTWARD, routes_to_nodes
-from wasilet_node.network.sparing_log import SparingLog
 from wasilet_node.runtime import linux, netns
 
 log = SparingLog(logging.getLogger("wasilet.outward"))
@@ -262,7 +262,7 @@ table ip outward-datagrams {{
 def _drop_privileges(thread: ThreadPoolExecutor) -> None:
     """The user is the process's, the rest each thread's own. In this order: the C library ends a process whose threads
     may not all become that user."""
-    linux.drop_privileges(keep=frozenset(), uid=_NOBODY)
+    linux.drop_privileges(keep=frozenset(), uids=(_NOBODY,))
     thread.submit(linux.drop_privileges, keep=frozenset()).result()
 
 

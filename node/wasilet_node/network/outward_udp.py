@@ -20,8 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wasilet_common.datagrams import AT_ONCE, MAX_BYTES, Flow, Flows, Limits, idle_seconds
-
-from wasilet_node.network.sparing_log import SparingLog
+from wasilet_common.sparing_log import SparingLog
 
 log = SparingLog(logging.getLogger("wasilet.outward"))
 

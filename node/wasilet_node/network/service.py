@@ -85,7 +85,7 @@ class PodNetwork:
         self._hosts_of = hosts_of
         self._pod_cidr: ipaddress.IPv4Network | None = None
         self._node_name = node_name
-        self._host_ports = host_ports.HostPorts(self.connect)
+        self._host_ports = host_ports.HostPorts(self.connect, self.connect_datagrams)
         self._gate = PolicyGate(paths.network / SOCKET_NAME)
         self._wake = asyncio.Event()
         self._look_at = 0.0
@@ -351,6 +351,16 @@ class PodNetwork:
         except BaseException:
             made.close()
             raise
+
+    def connect_datagrams(self, address: str, port: int) -> socket.socket:
+        """A socket for datagrams to a pod, as :meth:`make_socket`. Raises OSError."""
+        made = self.make_socket(kind=socket.SOCK_DGRAM)
+        try:
+            made.connect((address, port))
+        except OSError:
+            made.close()
+            raise
+        return made
 
     async def connect_inside(self, pod: dict[str, Any], port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A TCP connection to a port of a pod's own loopback, where only it listens, else of its address. Raises

@@ -29,6 +29,8 @@ from wasilet_node.settings import ImageSettings
 SUFFIX = ".cwasm"
 WORK_PREFIX = ".compile-"
 MAX_MESSAGE_BYTES = 4096
+MAX_PRINTED_BYTES = 1024 * 1024
+"""By the compiler; one that prints more is not itself any more, and the agent holds the end of it alone."""
 
 
 Begins = Callable[[], Awaitable[None]]
@@ -168,7 +170,8 @@ class Compiler:
             raise CompileError(f"cannot start the compiler: {error}") from error
         try:
             async with asyncio.timeout(self._settings.compile_timeout_seconds):
-                _, errors = await process.communicate()
+                errors = await _last_printed(process.stderr)
+                await process.wait()
         except TimeoutError:
             raise CompileError(f"the compiler did not finish in {self._settings.compile_timeout_seconds:g} s") from None
         finally:
@@ -178,7 +181,7 @@ class Compiler:
                 await process.wait()
         if process.returncode == 0:
             return
-        text = errors[-MAX_MESSAGE_BYTES:].decode(errors="replace").strip()
+        text = errors.decode(errors="replace").strip()
         if process.returncode in (EXIT_MEMORY, -signal.SIGKILL) or "memory allocation of" in text:
             raise CompileError(f"the compiler needs more than its {memory // 2**20} MiB of memory")
         raise CompileError(text or f"the compiler ended with {process.returncode}")
@@ -201,6 +204,17 @@ class Compiler:
             if name.endswith(SUFFIX) and name not in keep:
                 path.unlink(missing_ok=True)
                 self._verified.pop(path, None)
+
+
+async def _last_printed(stream: asyncio.StreamReader | None) -> bytes:
+    """The end of it. Raises CompileError when there is too much."""
+    kept, total = b"", 0
+    while stream and (data := await stream.read(64 * 1024)):
+        total += len(data)
+        if total > MAX_PRINTED_BYTES:
+            raise CompileError(f"the compiler printed more than {MAX_PRINTED_BYTES // 2**20} MiB and was ended")
+        kept = (kept + data)[-MAX_MESSAGE_BYTES:]
+    return kept
 
 
 def _publish(output: Path, target: Path) -> None:

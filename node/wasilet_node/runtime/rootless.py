@@ -15,9 +15,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from wasilet_node.runtime import linux, netns
@@ -26,6 +28,7 @@ RIGHTS = frozenset({linux.CAP_NET_ADMIN, linux.CAP_NET_RAW, linux.CAP_SYS_ADMIN}
 """To make and enter network namespaces and what is in them (``outward`` sends ICMP)."""
 
 _TIMEOUT_SECONDS = 20.0
+_ANSWER_SECONDS = 10.0
 _NS_GET_USERNS = 0xB701
 """``linux/nsfs.h``."""
 
@@ -77,6 +80,46 @@ def join(network_namespace: int) -> None:
         netns.setns(owner, netns.CLONE_NEWUSER)
     finally:
         os.close(owner)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a keeper (``wasilet_node.network.keeper``) gives to who connects: descriptors, the caller's to close."""
+
+    namespace: int
+    """The network namespace that stands in for the machine's."""
+
+    stream: int
+    datagrams: int
+    """Sockets that were made in it."""
+
+
+KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+"""Of the sockets, in their order."""
+
+
+def ask(keeper: Path) -> Handed:
+    """Raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(_ANSWER_SECONDS)
+        sock.connect(str(keeper))
+        _, descriptors, _, _ = socket.recv_fds(sock, 64, 1 + len(KINDS), socket.MSG_CMSG_CLOEXEC)
+    if len(descriptors) != 1 + len(KINDS):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise OSError(errno.ECONNRESET, "the keeper of the pod network gave no answer")
+    return Handed(*descriptors)
+
+
+def socket_inside(keeper: Path, kind: socket.SocketKind) -> socket.socket:
+    """A socket of the network that a keeper holds, not blocking. Raises OSError."""
+    handed = ask(keeper)
+    os.close(handed.namespace)
+    stream, datagrams = socket.socket(fileno=handed.stream), socket.socket(fileno=handed.datagrams)
+    wanted, other = (stream, datagrams) if kind == socket.SOCK_STREAM else (datagrams, stream)
+    other.close()
+    wanted.setblocking(False)  # noqa: FBT003
+    return wanted
 
 
 def is_inside() -> bool:

@@ -15,6 +15,7 @@ from wasilet_node.runtime import supervisor_registry, unix_sockets, wire
 from wasilet_node.runtime.protocol import (
     PROTOCOL_VERSION,
     ContainerStatus,
+    Fence,
     ResizeError,
     RuntimeCapabilities,
     RuntimeUnavailableError,
@@ -189,6 +190,7 @@ async def connect(pointer: supervisor_registry.Pointer) -> Link:
             memory_cgroup=bool(found["memory_cgroup"]),
             wasmtime_version=str(found["wasmtime_version"]),
             pod_networks=bool(found.get("pod_networks")),
+            fences=tuple(Fence(**fence) for fence in found.get("fences") or ()),  # an older one reports none
         )
     except BaseException:
         await link.close()

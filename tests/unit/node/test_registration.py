@@ -498,6 +498,7 @@ async def test_cordoning_is_told_as_kubelet_tells_it(rig: Rig) -> None:
         rig.store.put(NODE, {**rig.node, "metadata": {**rig.node["metadata"], "labels": {"a": "b"}}})
         rig.store.put(NODE, {**rig.node, "spec": {}})
         await until(lambda: "NodeSchedulable" in rig.events.reasons)
+    assert rig.events.uids[rig.events.reasons.index("NodeNotSchedulable")] == rig.node["metadata"]["uid"]
     assert rig.events.reasons.count("NodeNotSchedulable") == rig.events.reasons.count("NodeSchedulable") == 1
 
 

@@ -58,6 +58,13 @@ def test_a_container_that_wrote_more_than_it_may() -> None:
     )
 
 
+def test_a_sidecar_has_a_limit_of_its_own_but_no_init_container_that_ends() -> None:
+    sidecar, ends = limited("s", "1Mi") | {"restartPolicy": "Always"}, limited("i", "1Mi")
+    pod = make_pod(containers=[limited("a", "9Mi")], initContainers=[ends, sidecar])
+    assert message(pod, containers={"i": 2 * MIB}) == ""
+    assert message(pod, containers={"s": 2 * MIB}) == 'Container s exceeded its local ephemeral storage limit "1Mi". '
+
+
 def test_all_containers_and_volumes_together_against_the_sum_of_the_limits() -> None:
     volumes = [
         {"name": "scratch", "emptyDir": {}},

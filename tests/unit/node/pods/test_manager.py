@@ -173,6 +173,7 @@ async def test_an_image_that_cannot_be_had_is_tried_again(fakes: Fakes) -> None:
             "message": "wrong architecture: linux/amd64",
         }
         assert phase(fakes) == "Pending"
+        assert condition(fakes, "PodReadyToStartContainers")["status"] == "True", "it says nothing of images"
         fakes.images.errors.clear()
         await eventually(lambda: phase(fakes) == "Running")
 

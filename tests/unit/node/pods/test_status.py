@@ -591,7 +591,10 @@ def test_requests_are_the_larger_of_running_and_initializing() -> None:
     ],
 )
 def test_quality_of_service(container: dict[str, Any], expected: str) -> None:
-    assert qos_class(make_pod(containers=[container])) == expected
+    pod = make_pod(containers=[container])
+    assert qos_class(pod) == expected
+    pod["spec"]["resources"] = {"limits": {}, "requests": {}}
+    assert qos_class(pod) == expected, "resources of the pod that name none say nothing"
 
 
 def test_a_rejected_pod_keeps_the_conditions_it_had() -> None:

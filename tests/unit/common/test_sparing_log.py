@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from wasilet_node.network.sparing_log import SparingLog
+from wasilet_common.sparing_log import SparingLog
 
 pytestmark = pytest.mark.unit
 

@@ -1,4 +1,4 @@
-"""A log of what guests cause, which they could fill the disk with."""
+"""A log of what guests and unauthenticated clients cause: they could fill the disk with it."""
 
 from __future__ import annotations
 
