@@ -240,7 +240,7 @@ class ContainerSync:
             fields.process_hostname(self.pod)
             await _both(
                 self._dependencies.volumes.setup(self.resizes.accepted(self.pod)),
-                self._dependencies.networks.attach(self.pod),
+                self._dependencies.networks.attach(self.pod, None),
             )
         except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
