@@ -133,7 +133,8 @@ pub async fn serve(store: Store<Guest>, proxy: Proxy, limits: Limits, instances:
                     let why = || wasmtime::format_err!("guest timed out");
                     return Poll::Ready(if idle { Ok(Ok(())) } else { Err(why()) });
                 }
-                if !turn.rests.swap(true, Ordering::Relaxed) {
+                // What was taken waits: one more. A guest that computes does not come to the queue, so it takes none.
+                while polled.is_pending() && !turn.rests.swap(true, Ordering::Relaxed) {
                     turn.reached.store(false, Ordering::Relaxed);
                     polled = guest.as_mut().poll(cx);
                 }
