@@ -200,7 +200,7 @@ def flood(sockets: list[socket.socket], address: str, row: dict[str, Any]) -> in
 
 
 def kept_from(process: int) -> int:
-    """How many datagrams the kernel dropped before the process ``outward``, in whose namespace one of its threads is."""
+    """How many datagrams the kernel dropped before ``outward`` had them, in the namespace of one of its threads."""
     found = 0
     for thread in Path(f"/proc/{process}/task").iterdir():
         with (thread / "ns" / "net").open() as namespace:

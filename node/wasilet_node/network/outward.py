@@ -11,7 +11,8 @@ The packets pass the node's forward path first, where NetworkPolicies are. What 
 process, its routes in the node's namespace go with the veth, and then the node refuses such packets.
 
 A pod's connection is made before the other machine has answered, so that one which is refused there ends with a reset
-right after it began. Other protocols and IPv6 have no way outward, nor has UDP where the kernel has no ``tproxy`` (nft_tproxy, nft_socket).
+right after it began. Other protocols and IPv6 have no way outward, nor has UDP where the kernel has no ``tproxy``
+(nft_tproxy, nft_socket).
 """
 
 from __future__ import annotations
