@@ -35,7 +35,10 @@ Network = ipaddress.IPv4Network
 PROXY = "pod-network-proxy"
 USUAL_SERVICE_CIDR = Network(SERVICE_CIDR)
 NODE_PREFIX = 22
-"""Of each node's share: 1,021 pods."""
+"""Of each node's share: 1,021 pods. Larger where a cluster is made for more per node."""
+
+_SPARE_ADDRESSES = 24
+"""Of a share, over the pods that are to run: the network's own, and those just given back."""
 
 _LARGEST_PREFIX = 20
 _SEARCHED = tuple(Network(f"10.{second}.0.0/16") for second in range(128, 255))
@@ -49,10 +52,12 @@ class NetworkPlan:
 
     pods: Network
     services: Network
+    node_prefix: int = NODE_PREFIX
+    """Of each node's share of ``pods``."""
 
     @property
     def uplinks(self) -> Network:
-        """The last 256 addresses of the pods' range, which no node gets before it has 60 neighbours."""
+        """The last 256 addresses of the pods' range, which are in the last node's share."""
         return list(self.pods.subnets(new_prefix=24))[-1]
 
     @property
@@ -80,7 +85,11 @@ def plan_of(state: State) -> NetworkPlan | None:
     recorded = state.read().get("pod_network") or {}
     if not recorded.get("pod_cidr"):
         return None
-    return NetworkPlan(pods=Network(recorded["pod_cidr"]), services=Network(recorded["service_cidr"]))
+    return NetworkPlan(
+        pods=Network(recorded["pod_cidr"]),
+        services=Network(recorded["service_cidr"]),
+        node_prefix=int(recorded.get("node_prefix", NODE_PREFIX)),
+    )
 
 
 def why_absent(state: State) -> str:
@@ -125,7 +134,16 @@ def _choose(settings: Settings, state: State) -> dict[str, str]:
     services = _chosen(
         settings.service_cidr, "--service-cidr", (USUAL_SERVICE_CIDR, *_candidates(state)), [*taken, pods]
     )
-    return {"pod_cidr": str(pods), "service_cidr": str(services)}
+    prefix = _node_prefix(settings.max_pods)
+    if prefix <= pods.prefixlen:
+        most = settings.max_pods
+        raise UsageError(f"--pod-cidr {pods}: too small for nodes of {most} pods, which take a /{prefix} each")
+    return {"pod_cidr": str(pods), "service_cidr": str(services), "node_prefix": str(prefix)}
+
+
+def _node_prefix(pods: int) -> int:
+    """The usual one, or that of the smallest share that holds so many pods."""
+    return min(NODE_PREFIX, 32 - (pods + _SPARE_ADDRESSES - 1).bit_length())
 
 
 def find_nft(environ: Mapping[str, str]) -> str | None:

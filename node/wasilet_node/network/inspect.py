@@ -41,8 +41,9 @@ def lines(paths: NodePaths) -> Iterator[str]:
         os.close(descriptor)
     yield f"namespaces kept: {len(kept)}"
     for record in PodRecords(paths.network / "pods").load():
-        there = "" if record.key in kept else ", whose namespace is gone"
-        yield f"pod {record.uid}: {record.address} by {record.interface}{there}"
+        there = "" if record.key in kept or not record.key else ", whose namespace is gone"
+        by = f" by {record.interface}" if record.interface else ", without a namespace: nothing in it has a socket"
+        yield f"pod {record.uid}: {record.address}{by}{there}"
     with Netlink() as netlink:
         names = dict(netlink.links())
         yield f"interfaces: {', '.join(names.values())}"

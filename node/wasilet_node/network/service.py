@@ -30,6 +30,7 @@ from wasilet_node.network.node_processes import Kept, kube_proxy, network_polici
 from wasilet_node.network.pod_networks import NODE_KEY, POOL_LOW, PodNetworks
 from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyGate
 from wasilet_node.runtime import netns, supervisor_registry
+from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import NetworkSettings, NodePaths
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,6 @@ SETTLE_SECONDS = 5.0
 """How long a pod, and a Node that was there before, wait for a network that is being made or found again."""
 
 REFILL_SECONDS = 30.0
-CLAIM_SECONDS = 1.0
-"""How long a pod's network, once claimed, is taken to be there without another look: its container starts next."""
-
 REFILL_WAITS_SECONDS = 1.0
 """How long the making of namespaces for later pods lets starts that are under way go first."""
 
@@ -76,7 +74,6 @@ class PodNetwork:
         an answer. ``calm``: waits until no pod is being started or ended, for so many seconds at most, and
         whether that is so; namespaces for later pods let these go first."""
         self._calm = calm
-        self._claimed: dict[str, float] = {}
         self.settings = settings
         self._supervisor_seconds = supervisor_seconds
         self._paths = paths
@@ -252,9 +249,8 @@ class PodNetwork:
 
     # ---- pods
 
-    async def attach(self, pod: dict[str, Any]) -> Attachment | None:
-        """Have a pod's network, and the files that it resolves names by. None: the pod shares the machine's network.
-        Idempotent. Raises NetworkError."""
+    async def attach(self, pod: dict[str, Any], guest: GuestKind | None = GuestKind.COMPONENT) -> Attachment | None:
+        """See ``Networks.attach``."""
         if pod["spec"].get("hostNetwork"):
             return None
         await self.settle(SETTLE_SECONDS)
@@ -263,10 +259,8 @@ class PodNetwork:
         if self.problem is not None and self._pods is None:
             raise NetworkError(self.problem)
         try:
-            record = self._just_claimed(str(pod["metadata"]["uid"]))
-            if record is None:
-                record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
-                self._claimed[record.uid] = asyncio.get_running_loop().time()
+            record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]), guest)
+            if guest is GuestKind.COMPONENT:
                 self._wake.set()
             addresses = (record.address,)
             self._gate.claim(record.uid, record.address)
@@ -276,13 +270,6 @@ class PodNetwork:
             return None
         except OSError as error:
             raise NetworkError(f"{error.strerror or error}") from error
-
-    def _just_claimed(self, uid: str) -> PodRecord | None:
-        """The network of a pod that claimed it a moment ago."""
-        at = self._claimed.get(uid)
-        if at is None or self._pods is None or asyncio.get_running_loop().time() - at > CLAIM_SECONDS:
-            return None
-        return self._pods.find(uid)
 
     async def await_policies(self, pod: dict[str, Any]) -> None:
         """See ``Networks.await_policies``."""
@@ -299,7 +286,6 @@ class PodNetwork:
 
     async def detach(self, uid: str) -> None:
         """Take a pod's network down; idempotent. Raises NetworkError."""
-        self._claimed.pop(uid, None)
         await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
@@ -356,6 +342,9 @@ class PodNetwork:
     async def connect_inside(self, pod: dict[str, Any], port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A TCP connection to a port of a pod's own loopback, where only it listens, else of its address. Raises
         OSError."""
+        record = self._pods.find(str(pod["metadata"]["uid"])) if self._pods is not None else None
+        if record is not None and not record.key:
+            return await self.connect(record.address, port)  # which is refused
         try:
             made, address = await self._in_thread(self._socket_inside, str(pod["metadata"]["uid"]))
         except NetworkError as error:
@@ -374,6 +363,8 @@ class PodNetwork:
 
     def _close(self) -> None:
         """What this agent has open; the network stays."""
+        if self._pods is not None:
+            self._pods.close()
         if self._channel is not None:
             self._channel.close()
         if self._node is not None:
@@ -382,7 +373,7 @@ class PodNetwork:
     def _socket_inside(self, uid: str, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, str]:
         pods = self._ensure()
         record = pods.find(uid)
-        if record is None:
+        if record is None or not record.key:
             raise NetworkError("the pod has no network of its own")
         made = pods.inside(record, lambda: socket.socket(socket.AF_INET, kind))
         made.setblocking(False)  # noqa: FBT003
@@ -400,6 +391,9 @@ class PodNetwork:
             # so they stay known until they are found again over a new connection.
         elif self._channel is not None:
             self._channel.close()
+            if self._pods is not None:
+                # It holds a namespace that goes with its supervisor.
+                self._pods.close()
             self._channel = self._pods = None
         channel = NamespaceChannel(pointer, timeout_seconds=self._supervisor_seconds)
         try:
@@ -408,6 +402,8 @@ class PodNetwork:
         except BaseException:
             channel.close()
             raise
+        if self._pods is not None:
+            self._pods.close()
         self._channel, self._pods = channel, pods
         return pods
 
@@ -454,8 +450,11 @@ class PodNetwork:
         logger.info("made the node's network: pods %s, uplink %s", node.pod_cidr, self.settings.uplink)
         return descriptor
 
-    def _claim(self, uid: str) -> PodRecord:
-        return self._ensure().claim(uid)
+    def _claim(self, uid: str, guest: GuestKind | None) -> PodRecord:
+        pods = self._ensure()
+        if guest is GuestKind.COMPONENT:
+            return pods.plug(uid)
+        return pods.answer(uid) if guest is GuestKind.MODULE else pods.claim(uid)
 
     def _release(self, uid: str) -> None:
         if self._pods is not None:
