@@ -1,6 +1,6 @@
 """The way outward: what pods send to other machines, sent again by a process in the machine's own network.
 
-``python -P -m wasilet_node.network.outward ...``, started by the agent in the node's network namespace. Whatever a pod
+``python -P -m wasilet_node.network.outward ...``, started by the agent in the machine's network. Whatever a pod
 sends beyond the cluster and the machine is routed to one more namespace behind a veth. There the kernel's ``redirect``
 hands every TCP connection to this process, which opens it again from the machine's network, to the address and port
 that the pod asked for; datagrams come by ``tproxy`` (:mod:`wasilet_node.network.outward_udp`). So the machine needs no
@@ -293,13 +293,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; runs until it is killed."""
     parser = argparse.ArgumentParser(prog="wasilet_node.network.outward")
     parser.add_argument("--pod-cidr", type=ipaddress.IPv4Network, required=True)
-    parser.add_argument("--machine-namespace", type=int, required=True)
+    parser.add_argument("--node-namespace", type=int, required=True)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     parent = os.getppid()
-    namespace = open_namespace(options.pod_cidr)
-    netns.setns(options.machine_namespace)
-    os.close(options.machine_namespace)
+    # In a thread: without root there is no way back into the machine's namespace.
+    with ThreadPoolExecutor(1) as inside:
+        inside.submit(netns.setns, options.node_namespace).result()
+        namespace = inside.submit(open_namespace, options.pod_cidr).result()
+    os.close(options.node_namespace)
     machine = Machine()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
