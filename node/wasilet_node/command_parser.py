@@ -168,6 +168,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
             "the node's end of its link to this machine, whose end is the address below [WASILET_NODE_UPLINK]",
         ),
         (
+            "--network-keeper", "SOCKET",
+            "without root: of what keeps the user namespace that all of it is in [WASILET_NODE_NETWORK_KEEPER]",
+        ),
+        (
             "--cluster-dns", "IP,...",
             "name servers of pods with dnsPolicy ClusterFirst, repeatable [WASILET_NODE_CLUSTER_DNS]",
         ),
@@ -180,6 +184,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         (
             "--network-policies-kubeconfig", "FILE",
             "credential of what keeps NetworkPolicies, likewise [WASILET_NODE_NETWORK_POLICIES_KUBECONFIG]",
+        ),
+        (
+            "--pod-network-absent", "TEXT",
+            "why there is none, for the Node's condition NetworkUnavailable [WASILET_NODE_POD_NETWORK_ABSENT]",
         ),
     ):  # fmt: skip
         network.add_argument(flag, metavar=metavar, help=text)

@@ -200,6 +200,7 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
         outbound_policy=options.get("outbound_policy", ("WASILET_NODE_OUTBOUND_POLICY",), _absolute),
         provider_id=options.get("provider_id", ("WASILET_NODE_PROVIDER_ID",), str),
         network=_network(options),
+        network_absent=options.get("pod_network_absent", ("WASILET_NODE_POD_NETWORK_ABSENT",), str) or "",
     )
 
 
@@ -222,6 +223,7 @@ def _network(options: _Options) -> NetworkSettings | None:
         cluster_cidr=cluster,
         service_cidr=service,
         uplink=uplink,
+        keeper=options.get("network_keeper", ("WASILET_NODE_NETWORK_KEEPER",), _absolute),
         cluster_dns=tuple(options.get_all("cluster_dns", ("WASILET_NODE_CLUSTER_DNS",), _ip)),
         cluster_domain=options.get("cluster_domain", ("WASILET_NODE_CLUSTER_DOMAIN",), str) or "cluster.local",
         kube_proxy=proxy,

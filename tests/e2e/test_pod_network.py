@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import pytest
+from wasilet.cluster import cluster_dns
 from wasilet.cluster.down import down
 from wasilet.console import PlainReporter
 from wasilet.controlplane import pod_network
@@ -28,7 +30,7 @@ from wasilet.process import is_alive
 from wasilet_node.network.node_network import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
-from tests.another_machine import another_machine
+from tests.another_machine import RESOLVED, another_machine
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
@@ -41,6 +43,7 @@ pytestmark = [
 
 SECONDS = 60.0
 NAMESPACE = "default"
+CONNECTIONS = 100
 PORT = 7777
 
 
@@ -101,6 +104,15 @@ def echo(address: str, port: int, text: str) -> str:
     with socket.create_connection((address, port), timeout=5) as connection:
         connection.sendall(f"{text}\n".encode())
         return connection.makefile().readline().strip()
+
+
+def echo_datagram(address: str, port: int, text: str) -> str:
+    """As ``echo``, by UDP. Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        asker.settimeout(2)
+        asker.connect((address, port))
+        asker.send(text.encode())
+        return asker.recv(1000).decode()
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +226,17 @@ def test_the_machine_reaches_pods_services_and_node_ports(net: Net) -> None:
 
 
 def test_a_node_port_is_open_on_the_machines_own_addresses_while_the_service_lasts(net: Net) -> None:
-    body = {"type": "NodePort", "selector": {"app": "echo"}, "ports": [{"port": 80, "targetPort": "echo"}]}
+    asked = [
+        {"name": protocol.lower(), "port": 80, "targetPort": PORT, "protocol": protocol} for protocol in ("TCP", "UDP")
+    ]
+    body = {"type": "NodePort", "selector": {"app": "echo"}, "ports": asked}
     made = net.kube.create(api_path("services", namespace=NAMESPACE), {"metadata": {"name": "local"}, "spec": body})
-    port = made["spec"]["ports"][0]["nodePort"]
+    port, for_datagrams = (each["nodePort"] for each in made["spec"]["ports"])
     places = [("127.0.0.1", port), (net.cluster.access.node_address, port)]
     for place in places:
         wait(lambda place=place: answers(*place), f"a listener at {place}")  # type: ignore[misc]
+        by_udp = (place[0], for_datagrams)
+        wait(lambda place=by_udp: answers_datagrams(*place), f"an answer by UDP at {by_udp}")  # type: ignore[misc]
     net.kube.delete(api_path("services", "local", namespace=NAMESPACE))
     for place in places:
         wait(lambda place=place: refused(*place), f"the end of the listener at {place}")  # type: ignore[misc]
@@ -266,8 +283,15 @@ def answers(address: str, port: int) -> bool:
     return False
 
 
+def answers_datagrams(address: str, port: int) -> bool:
+    """As ``answers``, by UDP."""
+    with contextlib.suppress(OSError):
+        return echo_datagram(address, port, "hello") == "hello"
+    return False
+
+
 def refused(address: str, port: int) -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens there."""
     try:
         socket.create_connection((address, port), timeout=5).close()
     except ConnectionRefusedError:
@@ -296,7 +320,7 @@ def test_a_network_policy_lets_friends_in_and_nobody_else(net: Net) -> None:
 
 
 def reached(net: Net, address: str, port: int = PORT, **more: Any) -> bool:
-    """Whether a pod that is nobody's friend gets through, within the deadline that it is given."""
+    """Whether a pod that no policy allows gets through, within the deadline that it is given."""
     name = f"stranger-{time.monotonic_ns()}"
     return "answered" in net.said(name, "connect", address, str(port), "hi", activeDeadlineSeconds=3, **more)
 
@@ -311,13 +335,24 @@ def test_pods_reach_other_machines_as_the_machine_does_where_policies_let_them(n
             wait(lambda node=node: reached(net, other, 80, node=node), "the way outward")  # type: ignore[misc]
             said = net.said(f"outward-{node}", "connect", other, "80", "hi", node=node)
             assert said == f"{other} answered hello 198.51.100.1"
+            assert resolved_outside(net, other, node=node) == RESOLVED
         net.kube.create(path, {"metadata": {"name": "inward"}, "spec": spec})
         try:
             wait(lambda: not reached(net, other, 80, labels=labels), "the policy")
+            assert RESOLVED not in resolved_outside(net, other, labels=labels)
             net.kube.patch(f"{path}/inward", {"spec": {"egress": [rule]}})
             wait(lambda: reached(net, other, 80, labels=labels), "the policy's exception")
+            assert resolved_outside(net, other, labels=labels) == RESOLVED
         finally:
             net.kube.delete(f"{path}/inward")
+
+
+def resolved_outside(net: Net, server: str, **more: Any) -> str:
+    """What a pod is told by a DNS server on another machine, which is asked by UDP."""
+    options = [{"name": "timeout", "value": "2"}, {"name": "attempts", "value": "2"}]
+    config = {"nameservers": [server], "options": options}
+    name = f"resolves-{time.monotonic_ns()}"
+    return net.said(name, "resolve", "name.example", dnsPolicy="None", dnsConfig=config, **more)
 
 
 def test_a_pod_listens_on_the_ports_that_web_servers_have(net: Net) -> None:
@@ -366,13 +401,16 @@ def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
-    ports = {"ports": [{"containerPort": PORT, "hostPort": port}]}
+    both = [{"containerPort": PORT, "hostPort": port, "protocol": protocol} for protocol in ("TCP", "UDP")]
+    ports = {"ports": both}
     with pod_security(net, "privileged"):
         net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
         wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
         # It has no probe: it is ready before it listens, and then what was taken for it is closed again.
         wait(lambda: echo("127.0.0.1", port, "by the machine") == "by the machine", "an answer by the machine's port")
-        net.run("too-late", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+        wait(lambda: answers_datagrams("127.0.0.1", port), "an answer by UDP by the machine's port")
+        udp_alone = {"ports": both[1:]}
+        net.run("too-late", "serve", str(PORT), node=0, container=udp_alone, labels={"app": "apart"})
     wait(lambda: net.pod("too-late")["status"].get("phase") == "Failed", "the refusal")
     assert net.pod("too-late")["status"]["reason"] == "NodePorts"
     for name in ("too-late", "on-the-machine"):
@@ -386,25 +424,83 @@ def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     wait(free, "the port's end")
 
 
-def test_connections_outlive_the_agent_and_kube_proxy(net: Net) -> None:
-    service = net.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]
+@contextlib.contextmanager
+def many_connections(address: str, port: int) -> Iterator[Callable[..., int]]:
+    """A hundred of them to echo servers, and how many still answer to a text, each within so many seconds."""
+    with contextlib.ExitStack() as stack:
+        opened = [
+            stack.enter_context(socket.create_connection((address, port), timeout=10)) for _ in range(CONNECTIONS)
+        ]
+        lines = [stack.enter_context(connection.makefile("rb")) for connection in opened]
+
+        def answering(text: str, seconds: float = 10.0) -> int:
+            found = 0
+            for connection in opened:
+                connection.settimeout(seconds)
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"{text}\n".encode())
+            for each in lines:
+                with contextlib.suppress(OSError):
+                    found += each.readline() == f"{text}\n".encode()
+            return found
+
+        assert answering("first") == CONNECTIONS
+        yield answering
+
+
+def process_in_the_node(net: Net, name: str) -> int | None:
+    """The pid of what node 0's agent keeps under that name."""
+    agent = net.cluster.cluster.state.alive(f"node-{net.cluster.cluster.node_names()[0]}")
+    if agent is None:
+        return None
+    children = psutil.Process(agent.process.pid).children()
+    return next((child.pid for child in children if any(name in word for word in child.cmdline()[:4])), None)
+
+
+def service_address(net: Net) -> str:
+    return str(net.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]["clusterIP"])
+
+
+def test_connections_outlive_kube_proxy_and_the_dns_and_both_come_back(net: Net) -> None:
+    plan = pod_network.plan_of(net.cluster.cluster.state)
+    dns = net.cluster.cluster.state.alive(cluster_dns.COMPONENT)
+    assert plan is not None
+    assert dns is not None
+    with many_connections(service_address(net), 80) as answering:
+        proxy = process_in_the_node(net, "kube-proxy")
+        (server,) = psutil.Process(dns.process.pid).children()
+        assert proxy is not None
+        os.kill(proxy, signal.SIGKILL)
+        server.kill()
+        assert answering("without both") == CONNECTIONS
+        wait(lambda: process_in_the_node(net, "kube-proxy") not in {None, proxy}, "the next kube-proxy")
+        assert answering("with both") == CONNECTIONS
+    # A Service that is made now has rules by the new one, and a name by the new DNS.
+    spec = {"selector": {"app": "echo"}, "ports": [{"port": 81, "targetPort": "echo"}]}
+    made = net.kube.create(
+        api_path("services", namespace=NAMESPACE),
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "later"}, "spec": spec},
+    )
+    try:
+        wait(lambda: answers(made["spec"]["clusterIP"], 81), "rules for a Service")
+        wait(lambda: "answered" in net.said(f"later-{time.monotonic_ns()}", "connect", "later", "81", "hi"), "its name")
+    finally:
+        net.kube.delete(api_path("services", "later", namespace=NAMESPACE))
+
+
+def test_connections_outlive_the_agent(net: Net) -> None:
     node = net.cluster.cluster.node_names()[0]
     data = net.cluster.cluster.state.node(node)
-    with socket.create_connection((service["clusterIP"], 80), timeout=10) as connection:
-        lines = connection.makefile()
-        connection.sendall(b"before\n")
-        assert lines.readline() == "before\n"
+    address = service_address(net)
+    with many_connections(address, 80) as answering:
         agent = net.cluster.cluster.state.alive(f"node-{node}")
         assert agent is not None
         os.kill(agent.process.pid, signal.SIGKILL)
         wait(lambda: not is_alive(agent.process), "the agent's end")
-        connection.sendall(b"without an agent\n")
-        assert lines.readline() == "without an agent\n"
-        recap = bring_up(net)
-        assert recap
-        connection.sendall(b"after\n")
-        assert lines.readline() == "after\n"
-    assert echo(service["clusterIP"], 80, "anew") == "anew"
+        assert answering("without an agent") == CONNECTIONS
+        assert bring_up(net)
+        assert answering("after") == CONNECTIONS
+    assert echo(address, 80, "again") == "again"
     assert (data / "network" / "pods").is_dir()
 
 
@@ -418,15 +514,20 @@ def test_a_pod_whose_supervisor_is_killed_begins_again_with_an_address(net: Net)
     node = net.cluster.cluster.node_names()[0]
     pointer = supervisor_registry.current(net.cluster.cluster.state.node(node))
     assert pointer is not None
-    os.kill(pointer.pid, signal.SIGKILL)
-    wait(lambda: not pointer.alive(), "the supervisor's end")
+    addresses = [net.pod(f"server-{node}")["status"]["podIP"] for node in (0, 1)]
+    with many_connections(addresses[0], PORT) as lost, many_connections(addresses[1], PORT) as kept:
+        os.kill(pointer.pid, signal.SIGKILL)
+        wait(lambda: not pointer.alive(), "the supervisor's end")
+        assert kept("on the other node") == CONNECTIONS
 
-    def back() -> bool:
-        pod = net.pod("server-0")
-        restarts = pod["status"]["containerStatuses"][0]["restartCount"]
-        return ready(pod) and restarts >= 1
+        def back() -> bool:
+            pod = net.pod("server-0")
+            restarts = pod["status"]["containerStatuses"][0]["restartCount"]
+            return ready(pod) and restarts >= 1
 
-    wait(back, "server-0, anew")
+        wait(back, "server-0, again")
+        assert lost("by the next pod", 0.02) == 0
+        assert kept("still") == CONNECTIONS
     address = net.pod("server-0")["status"]["podIP"]
     assert echo(address, PORT, "again") == "again"
     assert net.said("after-loss", "connect", address, str(PORT), "hello", node=1) == f"{address} answered hello"

@@ -1,10 +1,10 @@
 """Services at the machine's own addresses: NodePorts on loopback and the node's address, and load balancers.
 
 A node's kube-proxy works in a network namespace of its own, so a NodePort is open at the address of the node's link
-alone, and nobody gives a LoadBalancer Service an address. This process listens for both on the machine and passes bytes
+alone, and a LoadBalancer Service gets no address. This process listens for both on the machine and passes bytes
 on to the Service's cluster address, to which the machine has a route. So kube-proxy still chooses the endpoint; the
-client's address ends here, and ``externalTrafficPolicy: Local`` is no different from ``Cluster``. TCP only: what is
-asked for by UDP is told in an event.
+client's address ends here, and ``externalTrafficPolicy: Local`` is no different from ``Cluster``. TCP and UDP: what is
+asked for by SCTP is reported in an event.
 
 A load balancer gets the Service's own port at the node's address where that is free, else any free one, which an event
 and the annotation ``wasilet.dev/load-balancer-ports`` name. ``python -P -m wasilet.cluster.service_ports --kubeconfig
@@ -24,14 +24,16 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.forwarding import Connections, Datagrams, Forwarding, connected_datagrams, listener
+from wasilet_common.relay import Connection
 from wasilet_common.time_format import rfc3339_of
+from wasilet_node.runtime import rootless
 
-from wasilet.cluster.tcp_proxy import Forwarding, listener
 from wasilet.controlplane.components import Component
 from wasilet.errors import ApiError, HarnessError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
@@ -44,7 +46,12 @@ logger = logging.getLogger("wasilet.service-ports")
 COMPONENT = "service-ports"
 LOOPBACK = "127.0.0.1"
 PORTS_ANNOTATION = "wasilet.dev/load-balancer-ports"
-"""``80:41234``, comma separated: the Service's port and the machine's, where they differ."""
+"""``80:41234`` or ``53/UDP:41235``, comma separated: the Service's port and the machine's, where they differ."""
+
+PortKey = tuple[int, str]
+"""A number and its protocol: a Service may have one number by both."""
+
+_KINDS = {"TCP": socket.SOCK_STREAM, "UDP": socket.SOCK_DGRAM}
 
 LOAD_BALANCER_CLASS = "wasilet.dev/host"
 """``spec.loadBalancerClass`` of Services that ask for this by name; one without a class is taken as well."""
@@ -53,8 +60,9 @@ _SERVICES = "/api/v1/services"
 _REPORTER = "wasilet-service-ports"
 
 
-def component(state: State, address: str) -> Component:
-    """The process; ``address``: the nodes'. It is ready once it has served the Services that there were."""
+def component(state: State, address: str, through: Path | None = None) -> Component:
+    """The process; ``address``: the nodes'. ``through``: the socket of a keeper in whose network Services are reached;
+    None: the machine itself reaches them. It is ready once it has served the Services that there were."""
     kubeconfig, status_file = state.etc / f"{COMPONENT}.conf", state.run / f"{COMPONENT}.status"
 
     def ready() -> bool:
@@ -66,6 +74,7 @@ def component(state: State, address: str) -> Component:
         argv=(
             *(sys.executable, "-P", "-m", "wasilet.cluster.service_ports", "--kubeconfig", str(kubeconfig)),
             *("--address", address, "--status-file", str(status_file)),
+            *(("--through", str(through)) if through is not None else ()),
         ),
         inputs=(kubeconfig,),
         addresses=(),
@@ -85,6 +94,7 @@ class MachinePort:
     target: tuple[str, int]
     """The Service's cluster address and port."""
 
+    protocol: str = "TCP"
     balanced: bool = False
     """Of a load balancer: another port will do where this one is taken."""
 
@@ -95,7 +105,7 @@ class Request:
 
     ports: tuple[MachinePort, ...] = ()
     left_out: tuple[str, ...] = ()
-    """Ports that are not served, as ``53/UDP``."""
+    """Ports that are not served, as ``53/SCTP``."""
 
 
 def is_balanced(service: KubeObject) -> bool:
@@ -114,15 +124,17 @@ def asked(service: KubeObject, address: str) -> Request:
     ports, left_out = [], []
     for port in spec.get("ports") or ():
         number, protocol = int(port["port"]), str(port.get("protocol") or "TCP")
-        if protocol != "TCP":
+        if protocol not in _KINDS:
             left_out.append(f"{number}/{protocol}")
             continue
-        target = (cluster_ip, number)
+        wanted = MachinePort(
+            service=key, address=address, port=number, target=(cluster_ip, number), protocol=protocol, balanced=True
+        )
         if node_port := port.get("nodePort"):
             places = dict.fromkeys((LOOPBACK, address))
-            ports += [MachinePort(service=key, address=place, port=int(node_port), target=target) for place in places]
+            ports += [replace(wanted, address=place, port=int(node_port), balanced=False) for place in places]
         if is_balanced(service):
-            ports.append(MachinePort(service=key, address=address, port=number, target=target, balanced=True))
+            ports.append(wanted)
     return Request(ports=tuple(ports), left_out=tuple(left_out))
 
 
@@ -135,7 +147,9 @@ class _Open:
 class MachinePorts:
     """What is open now. Of one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, through: Path | None = None) -> None:
+        """``through``: see :func:`component`."""
+        self._through = through
         self._open: dict[MachinePort, _Open] = {}
         self._problems: dict[MachinePort, str] = {}
 
@@ -148,10 +162,10 @@ class MachinePorts:
             if wanted not in self._open:
                 await self._try(wanted)
 
-    def balanced(self, service: tuple[str, str]) -> dict[int, int]:
+    def balanced(self, service: tuple[str, str]) -> dict[PortKey, int]:
         """Of a load balancer: the machine's port for each of the Service's that is open."""
         return {
-            wanted.target[1]: it.port
+            (wanted.target[1], wanted.protocol): it.port
             for wanted, it in self._open.items()
             if wanted.service == service and wanted.balanced
         }
@@ -166,13 +180,13 @@ class MachinePorts:
 
     async def _try(self, wanted: MachinePort) -> None:
         try:
-            sock = listener((wanted.address, wanted.port), freebind=False)
+            sock = listener((wanted.address, wanted.port), kind=_KINDS[wanted.protocol])
         except OSError as error:
             if not (wanted.balanced and error.errno in {errno.EADDRINUSE, errno.EACCES}):
                 self._fail(wanted, error)
                 return
             try:
-                sock = listener((wanted.address, 0), freebind=False)
+                sock = listener((wanted.address, 0), kind=_KINDS[wanted.protocol])
             except OSError as again:
                 self._fail(wanted, again)
                 return
@@ -180,13 +194,13 @@ class MachinePorts:
         await self._serve(wanted, sock)
 
     def _fail(self, wanted: MachinePort, error: OSError) -> None:
-        words = f"{wanted.address}:{wanted.port}: {error.strerror or error}"
+        words = f"{wanted.address}:{_port_text((wanted.port, wanted.protocol))}: {error.strerror or error}"
         if self._problems.get(wanted) != words:
             logger.warning("%s/%s cannot have %s", *wanted.service, words)
         self._problems[wanted] = words
 
     async def _serve(self, wanted: MachinePort, sock: socket.socket) -> None:
-        forwarding = Forwarding(wanted.target)
+        forwarding = _forwarding(wanted, self._through)
         await forwarding.begin(sock)
         port = int(sock.getsockname()[1])
         self._open[wanted] = _Open(forwarding, port)
@@ -201,23 +215,68 @@ class MachinePorts:
         logger.info("%s:%d is closed", wanted.address, found.port)
 
 
-def load_balancer_status(address: str, ports: Mapping[int, int]) -> KubeObject:
+def _forwarding(wanted: MachinePort, through: Path | None) -> Forwarding:
+    target = wanted.target
+
+    async def connect() -> Connection:
+        if through is None:
+            return await asyncio.open_connection(*target)
+        return await _connect_inside(through, target)
+
+    def open_flow() -> socket.socket:
+        return connected_datagrams(target) if through is None else _flow_inside(through, target)
+
+    if wanted.protocol == "UDP":
+        return Datagrams(open_flow, to_port=target[1])
+    return Connections(connect, name=f"{target[0]}:{target[1]}")
+
+
+async def _connect_inside(keeper: Path, target: tuple[str, int]) -> Connection:
+    """Without root: by a socket of the network that the keeper holds. Raises OSError."""
+    made = await asyncio.to_thread(rootless.socket_inside, keeper, socket.SOCK_STREAM)
+    try:
+        await asyncio.get_running_loop().sock_connect(made, target)
+        return await asyncio.open_connection(sock=made)
+    except BaseException:
+        made.close()
+        raise
+
+
+def _flow_inside(keeper: Path, target: tuple[str, int]) -> socket.socket:
+    """The same for datagrams. Raises OSError."""
+    made = rootless.socket_inside(keeper, socket.SOCK_DGRAM)
+    try:
+        made.connect(target)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def _port_text(port: PortKey) -> str:
+    number, protocol = port
+    return str(number) if protocol == "TCP" else f"{number}/{protocol}"
+
+
+def load_balancer_status(address: str, ports: Mapping[PortKey, int]) -> KubeObject:
     """``status.loadBalancer``: the node's address, by a proxy (KEP-1860), so that kube-proxy does not take what pods
     send there for its own; nothing while nothing is open."""
     if not ports:
         return {}
-    listed = [{"port": port, "protocol": "TCP"} for port in sorted(ports.values())]
+    listed = [
+        {"port": own, "protocol": protocol} for own, protocol in sorted((own, key[1]) for key, own in ports.items())
+    ]
     return {"ingress": [{"ip": address, "ipMode": "Proxy", "ports": listed}]}
 
 
 class ServicePorts:
     """The loop: a thread lists and watches, the event loop opens, closes and reports."""
 
-    def __init__(self, kube: Kube, address: str, status_file: Path | None = None) -> None:
+    def __init__(self, kube: Kube, address: str, status_file: Path | None = None, through: Path | None = None) -> None:
         self._kube = kube
         self._status_file = status_file
         self._address = address
-        self._ports = MachinePorts()
+        self._ports = MachinePorts(through)
         self._services: dict[tuple[str, str], KubeObject] = {}
         self._recorded: dict[tuple[str, str], str] = {}
 
@@ -308,18 +367,20 @@ class ServicePorts:
             body: KubeObject = {}
             if ((service.get("status") or {}).get("loadBalancer") or {}) != status:
                 body["status"] = {"loadBalancer": status or {"ingress": None}}
-            moved = ",".join(f"{port}:{own}" for port, own in sorted(ports.items()) if port != own)
+            moved = ",".join(f"{_port_text(port)}:{own}" for port, own in sorted(ports.items()) if port[0] != own)
             if (service["metadata"].get("annotations") or {}).get(PORTS_ANNOTATION, "") != moved:
                 body["metadata"] = {"annotations": {PORTS_ANNOTATION: moved or None}}
             if body:
                 await asyncio.to_thread(self._kube.patch, f"{path}/status", body)
             if moved:
-                where = ", ".join(f"{port} is at {self._address}:{own}" for port, own in sorted(ports.items()))
+                where = ", ".join(
+                    f"{_port_text(port)} is at {self._address}:{own}" for port, own in sorted(ports.items())
+                )
                 await self._record_event(service, "Normal", "PortMoved", f"taken on this machine already: {where}")
         if problems := self._ports.problems(key):
             await self._record_event(service, "Warning", "PortUnavailable", "; ".join(problems))
         elif request.left_out:
-            words = f"{', '.join(request.left_out)}: only TCP is passed on from the machine's own addresses"
+            words = f"{', '.join(request.left_out)}: only TCP and UDP are passed on from the machine's own addresses"
             await self._record_event(service, "Warning", "ProtocolNotForwarded", words)
 
     async def _record_event(self, service: KubeObject, kind: str, reason: str, message: str) -> None:
@@ -356,12 +417,12 @@ def _key(service: KubeObject) -> tuple[str, str]:
     return str(service["metadata"]["namespace"]), str(service["metadata"]["name"])
 
 
-async def _run(kube: Kube, address: str, status_file: Path) -> None:
+async def _run(kube: Kube, address: str, status_file: Path, through: Path | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await ServicePorts(kube, address, status_file).run(stop)
+    await ServicePorts(kube, address, status_file, through).run(stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -371,10 +432,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kubeconfig", type=Path, required=True)
     parser.add_argument("--address", required=True, help="the nodes' address, where load balancers listen")
     parser.add_argument("--status-file", type=Path, required=True, help="written once all Services are served")
+    parser.add_argument("--through", type=Path, help="the socket of the network keeper that reaches Services")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(_run(Kube.from_kubeconfig(options.kubeconfig), options.address, options.status_file))
+        kube = Kube.from_kubeconfig(options.kubeconfig)
+        asyncio.run(_run(kube, options.address, options.status_file, options.through))
     except HarnessError as error:
         logger.error("%s", error)  # noqa: TRY400  (one clear line; the trace adds nothing)
         return error.exit_code

@@ -12,7 +12,12 @@ from wasilet.cluster import cluster_dns, service_ports
 from wasilet.cluster.join import proxies, proxy_steps
 from wasilet.cluster.kubeconfig_step import kubeconfig_is_right, kubeconfig_place, kubeconfig_step
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.pod_network_step import pod_network_steps, service_ports_component
+from wasilet.cluster.pod_network_step import (
+    POD_NETWORK_STEP,
+    pod_network_steps,
+    service_ports_component,
+    services_steps,
+)
 from wasilet.cluster.readiness import api_answers, ready_step
 from wasilet.controlplane import pod_network, pod_security, public_info
 from wasilet.controlplane.components import Component, component_step, ensure_running
@@ -51,7 +56,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False, services:
         if not detection.usable:
             raise UsageError(f"provider {settings.provider!r} cannot be used: {detection.detail}", hint=detection.hint)
         _check_places(cluster)
-        play = Play(f"up {settings.name} ({settings.provider})", steps(cluster))
+        play = Play(f"up {settings.name} ({settings.provider})", steps(cluster, services=services))
         if check:
             return play.run(reporter=reporter, check=True)
         cluster.provider.confirm(settings)
@@ -130,8 +135,8 @@ def control_plane_steps(cluster: Cluster) -> list[Step]:
     ]
 
 
-def steps(cluster: Cluster) -> list[Step]:
-    """Each starts as soon as what it names in ``after`` is done."""
+def steps(cluster: Cluster, *, services: bool = True) -> list[Step]:
+    """Each starts as soon as what it names in ``after`` is done. ``services``: wait for the cluster's DNS as well."""
     settings, state = cluster.settings, cluster.state
     made = own_components(cluster)
     nodes = [_node_step(cluster, name, made[node_component(name)]) for name in cluster.node_names()]
@@ -151,6 +156,7 @@ def steps(cluster: Cluster) -> list[Step]:
         *pod_network_steps(cluster),
         *nodes,
         ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.key for n in nodes))),
+        *(services_steps(cluster, after=(POD_NETWORK_STEP, *(n.key for n in nodes))) if services else ()),
     ]  # fmt: skip
 
 
@@ -164,7 +170,7 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     }
     made.update(proxies(cluster))
     if (plan := pod_network.plan_of(cluster.state)) is not None:
-        made[pod_network.PROXY] = lambda: pod_network.proxy_component(plan, cluster.ports()["apiserver"])
+        made[pod_network.PROXY] = lambda: pod_network.proxy_component(plan, cluster.state)
         made[service_ports.COMPONENT] = lambda: service_ports_component(cluster)
         if cluster.state.record(cluster_dns.COMPONENT) is not None:
             made[cluster_dns.COMPONENT] = lambda: cluster_dns.component(plan, cluster.settings, cluster.state)
@@ -409,15 +415,18 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         argv += pod_network.node_arguments(
             plan,
             index=index,
-            folder=state.etc,
+            state=state,
             kube_proxy=_late_binary(cluster, "kube-proxy"),
         )
+    elif reason := pod_network.why_absent(state):
+        argv += ["--pod-network-absent", reason]
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
     return Component(
         name=node_component(node),
         argv=tuple(argv),
         ports={"kubelet API": port},
+        gate=(lambda: pod_network.keeper_answers(state)) if plan is not None and plan.rootless else None,
         addresses=(access.node_address,),
         clients=True,
         # The kubelet API answers no one without a credential, so a connection has to do; the Node's own condition says

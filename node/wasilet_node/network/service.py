@@ -15,20 +15,22 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from wasilet_node.network import host_ports, machine_changes, resolver_files
-from wasilet_node.network.addresses import PodRecord, PodRecords, gateway_of
+from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
-from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies, outward
-from wasilet_node.network.pod_networks import NODE_KEY, PodNetworks
-from wasilet_node.runtime import netns, supervisor_registry
+from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies, outward
+from wasilet_node.network.pod_networks import MACHINE_KEY, NODE_KEY, POOL_LOW, PodNetworks
+from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyGate
+from wasilet_node.runtime import linux, netns, rootless, supervisor_registry
+from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import NetworkSettings, NodePaths
 
 logger = logging.getLogger(__name__)
@@ -39,12 +41,20 @@ SETTLE_SECONDS = 5.0
 """How long a pod, and a Node that was there before, wait for a network that is being made or found again."""
 
 REFILL_SECONDS = 30.0
+REFILL_WAITS_SECONDS = 1.0
+"""How long the making of namespaces for later pods lets starts that are under way go first."""
+
 CALM_SECONDS = 1.0
 """How long changes of the machine's network gather before they are looked at: a routing daemon makes many, and each
 look reads all routes."""
 
+_LOOK_SECONDS = 0.1
 _T = TypeVar("_T")
 HostsFile = Callable[[dict[str, Any], tuple[str, ...]], bytes]
+
+
+async def _always(_limit_seconds: float) -> bool:
+    return True
 
 
 class PodNetwork:
@@ -57,21 +67,30 @@ class PodNetwork:
         *,
         node_name: str,
         hosts_of: Callable[[dict[str, Any], tuple[str, ...]], bytes],
+        machine: int | None = None,
         supervisor_seconds: float = TIMEOUT_SECONDS,
+        calm: Callable[[float], Awaitable[bool]] = _always,
     ) -> None:
-        """``hosts_of``: the contents of a pod's hosts file. ``supervisor_seconds``: how long a supervisor may take for
-        an answer."""
+        """``hosts_of``: the contents of a pod's hosts file. ``machine``: what the node is joined to, if not to the
+        namespace that this is called in (``wasilet_node.network.keeper``). ``supervisor_seconds``: how long a
+        supervisor may take for an answer. ``calm``: waits until no pod is being started or ended, for so many seconds
+        at most, and whether that is so; namespaces for later pods let these go first."""
+        self._calm = calm
         self.settings = settings
         self._supervisor_seconds = supervisor_seconds
         self._paths = paths
         self._hosts_of = hosts_of
         self._pod_cidr: ipaddress.IPv4Network | None = None
         self._node_name = node_name
-        self._host_ports = host_ports.HostPorts(self.connect)
+        self._host_ports = host_ports.HostPorts(self.connect, self.connect_datagrams)
+        self._gate = PolicyGate(paths.network / SOCKET_NAME)
         self._wake = asyncio.Event()
         self._look_at = 0.0
         self._ready = asyncio.Event()
-        self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
+        self._machine = machine
+        self._plug = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="pod network", initializer=_begin, initargs=(machine,)
+        )
         self._dial: ThreadPoolExecutor | None = None
         self._node: NodeNetwork | None = None
         self._channel: NamespaceChannel | None = None
@@ -126,7 +145,7 @@ class PodNetwork:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        """Look again when the machine's network changed, in which this thread is."""
+        """Look again when the machine's network changed, in which the network's own thread is so far."""
         loop, pending = asyncio.get_running_loop(), False
 
         def calm() -> None:
@@ -143,7 +162,7 @@ class PodNetwork:
                 loop.call_later(CALM_SECONDS, calm)
 
         try:
-            watch = machine_changes.open_watch()
+            watch = self._plug.submit(machine_changes.open_watch).result()
         except OSError as error:
             logger.warning("changes of the machine's network are seen every %g s only: %s", REFILL_SECONDS, error)
             yield
@@ -169,18 +188,23 @@ class PodNetwork:
         await self._ready.wait()
         if self.absent is not None or self._pod_cidr is None:
             return
-        with _own_namespace() as machine:
-            await self._run_processes(machine, self._pod_cidr)
+        node = await self._in_namespace(netns.open_own)
+        try:
+            await self._run_processes(node, self._pod_cidr)
+        finally:
+            os.close(node)
 
-    async def _run_processes(self, machine: int, pod_cidr: ipaddress.IPv4Network) -> None:
-        settings, programs = self.settings, [outward(gateway_of(pod_cidr), machine)]
+    async def _run_processes(self, node: int, pod_cidr: ipaddress.IPv4Network) -> None:
+        settings, programs = self.settings, list[Program]()
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
-            programs.append(network_policies(settings, pod_cidr))
+            programs.append(network_policies(settings, pod_cidr, self._paths.network / SOCKET_NAME))
         async with asyncio.TaskGroup() as group:
-            for program in programs:
-                kept = Kept(program, folder=self._paths.network, spawn=self._in_namespace)
+            group.create_task(self._gate.run(), name="policy gate")
+            way_out = outward(pod_cidr, node)
+            for program, spawn in ((way_out, _in_own_namespace), *((each, self._in_namespace) for each in programs)):
+                kept = Kept(program, folder=self._paths.network, spawn=spawn)
                 group.create_task(kept.run(), name=program.name)
 
     async def _in_namespace(self, work: Callable[[], _T]) -> _T:
@@ -198,8 +222,10 @@ class PodNetwork:
                 await self._in_thread(self._know_machine)
                 self._look_at = now + REFILL_SECONDS
                 self._set_problem(None)
-            while await self._in_thread(self._refill):
-                pass
+            while True:
+                await self._let_starts_go()
+                if not await self._in_thread(self._refill):
+                    break
         except NetworkAbsentError as error:
             self.absent = str(error)
             logger.warning("pods share the machine's network: %s", error)
@@ -211,6 +237,14 @@ class PodNetwork:
             self._look_at = 0.0
             return RETRY_SECONDS
         return max(0.0, self._look_at - asyncio.get_running_loop().time())
+
+    async def _let_starts_go(self) -> None:
+        """While enough are left for the next ones."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + REFILL_WAITS_SECONDS
+        while self._pods is not None and self._pods.ready > POOL_LOW and loop.time() < until:
+            if await self._calm(_LOOK_SECONDS):
+                break
 
     def _set_problem(self, problem: str | None) -> None:
         if problem is None:
@@ -224,9 +258,8 @@ class PodNetwork:
 
     # ---- pods
 
-    async def attach(self, pod: dict[str, Any]) -> Attachment | None:
-        """Have a pod's network, and the files that it resolves names by. None: the pod shares the machine's network.
-        Idempotent. Raises NetworkError."""
+    async def attach(self, pod: dict[str, Any], guest: GuestKind | None = GuestKind.COMPONENT) -> Attachment | None:
+        """See ``Networks.attach``."""
         if pod["spec"].get("hostNetwork"):
             return None
         await self.settle(SETTLE_SECONDS)
@@ -235,15 +268,22 @@ class PodNetwork:
         if self.problem is not None and self._pods is None:
             raise NetworkError(self.problem)
         try:
-            record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
-            self._wake.set()
+            record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]), guest)
+            if guest is GuestKind.COMPONENT:
+                self._wake.set()
             addresses = (record.address,)
+            self._gate.claim(record.uid, record.address)
             await self._host_ports.open(record.uid, host_ports.wanted(pod), record.address)
             return Attachment(key=record.key, addresses=addresses)
         except NetworkAbsentError:
             return None
         except OSError as error:
             raise NetworkError(f"{error.strerror or error}") from error
+
+    async def await_policies(self, pod: dict[str, Any]) -> None:
+        """See ``Networks.await_policies``."""
+        if not await self._gate.passed(str(pod["metadata"]["uid"])):
+            logger.warning("the rules of NetworkPolicies do not know pod %s yet; it starts", pod["metadata"]["name"])
 
     async def etc_files(self, pod: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         """See ``Networks.etc_files``. Only for containers that read them: writing three files costs as much as a
@@ -258,6 +298,7 @@ class PodNetwork:
         await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
+        self._gate.release(uid)
         if (folder := self._folder(uid)).exists():
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
@@ -297,9 +338,22 @@ class PodNetwork:
             made.close()
             raise
 
+    def connect_datagrams(self, address: str, port: int) -> socket.socket:
+        """A socket for datagrams to a pod, as :meth:`make_socket`. Raises OSError."""
+        made = self.make_socket(kind=socket.SOCK_DGRAM)
+        try:
+            made.connect((address, port))
+        except OSError:
+            made.close()
+            raise
+        return made
+
     async def connect_inside(self, pod: dict[str, Any], port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A TCP connection to a port of a pod's own loopback, where only it listens, else of its address. Raises
         OSError."""
+        record = self._pods.find(str(pod["metadata"]["uid"])) if self._pods is not None else None
+        if record is not None and not record.key:
+            return await self.connect(record.address, port)  # which is refused
         try:
             made, address = await self._in_thread(self._socket_inside, str(pod["metadata"]["uid"]))
         except NetworkError as error:
@@ -318,6 +372,8 @@ class PodNetwork:
 
     def _close(self) -> None:
         """What this agent has open; the network stays."""
+        if self._pods is not None:
+            self._pods.close()
         if self._channel is not None:
             self._channel.close()
         if self._node is not None:
@@ -326,7 +382,7 @@ class PodNetwork:
     def _socket_inside(self, uid: str, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, str]:
         pods = self._ensure()
         record = pods.find(uid)
-        if record is None:
+        if record is None or not record.key:
             raise NetworkError("the pod has no network of its own")
         made = pods.inside(record, lambda: socket.socket(socket.AF_INET, kind))
         made.setblocking(False)  # noqa: FBT003
@@ -344,6 +400,9 @@ class PodNetwork:
             # so they stay known until they are found again over a new connection.
         elif self._channel is not None:
             self._channel.close()
+            if self._pods is not None:
+                # It holds a namespace that goes with its supervisor.
+                self._pods.close()
             self._channel = self._pods = None
         channel = NamespaceChannel(pointer, timeout_seconds=self._supervisor_seconds)
         try:
@@ -352,6 +411,8 @@ class PodNetwork:
         except BaseException:
             channel.close()
             raise
+        if self._pods is not None:
+            self._pods.close()
         self._channel, self._pods = channel, pods
         return pods
 
@@ -379,6 +440,8 @@ class PodNetwork:
             self._dial.submit(int)
         try:
             channel.hold(NODE_KEY, descriptor)
+            if self._machine is not None:
+                channel.hold(MACHINE_KEY, self._machine)
         finally:
             os.close(descriptor)
         return node
@@ -398,8 +461,11 @@ class PodNetwork:
         logger.info("made the node's network: pods %s, uplink %s", node.pod_cidr, self.settings.uplink)
         return descriptor
 
-    def _claim(self, uid: str) -> PodRecord:
-        return self._ensure().claim(uid)
+    def _claim(self, uid: str, guest: GuestKind | None) -> PodRecord:
+        pods = self._ensure()
+        if guest is GuestKind.COMPONENT:
+            return pods.plug(uid)
+        return pods.answer(uid) if guest is GuestKind.MODULE else pods.claim(uid)
 
     def _release(self, uid: str) -> None:
         if self._pods is not None:
@@ -423,18 +489,26 @@ class PodNetwork:
         return self._paths.network / "etc" / uid
 
 
-@contextlib.contextmanager
-def _own_namespace() -> Iterator[int]:
-    descriptor = netns.open_own()
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+async def _in_own_namespace(work: Callable[[], _T]) -> _T:
+    """In this thread: the kernel ends a child with the thread that started it."""
+    if not rootless.is_inside():
+        return work()
+    with rootless.passing_on():
+        return work()
+
+
+def _begin(machine: int | None) -> None:
+    """The calling thread, which is to make the node's network."""
+    if machine is not None:
+        netns.setns(machine)
+        linux.pass_on_capabilities()
 
 
 def _move_to(descriptor: int) -> None:
     """The calling thread, for good, into the namespace of a descriptor that is this function's to close."""
     try:
         netns.setns(descriptor)
+        if rootless.is_inside():
+            linux.pass_on_capabilities()
     finally:
         os.close(descriptor)

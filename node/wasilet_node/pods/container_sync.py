@@ -21,6 +21,7 @@ from wasilet_common.pod_fields import Container, Pod, Role
 from wasilet_node.kube import fields
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import sandboxes, termination
+from wasilet_node.pods.concurrency import side_by_side
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
 from wasilet_node.pods.plan import Kill, KillReason, Plan, make_plan
@@ -210,6 +211,10 @@ class ContainerSync:
         self.volumes_ready = False
 
     async def _carry_out(self, plan: Plan) -> None:
+        with self._dependencies.under_way.one():
+            await self._kill_and_start(plan)
+
+    async def _kill_and_start(self, plan: Plan) -> None:
         fresh = set()
         for kill in plan.kill:
             found = pod_fields.find_container(self.pod, kill.container)
@@ -234,8 +239,10 @@ class ContainerSync:
         """What all containers have in common, as a sandbox elsewhere: the host's name, and the volumes."""
         try:
             fields.process_hostname(self.pod)
-            await self._dependencies.volumes.setup(self.resizes.accepted(self.pod))
-            await self._dependencies.networks.attach(self.pod)
+            await side_by_side(
+                self._dependencies.volumes.setup(self.resizes.accepted(self.pod)),
+                self._dependencies.networks.attach(self.pod, None),
+            )
         except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
             self._dependencies.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)

@@ -27,6 +27,7 @@ from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
 from wasilet_node.kube.base import KubeError, NotFoundError
 from wasilet_node.pods import recovery, resources, termination
 from wasilet_node.pods import status as status_of
+from wasilet_node.pods.concurrency import side_by_side
 from wasilet_node.pods.container_sync import ContainerSync, Job, soonest
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
@@ -303,6 +304,10 @@ class PodWorker:
             self._job.cancel()
 
     async def _end(self) -> None:
+        with self.dependencies.under_way.one():
+            await self._stop_and_take_down()
+
+    async def _stop_and_take_down(self) -> None:
         """Stop what runs, then take the volumes down. Comes back here after a failure; every step may be repeated."""
         grace = self._grace or Grace(0)
         live = self.instances.live()
@@ -321,12 +326,15 @@ class PodWorker:
         self._stopped = True
         self._probes.close()
         self._publish()
-        await self.dependencies.volumes.teardown(self.uid)
-        await self.dependencies.networks.detach(self.uid)
+        await side_by_side(self.dependencies.volumes.teardown(self.uid), self.dependencies.networks.detach(self.uid))
         self.dependencies.references.release(self.uid)
         self.stage = Stage.ENDED
 
     async def _finish(self) -> None:
+        with self.dependencies.under_way.one():
+            await self._report_and_remove()
+
+    async def _report_and_remove(self) -> None:
         """The final status, the deletion in the API server, then records and logs."""
         if not self.removed:
             self._publish()
@@ -395,7 +403,9 @@ class PodWorker:
 
     def _pod_addresses(self) -> tuple[str, ...] | None:
         networks = self.dependencies.networks
-        own = networks.addresses(self.pod)
+        # A network is claimed beside the volumes, but belongs to a pod once these are there.
+        begun = self._containers.volumes_ready or any(True for _ in self.instances)
+        own = networks.addresses(self.pod) if begun or self.stage is not Stage.ACTIVE else None
         return None if own is None and networks.shares_machine(self.pod) else own or ()
 
     def _old_status(self) -> Mapping[str, Any]:

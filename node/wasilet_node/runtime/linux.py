@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -25,6 +26,7 @@ PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 CAP_DAC_OVERRIDE = 1
@@ -32,6 +34,8 @@ CAP_KILL = 5
 CAP_SETGID = 6
 CAP_SETUID = 7
 CAP_SETPCAP = 8
+CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 MOST_EXPENDABLE = 1000
@@ -137,30 +141,48 @@ def _hold_capabilities(keep: frozenset[int]) -> None:
     _set_capabilities(frozenset(capability for capability in keep if held >> capability & 1))
 
 
-def _set_capabilities(keep: frozenset[int]) -> None:
-    """Permitted and effective. Raises OSError."""
+def pass_on_capabilities() -> None:
+    """What this thread executes from here on has the capabilities that the thread has. Raises OSError."""
+    held = effective_capabilities()
+    found = frozenset(capability for capability in range(64) if held >> capability & 1)
+    _set_capabilities(found, inheritable=found)
+    for capability in found:
+        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
+
+
+def stop_passing_on() -> None:
+    """The opposite, for an ordinary user. Raises OSError."""
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def _set_capabilities(keep: frozenset[int], *, inheritable: frozenset[int] = frozenset()) -> None:
+    """Permitted and effective; and what an exec may leave. Raises OSError."""
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)()
     for capability in keep:
         data[capability // 32].effective |= 1 << (capability % 32)
         data[capability // 32].permitted |= 1 << (capability % 32)
+    for capability in inheritable:
+        data[capability // 32].inheritable |= 1 << (capability % 32)
     if _capset(ctypes.byref(header), data) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")
 
 
-def drop_privileges(*, keep: frozenset[int] = frozenset({CAP_DAC_OVERRIDE}), uid: int | None = None) -> None:
+def drop_privileges(*, keep: frozenset[int] = frozenset({CAP_DAC_OVERRIDE}), uids: Iterable[int] = ()) -> None:
     """For this process and all that it forks: ``no_new_privs``, and no capabilities but ``keep``. Root also becomes
-    ``uid`` and the group of that number, if given and if there is such a user here (a user namespace may lack it).
+    the first of ``uids`` that there is here (a user namespace may lack it), and the group of that number.
     Raises OSError."""
     set_no_new_privs()
     if os.geteuid() == 0:
         with contextlib.suppress(PermissionError):  # root of a user namespace that denies setgroups
             os.setgroups([])
-        if uid is not None:
+        if uids:
             _bound_capabilities(keep)  # while CAP_SETPCAP is held
+        for uid in uids:
             with contextlib.suppress(OSError):
                 become(uid)
+                break
     keep_only_capabilities(keep)
 
 

@@ -18,19 +18,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from wasilet_node.network import nft
+from wasilet_node.network import nft, pod_networks
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork, interface_prefix
-from wasilet_node.network.pod_networks import POOL_SIZE
+from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
+from wasilet_node.network.pod_networks import POOL_LOW, POOL_SIZE
 from wasilet_node.network.service import PodNetwork
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
 from wasilet_node.settings import NetworkSettings, NodePaths
 
-from tests.another_machine import another_machine
+from tests.another_machine import RESOLVED, another_machine
 from tests.unit.node.network.test_netlink import in_namespace
 from tests.unit.node.runtime.component_guests import ACCESS_DENIED, socket_guest
 from tests.unit.node.runtime.guests import connected, eventually, running_supervisor
@@ -100,6 +102,131 @@ async def until(condition: Callable[[], bool]) -> None:
         return True if condition() else None
 
     await eventually(probe)
+
+
+def shared_by_modules(pods: PodNetwork) -> int:
+    """How many interfaces of the node lead to a namespace of theirs."""
+    assert pods._node is not None
+    return sum(name.startswith("m") for _, name in pods._node.node.links())
+
+
+def test_pods_of_modules_share_a_namespace_that_refuses_what_nothing_in_them_can_take(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            only_address = await pods.attach(pod("m0"), None)
+            assert only_address is not None
+            attached = [await pods.attach(pod(f"m{number}"), GuestKind.MODULE) for number in range(20)]
+            addresses = {address for each in attached if each is not None for address in each.addresses}
+            assert len(addresses) == 20
+            assert only_address.addresses[0] in addresses
+            assert [each.key for each in attached if each is not None] == [""] * 20
+            assert await pods._in_thread(shared_by_modules, pods) == 1
+            for connect in (pods.connect, lambda *_: pods.connect_inside(pod("m7"), 80)):
+                with pytest.raises(ConnectionRefusedError):
+                    await connect(min(addresses), 80)
+            # From the machine, and from another pod.
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((min(addresses), 80), timeout=5)
+            await pods.attach(pod("u1"))
+            client, _ = await pods._in_thread(pods._socket_inside, "u1")
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.get_running_loop().sock_connect(client, (max(addresses), 80))
+            client.close()
+            for number in range(20):
+                await pods.detach(f"m{number}")
+            modules = pods._pods._modules if pods._pods is not None else None
+            assert modules is not None
+            assert local_addresses(modules.netlink) == []
+
+    with_machine(work)
+
+
+def local_addresses(netlink: Netlink) -> list[str]:
+    """Those that no interface has."""
+    found = []
+    for answer in netlink._dump(26, bytes([socket.AF_INET]) + bytes(11), "list routes"):
+        length, table, protocol = answer[1], answer[4], answer[5]
+        if (length, table, protocol) == (32, 255, 4):
+            found.append(socket.inet_ntoa(answer[16:20]))
+    return found
+
+
+def test_a_component_beside_modules_brings_the_pod_its_namespace_and_the_address_stays(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            before = await pods.attach(pod("u1"), GuestKind.MODULE)
+            assert before is not None
+            with pytest.raises(ConnectionRefusedError):  # now the node knows whom it asks for that address
+                await pods.connect(before.addresses[0], 80)
+            after = await pods.attach(pod("u1"), GuestKind.COMPONENT)
+            assert after is not None
+            assert after.addresses == before.addresses
+            assert after.key
+            assert await pods.attach(pod("u1"), GuestKind.MODULE) == after
+            listener, _ = await pods._in_thread(pods._socket_inside, "u1")
+            listener.bind(("0.0.0.0", 80))
+            listener.listen()
+            async with asyncio.timeout(5):
+                _, writer = await pods.connect(after.addresses[0], 80)
+            writer.close()
+            listener.close()
+
+    with_machine(work)
+
+
+def test_the_next_agent_answers_for_the_pods_of_modules_and_repairs_what_was_lost(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig:
+            async with Running(network(rig.paths)) as first:
+                attached = [await first.attach(pod(uid), GuestKind.MODULE) for uid in ("m1", "m2")]
+                addresses = [each.addresses[0] for each in attached if each is not None]
+                modules = first._pods._modules if first._pods is not None else None
+                assert modules is not None
+                lost = ipaddress.IPv4Address(addresses[1])
+                await first._in_thread(lambda: modules.netlink.forget_local_address(lost, index=modules.loopback))
+            async with Running(network(rig.paths)) as second:
+                with pytest.raises(ConnectionRefusedError):
+                    await second.connect(addresses[0], 80)
+                assert await second.attach(pod("m2"), GuestKind.MODULE) == attached[1]
+                with pytest.raises(ConnectionRefusedError):
+                    await second.connect(addresses[1], 80)
+                third = await second.attach(pod("m3"), GuestKind.MODULE)
+                assert third is not None
+                assert third.addresses[0] not in addresses
+                assert await second._in_thread(shared_by_modules, second) == 1
+
+    with_machine(work)
+
+
+def test_namespaces_for_later_pods_let_starts_go_first(tmp_path: Path) -> None:
+    async def work() -> None:
+        waits: list[int] = []
+        calm = asyncio.Event()
+        calm.set()
+
+        async def wait(_limit_seconds: float) -> bool:
+            waits.append(ready())
+            if not calm.is_set():
+                await asyncio.sleep(0.01)
+            return calm.is_set()
+
+        def ready() -> int:
+            return pods._pods.ready if pods._pods is not None else 0
+
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths, calm=wait)) as pods:
+            await until(lambda: ready() == POOL_SIZE)
+            calm.clear()
+            waits.clear()
+            for number in range(POOL_SIZE - POOL_LOW - 1):
+                await pods.attach(pod(f"u{number}"))
+            await until(lambda: bool(waits))
+            assert ready() == POOL_LOW + 1, "none was made while starts were under way"
+            await pods.attach(pod("last"))
+            await until(lambda: ready() > POOL_LOW)
+            calm.set()
+            await until(lambda: ready() == POOL_SIZE)
+
+    with_machine(work)
 
 
 def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path) -> None:
@@ -277,6 +404,26 @@ def test_a_network_that_is_gone_is_a_start_error(tmp_path: Path) -> None:
             config = rig.config(artifact, kind=GuestKind.COMPONENT, network="nowhere")
             with pytest.raises(StartError, match="the pod's network namespace is gone"):
                 await rig.client.start(config)
+
+    with_machine(work)
+
+
+def test_a_bridge_without_ports_is_named_and_takes_pods_of_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_networks, "BRIDGE_PORTS", POOL_SIZE + 3)
+
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            await until(lambda: pods._pods is not None and pods._pods.ready == POOL_SIZE)
+            for number in range(POOL_SIZE + 2):
+                assert await pods.attach(pod(f"u{number}")) is not None
+            with pytest.raises(NetworkError, match="the pods' bridge is full: 10 pods with components"):
+                await pods.attach(pod("u-too-many"))
+            assert await pods.attach(pod("m1"), GuestKind.MODULE) is not None
+            assert pods.problem is None
+            await pods.detach("u0")
+            assert await pods.attach(pod("u10")) is not None
 
     with_machine(work)
 
@@ -550,20 +697,142 @@ def test_pods_reach_other_machines_and_nothing_that_only_this_one_reaches(tmp_pa
             }
             for name, (address, port) in rows.items():
                 assert not await asked(pods, address, port), name
-            client, _ = await pods._in_thread(pods._socket_inside, "u1", socket.SOCK_DGRAM)
-            with client:
-                client.connect(("192.0.2.10", 80))
-                client.send(b"x")
-                with pytest.raises(ConnectionRefusedError):
-                    await asyncio.get_running_loop().sock_recv(client, 1)
-
             os.kill(process, signal.SIGKILL)
             again = await outward_process(other_than=process)
             assert await asked(pods, "192.0.2.10") == "hello 192.0.2.9\n"
-            status = Path(f"/proc/{again}/status").read_text()
-            assert re.findall(r"^(?:Uid|CapEff|NoNewPrivs):\t(\S+)", status, re.MULTILINE) == ["65534", "0" * 16, "1"]
+            threads = list(Path(f"/proc/{again}/task").iterdir())
+            assert len(threads) > 1
+            for thread in threads:
+                status = (thread / "status").read_text()
+                found = re.findall(r"^(?:Uid|CapPrm|CapEff|NoNewPrivs):\t(\S+)", status, re.MULTILINE)
+                assert found == ["65534", "0" * 16, "0" * 16, "1"]
 
     with_machine(work)
+
+
+def test_pods_send_datagrams_to_other_machines_and_to_nothing_that_only_this_one_reaches(tmp_path: Path) -> None:
+    async def work() -> None:
+        nft.apply("table ip engine { chain f { type filter hook forward priority 0; policy drop; }; }")
+        async with contextlib.AsyncExitStack() as stack:
+            for name, address, own in (("lan", "192.0.2.10", "192.0.2.9"), ("wlother", "10.29.0.5", "10.29.0.1")):
+                stack.enter_context(another_machine(name, address, own=own))
+            # Nothing may come to what listens on the machine's loopback.
+            local = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            local.bind(("127.0.0.1", 80))
+            local.setblocking(False)  # noqa: FBT003
+            rig = await stack.enter_async_context(running_supervisor(tmp_path))
+            pods = await stack.enter_async_context(Running(network(rig.paths)))
+            await pods.attach(pod("u1"))
+            await outward_process()
+            assert await sent(pods, "192.0.2.10", b"x") == b"hello 192.0.2.9\n"
+            large = os.urandom(40_000)
+            assert await sent(pods, "192.0.2.10", large) == large, "in fragments, there and back"
+            assert (await sent(pods, "192.0.2.10", QUESTION, port=53)).endswith(socket.inet_aton(RESOLVED))
+            rows = {
+                "a port at which the other machine does not listen": ("192.0.2.10", 81),
+                "a kubelet": ("192.0.2.10", 10250),
+                "a network that the machine has no route to": ("203.0.113.1", 80),
+                "the metadata service": ("169.254.169.254", 80),
+                "one that is not link-local": ("100.100.100.200", 80),
+                "all machines of the link": ("192.0.2.255", 80),
+                "another cluster": ("10.29.0.5", 80),
+                "a Service that is not there": ("10.10.0.99", 80),
+                "what takes the datagrams in": ("192.0.0.8", 80),
+                "the machine's end of the link": ("10.9.255.1", 80),
+            }
+            for name, (address, port) in rows.items():
+                assert not await sent(pods, address, b"x", port=port), name
+            with pytest.raises(BlockingIOError):
+                local.recv(1)
+
+    with_machine(work)
+
+
+def test_a_pod_that_asks_from_many_sockets_has_its_share_of_flows_and_no_more(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(another_machine("lan", "192.0.2.10", own="192.0.2.9"))
+            rig = await stack.enter_async_context(running_supervisor(tmp_path))
+            pods = await stack.enter_async_context(Running(network(rig.paths)))
+            for uid in ("u1", "u2"):
+                await pods.attach(pod(uid))
+            process = await outward_process()
+            # It answers, so that what follows is lost by no bridge port that is still to forward.
+            assert await sent(pods, "192.0.2.10", b"x", uid="u2")
+            for number in range(MAX_FLOWS_PER_POD + 20):
+                asker, _ = await pods._in_thread(pods._socket_inside, "u1", socket.SOCK_DGRAM)
+                stack.enter_context(asker)
+                answered = await sent(pods, "192.0.2.10", b"x", asker=asker)
+                assert answered or number >= MAX_FLOWS_PER_POD
+            assert psutil.Process(process).num_fds() < 2 * MAX_FLOWS_PER_POD + 40
+            # Those that are not in use any longer make room.
+            async with asyncio.timeout(20):
+                while not await sent(pods, "192.0.2.10", b"x"):  # noqa: ASYNC110 - no event tells of it
+                    await asyncio.sleep(0.1)
+            assert await sent(pods, "192.0.2.10", b"x", uid="u2"), "another pod has its own share"
+
+    with_machine(work)
+
+
+def test_where_the_kernel_has_no_tproxy_datagrams_outward_are_refused_and_connections_are_not(tmp_path: Path) -> None:
+    """The module's absence is played by an ``nft`` that refuses the word."""
+    fake = tmp_path / "bin" / "nft"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"""#!/bin/sh
+rules=$(cat)
+case "$rules" in *tproxy*) echo "Error: Could not process rule: No such file or directory" >&2; exit 1;; esac
+printf '%s' "$rules" | exec {nft.find()} "$@"
+""",
+        encoding="utf-8",
+    )
+    fake.chmod(0o755)
+
+    async def work() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(another_machine("lan", "192.0.2.10", own="192.0.2.9"))
+            rig = await stack.enter_async_context(running_supervisor(tmp_path))
+            pods = await stack.enter_async_context(Running(network(rig.paths)))
+            await pods.attach(pod("u1"))
+            await outward_process()
+            assert await asked(pods, "192.0.2.10") == "hello 192.0.2.9\n"
+            assert not await sent(pods, "192.0.2.10", b"x")
+            assert "no UDP to other machines" in (rig.paths.network / "outward.log").read_text()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
+        with_machine(work)
+
+
+QUESTION = bytes.fromhex("1234 0100 0001 0000 0000 0000 04") + b"name" + bytes.fromhex("07") + b"example\0\0\1\0\1"
+
+
+async def sent(
+    pods: PodNetwork,
+    target: str,
+    data: bytes,
+    *,
+    port: int = 80,
+    uid: str = "u1",
+    asker: socket.socket | None = None,
+) -> bytes:
+    """What comes back for a pod's datagram; empty: it was refused. Datagrams are lost while the kernel takes other
+    namespaces down, so it is sent again. ``asker``: a socket of the pod, which stays open."""
+    with contextlib.ExitStack() as stack:
+        if asker is None:
+            asker = stack.enter_context((await pods._in_thread(pods._socket_inside, uid, socket.SOCK_DGRAM))[0])
+        asker.connect((target, port))
+        for attempts_left in reversed(range(20)):
+            try:
+                asker.send(data)
+                async with asyncio.timeout(2):
+                    return await asyncio.get_running_loop().sock_recv(asker, 65536)
+            except TimeoutError:
+                if not attempts_left:
+                    raise
+            except ConnectionRefusedError:
+                return b""
+    raise AssertionError
 
 
 async def outward_process(*, other_than: int = 0) -> int:
