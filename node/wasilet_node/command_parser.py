@@ -168,6 +168,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
             "the node's end of its link to this machine, whose end is the address below [WASILET_NODE_UPLINK]",
         ),
         (
+            "--network-keeper", "SOCKET",
+            "without root: of what keeps the user namespace that all of it is in [WASILET_NODE_NETWORK_KEEPER]",
+        ),
+        (
             "--cluster-dns", "IP,...",
             "name servers of pods with dnsPolicy ClusterFirst, repeatable [WASILET_NODE_CLUSTER_DNS]",
         ),

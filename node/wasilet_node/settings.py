@@ -98,6 +98,10 @@ class NetworkSettings:
     uplink: ipaddress.IPv4Interface
     """The node's end of the link to the machine, as ``10.244.255.2/30``; the machine's end is the address below."""
 
+    keeper: Path | None = None
+    """The socket of what keeps the node's user namespace (``wasilet_node.network.keeper``), where the node is an
+    ordinary user's; None: it is joined to the machine itself, as root."""
+
     cluster_dns: tuple[str, ...] = ()
     """Name servers of pods with dnsPolicy ClusterFirst; none: they use the machine's."""
 
