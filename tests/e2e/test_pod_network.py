@@ -25,7 +25,7 @@ from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import expected
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import is_alive
-from wasilet_node.network.node_network import interface_prefix
+from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
 from tests.another_machine import another_machine

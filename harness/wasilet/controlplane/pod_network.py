@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from wasilet.build import apt
+from wasilet.controlplane import joined_network
 from wasilet.controlplane.components import Component
 from wasilet.controlplane.control_plane import SERVICE_CIDR
 from wasilet.controlplane.health import accepts
@@ -89,6 +90,14 @@ def why_absent(state: State) -> str:
 def described(state: State) -> dict[str, str | None]:
     """For ``status``: the ranges, and where pods reach this machine and the cluster's DNS; or why there are none."""
     plan = plan_of(state)
+    if (joined := joined_network.plan_of(state)) is not None:
+        return {
+            "pods": joined.pods,
+            "services": joined.services,
+            "machine_address": joined.gateway,
+            "dns": joined.dns[0] if joined.dns else None,
+            "absent": None,
+        }
     if plan is None:
         reason = why_absent(state) or "the cluster has none"
         return {"pods": None, "services": None, "machine_address": None, "dns": None, "absent": reason}

@@ -37,7 +37,7 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
-_RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE, _RTM_GETROUTE = 20, 22, 24, 26
+_RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 20, 22, 24, 25, 26
 _REQUEST, _ACK = 1, 4
 _REPLACE, _EXCLUSIVE, _CREATE = 0x100, 0x200, 0x400
 _DUMP = 0x300
@@ -48,8 +48,8 @@ _IFLA_AF_SPEC, _IFLA_INET_CONF, _DEVCONF_FORWARDING = 26, 1, 1
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_TABLE = 1, 4, 5, 15
-_RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_UNICAST = 254, 4, 1
-_SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
+_RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_UNICAST, _RTN_UNREACHABLE = 254, 4, 1, 7
+_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_NOWHERE = 0, 253, 255
 _RTNH_F_ONLINK = 4
 _TYPE_MASK = 0x3FFF
 
@@ -134,6 +134,11 @@ class Netlink:
         """Bring an interface up. Raises NetlinkError."""
         self._request(_RTM_NEWLINK, 0, _link(index, up=True), f"bring up interface {index}")
 
+    def set_master(self, index: int, master: int) -> None:
+        """Make an interface a port of the bridge with index ``master``; idempotent. Raises NetlinkError."""
+        body = _link(index, up=True) + _attribute(_IFLA_MASTER, _u32(master))
+        self._request(_RTM_NEWLINK, 0, body, f"make interface {index} a port of interface {master}")
+
     def set_forwarding(self, index: int) -> None:
         """Let IPv4 packets that come in by this interface go on to others. Raises NetlinkError."""
         settings = _attribute(_IFLA_INET_CONF, _attribute(_DEVCONF_FORWARDING, _u32(1)))
@@ -189,6 +194,26 @@ class Netlink:
         body += _attribute(_RTA_OIF, _u32(index))
         flags = _CREATE | (_REPLACE if replace else _EXCLUSIVE)
         self._request(_RTM_NEWROUTE, flags, body, f"add a route to {destination}")
+
+    def remove_route(self, route: Route) -> None:
+        """Take a route of the main table away. Raises NetlinkError; NetlinkGoneError when it is not there."""
+        destination = route.destination
+        body = _ROUTE.pack(
+            _family(destination.network_address), destination.prefixlen, 0, 0, _RT_TABLE_MAIN, 0, _SCOPE_NOWHERE, 0, 0
+        )
+        body += _attribute(_RTA_DST, destination.network_address.packed)
+        body += _attribute(_RTA_OIF, _u32(route.interface_index))
+        self._request(_RTM_DELROUTE, 0, body, f"remove the route to {destination}")
+
+    def refuse(self, destination: IPNetwork) -> None:
+        """Have no route to a network but more specific ones: what is sent there is refused at once. Idempotent. Raises
+        NetlinkError."""
+        body = _ROUTE.pack(
+            _family(destination.network_address), destination.prefixlen, 0, 0,
+            _RT_TABLE_MAIN, _RTPROT_STATIC, _SCOPE_UNIVERSE, _RTN_UNREACHABLE, 0,
+        )  # fmt: skip
+        body += _attribute(_RTA_DST, destination.network_address.packed)
+        self._request(_RTM_NEWROUTE, _CREATE | _REPLACE, body, f"refuse {destination}")
 
     def addresses(self) -> frozenset[ipaddress.IPv4Address]:
         """The IPv4 addresses of all interfaces. Raises NetlinkError."""
@@ -310,7 +335,7 @@ class Netlink:
 def _raise_for(data: bytes, what: str) -> None:
     (number,) = struct.unpack_from("=i", data)
     if number:
-        kind = NetlinkGoneError if -number == errno.ENODEV else NetlinkError
+        kind = NetlinkGoneError if -number in {errno.ENODEV, errno.ESRCH} else NetlinkError
         raise kind(-number, f"cannot {what}: {os.strerror(-number)}")
 
 

@@ -75,7 +75,12 @@ def kube_proxy(settings: NetworkSettings, node_name: str) -> Program:
 
 
 def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network) -> Program:
-    """NetworkPolicies, for the pods of ``pod_cidr``."""
+    """NetworkPolicies, for the pods of ``pod_cidr``; with a bridge the routes to other nodes' pods, too, and the
+    cluster's DNS is a pod like any other."""
+    if settings.bridge is None:
+        words = [f"--dns={address}" for address in settings.cluster_dns]
+    else:
+        words = [f"--cluster-cidr={settings.cluster_cidr}", f"--uplink={settings.uplink}"]
     return Program(
         name="network-policies",
         argv=(
@@ -83,7 +88,7 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network)
             f"--kubeconfig={settings.network_policies_kubeconfig}",
             f"--pod-cidr={pod_cidr}",
             f"--machine-address={settings.machine_address}",
-            *(f"--dns={address}" for address in settings.cluster_dns),
+            *words,
         ),
     )
 

@@ -36,7 +36,8 @@ from wasilet_common.relay import relay
 
 from wasilet_node.network import nft
 from wasilet_node.network.netlink import Netlink
-from wasilet_node.network.node_network import OUTWARD, routes_to_nodes
+from wasilet_node.network.node_network import OUTWARD
+from wasilet_node.network.routed_link import routes_to_nodes
 from wasilet_node.runtime import linux, netns
 
 logger = logging.getLogger("wasilet.outward")
