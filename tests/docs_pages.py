@@ -27,6 +27,12 @@ _INTO = re.compile(r"into `([^`]+)`:$")
 _EXIT_CODE = re.compile(r"<!-- exit code (\d+) -->")
 
 
+def defined_tests() -> set[str]:
+    """The names of all test functions, for pages that name some."""
+    pattern = re.compile(r"^(?:async )?def (test_\w+)", re.MULTILINE)
+    return {name for file in Path(__file__).parent.rglob("test_*.py") for name in pattern.findall(file.read_text())}
+
+
 class PageError(Exception):
     """A page is not written as this module wants it; the message names page and line."""
 

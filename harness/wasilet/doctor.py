@@ -7,6 +7,7 @@ It reads only, and asks no network. A prerequisite is *needed* for what the READ
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import platform
 import shutil
@@ -91,6 +92,7 @@ def _machine(settings: Settings) -> Iterator[Check]:
     yield _address(settings)
     yield _memory_limits()
     yield _pod_network(settings)
+    yield from _fences(settings.environ)
     if apt.available(settings.environ):
         allowed = apt.may_install(settings.environ) and settings.install
         detail = "what is missing is installed, after saying so" if allowed else "not as this user; commands are shown"
@@ -143,6 +145,21 @@ def _pod_network(settings: Settings) -> Check:
         detail=detail,
         hint="" if installs else apt.command([pod_network.NFT_PACKAGE]),
     )
+
+
+def _fences(environ: Mapping[str, str]) -> Iterator[Check]:
+    """Of sandboxes that a node of this user would start, tried by a process of its own, which leaves nothing."""
+    answer = _answer([sys.executable, "-P", "-m", "wasilet_node.runtime.fences"], environ)
+    hint = "see docs/security.md, What is not promised"
+    if not answer:
+        yield Check(name="sandbox fences", status="optional", detail="they could not be tried", hint=hint)
+        return
+    for fence in json.loads(answer):
+        name = f"sandbox: {fence['name']}"
+        if fence["holds"]:
+            yield Check(name=name, status="ok", detail=fence["detail"])
+        else:
+            yield Check(name=name, status="optional", detail=fence["detail"], hint=hint)
 
 
 def _memory_limits() -> Check:

@@ -35,10 +35,12 @@ from wasilet.errors import PortTakenError, StateError
 from wasilet.ports import EVERYWHERE, port_is_free, port_taken
 from wasilet.process import ProcessRecord, check_cancelled, is_alive, with_environment
 from wasilet.settings import DEFAULT_NAME, Settings
-from wasilet.storage import read_json, storage_errors, write_json
+from wasilet.storage import locked_state, read_json, storage_errors, write_json
 
 RUN_ID_VARIABLE = "WASILET_RUN_ID"
 LOCK_POLL_SECONDS = 0.1
+ROOT_LOCK_TIMEOUT_SECONDS = 120.0
+"""Ports and ranges are chosen in milliseconds; a run that is stopped meanwhile would hold up all others."""
 PREFERRED_PORTS = {"apiserver": 6443, "registry": 5000, "kubelet": 10250}
 """What the cluster ``wasilet`` takes when it is free; any other cluster gets ports of its own range."""
 
@@ -336,13 +338,9 @@ class State:
         file; it is held for a moment, and ends with its holder."""
         self.create()
         path = self.root / name
-        with storage_errors(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        late = f"another run has been choosing ports or addresses for {ROOT_LOCK_TIMEOUT_SECONDS:g} s"
+        with locked_state(path, timeout_seconds=ROOT_LOCK_TIMEOUT_SECONDS, late=late):
             yield
-        finally:
-            os.close(fd)
 
 
 def clusters(root: Path) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.file_lock import locked_file
+
 from wasilet.errors import StateError
 
 NO_ROOM = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT})
@@ -24,6 +26,21 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StateError(os_error_text(error, path), hint=_storage_hint(error)) from error
+
+
+@contextlib.contextmanager
+def locked_state(path: Path, *, timeout_seconds: float, late: str) -> Iterator[None]:
+    """Hold a lock file of the state or the cache. ``late``: what StateError says after ``timeout_seconds``."""
+    with contextlib.ExitStack() as held:
+        with storage_errors(path):
+            held.enter_context(
+                locked_file(
+                    path,
+                    timeout_seconds=timeout_seconds,
+                    late=lambda: StateError(late, hint=f"it holds {path}; wait for it, or end it"),
+                )
+            )
+        yield
 
 
 def os_error_text(error: OSError, path: Path | None = None) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wasilet_node import instance
+from wasilet_node.pods.under_way import UnderWay
 from wasilet_node.runtime.linux import start_time
 from wasilet_node.settings import NodeSettings
 
@@ -68,6 +69,7 @@ class Agent:
         self._server_changed = asyncio.Event()
         self._server: KubeletServer
         self._registration: Registration
+        self._under_way = UnderWay()
 
     async def run(self) -> None:
         """Until cancelled; raises what ended it otherwise."""
@@ -111,7 +113,8 @@ class Agent:
         from wasilet_node.kube.references import References
 
         node_name = self._settings.node_name
-        events = KubeEventRecorder(kube, host=node_name, busy=lambda: kube.writes_statuses)
+        under_way = self._under_way
+        events = KubeEventRecorder(kube, host=node_name, busy=lambda: kube.writes_statuses or under_way.busy)
         references = References(kube, node=lambda: (node_name, self._registration.uid()))
         references.start()
         stack.push_async_callback(references.close)
@@ -247,6 +250,7 @@ class Agent:
                 node=node.info,
                 observe_probe=self._record_probe,
                 networks=networks,
+                under_way=self._under_way,
                 outbound=Outbound(
                     local_origins=settings.local_origins,
                     own_addresses=lambda: (*node.info().addresses, *interface_addresses()),
@@ -337,6 +341,7 @@ class Agent:
             self._settings.paths,
             node_name=self._settings.node_name,
             hosts_of=lambda pod, addresses: hosts.content(pod, addresses, wanted.cluster_domain),
+            calm=self._under_way.calm,
         )
 
     async def _supervise(self, events: KubeEventRecorder, parts: dict[str, Coroutine[Any, Any, None]]) -> None:

@@ -189,6 +189,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
             "--network-policies-kubeconfig", "FILE",
             "credential of what keeps NetworkPolicies, likewise [WASILET_NODE_NETWORK_POLICIES_KUBECONFIG]",
         ),
+        (
+            "--pod-network-absent", "TEXT",
+            "why there is none, for the Node's condition NetworkUnavailable [WASILET_NODE_POD_NETWORK_ABSENT]",
+        ),
     ):  # fmt: skip
         network.add_argument(flag, metavar=metavar, help=text)
 

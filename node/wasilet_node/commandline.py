@@ -200,6 +200,7 @@ def _settings(options: _Options, data: Path, hostname: Callable[[], str]) -> Nod
         outbound_policy=options.get("outbound_policy", ("WASILET_NODE_OUTBOUND_POLICY",), _absolute),
         provider_id=options.get("provider_id", ("WASILET_NODE_PROVIDER_ID",), str),
         network=_network(options),
+        network_absent=options.get("pod_network_absent", ("WASILET_NODE_POD_NETWORK_ABSENT",), str) or "",
     )
 
 

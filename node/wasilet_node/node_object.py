@@ -86,7 +86,7 @@ def capacity(machine: Facts, max_pods: int) -> dict[str, str]:
     return {
         "cpu": _cpu(machine.cpu_millicores),
         "memory": f"{machine.memory_bytes // 1024}Ki",
-        "ephemeral-storage": f"{machine.disk_bytes // 1024}Ki",
+        "ephemeral-storage": str(machine.disk_bytes),
         "pods": str(max_pods),
     }
 

@@ -375,6 +375,8 @@ class Registration:
         found = self._conditions.judge(now_levels, self._problem())
         if self._network is not None:
             found.append(network_verdict(self._network.absent))
+        elif self._settings.network_absent:
+            found.append(network_verdict(self._settings.network_absent))
         return found
 
     def _pass_on_pod_cidr(self, node: KubeObject) -> None:
@@ -464,11 +466,10 @@ class Registration:
             self._event("Normal", reason, f"Node {self._settings.node_name} status is now: {reason}")
 
     def _event(self, type_: str, reason: str, message: str) -> None:
-        # kubelet names its Node by name in the uid too, and kubectl describe looks for both.
+        # While there is no Node its name stands for the uid, as kubelet's; kubectl describe looks for both.
         name = self._settings.node_name
-        self._events.event(
-            {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "uid": name}}, type_, reason, message
-        )
+        metadata = {"name": name, "uid": self.uid() or name}
+        self._events.event({"apiVersion": "v1", "kind": "Node", "metadata": metadata}, type_, reason, message)
 
 
 def _now() -> str:

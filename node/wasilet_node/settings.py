@@ -152,6 +152,9 @@ class NodeSettings:
     network: NetworkSettings | None = None
     """None: pods share the machine's network."""
 
+    network_absent: str = ""
+    """Why they do, as whoever started the node knows it, for the Node's condition."""
+
     status_interval_seconds: float = 10.0
     status_report_interval_seconds: float = 300.0
     lease_duration_seconds: int = 40

@@ -1,9 +1,10 @@
 """A supervisor whose sandboxes run native code instead of their guests, as after an escape from WebAssembly:
 ``python hostile_sandbox.py FENCES --data-dir DIR``.
 
-``FENCES`` is ``all``, or what is left of them: ``user``, so that what is refused is refused to the sandbox's user, or
-``user and root``, where it has its own file tree, too; both without Landlock and the filter of system calls. A
-container's first argument names what its sandbox does, the second is JSON for it. It writes JSON to its stdout.
+``FENCES`` is ``all``, or what is left of them: ``user``, so that what is refused is refused to the sandbox's user,
+``user and pids``, where it has its own pid namespace, too, or ``user and root``, where it has its own file tree; each
+without Landlock and the filter of system calls. A container's first argument names what its sandbox does, the second is
+JSON for it. It writes JSON to its stdout.
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wasilet_node.runtime import guest, landlock, linux, private_root, sandbox, seccomp, supervisor
+from wasilet_node.runtime import guest, landlock, linux, own_user, pid_namespace, private_root, seccomp, supervisor
 
 PTRACE_ATTACH, PTRACE_SEIZE = 16, 0x4206
 HIGHEST = 5000
 """More threads or processes than any limit here."""
 
+MANY = 900
+"""Fewer."""
+
 Facts = dict[str, Any]
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _checked(result: int) -> None:
+def checked(result: int) -> None:
+    """Raises OSError for what a function of C gave."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -46,33 +51,36 @@ def attacks(facts: Facts) -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {
         "its old user again": lambda: os.setresuid(0, 0, 0),
         "its old group again": lambda: os.setresgid(0, 0, 0),
-        "another sandbox's user": lambda: os.setresuid(*[sandbox.FIRST_UID + facts["pids"]["sandbox"]] * 3),
+        "another sandbox's user": lambda: os.setresuid(*[own_user.FIRST_UID + facts["pids"]["sandbox"]] * 3),
         "groups": lambda: os.setgroups([0]),
-        "another user namespace": lambda: _checked(_libc.unshare(0x10000000)),
-        "another mount namespace": lambda: _checked(_libc.unshare(0x00020000)),
+        "another user namespace": lambda: checked(_libc.unshare(0x10000000)),
+        "another mount namespace": lambda: checked(_libc.unshare(0x00020000)),
         "a higher limit of threads": lambda: resource.setrlimit(resource.RLIMIT_NPROC, (HIGHEST, HIGHEST)),
-        "a setting of the kernel": lambda: _open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
-        "a setting of its network": lambda: _open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY),
+        "a setting of the kernel": lambda: open_and_close("/proc/sys/kernel/core_pattern", os.O_WRONLY),
+        "a setting of its network": lambda: open_and_close("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY),
         "the supervisor's socket": lambda: _speak(facts["socket"]),
+        "every process there is": lambda: os.kill(-1, 0),  # no signal: where no fence holds they are this machine's
     }
     for name, pid in facts["pids"].items():
-        found |= _attacks_on(name, pid)
+        found |= attacks_on(name, pid)
     return found
 
 
-def _attacks_on(name: str, pid: int) -> dict[str, Callable[[], object]]:
+def attacks_on(name: str, pid: int) -> dict[str, Callable[[], object]]:
+    """By name."""
     return {
+        f"name {name}": lambda: os.close(os.pidfd_open(pid)),
         f"kill {name}": lambda: os.kill(pid, signal.SIGKILL),
         f"stop {name} by pidfd": lambda: _stop(pid),
         f"limits of {name}": lambda: resource.prlimit(pid, resource.RLIMIT_NOFILE, (64, 64)),
         f"priority of {name}": lambda: os.setpriority(os.PRIO_PROCESS, pid, 19),
         f"processors of {name}": lambda: os.sched_setaffinity(pid, {0}),
-        f"attach to {name}": lambda: _checked(_libc.ptrace(PTRACE_ATTACH, pid, 0, 0)),
-        f"seize {name}": lambda: _checked(_libc.ptrace(PTRACE_SEIZE, pid, 0, 0)),
-        f"memory of {name}": lambda: _open(f"/proc/{pid}/mem", os.O_RDWR),
+        f"attach to {name}": lambda: checked(_libc.ptrace(PTRACE_ATTACH, pid, 0, 0)),
+        f"seize {name}": lambda: checked(_libc.ptrace(PTRACE_SEIZE, pid, 0, 0)),
+        f"memory of {name}": lambda: open_and_close(f"/proc/{pid}/mem", os.O_RDWR),
         f"environment of {name}": lambda: Path(f"/proc/{pid}/environ").read_bytes(),
         f"memory map of {name}": lambda: Path(f"/proc/{pid}/maps").read_bytes(),
-        f"a descriptor of {name} by its link": lambda: _open(f"/proc/{pid}/fd/1", os.O_WRONLY),
+        f"a descriptor of {name} by its link": lambda: open_and_close(f"/proc/{pid}/fd/1", os.O_WRONLY),
         f"volumes of {name}": lambda: list(Path(f"/proc/{pid}/root/").iterdir()),
         f"a descriptor of {name} by pidfd": lambda: _steal(pid),
     }
@@ -85,15 +93,15 @@ def attacks_on_files(facts: Facts) -> dict[str, Callable[[], object]]:
         "list /proc": lambda: list(Path("/proc").iterdir()),
         "list /sys": lambda: list(Path("/sys").iterdir()),
         "list /dev": lambda: list(Path("/dev").iterdir()),
-        "read the machine's users": lambda: _open("/etc/passwd", os.O_RDONLY),
+        "read the machine's users": lambda: open_and_close("/etc/passwd", os.O_RDONLY),
         "another root": lambda: os.chroot("/mount0"),
-        "mount something": lambda: _checked(_libc.mount(b"none", b"/mount0", b"tmpfs", 0, None)),
-        "unmount its volume": lambda: _checked(_libc.umount2(b"/mount0", 2)),
-        "the old root": lambda: _checked(_libc.umount2(b"/", 2)),
-        "writable again": lambda: _checked(_libc.mount(None, b"/mount1", None, 32 | 4096, None)),
+        "mount something": lambda: checked(_libc.mount(b"none", b"/mount0", b"tmpfs", 0, None)),
+        "unmount its volume": lambda: checked(_libc.umount2(b"/mount0", 2)),
+        "the old root": lambda: checked(_libc.umount2(b"/", 2)),
+        "writable again": lambda: checked(_libc.mount(None, b"/mount1", None, 32 | 4096, None)),
         "a device": lambda: os.mknod("/mount0/device", 0o60600, os.makedev(254, 0)),
         "a file by its handle": lambda: _by_handle("/mount0"),
-        "a file in its root": lambda: _open("/", os.O_TMPFILE | os.O_WRONLY),
+        "a file in its root": lambda: open_and_close("/", os.O_TMPFILE | os.O_WRONLY),
         "a file in a read-only volume": lambda: Path("/mount1/new").touch(),
         "a mode in a read-only volume": lambda: Path("/mount1").chmod(0o777),
         "out of its volume": lambda: _expect_names("/mount0/../../..", {"artifact", "mount0", "mount1"}),
@@ -107,7 +115,7 @@ def attacks_on_files(facts: Facts) -> dict[str, Callable[[], object]]:
 
 def _attacks_on_file(name: str, path: str) -> dict[str, Callable[[], object]]:
     return {
-        f"read {name}": lambda: _open(path, os.O_RDONLY),
+        f"read {name}": lambda: open_and_close(path, os.O_RDONLY),
         f"mode of {name}": lambda: Path(path).chmod(0o777),
         f"times of {name}": lambda: os.utime(path, (0, 0)),
         f"remove {name}": lambda: Path(path).unlink(),
@@ -123,12 +131,13 @@ def _by_handle(path: str) -> None:
     """As ``shocker`` did: what a file system knows by number, from any descriptor on it."""
     handle = ctypes.create_string_buffer(struct.pack("=Ii", 128, 0) + bytes(128))
     mount = ctypes.c_int()
-    _checked(_libc.name_to_handle_at(-100, path.encode(), handle, ctypes.byref(mount), 0))
+    checked(_libc.name_to_handle_at(-100, path.encode(), handle, ctypes.byref(mount), 0))
     folder = os.open(path, os.O_RDONLY)
-    _checked(_libc.open_by_handle_at(folder, handle, os.O_RDONLY))
+    checked(_libc.open_by_handle_at(folder, handle, os.O_RDONLY))
 
 
-def _open(path: str, flags: int) -> None:
+def open_and_close(path: str, flags: int) -> None:
+    """Raises OSError."""
     os.close(os.open(path, flags))
 
 
@@ -137,7 +146,7 @@ def _stop(pid: int) -> None:
 
 
 def _steal(pid: int) -> None:
-    _checked(_libc.syscall(438, os.pidfd_open(pid), 1, 0))
+    checked(_libc.syscall(438, os.pidfd_open(pid), 1, 0))
 
 
 def _speak(path: str) -> None:
@@ -150,15 +159,16 @@ def _speak(path: str) -> None:
 
 def attack(facts: Facts) -> object:
     """The outcome of each on processes."""
-    return _outcomes(attacks(facts))
+    return outcomes(attacks(facts))
 
 
 def attack_files(facts: Facts) -> object:
     """The outcome of each on files."""
-    return _outcomes(attacks_on_files(facts))
+    return outcomes(attacks_on_files(facts))
 
 
-def _outcomes(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
+def outcomes(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """By name: ``ok`` or how it was refused."""
     found = {}
     for name, attempt in attempts.items():
         try:
@@ -173,20 +183,26 @@ def _outcomes(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
 
 def threads(_facts: Facts) -> object:
     """How many it gets beside its first; they stay."""
+    return _started_threads(HIGHEST)
+
+
+def _started_threads(wanted: int) -> int:
     lock = _thread.allocate_lock()
     lock.acquire()
     _thread.stack_size(64 * 1024)
-    for number in range(HIGHEST):
+    for number in range(wanted):
         try:
             _thread.start_new_thread(lock.acquire, ())
         except RuntimeError:
             return number
-    return HIGHEST
+    return wanted
 
 
 def processes(_facts: Facts) -> object:
-    """How many it gets beside itself; they end first."""
+    """How many threads and processes it gets beside its first, most of them threads, which are made sooner; the
+    processes end first."""
     pids = []
+    begun = _started_threads(MANY)
     try:
         for _ in range(HIGHEST):
             pid = os.fork()
@@ -199,7 +215,7 @@ def processes(_facts: Facts) -> object:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return len(pids)
+    return begun + len(pids)
 
 
 def files(facts: Facts) -> object:
@@ -237,8 +253,10 @@ def instead_of_a_guest(config: Any, *_args: object, report: int, **_fields: obje
 def main(arguments: list[str]) -> int:
     """A supervisor."""
     guest.run_guest = instead_of_a_guest
-    if arguments[0] == "user":
+    if arguments[0] in {"user", "user and pids"}:
         private_root.why_unavailable = lambda: "it is taken out"
+    if arguments[0] in {"user", "user and root"}:
+        pid_namespace.why_unavailable = lambda: "it is taken out"
     if arguments[0] != "all":
         landlock.confine = lambda *_args, **_fields: False
         seccomp.confine = lambda *_args, **_fields: False

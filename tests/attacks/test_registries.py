@@ -1,4 +1,4 @@
-"""A registry leads no request to what is nearer than itself, and gets no login for a stranger: ``registries.yaml``."""
+"""A registry leads no request to what is nearer than itself, and no login for another site: ``registries.yaml``."""
 
 from __future__ import annotations
 

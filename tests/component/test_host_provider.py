@@ -1,4 +1,4 @@
-"""The host provider on this machine: stood up, mended, kept apart from its neighbours, and gone without a trace."""
+"""The host provider on this machine: created, repaired, kept apart from other clusters, and deleted without a trace."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-schedul
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[TestCluster]:
-    with whole_cluster("mended") as made:
+    with whole_cluster("repaired") as made:
         yield made
 
 
@@ -139,7 +139,7 @@ def test_up_repairs_what_was_killed_and_only_that(own: TestCluster, component: s
 def test_status_has_the_promised_fields(own: TestCluster) -> None:
     wait_for_dns(own)
     data = json.loads(json.dumps(status(own.settings)))
-    assert data["name"] == "mended"
+    assert data["name"] == "repaired"
     assert data["provider"] == "host"
     assert Path(data["kubeconfig"]).is_file()
     assert data["registry"].startswith("localhost:")
@@ -234,8 +234,8 @@ def test_unauthenticated_clients_are_refused(own: TestCluster) -> None:
     credentials = read_credentials(own.admin_kubeconfig)
     from dataclasses import replace
 
-    with client(replace(credentials, certificate=None, key=None)) as nobody, pytest.raises(ApiError) as caught:
-        nobody.get("/api/v1/namespaces")
+    with client(replace(credentials, certificate=None, key=None)) as anonymous, pytest.raises(ApiError) as caught:
+        anonymous.get("/api/v1/namespaces")
     assert caught.value.code == 401
 
 
@@ -370,14 +370,14 @@ def test_clusters_live_side_by_side_and_one_goes_without_the_other(own: TestClus
         ours, theirs = (set(State.of(s).read()["ports"].values()) for s in (own.settings, other))
         assert not ours & theirs
         contexts = yaml.safe_load(Path(str(own.settings.kubeconfig)).read_text())["contexts"]
-        assert {c["name"] for c in contexts} == {"wasilet-mended", "wasilet-beside"}
+        assert {c["name"] for c in contexts} == {"wasilet-repaired", "wasilet-beside"}
     finally:
         assert down(other, reporter=PlainReporter(io.StringIO()), purge=True).succeeded
     assert pids(own.settings) == before
     assert status(own.settings)["ready"]
     data = yaml.safe_load(Path(str(own.settings.kubeconfig)).read_text())
-    assert [c["name"] for c in data["contexts"]] == ["wasilet-mended"]
-    assert data["current-context"] == "wasilet-mended"
+    assert [c["name"] for c in data["contexts"]] == ["wasilet-repaired"]
+    assert data["current-context"] == "wasilet-repaired"
     assert all(port_is_free(port) for port in theirs)
 
 
@@ -531,7 +531,7 @@ def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_pat
 
 def _is_fork_of(parent: psutil.Process | None, process: psutil.Process, ours: set[int]) -> bool:
     """A zygote and the sandboxes made ahead of time are children of their supervisor, whose command line they have. A
-    second supervisor, or any other process that was started twice, is nobody's child here."""
+    second supervisor, or any other process that was started twice, is no one's child here."""
     return parent is not None and parent.pid in ours and parent.cmdline() == process.cmdline()
 
 

@@ -79,7 +79,7 @@ class Creator:
         return list(self._pool.map(self._create, pods))
 
     def delete(self, names: Iterable[str], *, grace: int | None = None) -> None:
-        """Delete them all; nobody waits until they are gone."""
+        """Delete them all; without waiting until they are gone."""
         list(self._pool.map(lambda name: self._delete(name, grace), names))
 
     def _create(self, pod: KubeObject) -> str:

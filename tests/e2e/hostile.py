@@ -1,4 +1,4 @@
-"""Input that nobody should send: damaged modules, a registry that lies, manifests at the edge of what is accepted.
+"""Input that no client should send: damaged modules, a registry that lies, manifests at the edge of what is accepted.
 
 All of it is made from a seed, so that a failure comes again.
 """

@@ -162,7 +162,7 @@ class _Run:
         yield from _log_mismatches(entry, text)
 
     def _scene(self) -> str:
-        """What is there, for whoever reads a failure."""
+        """What is there, for readers of a failure."""
         pods = self.stage.pods(self.namespace)
         lines = [f"  pod {pod['metadata']['name']}: {pod.get('status')}" for pod in pods]
         for event in self.stage.events(self.namespace):

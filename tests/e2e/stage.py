@@ -1,6 +1,6 @@
 """A cluster as end-to-end tests see it: what is in it now, kept by watches, and waits that name what did not come.
 
-Two threads watch all pods and all events of the cluster; whoever waits is woken by each change, so nothing polls but
+Two threads watch all pods and all events of the cluster; each change wakes all who wait, so nothing polls but
 what has no watch here (logs, other kinds of objects).
 """
 
@@ -92,7 +92,7 @@ class Stage:
 
     @contextlib.contextmanager
     def namespace(self, prefix: str, *, pod_security: str = "") -> Iterator[str]:
-        """A separate namespace, deleted afterwards; nobody waits for that. ``pod_security``: its level, where that is
+        """A separate namespace, deleted afterwards without waiting for it. ``pod_security``: its level, where that is
         not the cluster's default."""
         name = f"{prefix[:50].rstrip('-')}-{secrets.token_hex(3)}"
         with self.kube() as kube:

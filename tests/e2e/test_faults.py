@@ -1,6 +1,6 @@
 """Whatever dies while pods come and go: no guest runs twice, no pod is lost, no status goes backwards.
 
-Each test has short pods made all the time, kills something again and again, lets ``up`` mend it, and then judges every
+Each test has short pods made all the time, kills something repeatedly, lets ``up`` repair it, and then judges every
 change that the API server ever told of (``tests.e2e.history``) against what the guests themselves wrote down
 (``tests.e2e.churn``). ``tests.bench.load`` does the same for longer.
 """
@@ -61,7 +61,7 @@ class Victim:
         if found is not None:
             process.send_signal(found, signal.SIGKILL)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Have ``up`` start what is gone."""
         log = io.StringIO()
         recap = up(self.cluster.settings, reporter=PlainReporter(log))
@@ -95,7 +95,7 @@ class Scene:
             for _ in range(rounds):
                 time.sleep(PAUSE_SECONDS)
                 fault()
-                self.victim.mend()
+                self.victim.repair()
         finally:
             churn.end()
         missing = churn.uids.keys()
@@ -195,7 +195,7 @@ def test_a_registry_that_comes_back_is_pulled_from(victim: Victim, scene: Scene)
     victim.kill("registry")
     uid = scene.creator.create([counting_pod("waits", fresh, scene.runs, "")])[0]
     time.sleep(PAUSE_SECONDS)
-    victim.mend()
+    victim.repair()
     scene.history.wait(
         lambda h: uid in h.lives and h.lives[uid].phase == "Succeeded", within=60, what="the pod has run after all"
     )

@@ -1,4 +1,4 @@
-"""The kind provider on real kind: made, joined, used from both kinds of node, adopted, mended, and gone.
+"""The kind provider on real kind: made, joined, used from both kinds of node, adopted, repaired, and gone.
 
 The cluster of most tests here is as a user gets it: kind's node without a taint, the wasm node with Krustlet's two.
 """

@@ -73,7 +73,7 @@ def krustlet(cluster: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> 
     }
     command = [sys.executable, "-P", "-m", "wasilet_node", *(word for taint in TAINTS for word in ("--taint", taint))]
     stage = Stage(cluster.cluster.admin_credentials())
-    # As `token create --node` does: it has the address of another node of this machine, which nobody gets unknown.
+    # As `token create --node` does: it has the address of another node of this machine, which no unknown client gets.
     remember_node(cluster.cluster, NODE, local=True)
     with log.open("wb") as output:
         agent = subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)

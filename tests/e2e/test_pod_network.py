@@ -28,7 +28,7 @@ from wasilet.process import is_alive
 from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
-from tests.another_machine import another_machine
+from tests.another_machine import RESOLVED, another_machine
 from tests.clusters import TestCluster, whole_cluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
@@ -101,6 +101,15 @@ def echo(address: str, port: int, text: str) -> str:
     with socket.create_connection((address, port), timeout=5) as connection:
         connection.sendall(f"{text}\n".encode())
         return connection.makefile().readline().strip()
+
+
+def echo_datagram(address: str, port: int, text: str) -> str:
+    """As ``echo``, by UDP. Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        asker.settimeout(2)
+        asker.connect((address, port))
+        asker.send(text.encode())
+        return asker.recv(1000).decode()
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +223,17 @@ def test_the_machine_reaches_pods_services_and_node_ports(net: Net) -> None:
 
 
 def test_a_node_port_is_open_on_the_machines_own_addresses_while_the_service_lasts(net: Net) -> None:
-    body = {"type": "NodePort", "selector": {"app": "echo"}, "ports": [{"port": 80, "targetPort": "echo"}]}
+    asked = [
+        {"name": protocol.lower(), "port": 80, "targetPort": PORT, "protocol": protocol} for protocol in ("TCP", "UDP")
+    ]
+    body = {"type": "NodePort", "selector": {"app": "echo"}, "ports": asked}
     made = net.kube.create(api_path("services", namespace=NAMESPACE), {"metadata": {"name": "local"}, "spec": body})
-    port = made["spec"]["ports"][0]["nodePort"]
+    port, for_datagrams = (each["nodePort"] for each in made["spec"]["ports"])
     places = [("127.0.0.1", port), (net.cluster.access.node_address, port)]
     for place in places:
         wait(lambda place=place: answers(*place), f"a listener at {place}")  # type: ignore[misc]
+        by_udp = (place[0], for_datagrams)
+        wait(lambda place=by_udp: answers_datagrams(*place), f"an answer by UDP at {by_udp}")  # type: ignore[misc]
     net.kube.delete(api_path("services", "local", namespace=NAMESPACE))
     for place in places:
         wait(lambda place=place: refused(*place), f"the end of the listener at {place}")  # type: ignore[misc]
@@ -266,8 +280,15 @@ def answers(address: str, port: int) -> bool:
     return False
 
 
+def answers_datagrams(address: str, port: int) -> bool:
+    """As ``answers``, by UDP."""
+    with contextlib.suppress(OSError):
+        return echo_datagram(address, port, "hello") == "hello"
+    return False
+
+
 def refused(address: str, port: int) -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens there."""
     try:
         socket.create_connection((address, port), timeout=5).close()
     except ConnectionRefusedError:
@@ -296,7 +317,7 @@ def test_a_network_policy_lets_friends_in_and_nobody_else(net: Net) -> None:
 
 
 def reached(net: Net, address: str, port: int = PORT, **more: Any) -> bool:
-    """Whether a pod that is nobody's friend gets through, within the deadline that it is given."""
+    """Whether a pod that no policy allows gets through, within the deadline that it is given."""
     name = f"stranger-{time.monotonic_ns()}"
     return "answered" in net.said(name, "connect", address, str(port), "hi", activeDeadlineSeconds=3, **more)
 
@@ -311,13 +332,24 @@ def test_pods_reach_other_machines_as_the_machine_does_where_policies_let_them(n
             wait(lambda node=node: reached(net, other, 80, node=node), "the way outward")  # type: ignore[misc]
             said = net.said(f"outward-{node}", "connect", other, "80", "hi", node=node)
             assert said == f"{other} answered hello 198.51.100.1"
+            assert resolved_outside(net, other, node=node) == RESOLVED
         net.kube.create(path, {"metadata": {"name": "inward"}, "spec": spec})
         try:
             wait(lambda: not reached(net, other, 80, labels=labels), "the policy")
+            assert RESOLVED not in resolved_outside(net, other, labels=labels)
             net.kube.patch(f"{path}/inward", {"spec": {"egress": [rule]}})
             wait(lambda: reached(net, other, 80, labels=labels), "the policy's exception")
+            assert resolved_outside(net, other, labels=labels) == RESOLVED
         finally:
             net.kube.delete(f"{path}/inward")
+
+
+def resolved_outside(net: Net, server: str, **more: Any) -> str:
+    """What a pod is told by a DNS server on another machine, which is asked by UDP."""
+    options = [{"name": "timeout", "value": "2"}, {"name": "attempts", "value": "2"}]
+    config = {"nameservers": [server], "options": options}
+    name = f"resolves-{time.monotonic_ns()}"
+    return net.said(name, "resolve", "name.example", dnsPolicy="None", dnsConfig=config, **more)
 
 
 def test_a_pod_listens_on_the_ports_that_web_servers_have(net: Net) -> None:
@@ -366,13 +398,16 @@ def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
-    ports = {"ports": [{"containerPort": PORT, "hostPort": port}]}
+    both = [{"containerPort": PORT, "hostPort": port, "protocol": protocol} for protocol in ("TCP", "UDP")]
+    ports = {"ports": both}
     with pod_security(net, "privileged"):
         net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
         wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
         # It has no probe: it is ready before it listens, and then what was taken for it is closed again.
         wait(lambda: echo("127.0.0.1", port, "by the machine") == "by the machine", "an answer by the machine's port")
-        net.run("too-late", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+        wait(lambda: answers_datagrams("127.0.0.1", port), "an answer by UDP by the machine's port")
+        udp_alone = {"ports": both[1:]}
+        net.run("too-late", "serve", str(PORT), node=0, container=udp_alone, labels={"app": "apart"})
     wait(lambda: net.pod("too-late")["status"].get("phase") == "Failed", "the refusal")
     assert net.pod("too-late")["status"]["reason"] == "NodePorts"
     for name in ("too-late", "on-the-machine"):
@@ -404,7 +439,7 @@ def test_connections_outlive_the_agent_and_kube_proxy(net: Net) -> None:
         assert recap
         connection.sendall(b"after\n")
         assert lines.readline() == "after\n"
-    assert echo(service["clusterIP"], 80, "anew") == "anew"
+    assert echo(service["clusterIP"], 80, "again") == "again"
     assert (data / "network" / "pods").is_dir()
 
 
@@ -426,7 +461,7 @@ def test_a_pod_whose_supervisor_is_killed_begins_again_with_an_address(net: Net)
         restarts = pod["status"]["containerStatuses"][0]["restartCount"]
         return ready(pod) and restarts >= 1
 
-    wait(back, "server-0, anew")
+    wait(back, "server-0, again")
     address = net.pod("server-0")["status"]["podIP"]
     assert echo(address, PORT, "again") == "again"
     assert net.said("after-loss", "connect", address, str(PORT), "hello", node=1) == f"{address} answered hello"

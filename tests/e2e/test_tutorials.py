@@ -166,7 +166,7 @@ class Shell:
 
 
 def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> None:
-    # ValueError: closed, since nobody wants to know any more.
+    # ValueError: closed, since no one reads it any more.
     with contextlib.suppress(ValueError):
         for line in process.stdout or ():
             if not line.startswith(PROGRESS):

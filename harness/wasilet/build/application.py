@@ -180,7 +180,7 @@ def _build_rust(app: App, folder: Path, say: Say, environ: Mapping[str, str]) ->
         binary=app.demo.build.binary,
         env=environ,
     )
-    inputs = (toolchain.rustc.resolve(), *_listed_by_cargo(module, app.folder))
+    inputs = (toolchain.rustc.resolve(), *listed_by_cargo(module, app.folder))
     if wasi_version(module) == "wasip1" and carries_world(module):
         module = make_component(
             module,
@@ -194,7 +194,7 @@ def _build_rust(app: App, folder: Path, say: Say, environ: Mapping[str, str]) ->
     return Made(module=module, toolchain=str(toolchain), inputs=inputs)
 
 
-def _listed_by_cargo(module: Path, folder: Path) -> Iterable[Path]:
+def listed_by_cargo(module: Path, folder: Path) -> Iterable[Path]:
     """Sources outside ``folder`` (path dependencies, files included by ``include!``) from cargo's dep-info file."""
     try:
         text = module.with_suffix(".d").read_text()
@@ -202,7 +202,8 @@ def _listed_by_cargo(module: Path, folder: Path) -> Iterable[Path]:
         return
     _, _, sources = text.replace("\\ ", "\0").partition(":")
     for name in sources.split():
-        path = Path(name.replace("\0", " "))
+        # Cargo writes `folder/../shared/x.rs` as it stands in Cargo.toml.
+        path = Path(os.path.normpath(name.replace("\0", " ")))
         if path.is_absolute() and not path.is_relative_to(folder):
             yield path
 

@@ -2,7 +2,7 @@
 
 ``python -P -m wasilet.cluster.cluster_dns ...`` installs what Services and names need (CoreDNS, and kube-proxy for the
 nodes) and kubectl, waits for the address at which pods reach this machine, and runs CoreDNS, again when it ended, which
-nobody else would before the next `up`. Where they have to be built, that takes minutes, at the lowest priority: it
+nothing else would before the next `up`. Where they have to be built, that takes minutes, at the lowest priority: it
 begins when nothing that the user waits for is left to do.
 """
 

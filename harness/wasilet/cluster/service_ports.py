@@ -1,10 +1,10 @@
 """Services at the machine's own addresses: NodePorts on loopback and the node's address, and load balancers.
 
 A node's kube-proxy works in a network namespace of its own, so a NodePort is open at the address of the node's link
-alone, and nobody gives a LoadBalancer Service an address. This process listens for both on the machine and passes bytes
+alone, and a LoadBalancer Service gets no address. This process listens for both on the machine and passes bytes
 on to the Service's cluster address, to which the machine has a route. So kube-proxy still chooses the endpoint; the
-client's address ends here, and ``externalTrafficPolicy: Local`` is no different from ``Cluster``. TCP only: what is
-asked for by UDP is told in an event.
+client's address ends here, and ``externalTrafficPolicy: Local`` is no different from ``Cluster``. TCP and UDP: what is
+asked for by SCTP is reported in an event.
 
 A load balancer gets the Service's own port at the node's address where that is free, else any free one, which an event
 and the annotation ``wasilet.dev/load-balancer-ports`` name. ``python -P -m wasilet.cluster.service_ports --kubeconfig
@@ -24,14 +24,14 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.forwarding import Connections, Datagrams, Forwarding, connected_datagrams, listener
 from wasilet_common.time_format import rfc3339_of
 
-from wasilet.cluster.tcp_proxy import Forwarding, listener
 from wasilet.controlplane.components import Component
 from wasilet.errors import ApiError, HarnessError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
@@ -44,7 +44,12 @@ logger = logging.getLogger("wasilet.service-ports")
 COMPONENT = "service-ports"
 LOOPBACK = "127.0.0.1"
 PORTS_ANNOTATION = "wasilet.dev/load-balancer-ports"
-"""``80:41234``, comma separated: the Service's port and the machine's, where they differ."""
+"""``80:41234`` or ``53/UDP:41235``, comma separated: the Service's port and the machine's, where they differ."""
+
+PortKey = tuple[int, str]
+"""A number and its protocol: a Service may have one number by both."""
+
+_KINDS = {"TCP": socket.SOCK_STREAM, "UDP": socket.SOCK_DGRAM}
 
 LOAD_BALANCER_CLASS = "wasilet.dev/host"
 """``spec.loadBalancerClass`` of Services that ask for this by name; one without a class is taken as well."""
@@ -85,6 +90,7 @@ class MachinePort:
     target: tuple[str, int]
     """The Service's cluster address and port."""
 
+    protocol: str = "TCP"
     balanced: bool = False
     """Of a load balancer: another port will do where this one is taken."""
 
@@ -95,7 +101,7 @@ class Request:
 
     ports: tuple[MachinePort, ...] = ()
     left_out: tuple[str, ...] = ()
-    """Ports that are not served, as ``53/UDP``."""
+    """Ports that are not served, as ``53/SCTP``."""
 
 
 def is_balanced(service: KubeObject) -> bool:
@@ -114,15 +120,17 @@ def asked(service: KubeObject, address: str) -> Request:
     ports, left_out = [], []
     for port in spec.get("ports") or ():
         number, protocol = int(port["port"]), str(port.get("protocol") or "TCP")
-        if protocol != "TCP":
+        if protocol not in _KINDS:
             left_out.append(f"{number}/{protocol}")
             continue
-        target = (cluster_ip, number)
+        wanted = MachinePort(
+            service=key, address=address, port=number, target=(cluster_ip, number), protocol=protocol, balanced=True
+        )
         if node_port := port.get("nodePort"):
             places = dict.fromkeys((LOOPBACK, address))
-            ports += [MachinePort(service=key, address=place, port=int(node_port), target=target) for place in places]
+            ports += [replace(wanted, address=place, port=int(node_port), balanced=False) for place in places]
         if is_balanced(service):
-            ports.append(MachinePort(service=key, address=address, port=number, target=target, balanced=True))
+            ports.append(wanted)
     return Request(ports=tuple(ports), left_out=tuple(left_out))
 
 
@@ -148,10 +156,10 @@ class MachinePorts:
             if wanted not in self._open:
                 await self._try(wanted)
 
-    def balanced(self, service: tuple[str, str]) -> dict[int, int]:
+    def balanced(self, service: tuple[str, str]) -> dict[PortKey, int]:
         """Of a load balancer: the machine's port for each of the Service's that is open."""
         return {
-            wanted.target[1]: it.port
+            (wanted.target[1], wanted.protocol): it.port
             for wanted, it in self._open.items()
             if wanted.service == service and wanted.balanced
         }
@@ -166,13 +174,13 @@ class MachinePorts:
 
     async def _try(self, wanted: MachinePort) -> None:
         try:
-            sock = listener((wanted.address, wanted.port), freebind=False)
+            sock = listener((wanted.address, wanted.port), kind=_KINDS[wanted.protocol])
         except OSError as error:
             if not (wanted.balanced and error.errno in {errno.EADDRINUSE, errno.EACCES}):
                 self._fail(wanted, error)
                 return
             try:
-                sock = listener((wanted.address, 0), freebind=False)
+                sock = listener((wanted.address, 0), kind=_KINDS[wanted.protocol])
             except OSError as again:
                 self._fail(wanted, again)
                 return
@@ -180,13 +188,13 @@ class MachinePorts:
         await self._serve(wanted, sock)
 
     def _fail(self, wanted: MachinePort, error: OSError) -> None:
-        words = f"{wanted.address}:{wanted.port}: {error.strerror or error}"
+        words = f"{wanted.address}:{_port_text((wanted.port, wanted.protocol))}: {error.strerror or error}"
         if self._problems.get(wanted) != words:
             logger.warning("%s/%s cannot have %s", *wanted.service, words)
         self._problems[wanted] = words
 
     async def _serve(self, wanted: MachinePort, sock: socket.socket) -> None:
-        forwarding = Forwarding(wanted.target)
+        forwarding = _forwarding(wanted)
         await forwarding.begin(sock)
         port = int(sock.getsockname()[1])
         self._open[wanted] = _Open(forwarding, port)
@@ -201,12 +209,26 @@ class MachinePorts:
         logger.info("%s:%d is closed", wanted.address, found.port)
 
 
-def load_balancer_status(address: str, ports: Mapping[int, int]) -> KubeObject:
+def _forwarding(wanted: MachinePort) -> Forwarding:
+    target = wanted.target
+    if wanted.protocol == "UDP":
+        return Datagrams(lambda: connected_datagrams(target), to_port=target[1])
+    return Connections(lambda: asyncio.open_connection(*target), name=f"{target[0]}:{target[1]}")
+
+
+def _port_text(port: PortKey) -> str:
+    number, protocol = port
+    return str(number) if protocol == "TCP" else f"{number}/{protocol}"
+
+
+def load_balancer_status(address: str, ports: Mapping[PortKey, int]) -> KubeObject:
     """``status.loadBalancer``: the node's address, by a proxy (KEP-1860), so that kube-proxy does not take what pods
     send there for its own; nothing while nothing is open."""
     if not ports:
         return {}
-    listed = [{"port": port, "protocol": "TCP"} for port in sorted(ports.values())]
+    listed = [
+        {"port": own, "protocol": protocol} for own, protocol in sorted((own, key[1]) for key, own in ports.items())
+    ]
     return {"ingress": [{"ip": address, "ipMode": "Proxy", "ports": listed}]}
 
 
@@ -308,18 +330,20 @@ class ServicePorts:
             body: KubeObject = {}
             if ((service.get("status") or {}).get("loadBalancer") or {}) != status:
                 body["status"] = {"loadBalancer": status or {"ingress": None}}
-            moved = ",".join(f"{port}:{own}" for port, own in sorted(ports.items()) if port != own)
+            moved = ",".join(f"{_port_text(port)}:{own}" for port, own in sorted(ports.items()) if port[0] != own)
             if (service["metadata"].get("annotations") or {}).get(PORTS_ANNOTATION, "") != moved:
                 body["metadata"] = {"annotations": {PORTS_ANNOTATION: moved or None}}
             if body:
                 await asyncio.to_thread(self._kube.patch, f"{path}/status", body)
             if moved:
-                where = ", ".join(f"{port} is at {self._address}:{own}" for port, own in sorted(ports.items()))
+                where = ", ".join(
+                    f"{_port_text(port)} is at {self._address}:{own}" for port, own in sorted(ports.items())
+                )
                 await self._record_event(service, "Normal", "PortMoved", f"taken on this machine already: {where}")
         if problems := self._ports.problems(key):
             await self._record_event(service, "Warning", "PortUnavailable", "; ".join(problems))
         elif request.left_out:
-            words = f"{', '.join(request.left_out)}: only TCP is passed on from the machine's own addresses"
+            words = f"{', '.join(request.left_out)}: only TCP and UDP are passed on from the machine's own addresses"
             await self._record_event(service, "Warning", "ProtocolNotForwarded", words)
 
     async def _record_event(self, service: KubeObject, kind: str, reason: str, message: str) -> None:

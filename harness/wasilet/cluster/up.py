@@ -404,6 +404,7 @@ def _approver_component(cluster: Cluster) -> Component:
 def _node_component(cluster: Cluster, node: str, index: int) -> Component:
     state = cluster.state
     access = cluster.provider.access(cluster)
+    joined = joined_network.plan_of(state)
     port = cluster.ports()["kubelet" if index == 0 else f"kubelet_{index + 1}"]
     argv = [
         sys.executable, "-P", "-m", "wasilet_node",
@@ -411,6 +412,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         "--data-dir", str(state.node(node)),
         "--bootstrap-file", str(state.bootstrap_file),
         "--port", str(port),
+        "--node-ip", joined.addresses[index] if joined is not None else access.node_address,
         "--registry-config", str(login_file(state)),
     ]  # fmt: skip
     for taint in cluster.taints():
@@ -426,13 +428,13 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
             folder=state.etc,
             kube_proxy=_late_binary(cluster, "kube-proxy", kubernetes_version.wanted(cluster)),
         )
-    if (joined := joined_network.plan_of(state)) is not None:
+    elif joined is not None:
         # It is known to the cluster by its address on the bridge, which leads to where it listens.
-        argv += ["--node-ip", joined.addresses[index], "--bind-address", access.node_address]
+        argv += ["--bind-address", access.node_address]
         proxy = _late_binary(cluster, "kube-proxy", joined.kubernetes)
         argv += joined_network.node_arguments(joined, index=index, folder=state.etc, kube_proxy=proxy)
-    else:
-        argv += ["--node-ip", access.node_address]
+    elif reason := pod_network.why_absent(state):
+        argv += ["--pod-network-absent", reason]
     if cluster.settings.max_pods:
         argv += ["--max-pods", str(cluster.settings.max_pods)]
     return Component(

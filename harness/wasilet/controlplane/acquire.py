@@ -7,17 +7,18 @@ by a rename after it has reported its version, so a run that was killed leaves n
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from wasilet_common.file_lock import locked_file
 
 from wasilet.controlplane.binaries import Binary, go_architecture
 from wasilet.controlplane.binaries import binaries as all_binaries
@@ -251,24 +252,24 @@ def _version(binary: Binary, path: Path, *, cache: Path) -> str:
 @contextmanager
 def _locked(path: Path, progress: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock file ``path``; the kernel lets go of it when the holder dies. Raises AcquireError after a while."""
-    started = said = time.monotonic()
-    with path.open("a+", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-            now = time.monotonic()
-            if now - started > LOCK_TIMEOUT_SECONDS:
-                raise AcquireError(f"gave up waiting for pid {holder}, which holds {path}")
-            if said == started or now - said > 10:
-                said = now
-                progress(f"waiting for another run (pid {holder}) that brings the binaries: {now - started:.0f} s")
-            time.sleep(0.2)
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+    reported = -10.0
+
+    def waiting(seconds: float) -> None:
+        nonlocal reported
+        if seconds - reported >= 10:
+            reported = seconds
+            progress(f"waiting for another run (pid {_holder(path)}) that fetches the binaries: {seconds:.0f} s")
+
+    def late() -> AcquireError:
+        return AcquireError(f"gave up waiting for pid {_holder(path)}, which holds {path}")
+
+    with locked_file(path, timeout_seconds=LOCK_TIMEOUT_SECONDS, late=late, waiting=waiting) as descriptor:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+    return "unknown"

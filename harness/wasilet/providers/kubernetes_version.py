@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from wasilet.controlplane.components import Component, ensure_running, wait_ready
-from wasilet.controlplane.versions import minor_of, supported_kubernetes, versions
+from wasilet.controlplane.versions import default_kubernetes, minor_of, supported_kubernetes, versions
 from wasilet.errors import UsageError
 from wasilet.providers.base import Cluster
 from wasilet.steps import Finding, Progress, Step
@@ -28,8 +28,15 @@ def wanted(cluster: Cluster) -> str:
     not supported, or that lies before what the cluster has."""
     if cluster.provider.name != "host":
         return ""
-    asked = cluster.settings.kubernetes_version
-    version = supported_kubernetes(asked or _pinned(cluster))
+    asked, pinned = cluster.settings.kubernetes_version, _pinned(cluster)
+    if not asked and pinned and pinned not in versions().kubernetes:
+        raise UsageError(
+            f"cluster {cluster.settings.name!r} was made with --kubernetes-version {pinned}, which this Wasilet"
+            " no longer brings",
+            hint=f"`invoke up --name {cluster.settings.name} --kubernetes-version {minor_of(default_kubernetes())}`"
+            " upgrades it",
+        )
+    version = supported_kubernetes(asked or pinned)
     have = running(cluster)
     if have and _number(version) < _number(have):
         raise UsageError(

@@ -10,11 +10,9 @@ count; the next run inherits what they would have had to do.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,12 +24,11 @@ from wasilet.kube.client import Kube, api_path
 from wasilet.process import ProcessRecord, find, is_alive
 from wasilet.settings import Settings, load
 from wasilet.state import State
-from wasilet.storage import read_json, storage_errors, write_json
+from wasilet.storage import locked_state, read_json, storage_errors, write_json
 
 LOCK_TIMEOUT_SECONDS = 1800.0
 """Another run may be building a control plane from source meanwhile."""
 
-LOCK_POLL_SECONDS = 0.05
 RUN_LABEL = "wasilet-pytest-run"
 """On every namespace that the plugin makes: which run it belongs to."""
 
@@ -120,23 +117,9 @@ class Users:
         lock = self.path.with_suffix(".lock")
         with storage_errors(lock):
             lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            deadline = time.monotonic() + timeout_seconds
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise StateError(
-                            f"another test run has been working on the cluster for {timeout_seconds:g} s",
-                            hint=f"it holds {lock}",
-                        ) from None
-                    time.sleep(LOCK_POLL_SECONDS)
+        late = f"another test run has been working on the cluster for {timeout_seconds:g} s"
+        with locked_state(lock, timeout_seconds=timeout_seconds, late=late):
             yield self._read()
-        finally:
-            os.close(fd)
 
     def _read(self) -> dict[str, Any]:
         try:

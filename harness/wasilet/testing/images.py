@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wasilet.errors import StateError, UsageError
+from wasilet.errors import UsageError
 from wasilet.settings import cache_root
-from wasilet.storage import storage_errors
+from wasilet.storage import locked_state, storage_errors
 from wasilet.testing.cluster import WasmCluster
 
 TAG = "latest"
 LOCK_TIMEOUT_SECONDS = 1800.0
-LOCK_POLL_SECONDS = 0.02
 
 
 class Images:
@@ -88,17 +85,6 @@ class Images:
         path = cache_root(self._cluster.settings.environ) / "apps" / f".{key}.lock"
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise StateError(f"another test worker has been building {what} for too long") from None
-                    time.sleep(LOCK_POLL_SECONDS)
+        late = f"another test worker has been building {what} for {LOCK_TIMEOUT_SECONDS:g} s"
+        with locked_state(path, timeout_seconds=LOCK_TIMEOUT_SECONDS, late=late):
             yield
-        finally:
-            os.close(fd)

@@ -31,6 +31,7 @@ from wasilet_node.kube.base import (
 )
 from wasilet_node.kube.errors import from_response, seconds_of
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
+from wasilet_node.kube.turns import Turns
 from wasilet_node.kube.watch import Pace, watch
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class KubeClient:
         self._away = False
         self._back = asyncio.Event()
         self._statuses = 0
+        self._turns = Turns()
 
     @property
     def writes_statuses(self) -> bool:
@@ -255,11 +257,13 @@ class KubeClient:
         deadline = time.monotonic() + timeout_seconds
         retried = False
         while True:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise ApiUnavailableError(f"{method} {self._cluster.server}{path}: no answer in {timeout_seconds:g} s")
             try:
-                status, data, retry_after = await self._send(method, path, remaining, body, content_type)
+                async with self._turns.one():
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0:
+                        where = f"{method} {self._cluster.server}{path}"
+                        raise ApiUnavailableError(f"{where}: no answer in {timeout_seconds:g} s")
+                    status, data, retry_after = await self._send(method, path, remaining, body, content_type)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 if retried or not _was_stale(error):
                     self._away = True

@@ -102,7 +102,7 @@ class Transport:
         """Close all connections, those included that a cancelled request was just making, and see them closed.
 
         A request that is cancelled between TCP's connect and the first turn of its TLS handshake leaves asyncio with
-        a connection that nobody closes (``SSLProtocol`` ignores ``close`` until its ``connection_made`` was called):
+        a connection that is never closed (``SSLProtocol`` ignores ``close`` until its ``connection_made`` was called):
         its handshake would go on for as long as the loop runs. An end of the stream ends it like any other.
         """
         await self._rest.close()

@@ -25,6 +25,10 @@ class Networks(Protocol):
     async def attach(self, pod: Pod) -> Attachment | None:
         """Have a pod's network. None: it shares the machine's. Idempotent. Raises NetworkError."""
 
+    async def await_policies(self, pod: Pod) -> None:
+        """Wait, for a short time at most, until NetworkPolicies, if there are any, know an attached pod: till then
+        nothing that it sends gets through."""
+
     async def etc_files(self, pod: Pod) -> tuple[tuple[str, str], ...]:
         """Write what an attached pod resolves names by; see ``ContainerConfig.etc_files``. Raises NetworkError."""
 
@@ -58,6 +62,9 @@ class MachineNetwork:
     async def attach(self, pod: Pod) -> Attachment | None:  # noqa: ARG002
         """None."""
         return None
+
+    async def await_policies(self, pod: Pod) -> None:
+        """At once."""
 
     async def etc_files(self, pod: Pod) -> tuple[tuple[str, str], ...]:  # noqa: ARG002
         """None."""

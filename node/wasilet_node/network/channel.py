@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
-from wasilet_node.runtime import supervisor_registry, wire
+from wasilet_node.runtime import supervisor_registry, unix_sockets, wire
 from wasilet_node.runtime.protocol import PROTOCOL_VERSION
 
 TIMEOUT_SECONDS = 10.0
@@ -26,7 +26,7 @@ class NamespaceChannel:
         self.pointer = pointer
         self._buffer = b""
         try:
-            self._socket = supervisor_registry.connect(Path(pointer.socket), timeout_seconds=timeout_seconds)
+            self._socket = unix_sockets.connect(Path(pointer.socket), timeout_seconds=timeout_seconds)
         except OSError as error:
             raise NetworkError(f"cannot connect to supervisor {pointer.pid}: {error}") from error
         try:

@@ -1,29 +1,28 @@
 """Host ports: what comes to a port of the machine goes to a pod, byte by byte.
 
 The agent listens in the machine's own namespace, where Wasilet may have no rule, and connects from the node's. So such
-a connection ends with the agent, unlike one to the pod's address or a NodePort. TCP only.
+a connection ends with the agent, unlike one to the pod's address or a NodePort. TCP and UDP.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from wasilet_common.relay import relay
+from wasilet_common.forwarding import Connections, Datagrams, Forwarding, listener
+from wasilet_common.relay import Connection
 
 from wasilet_node.network.errors import NetworkError
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 1024
-"""Of one port."""
+KINDS = {"TCP": socket.SOCK_STREAM, "UDP": socket.SOCK_DGRAM}
 
-CONNECT_SECONDS = 10.0
-
-Connect = Callable[[str, int], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+Connect = Callable[[str, int], Awaitable[Connection]]
+ConnectDatagrams = Callable[[str, int], socket.socket]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,85 +32,66 @@ class HostPort:
     address: str
     port: int
     target: int
+    protocol: str = "TCP"
+
+    def __str__(self) -> str:
+        """As in messages."""
+        return str(self.port) if self.protocol == "TCP" else f"{self.port}/{self.protocol}"
 
 
 def wanted(pod: dict[str, Any]) -> list[HostPort]:
-    """Those of a pod that can be had; others than TCP are logged."""
+    """Those of a pod that can be had; others than TCP and UDP are logged."""
     found = []
     spec = pod.get("spec") or {}
     for container in [*(spec.get("initContainers") or ()), *(spec.get("containers") or ())]:
         for port in container.get("ports") or ():
             if not port.get("hostPort"):
                 continue
-            if (port.get("protocol") or "TCP") != "TCP":
-                logger.warning("host port %s of %s is not TCP and leads nowhere", port["hostPort"], container["name"])
+            protocol = str(port.get("protocol") or "TCP")
+            if protocol not in KINDS:
+                logger.warning("host port %s/%s of %s leads nowhere", port["hostPort"], protocol, container["name"])
                 continue
             address = str(port.get("hostIP") or "0.0.0.0")  # noqa: S104 - what the API means by an empty hostIP
-            found.append(HostPort(address=address, port=int(port["hostPort"]), target=int(port["containerPort"])))
+            number, target = int(port["hostPort"]), int(port["containerPort"])
+            found.append(HostPort(address=address, port=number, target=target, protocol=protocol))
     return found
 
 
 class HostPorts:
     """All open host ports of a node, by pod."""
 
-    def __init__(self, connect: Connect) -> None:
-        """``connect``: to an address and port of a pod. Raises OSError."""
+    def __init__(self, connect: Connect, connect_datagrams: ConnectDatagrams) -> None:
+        """Both: to an address and port of a pod. They raise OSError."""
         self._connect = connect
-        self._servers: dict[str, list[asyncio.Server]] = {}
-        self._tasks: dict[str, set[asyncio.Task[None]]] = {}
+        self._connect_datagrams = connect_datagrams
+        self._open: dict[str, list[Forwarding]] = {}
 
     async def open(self, uid: str, ports: list[HostPort], address: str) -> None:
         """Listen for a pod; idempotent. Raises NetworkError when a port is taken, and none is open then."""
-        if uid in self._servers or not ports:
+        if uid in self._open or not ports:
             return
-        tasks = self._tasks[uid] = set()
-        servers = self._servers[uid] = []
+        opened = self._open[uid] = []
         for port in ports:
             try:
-                servers.append(await self._listen(port, address, tasks))
+                sock = listener((port.address, port.port), kind=KINDS[port.protocol])
             except OSError as error:
                 await self.close(uid)
-                raise NetworkError(f"host port {port.port}: {error.strerror or error}") from error
+                raise NetworkError(f"host port {port}: {error.strerror or error}") from error
+            forwarding = self._forwarding(port, address)
+            opened.append(forwarding)
+            await forwarding.begin(sock)
 
     async def close(self, uid: str) -> None:
         """Idempotent."""
-        for server in self._servers.pop(uid, ()):
-            server.close()
-        tasks = self._tasks.pop(uid, set())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for forwarding in self._open.pop(uid, ()):
+            await forwarding.close()
 
     async def close_all(self) -> None:
         """At the agent's end."""
-        for uid in list(self._servers):
+        for uid in list(self._open):
             await self.close(uid)
 
-    async def _listen(self, port: HostPort, address: str, tasks: set[asyncio.Task[None]]) -> asyncio.Server:
-        places = asyncio.Semaphore(MAX_CONNECTIONS)
-
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            if task is not None:
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            try:
-                if not places.locked():
-                    async with places:
-                        await self._relay(reader, writer, address, port.target)
-            finally:
-                writer.close()
-
-        return await asyncio.start_server(accept, port.address, port.port)
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str, port: int) -> None:
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                there_reader, there_writer = await self._connect(address, port)
-        except OSError as error:
-            logger.info("a host port leads to %s:%d, where no process answers: %s", address, port, error)
-            return
-        try:
-            await relay((reader, writer), (there_reader, there_writer))
-        finally:
-            there_writer.close()
+    def _forwarding(self, port: HostPort, address: str) -> Forwarding:
+        if port.protocol == "UDP":
+            return Datagrams(lambda: self._connect_datagrams(address, port.target), to_port=port.target)
+        return Connections(lambda: self._connect(address, port.target), name=f"{address}:{port.target}")

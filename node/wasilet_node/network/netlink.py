@@ -48,8 +48,9 @@ _IFLA_AF_SPEC, _IFLA_INET_CONF, _DEVCONF_FORWARDING = 26, 1, 1
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_TABLE = 1, 4, 5, 15
-_RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_UNICAST, _RTN_UNREACHABLE = 254, 4, 1, 7
-_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_NOWHERE = 0, 253, 255
+_RT_TABLE_MAIN, _RT_TABLE_LOCAL, _RTPROT_STATIC = 254, 255, 4
+_RTN_UNICAST, _RTN_LOCAL, _RTN_UNREACHABLE = 1, 2, 7
+_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_HOST, _SCOPE_NOWHERE = 0, 253, 254, 255
 _RTNH_F_ONLINK = 4
 _TYPE_MASK = 0x3FFF
 
@@ -182,9 +183,22 @@ class Netlink:
     ) -> None:
         """A route through an interface; with a ``gateway``, that is taken to be on the link. Raises NetlinkError."""
         scope = _SCOPE_UNIVERSE if gateway is not None else _SCOPE_LINK
+        flags = _REPLACE if replace else _EXCLUSIVE
+        self._add_route((_RT_TABLE_MAIN, scope, _RTN_UNICAST), destination, gateway, index, flags)
+
+    def add_local_route(self, destination: IPNetwork, *, gateway: IPAddress | None = None, index: int) -> None:
+        """A route of the table that comes before the main one. Without a ``gateway`` every address of ``destination``
+        is one of this namespace's own; the most specific route counts, as in every table. Raises NetlinkError."""
+        place = (_SCOPE_UNIVERSE, _RTN_UNICAST) if gateway is not None else (_SCOPE_HOST, _RTN_LOCAL)
+        self._add_route((_RT_TABLE_LOCAL, *place), destination, gateway, index, _EXCLUSIVE)
+
+    def _add_route(
+        self, place: tuple[int, int, int], destination: IPNetwork, gateway: IPAddress | None, index: int, flags: int
+    ) -> None:
+        table, scope, kind = place
         body = _ROUTE.pack(
             _family(destination.network_address), destination.prefixlen, 0, 0,
-            _RT_TABLE_MAIN, _RTPROT_STATIC, scope, _RTN_UNICAST,
+            table, _RTPROT_STATIC, scope, kind,
             _RTNH_F_ONLINK if gateway is not None else 0,
         )  # fmt: skip
         if destination.prefixlen:
@@ -192,8 +206,7 @@ class Netlink:
         if gateway is not None:
             body += _attribute(_RTA_GATEWAY, gateway.packed)
         body += _attribute(_RTA_OIF, _u32(index))
-        flags = _CREATE | (_REPLACE if replace else _EXCLUSIVE)
-        self._request(_RTM_NEWROUTE, flags, body, f"add a route to {destination}")
+        self._request(_RTM_NEWROUTE, _CREATE | flags, body, f"add a route to {destination}")
 
     def remove_route(self, route: Route) -> None:
         """Take a route of the main table away. Raises NetlinkError; NetlinkGoneError when it is not there."""

@@ -58,9 +58,9 @@ def base_rules(pod_cidr: ipaddress.IPv4Network, settings: NetworkSettings) -> st
     link-local, a cloud's metadata address above all, is no pod's business. What still goes to a Service's address when
     kube-proxy's rules are behind it has none, and must not go back and forth between the node and the machine.
 
-    Beyond the machine no one knows the way back, so nothing leaves it with an address that is not its own: connections
-    to other machines go by the interface ``outward``, and what would go there by the uplink is refused at once, as is
-    all but TCP."""
+    Beyond the machine no one knows the way back, so nothing leaves it with an address that is not its own: what is for
+    other machines goes by the interface ``outward``, and what would go there by the uplink is refused at once, as is
+    all but TCP and UDP."""
     link = bridged_link if settings.bridge is not None else routed_link
     beyond = f"ip daddr != {settings.cluster_cidr} ip daddr != @{MACHINE_SET} {link.near(settings)}"
     return f"""
@@ -79,7 +79,7 @@ table ip wasilet {{
         iifname "{BRIDGE}" ip daddr 169.254.0.0/16 jump refuse
         ip daddr {settings.service_cidr} jump refuse
         iifname "{BRIDGE}" oifname "{UPLINK}" {beyond} jump refuse
-        oifname "{OUTWARD}" meta l4proto != tcp jump refuse
+        oifname "{OUTWARD}" meta l4proto != {{ tcp, udp }} jump refuse
         oifname "{OUTWARD}" ip saddr != {pod_cidr} jump refuse
     }}
     chain postrouting {{

@@ -74,9 +74,9 @@ def kube_proxy(settings: NetworkSettings, node_name: str) -> Program:
     )
 
 
-def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network) -> Program:
+def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network, agent: Path) -> Program:
     """NetworkPolicies, for the pods of ``pod_cidr``; with a bridge the routes to other nodes' pods, too, and the
-    cluster's DNS is a pod like any other."""
+    cluster's DNS is a pod like any other. ``agent``: the socket of its ``PolicyGate``."""
     if settings.bridge is None:
         words = [f"--dns={address}" for address in settings.cluster_dns]
     else:
@@ -88,18 +88,19 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network)
             f"--kubeconfig={settings.network_policies_kubeconfig}",
             f"--pod-cidr={pod_cidr}",
             f"--machine-address={settings.machine_address}",
+            f"--agent={agent}",
             *words,
         ),
     )
 
 
-def outward(pod_gateway: ipaddress.IPv4Address, machine_namespace: int) -> Program:
-    """Connections of pods to other machines. ``machine_namespace``: a descriptor."""
+def outward(pod_cidr: ipaddress.IPv4Network, machine_namespace: int) -> Program:
+    """What pods send to other machines. ``machine_namespace``: a descriptor."""
     return Program(
         name="outward",
         argv=(
             *(sys.executable, "-P", "-m", "wasilet_node.network.outward"),
-            f"--gateway={pod_gateway}",
+            f"--pod-cidr={pod_cidr}",
             f"--machine-namespace={machine_namespace}",
         ),
         descriptors=(machine_namespace,),
@@ -142,11 +143,15 @@ class Kept:
             await asyncio.sleep(retry.next())
 
     async def _once(self) -> None:
+        starting = asyncio.ensure_future(self._spawn(self._start))
         try:
-            process = self._process = await self._spawn(self._start)
+            process = self._process = await asyncio.shield(starting)
         except OSError as error:
             logger.warning("%s does not start: %s", self._program.name, error)
             return
+        except asyncio.CancelledError:
+            starting.add_done_callback(_end_it)
+            raise
         logger.info("%s runs, pid %d; its log is %s", self._program.name, process.pid, self._log)
         try:
             await _ended(process)
@@ -174,6 +179,14 @@ class Kept:
             )
         finally:
             os.close(descriptor)
+
+
+def _end_it(started: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    """A process that came when no one waited for it any longer."""
+    if not started.cancelled() and started.exception() is None:
+        process = started.result()
+        process.kill()
+        process.wait()
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:

@@ -1,17 +1,17 @@
-"""The way outward: TCP connections of pods to other machines, opened anew by a process in the machine's own network.
+"""The way outward: what pods send to other machines, sent again by a process in the machine's own network.
 
 ``python -P -m wasilet_node.network.outward ...``, started by the agent in the node's network namespace. Whatever a pod
 sends beyond the cluster and the machine is routed to one more namespace behind a veth. There the kernel's ``redirect``
-hands every connection to this process, which opens it again from the machine's network, to the address and port that
-the pod asked for. So the machine needs no rule, no forwarding and no translation, which would have no owner when the
-node dies, and which a firewall or a Docker engine would drop; its routes, VPNs and firewalls hold for pods as for its
-own programs.
+hands every TCP connection to this process, which opens it again from the machine's network, to the address and port
+that the pod asked for; datagrams come by ``tproxy`` (:mod:`wasilet_node.network.outward_udp`). So the machine needs no
+rule, no forwarding and no translation, which would have no owner when the node dies, and which a firewall or a Docker
+engine would drop; its routes, VPNs and firewalls hold for pods as for its own programs.
 
 The packets pass the node's forward path first, where NetworkPolicies are. What lies behind the veth goes with this
 process, its routes in the node's namespace go with the veth, and then the node refuses such packets.
 
 A pod's connection is made before the other machine has answered, so that one which is refused there ends with a reset
-right after it began. UDP and IPv6 have no way outward.
+right after it began. Other protocols and IPv6 have no way outward, nor has UDP where the kernel has no ``tproxy``.
 """
 
 from __future__ import annotations
@@ -30,17 +30,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 from wasilet_common import addresses
 from wasilet_common.relay import relay
+from wasilet_common.sparing_log import SparingLog
 
-from wasilet_node.network import nft
+from wasilet_node.network import nft, outward_udp
+from wasilet_node.network.addresses import gateway_of
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.node_network import OUTWARD
 from wasilet_node.network.routed_link import routes_to_nodes
 from wasilet_node.runtime import linux, netns
 
-logger = logging.getLogger("wasilet.outward")
+log = SparingLog(logging.getLogger("wasilet.outward"))
 
 MAX_CONNECTIONS = 8192
 MAX_CONNECTIONS_PER_POD = 1024
@@ -51,8 +57,12 @@ KNOWN_SECONDS = 1.0
 HERE = ipaddress.IPv4Address("192.0.0.8")
 """The address of this end of the veth: the one that RFC 7600 reserves for ends that never appear as an address."""
 
+_EVERYWHERE = ipaddress.IPv4Network("0.0.0.0/0")
 _HALVES = tuple(ipaddress.IPv4Network(text) for text in ("0.0.0.0/1", "128.0.0.0/1"))
 """More specific than the default route, which is there again when these go with the interface."""
+
+_LOOPBACK = 1
+"""The index of ``lo`` in every network namespace."""
 
 _NOBODY = 65534
 _SO_ORIGINAL_DST = 80
@@ -114,10 +124,10 @@ class Outward:
         self._open[pod] += 1
         try:
             if problem := await self._forward(reader, writer, pod):
-                logger.info("%s: %s", pod, problem)
+                log.info("%s: %s", pod, problem)
                 _reset(writer)
         except OSError as error:
-            logger.info("%s: %s", pod, error)
+            log.info("%s: %s", pod, error)
             _reset(writer)
         finally:
             self._open[pod] -= 1
@@ -157,20 +167,58 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def open_namespace(gateway: ipaddress.IPv4Address) -> socket.socket:
-    """Move this thread from the node's namespace into a new one behind a veth, and lead the node's pods there. The
-    listener of what they open. ``gateway``: an address of the node's, which answers for its pods. Raises OSError."""
+@dataclass(frozen=True, kw_only=True)
+class Namespace:
+    """Where pods' packets to other machines end."""
+
+    listener: socket.socket
+    """Of their TCP connections."""
+
+    datagrams: outward_udp.Inside | None
+    """None: this kernel has no ``tproxy``."""
+
+    thread: ThreadPoolExecutor
+    """The one thread that stays there."""
+
+    def make_socket(self) -> socket.socket:
+        """For datagrams. Takes some 50 us of the caller's time. Raises OSError."""
+        return self.thread.submit(socket.socket, socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK).result()
+
+
+def open_namespace(pod_cidr: ipaddress.IPv4Network) -> Namespace:
+    """Move this thread from the node's namespace into a new one behind a veth, and lead the node's pods there. Raises
+    OSError, NetworkError."""
     with Netlink() as node:
         netns.unshare(netns.CLONE_NEWNET)
         with Netlink() as here:
-            here.set_up(1)
+            here.set_up(_LOOPBACK)
             listener = socket.create_server(("", 0), backlog=1024)
             nft.apply(_rules(listener.getsockname()[1]))
-            _join(node, here, gateway)
-    return listener
+            datagrams = _take_datagrams()
+            _join(node, here, pod_cidr)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="outward")
+    thread.submit(int).result()  # it is in this namespace by being started now
+    return Namespace(listener=listener, datagrams=datagrams, thread=thread)
 
 
-def _join(node: Netlink, here: Netlink, gateway: ipaddress.IPv4Address) -> None:
+def _take_datagrams() -> outward_udp.Inside | None:
+    inside = outward_udp.open_inside()
+    try:
+        nft.apply(_datagram_rules(inside.listener.getsockname()[1]))
+    except NetworkError as error:
+        # Without a listener the kernel refuses what comes.
+        log.info("no UDP to other machines: %s", error)
+        inside.close()
+        return None
+    _write_sysctl("ipv4/ip_unprivileged_port_start", "0")
+    return inside
+
+
+def _write_sysctl(name: str, value: str) -> None:
+    (Path("/proc/sys/net") / name).write_text(value, encoding="ascii")
+
+
+def _join(node: Netlink, here: Netlink, pod_cidr: ipaddress.IPv4Network) -> None:
     descriptor = netns.open_own()
     try:
         # An earlier one that was killed goes with its namespace, in the kernel's own time.
@@ -182,7 +230,9 @@ def _join(node: Netlink, here: Netlink, gateway: ipaddress.IPv4Address) -> None:
     inner = here.require("pods")
     here.add_address(inner, HERE, prefix=32)
     here.set_up(inner)
-    here.add_route(ipaddress.IPv4Network("0.0.0.0/0"), gateway=gateway, index=inner)
+    # Every address is this namespace's own but the pods': sockets may have the addresses that pods ask.
+    here.add_local_route(pod_cidr, gateway=gateway_of(pod_cidr), index=inner)
+    here.add_local_route(_EVERYWHERE, index=_LOOPBACK)
     outer = node.require(OUTWARD)
     for half in _HALVES:
         node.add_route(half, gateway=HERE, index=outer)
@@ -199,24 +249,48 @@ table ip outward {{
 """
 
 
+def _datagram_rules(port: int) -> str:
+    return f"""
+table ip outward-datagrams {{
+    chain prerouting {{
+        type filter hook prerouting priority mangle; policy accept;
+        meta l4proto udp tproxy to :{port}
+    }}
+}}
+"""
+
+
+def _drop_privileges(thread: ThreadPoolExecutor) -> None:
+    """The user is the process's, the rest each thread's own. In this order: the C library ends a process whose threads
+    may not all become that user."""
+    linux.drop_privileges(keep=frozenset(), uids=(_NOBODY,))
+    thread.submit(linux.drop_privileges, keep=frozenset()).result()
+
+
+async def _serve(machine: Machine, namespace: Namespace) -> None:
+    if namespace.datagrams is not None:
+        outward_udp.OutwardDatagrams(machine.refusal, namespace.datagrams, namespace.make_socket).begin()
+    await Outward(machine).serve(namespace.listener)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; runs until it is killed."""
     parser = argparse.ArgumentParser(prog="wasilet_node.network.outward")
-    parser.add_argument("--gateway", type=ipaddress.IPv4Address, required=True)
+    parser.add_argument("--pod-cidr", type=ipaddress.IPv4Network, required=True)
     parser.add_argument("--machine-namespace", type=int, required=True)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     parent = os.getppid()
-    listener = open_namespace(options.gateway)
+    namespace = open_namespace(options.pod_cidr)
     netns.setns(options.machine_namespace)
     os.close(options.machine_namespace)
     machine = Machine()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    linux.drop_privileges(keep=frozenset(), uid=_NOBODY)
+    _drop_privileges(namespace.thread)
     if os.getppid() != parent:
         return errno.ESRCH
-    asyncio.run(Outward(machine).serve(listener))
+    asyncio.run(_serve(machine, namespace))
     return 1
 
 

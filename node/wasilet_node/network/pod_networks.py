@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 NODE_KEY = "node"
 POOL_SIZE = 8
+POOL_LOW = 3
+"""With no more than these left, making others is no longer put off."""
+
 POD_INTERFACE = "eth0"
 _UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 _T = TypeVar("_T")
@@ -72,6 +75,11 @@ class PodNetworks:
     def __len__(self) -> int:
         """How many pods have a network."""
         return len(self._pods)
+
+    @property
+    def ready(self) -> int:
+        """How many wait for a pod."""
+        return len(self._pool)
 
     def find(self, uid: str) -> PodRecord | None:
         """The network of a pod that has one."""

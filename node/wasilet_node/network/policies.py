@@ -5,9 +5,9 @@ by a pod's, before anything is masqueraded. Each selected pod has a chain per di
 allows returns from it. So a packet between two pods of one node passes both. What the node itself sends (probes) is not
 forwarded, what the machine sends is allowed, and a pod always reaches itself. Answers belong to what was allowed.
 
-A pod must be isolated from its first instant, and is known here only when its status names its address, some tenth of a
-second after its containers began. So where there is any policy, an address that is not known yet is nobody's: what it
-sends and what is sent to it is dropped, for TCP to send again.
+A pod must be isolated from its first instant. So where there is any policy, an address that is not known yet is
+no pod's: what it sends and what is sent to it is dropped. The agent reports the addresses of its pods before their
+containers start (``policy_gate``); those of other nodes' pods are known when their statuses name them.
 
 The cluster's DNS is a process of the machine and no pod. For policies it is one: in the namespace kube-system, with the
 label and the port that everyone's DNS has, so that the rule which every egress policy needs means what it says.
@@ -19,6 +19,7 @@ import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from wasilet_common.pod_fields import TERMINAL_PHASES
@@ -30,6 +31,7 @@ DNS_PORT = 53
 _PROTOCOLS = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
 
 Object = Mapping[str, Any]
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,19 @@ class Peer:
     """(name, protocol) to number."""
 
 
-def rules(policies: Iterable[Object], pods: Iterable[Object], namespaces: Iterable[Object], place: Place) -> str:
-    """The whole table, replacing what was there; without any policy an empty one."""
-    peers = [peer for pod in pods if (peer := _peer(pod)) is not None]
+def rules(
+    policies: Iterable[Object],
+    pods: Iterable[Object],
+    namespaces: Iterable[Object],
+    place: Place,
+    claims: Mapping[str, str] = _NONE,
+) -> str:
+    """The whole table, replacing what was there; without any policy an empty one.
+
+    ``claims``: addresses by uid that the node's pods have now, whatever their statuses name so far.
+    """
+    holders = {address: uid for uid, address in claims.items()}
+    peers = [peer for pod in pods if (peer := _peer(pod, claims, holders)) is not None]
     labels = {str(ns["metadata"]["name"]): ns["metadata"].get("labels") or {} for ns in namespaces}
     local = [peer for peer in peers if ipaddress.IPv4Address(peer.address) in place.pod_cidr]
     chains: dict[tuple[str, str], list[str]] = {}
@@ -81,9 +93,12 @@ def _directions(spec: Object) -> list[str]:
     return [str(kind).lower() for kind in types if kind in {"Ingress", "Egress"}]
 
 
-def _peer(pod: Object) -> Peer | None:
-    spec, status = pod.get("spec") or {}, pod.get("status") or {}
-    address = str(status.get("podIP") or "")
+def _peer(pod: Object, claims: Mapping[str, str], holders: Mapping[str, str]) -> Peer | None:
+    """None: it has no address of its own, or not any more."""
+    spec, status, uid = pod.get("spec") or {}, pod.get("status") or {}, str(pod["metadata"].get("uid"))
+    address = claims.get(uid) or str(status.get("podIP") or "")
+    if holders.get(address, uid) != uid:
+        return None
     if not address or spec.get("hostNetwork") or status.get("phase") in TERMINAL_PHASES:
         return None
     try:

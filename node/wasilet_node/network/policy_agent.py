@@ -22,6 +22,7 @@ from wasilet_node.kube.client import KubeClient
 from wasilet_node.network import nft, policies
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.node_routes import Neighbourhood, RouteKeeper
+from wasilet_node.network.policy_gate import PolicyReports
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ WATCHED = {
     "namespaces": "/api/v1/namespaces",
 }
 SETTLE_SECONDS = 0.05
-"""Changes come in bursts; one table is made of all of one."""
+"""At least between two tables: changes come in bursts. The first of one is made at once: a pod may wait for it."""
 
 RETRY_SECONDS = 1.0
 
@@ -46,13 +47,15 @@ class Keeper:
         self._synced: set[str] = set()
         self._changed = asyncio.Event()
         self._applied = ""
+        self._reports = PolicyReports()
 
-    async def run(self) -> None:
-        """For ever."""
+    async def run(self, agent: Path) -> None:
+        """For ever. ``agent``: where the node's agent listens."""
         async with asyncio.TaskGroup() as group:
             for name in WATCHED:
                 group.create_task(self._follow(name), name=name)
             group.create_task(self._apply(), name="rules")
+            group.create_task(self._reports.follow(agent, self._changed), name="agent")
 
     async def _follow(self, name: str) -> None:
         fresh: dict[str, Any] = {}
@@ -73,27 +76,34 @@ class Keeper:
                 self._changed.set()
 
     async def _apply(self) -> None:
+        loop = asyncio.get_running_loop()
+        soonest = loop.time()
         while True:
             await self._changed.wait()
-            await asyncio.sleep(SETTLE_SECONDS)
+            await asyncio.sleep(max(0.0, soonest - loop.time()))
             self._changed.clear()
             if self._synced != set(WATCHED):
                 continue
-            wanted = policies.rules(
-                self._known["policies"].values(),
-                self._known["pods"].values(),
-                self._known["namespaces"].values(),
-                self._place,
-            )
-            if wanted == self._applied:
-                continue
             try:
-                await asyncio.to_thread(nft.apply, wanted)
-                self._applied = wanted
+                await self._apply_once()
             except NetworkError as error:
                 logger.error("the rules of NetworkPolicies: %s", error)  # noqa: TRY400
                 await asyncio.sleep(RETRY_SECONDS)
                 self._changed.set()
+            soonest = loop.time() + SETTLE_SECONDS
+
+    async def _apply_once(self) -> None:
+        """Raises NetworkError."""
+        claims, known = dict(self._reports.claims), self._known
+        judging = bool(known["policies"])
+        listed = [uid for uid in claims if uid in known["pods"]]
+        wanted = policies.rules(
+            known["policies"].values(), known["pods"].values(), known["namespaces"].values(), self._place, claims
+        )
+        if wanted != self._applied:
+            await asyncio.to_thread(nft.apply, wanted)
+            self._applied = wanted
+        self._reports.applied(listed, claims, judging=judging)
 
 
 async def _run(options: argparse.Namespace) -> None:
@@ -104,7 +114,7 @@ async def _run(options: argparse.Namespace) -> None:
     )
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(Keeper(kube, place).run(), name="policies")
+            group.create_task(Keeper(kube, place).run(options.agent), name="policies")
             if options.cluster_cidr is not None:
                 here = Neighbourhood(
                     own=options.pod_cidr,
@@ -124,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pod-cidr", type=ipaddress.IPv4Network, required=True)
     parser.add_argument("--machine-address", type=ipaddress.IPv4Address, required=True)
     parser.add_argument("--dns", action="append", default=[])
+    parser.add_argument("--agent", type=Path, required=True, help="the socket that the agent listens at")
     parser.add_argument(
         "--cluster-cidr", type=ipaddress.IPv4Network, help="keep routes to the pods of other Nodes in it"
     )

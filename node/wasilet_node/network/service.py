@@ -15,19 +15,20 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from wasilet_node.network import host_ports, machine_changes, resolver_files
-from wasilet_node.network.addresses import PodRecord, PodRecords, gateway_of
+from wasilet_node.network.addresses import PodRecord, PodRecords
 from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
 from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies, outward
-from wasilet_node.network.pod_networks import NODE_KEY, PodNetworks
+from wasilet_node.network.pod_networks import NODE_KEY, POOL_LOW, PodNetworks
+from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyGate
 from wasilet_node.runtime import netns, supervisor_registry
 from wasilet_node.settings import NetworkSettings, NodePaths
 
@@ -39,12 +40,23 @@ SETTLE_SECONDS = 5.0
 """How long a pod, and a Node that was there before, wait for a network that is being made or found again."""
 
 REFILL_SECONDS = 30.0
+CLAIM_SECONDS = 1.0
+"""How long a pod's network, once claimed, is taken to be there without another look: its container starts next."""
+
+REFILL_WAITS_SECONDS = 1.0
+"""How long the making of namespaces for later pods lets starts that are under way go first."""
+
 CALM_SECONDS = 1.0
 """How long changes of the machine's network gather before they are looked at: a routing daemon makes many, and each
 look reads all routes."""
 
+_LOOK_SECONDS = 0.1
 _T = TypeVar("_T")
 HostsFile = Callable[[dict[str, Any], tuple[str, ...]], bytes]
+
+
+async def _always(_limit_seconds: float) -> bool:
+    return True
 
 
 class PodNetwork:
@@ -58,16 +70,21 @@ class PodNetwork:
         node_name: str,
         hosts_of: Callable[[dict[str, Any], tuple[str, ...]], bytes],
         supervisor_seconds: float = TIMEOUT_SECONDS,
+        calm: Callable[[float], Awaitable[bool]] = _always,
     ) -> None:
         """``hosts_of``: the contents of a pod's hosts file. ``supervisor_seconds``: how long a supervisor may take for
-        an answer."""
+        an answer. ``calm``: waits until no pod is being started or ended, for so many seconds at most, and
+        whether that is so; namespaces for later pods let these go first."""
+        self._calm = calm
+        self._claimed: dict[str, float] = {}
         self.settings = settings
         self._supervisor_seconds = supervisor_seconds
         self._paths = paths
         self._hosts_of = hosts_of
         self._pod_cidr: ipaddress.IPv4Network | None = None
         self._node_name = node_name
-        self._host_ports = host_ports.HostPorts(self.connect)
+        self._host_ports = host_ports.HostPorts(self.connect, self.connect_datagrams)
+        self._gate = PolicyGate(paths.network / SOCKET_NAME)
         self._wake = asyncio.Event()
         self._look_at = 0.0
         self._ready = asyncio.Event()
@@ -173,12 +190,13 @@ class PodNetwork:
             await self._run_processes(machine, self._pod_cidr)
 
     async def _run_processes(self, machine: int, pod_cidr: ipaddress.IPv4Network) -> None:
-        settings, programs = self.settings, [outward(gateway_of(pod_cidr), machine)]
+        settings, programs = self.settings, [outward(pod_cidr, machine)]
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
-            programs.append(network_policies(settings, pod_cidr))
+            programs.append(network_policies(settings, pod_cidr, self._paths.network / SOCKET_NAME))
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._gate.run(), name="policy gate")
             for program in programs:
                 kept = Kept(program, folder=self._paths.network, spawn=self._in_namespace)
                 group.create_task(kept.run(), name=program.name)
@@ -198,8 +216,10 @@ class PodNetwork:
                 await self._in_thread(self._know_machine)
                 self._look_at = now + REFILL_SECONDS
                 self._set_problem(None)
-            while await self._in_thread(self._refill):
-                pass
+            while True:
+                await self._let_starts_go()
+                if not await self._in_thread(self._refill):
+                    break
         except NetworkAbsentError as error:
             self.absent = str(error)
             logger.warning("pods share the machine's network: %s", error)
@@ -211,6 +231,14 @@ class PodNetwork:
             self._look_at = 0.0
             return RETRY_SECONDS
         return max(0.0, self._look_at - asyncio.get_running_loop().time())
+
+    async def _let_starts_go(self) -> None:
+        """While enough are left for the next ones."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + REFILL_WAITS_SECONDS
+        while self._pods is not None and self._pods.ready > POOL_LOW and loop.time() < until:
+            if await self._calm(_LOOK_SECONDS):
+                break
 
     def _set_problem(self, problem: str | None) -> None:
         if problem is None:
@@ -235,15 +263,31 @@ class PodNetwork:
         if self.problem is not None and self._pods is None:
             raise NetworkError(self.problem)
         try:
-            record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
-            self._wake.set()
+            record = self._just_claimed(str(pod["metadata"]["uid"]))
+            if record is None:
+                record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
+                self._claimed[record.uid] = asyncio.get_running_loop().time()
+                self._wake.set()
             addresses = (record.address,)
+            self._gate.claim(record.uid, record.address)
             await self._host_ports.open(record.uid, host_ports.wanted(pod), record.address)
             return Attachment(key=record.key, addresses=addresses)
         except NetworkAbsentError:
             return None
         except OSError as error:
             raise NetworkError(f"{error.strerror or error}") from error
+
+    def _just_claimed(self, uid: str) -> PodRecord | None:
+        """The network of a pod that claimed it a moment ago."""
+        at = self._claimed.get(uid)
+        if at is None or self._pods is None or asyncio.get_running_loop().time() - at > CLAIM_SECONDS:
+            return None
+        return self._pods.find(uid)
+
+    async def await_policies(self, pod: dict[str, Any]) -> None:
+        """See ``Networks.await_policies``."""
+        if not await self._gate.passed(str(pod["metadata"]["uid"])):
+            logger.warning("the rules of NetworkPolicies do not know pod %s yet; it starts", pod["metadata"]["name"])
 
     async def etc_files(self, pod: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         """See ``Networks.etc_files``. Only for containers that read them: writing three files costs as much as a
@@ -255,9 +299,11 @@ class PodNetwork:
 
     async def detach(self, uid: str) -> None:
         """Take a pod's network down; idempotent. Raises NetworkError."""
+        self._claimed.pop(uid, None)
         await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
+        self._gate.release(uid)
         if (folder := self._folder(uid)).exists():
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
@@ -296,6 +342,16 @@ class PodNetwork:
         except BaseException:
             made.close()
             raise
+
+    def connect_datagrams(self, address: str, port: int) -> socket.socket:
+        """A socket for datagrams to a pod, as :meth:`make_socket`. Raises OSError."""
+        made = self.make_socket(kind=socket.SOCK_DGRAM)
+        try:
+            made.connect((address, port))
+        except OSError:
+            made.close()
+            raise
+        return made
 
     async def connect_inside(self, pod: dict[str, Any], port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A TCP connection to a port of a pod's own loopback, where only it listens, else of its address. Raises

@@ -123,7 +123,7 @@ def owned_conditions(
     was_initialized = any(each["type"] == "Initialized" and each.get("status") == "True" for each in old)
     containers = containers_ready(pod, statuses, phase)
     conditions = [
-        _condition("PodReadyToStartContainers", status=sandbox_ready),
+        _ready_to_start(phase, sandbox_ready=sandbox_ready),
         initialized(pod, statuses, phase, before=was_initialized),
         ready(pod, containers, foreign),
         containers,
@@ -134,6 +134,14 @@ def owned_conditions(
         for condition in conditions:
             condition["observedGeneration"] = generation
     return conditions
+
+
+def _ready_to_start(phase: str, *, sandbox_ready: bool) -> Condition:
+    """PodReadyToStartContainers; why not, in the words of kubelets from 1.37 on."""
+    if sandbox_ready:
+        return _condition("PodReadyToStartContainers", status=True)
+    why = "pod sandbox is not ready" if phase in pod_fields.TERMINAL_PHASES else "no pod sandbox exists"
+    return _condition("PodReadyToStartContainers", status=False, reason="PodSandboxNotReady", message=why)
 
 
 def all_containers_restarting(pod: Pod, phase: str, *, restarting: bool) -> list[Condition]:

@@ -93,6 +93,8 @@ async def start_container(
         f"Created container: {container['name']}",
         field_path=pod_fields.field_path(pod, container["name"]),
     )
+    if config.network:
+        await dependencies.networks.await_policies(pod)
     try:
         started = await _start_uninterrupted(dependencies, config, late)
     except StartError as error:
@@ -151,15 +153,19 @@ async def _prepare(
     refuse_root(pod, container)
     policy = await dependencies.outbound.policy(pod)
     server = server_settings(pod, container)
-    credentials = await _credentials(dependencies, pod)
-    await _image_volumes(dependencies, pod, container, credentials, event)
-    image = await dependencies.images.ensure(
-        container.get("image", ""),
-        policy=_pull_policy(container.get("imagePullPolicy")),
-        credentials=credentials,
-        event=event,
-        pod_uid=pod_fields.uid(pod),
-    )
+    credentials, missing = await _credentials(dependencies, pod)
+    try:
+        await _image_volumes(dependencies, pod, container, credentials, event)
+        image = await dependencies.images.ensure(
+            container.get("image", ""),
+            policy=_pull_policy(container.get("imagePullPolicy")),
+            credentials=credentials,
+            event=event,
+            pod_uid=pod_fields.uid(pod),
+        )
+    except ImageError as error:
+        _report_missing_secrets(dependencies, pod, missing, error)
+        raise
     _report_ports(container, image.kind, attempt, event)
     node = dependencies.node()
     try:
@@ -271,9 +277,9 @@ async def _image_volumes(
             raise ImageError("CreateContainerError", f'volume "{volume["name"]}": {error}') from error
 
 
-async def _credentials(dependencies: PodDependencies, pod: Pod) -> Sequence[Credential]:
-    """The pod's pull secrets, to which admission has added its service account's. A missing one is an event, no more:
-    the image may be public."""
+async def _credentials(dependencies: PodDependencies, pod: Pod) -> tuple[Sequence[Credential], list[str]]:
+    """The pod's pull secrets, to which admission has added its service account's; and the names of the missing ones,
+    which hinder nothing: the image may be public."""
     found = []
     missing = []
     for reference in pod["spec"].get("imagePullSecrets") or ():
@@ -287,7 +293,12 @@ async def _credentials(dependencies: PodDependencies, pod: Pod) -> Sequence[Cred
             )
         except KubeError:
             missing.append(name)
-    if missing:
+    return (dependencies.parse_credentials(found) if found else ()), missing
+
+
+def _report_missing_secrets(dependencies: PodDependencies, pod: Pod, missing: Sequence[str], error: ImageError) -> None:
+    """Only of a pull that was tried and failed, as kubelets from 1.37 on do; not again while it is put off."""
+    if missing and error.reason == "ErrImagePull":
         dependencies.events.event(
             pod,
             "Warning",
@@ -295,4 +306,3 @@ async def _credentials(dependencies: PodDependencies, pod: Pod) -> Sequence[Cred
             f"Unable to retrieve some image pull secrets ({', '.join(missing)}); "
             "attempting to pull the image may not succeed.",
         )
-    return dependencies.parse_credentials(found) if found else ()

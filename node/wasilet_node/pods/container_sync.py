@@ -210,6 +210,10 @@ class ContainerSync:
         self.volumes_ready = False
 
     async def _carry_out(self, plan: Plan) -> None:
+        with self._dependencies.under_way.one():
+            await self._kill_and_start(plan)
+
+    async def _kill_and_start(self, plan: Plan) -> None:
         fresh = set()
         for kill in plan.kill:
             found = pod_fields.find_container(self.pod, kill.container)
@@ -234,8 +238,10 @@ class ContainerSync:
         """What all containers have in common, as a sandbox elsewhere: the host's name, and the volumes."""
         try:
             fields.process_hostname(self.pod)
-            await self._dependencies.volumes.setup(self.resizes.accepted(self.pod))
-            await self._dependencies.networks.attach(self.pod)
+            await _both(
+                self._dependencies.volumes.setup(self.resizes.accepted(self.pod)),
+                self._dependencies.networks.attach(self.pod),
+            )
         except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
             self._dependencies.events.event(self.pod, "Warning", "FailedCreatePodSandBox", message)
@@ -324,6 +330,13 @@ class ContainerSync:
 def soonest(*delays: float | None) -> float | None:
     """The shortest of them; None: there is none."""
     return min((delay for delay in delays if delay is not None), default=None)
+
+
+async def _both(*waits: Coroutine[Any, Any, object]) -> None:
+    """Side by side, each to its end; raises what the first of them in this order raised."""
+    for result in await asyncio.gather(*waits, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 def _begin(job: Job, *, busy: bool, put_off_seconds: float) -> Decision:

@@ -17,6 +17,7 @@ from wasilet_node.pods.http_policy import Outbound
 from wasilet_node.pods.nodeinfo import NodeSource
 from wasilet_node.pods.probes import ProbeObserver, ignore
 from wasilet_node.pods.status_pace import StatusPace
+from wasilet_node.pods.under_way import UnderWay
 from wasilet_node.runtime.protocol import Runtime
 from wasilet_node.settings import NodePaths
 from wasilet_node.volumes.base import Volumes
@@ -96,3 +97,4 @@ class PodDependencies:
     wall_clock: Callable[[], float] = time.time
 
     status_pace: StatusPace = field(default_factory=lambda: StatusPace(time.monotonic))
+    under_way: UnderWay = field(default_factory=UnderWay)

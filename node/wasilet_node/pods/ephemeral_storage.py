@@ -68,7 +68,8 @@ def _pod_over(pod: Pod, usage: StorageUsage) -> str:
 
 
 def _container_over(pod: Pod, usage: StorageUsage) -> str:
-    for container in pod_fields.regular_containers(pod):
+    sidecars = [container for container in pod_fields.init_containers(pod) if pod_fields.is_sidecar(container)]
+    for container in (*pod_fields.regular_containers(pod), *sidecars):
         limit = resources.limit(container, RESOURCE)
         if limit is not None and usage.containers.get(container["name"], 0) > limit:
             text = resources.limit_text(container, RESOURCE)

@@ -188,8 +188,9 @@ def _larger(first: str | None, second: str | None) -> str | None:
 
 
 def _compute_lists(pod: Pod) -> Iterable[Mapping[str, Any]]:
-    if pod["spec"].get("resources"):
-        yield pod["spec"]["resources"]
+    whole = pod["spec"].get("resources") or {}
+    if whole.get("requests") or whole.get("limits"):
+        yield whole
         return
     for container in (*pod_fields.regular_containers(pod), *pod_fields.init_containers(pod)):
         yield container.get("resources") or {}

@@ -15,7 +15,7 @@ from wasilet_node.volumes.base import ContainerConfigError
 
 
 def refuse_root(pod: Pod, container: Container) -> None:
-    """Raises ContainerConfigError, in kubelet's words, for the user 0 where ``runAsNonRoot`` holds."""
+    """Raises ContainerConfigError, with the kubelet's message, for the user 0 where ``runAsNonRoot`` holds."""
     if _effective(pod, container, "runAsNonRoot") is True and _effective(pod, container, "runAsUser") == 0:
         raise ContainerConfigError(
             f'container\'s runAsUser breaks non-root policy (pod: "{pod_fields.format_pod(pod)}", '

@@ -303,6 +303,10 @@ class PodWorker:
             self._job.cancel()
 
     async def _end(self) -> None:
+        with self.dependencies.under_way.one():
+            await self._stop_and_take_down()
+
+    async def _stop_and_take_down(self) -> None:
         """Stop what runs, then take the volumes down. Comes back here after a failure; every step may be repeated."""
         grace = self._grace or Grace(0)
         live = self.instances.live()
@@ -327,6 +331,10 @@ class PodWorker:
         self.stage = Stage.ENDED
 
     async def _finish(self) -> None:
+        with self.dependencies.under_way.one():
+            await self._report_and_remove()
+
+    async def _report_and_remove(self) -> None:
         """The final status, the deletion in the API server, then records and logs."""
         if not self.removed:
             self._publish()
@@ -395,7 +403,9 @@ class PodWorker:
 
     def _pod_addresses(self) -> tuple[str, ...] | None:
         networks = self.dependencies.networks
-        own = networks.addresses(self.pod)
+        # A network is claimed beside the volumes, but belongs to a pod once these are there.
+        begun = self._containers.volumes_ready or any(True for _ in self.instances)
+        own = networks.addresses(self.pod) if begun or self.stage is not Stage.ACTIVE else None
         return None if own is None and networks.shares_machine(self.pod) else own or ()
 
     def _old_status(self) -> Mapping[str, Any]:

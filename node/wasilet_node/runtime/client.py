@@ -102,6 +102,8 @@ class RuntimeClient:
             pointer = await find_or_start(self._paths, self._logs)
             self._main = await connect(pointer)
             self._links.append(self._main)
+            for fence in self.capabilities.fences:
+                logger.log(logging.INFO if fence.holds else logging.WARNING, "%s", fence.line)
         known = {link.pointer.pid for link in self._links}
         for _, pointer in list(supervisor_registry.pointers(self._paths.data)):
             if pointer.pid not in known and pointer.alive():

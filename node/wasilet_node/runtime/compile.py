@@ -29,6 +29,8 @@ from wasilet_node.settings import ImageSettings
 SUFFIX = ".cwasm"
 WORK_PREFIX = ".compile-"
 MAX_MESSAGE_BYTES = 4096
+MAX_PRINTED_BYTES = 1024 * 1024
+"""By the compiler; one that prints more is not itself any more, and the agent holds the end of it alone."""
 
 
 Begins = Callable[[], Awaitable[None]]
@@ -74,7 +76,7 @@ class Compiler:
         Raises CompileError.
         """
         target = self._target(module_digest, server=server)
-        if await asyncio.to_thread(self._usable, target):
+        if self._is_verified(target) or await asyncio.to_thread(self._usable, target):
             return target
         task = self._running.get(module_digest)
         if task is None:
@@ -111,10 +113,16 @@ class Compiler:
             raise CompileError(f"{module_digest!r} is no digest")
         return self._directory / f"{hexadecimal}-{self._keys[server]}{SUFFIX}"
 
+    def _is_verified(self, target: Path) -> bool:
+        """Whether it is the very file that was looked at before: one ``stat``, which needs no thread."""
+        try:
+            return target in self._verified and self._verified[target] == _identity(target)
+        except OSError:
+            return False
+
     def _usable(self, target: Path) -> bool:
         try:
-            found = target.stat()
-            identity = (found.st_ino, found.st_mtime_ns, found.st_size)
+            identity = _identity(target)
             if self._verified.get(target) == identity:
                 return True
             wanted = _digest_file(target).read_text(encoding="ascii").strip()
@@ -162,7 +170,8 @@ class Compiler:
             raise CompileError(f"cannot start the compiler: {error}") from error
         try:
             async with asyncio.timeout(self._settings.compile_timeout_seconds):
-                _, errors = await process.communicate()
+                errors = await _last_printed(process.stderr)
+                await process.wait()
         except TimeoutError:
             raise CompileError(f"the compiler did not finish in {self._settings.compile_timeout_seconds:g} s") from None
         finally:
@@ -172,7 +181,7 @@ class Compiler:
                 await process.wait()
         if process.returncode == 0:
             return
-        text = errors[-MAX_MESSAGE_BYTES:].decode(errors="replace").strip()
+        text = errors.decode(errors="replace").strip()
         if process.returncode in (EXIT_MEMORY, -signal.SIGKILL) or "memory allocation of" in text:
             raise CompileError(f"the compiler needs more than its {memory // 2**20} MiB of memory")
         raise CompileError(text or f"the compiler ended with {process.returncode}")
@@ -197,6 +206,17 @@ class Compiler:
                 self._verified.pop(path, None)
 
 
+async def _last_printed(stream: asyncio.StreamReader | None) -> bytes:
+    """The end of it. Raises CompileError when there is too much."""
+    kept, total = b"", 0
+    while stream and (data := await stream.read(64 * 1024)):
+        total += len(data)
+        if total > MAX_PRINTED_BYTES:
+            raise CompileError(f"the compiler printed more than {MAX_PRINTED_BYTES // 2**20} MiB and was ended")
+        kept = (kept + data)[-MAX_MESSAGE_BYTES:]
+    return kept
+
+
 def _publish(output: Path, target: Path) -> None:
     """The digest first, then the file: a file without a digest is never used."""
     digest_file = _digest_file(target)
@@ -209,6 +229,11 @@ def _publish(output: Path, target: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _digest_file(target: Path) -> Path:

@@ -4,9 +4,9 @@ MEMORY_BYTES``.
 KIND is ``module``, ``component`` or ``server``, which is a component that answers requests.
 
 Cranelift parses what an image gives it, so it runs under limits, away from the agent and the supervisor, and behind a
-sandbox's fences: the binary is read and the output file opened first; then root becomes an unprivileged user, Landlock
-leaves no file and no TCP, and seccomp no socket, no process and no other system call than a sandbox has. The result is
-written to OUT, which the parent renames when this process ended well. Messages go to stderr, exit code 1.
+sandbox's fences: the binary is read and the output file opened first; then root becomes a user that no other process
+is, Landlock leaves no file and no TCP, and seccomp no socket, no process and no other system call than a sandbox has.
+The result is written to OUT, which the parent renames when this process ended well. Messages go to stderr, exit code 1.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import resource
 import sys
 from pathlib import Path
 
-from wasilet_node.runtime import landlock, linux, seccomp
+from wasilet_node.runtime import landlock, linux, own_user, seccomp
 
 NICE = 10
 EXIT_REFUSED = 1
 EXIT_MEMORY = 3
 SERVER = "server"
-UNPRIVILEGED_ID = 65534
-"""``nobody``: what root becomes."""
+MAX_OPEN_FILES = 64
+"""The compiler opens none; Python and the output have a few."""
+
+_NOBODY = 65534
+"""What root becomes in a user namespace that lacks a uid of its own for it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -39,6 +42,9 @@ def main(arguments: list[str]) -> int:
     # RLIMIT_DATA counts memory that can be written; RLIMIT_AS would count wasmtime's and glibc's reservations.
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # What it writes it has had in memory; a broken compiler has the output open and must not fill the disk.
+    _lower(resource.RLIMIT_FSIZE, memory)
+    _lower(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
     try:
         return _compile(source, target, kind)
     except MemoryError:
@@ -85,9 +91,21 @@ def _compile(source: str, target: str, kind: str) -> int:
 
 def _enter_fence() -> None:
     """Before a byte of the image is looked at."""
-    linux.drop_privileges(keep=frozenset(), uid=UNPRIVILEGED_ID)
+    _become_unprivileged()
     landlock.confine((), files=(), tcp=False)
     seccomp.confine(seccomp.Network.NONE)
+
+
+def _become_unprivileged() -> None:
+    own = own_user.FIRST_UID + os.getpid()
+    linux.drop_privileges(keep=frozenset(), uids=(own, _NOBODY))
+    _lower(resource.RLIMIT_NPROC, own_user.MAX_THREADS if os.geteuid() == own else own_user.MAX_USER_PROCESSES)
+
+
+def _lower(kind: int, limit: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    limit = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
+    resource.setrlimit(kind, (limit, limit))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,13 @@ def abi() -> int:
     return max(int(_syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_CREATE_RULESET_VERSION))), 0)
 
 
+def held_back() -> list[str]:
+    """What the kernel's version of it keeps native code from."""
+    version = abi()
+    firsts = (("files", LOWEST_ABI), ("TCP", _TCP_ABI), ("signals", _SCOPE_ABI))
+    return [what for what, first in firsts if version >= first]
+
+
 def confine(mounts: Iterable[Mount], *, files: Iterable[str], tcp: bool) -> bool:
     """Confine this thread, and the threads and processes it will make, to ``mounts`` and to reading ``files`` (of a
     folder: the files in it).

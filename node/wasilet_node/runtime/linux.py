@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -149,18 +150,20 @@ def _set_capabilities(keep: frozenset[int]) -> None:
         raise OSError(number, f"capset: {os.strerror(number)}")
 
 
-def drop_privileges(*, keep: frozenset[int] = frozenset({CAP_DAC_OVERRIDE}), uid: int | None = None) -> None:
+def drop_privileges(*, keep: frozenset[int] = frozenset({CAP_DAC_OVERRIDE}), uids: Iterable[int] = ()) -> None:
     """For this process and all that it forks: ``no_new_privs``, and no capabilities but ``keep``. Root also becomes
-    ``uid`` and the group of that number, if given and if there is such a user here (a user namespace may lack it).
+    the first of ``uids`` that there is here (a user namespace may lack it), and the group of that number.
     Raises OSError."""
     set_no_new_privs()
     if os.geteuid() == 0:
         with contextlib.suppress(PermissionError):  # root of a user namespace that denies setgroups
             os.setgroups([])
-        if uid is not None:
+        if uids:
             _bound_capabilities(keep)  # while CAP_SETPCAP is held
+        for uid in uids:
             with contextlib.suppress(OSError):
                 become(uid)
+                break
     keep_only_capabilities(keep)
 
 

@@ -7,6 +7,7 @@ child is gone. What it wrote before it died is still in the pipes then, and is r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from wasilet_common.cri_log.writer import READ_BYTES
 
-from wasilet_node.runtime import guest, sandbox
+from wasilet_node.runtime import guest, own_user, sandbox
 from wasilet_node.runtime.cgroups import Group
 from wasilet_node.runtime.loop import Loop, Watch
 from wasilet_node.runtime.protocol import ContainerConfig
@@ -67,6 +68,7 @@ class SandboxProcess:
         self._pidfd = -1
         self._pid_watch: Watch | None = None
         self._paused = False
+        self._interrupted = False
         self.pid = 0
         self.stdin = -1
         self.started = False
@@ -112,19 +114,19 @@ class SandboxProcess:
                 stdout=out_write,
                 stderr=err_write,
                 report=report_write,
-                parent_pid=os.getpid(),
                 guest_stdin=guest_stdin,
                 cgroup_files=tuple(groups),
                 memory_backstop_bytes=backstop_bytes,
                 record=record,
                 counters=counters,
                 network=network,
-                own_user=zygote.own_users,
                 own_root=zygote.own_roots,
                 nice=0 if group is not None and group.cpu_managed else NICE_WITHOUT_CGROUP,
             )
             spare = zygote.take()
             self.pid = spare.pid
+            if zygote.own_users:
+                plan = dataclasses.replace(plan, user=own_user.FIRST_UID + spare.pid)
             self._pidfd = os.pidfd_open(self.pid)
             opened.append(self._pidfd)
             if stdin_write >= 0:
@@ -165,10 +167,10 @@ class SandboxProcess:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def interrupt(self) -> None:
-        """SIGINT, of which a guest dies: it can handle no signal."""
-        if not self.finished and self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGINT)
+        """End it as SIGINT does, of which a guest dies: it can handle no signal. The first process of a pid namespace
+        would ignore the signal itself."""
+        self._interrupted = True
+        self.kill()
 
     def pause(self) -> None:
         """Stop reading output: the guest blocks when its pipe is full."""
@@ -262,6 +264,8 @@ class SandboxProcess:
                 start_failed=not self.started,
                 bad_artifact=bool(report.get("artifact")),
             )
+        if self._interrupted and code == -signal.SIGKILL:
+            code = -signal.SIGINT
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
             return Outcome(exit_code=128 - code, signal=-code, message=f"killed by {name}")

@@ -240,6 +240,21 @@ class ExecResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fence:
+    """What keeps native code in a sandbox from what is not its own."""
+
+    name: str
+    holds: bool
+    detail: str
+    """What it does; or what is without it, and why it is missing."""
+
+    @property
+    def line(self) -> str:
+        """For a log."""
+        return f"fence of sandboxes, {self.name}: {'holds' if self.holds else 'missing'}, {self.detail}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeCapabilities:
     """What this machine lets the runtime enforce; part of the hello."""
 
@@ -252,6 +267,9 @@ class RuntimeCapabilities:
     wasmtime_version: str
     pod_networks: bool = False
     """Whether containers may run in network namespaces of their pods."""
+
+    fences: tuple[Fence, ...] = ()
+    """Of its sandboxes, those that are missing on this machine included."""
 
 
 @dataclass(frozen=True, kw_only=True)

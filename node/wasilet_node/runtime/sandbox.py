@@ -17,31 +17,20 @@ import dataclasses
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wasilet_node.runtime import guest, landlock, linux, netns, private_root, seccomp
+from wasilet_node.runtime import guest, landlock, linux, netns, own_user, private_root, seccomp
 from wasilet_node.runtime.component_host import entry
 from wasilet_node.runtime.guest import GuestTools, LoadError, shortened, write_report
 from wasilet_node.runtime.protocol import ContainerConfig, GuestKind
 
 START_ERROR_EXIT_CODE = 128
 MAX_OPEN_FILES = 1024
-MAX_USER_PROCESSES = 16384
-"""Threads, of all processes of the sandbox's user: the filter lets it start no process. The kernel does not hold uid 0
-to it."""
-
-MAX_THREADS = 1024
-"""Of one sandbox that is a user of its own. The component host's own pool has 512 at most."""
-
-FIRST_UID = 0x70000000
-"""A sandbox's own user is this plus its pid, which no other process of the machine has meanwhile: nothing to allocate,
-to remember or to give back. systemd's list of uids has the 268 million from here for nobody, and pids end at 4 million.
-"""
-
 MAX_STRING_BYTES = 128 * 1024
 MAX_STRINGS_BYTES = 2 * 1024 * 1024
 """Of one argument or variable, and of all: Linux' own limits for execve (MAX_ARG_STRLEN, and a quarter of the usual
@@ -61,7 +50,6 @@ class ChildPlan:
     stdout: int
     stderr: int
     report: int
-    parent_pid: int
     guest_stdin: bool
     """Whether the guest reads descriptor 0; otherwise its stdin is empty."""
 
@@ -79,8 +67,8 @@ class ChildPlan:
     network: int = -1
     """The pod's network namespace; -1: the guest stays in the machine's."""
 
-    own_user: bool = False
-    """Whether it becomes a user that no other process is."""
+    user: int | None = None
+    """The uid and gid that it becomes, which no other process has; None: it stays who it is."""
 
     own_root: bool = False
     """Whether it has a file tree of its own."""
@@ -140,7 +128,7 @@ def run_here(
     def run() -> int:
         check_config(config)
         linux.close_range_except((report,))
-        _limit(config, MAX_USER_PROCESSES)
+        _limit(config, own_user.MAX_USER_PROCESSES)
         if config.kind is GuestKind.COMPONENT:
             tools.components.open()
         listener = _listen(config, loopback=True)
@@ -177,8 +165,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
             os.set_inheritable(target, True)  # noqa: FBT003
     linux.close_range_except((plan.report, plan.record, plan.counters, plan.network, *plan.cgroup_files))
     linux.set_parent_death_signal()
-    if os.getppid() != plan.parent_pid:
-        os._exit(START_ERROR_EXIT_CODE)
+    _end_if_orphan(plan)
     if plan.record >= 0:
         try:
             os.fsync(plan.record)
@@ -191,7 +178,7 @@ def _run(plan: ChildPlan, tools: GuestTools) -> int:
     if plan.config.kind is GuestKind.COMPONENT:
         tools.components.open()  # it may have been built since
     _enter_network(plan)
-    _limit(plan.config, MAX_THREADS if plan.own_user else MAX_USER_PROCESSES)
+    _limit(plan.config, own_user.MAX_THREADS if plan.user is not None else own_user.MAX_USER_PROCESSES)
     config = _enter_root(plan, tools) if plan.own_root else plan.config
     _drop_privileges(plan)
     listener = _listen(config)
@@ -243,14 +230,22 @@ def _enter_root(plan: ChildPlan, tools: GuestTools) -> ContainerConfig:
 
 def _drop_privileges(plan: ChildPlan) -> None:
     """For good. Raises LoadError: a sandbox that is to be a user of its own never runs as another."""
-    if not plan.own_user:
+    if plan.user is None:
         linux.drop_privileges()
         return
     try:
-        linux.become_but_for_files(FIRST_UID + os.getpid(), keep=frozenset({linux.CAP_DAC_OVERRIDE}))
+        linux.become_but_for_files(plan.user, keep=frozenset({linux.CAP_DAC_OVERRIDE}))
     except OSError as error:
         raise LoadError(f"the sandbox cannot become a user of its own: {error.strerror}") from error
-    if os.getppid() != plan.parent_pid:
+    _end_if_orphan(plan)
+
+
+def _end_if_orphan(plan: ChildPlan) -> None:
+    """The signal at the parent's death, which was set just now, came too late if it had died before. Only the
+    supervisor reads from the pipe for reports; its pid is none where the sandbox has its own pid namespace."""
+    poll = select.poll()
+    poll.register(plan.report, 0)
+    if poll.poll(0):
         os._exit(START_ERROR_EXIT_CODE)
 
 

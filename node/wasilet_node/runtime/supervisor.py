@@ -27,9 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from wasilet_node.runtime import engine, guest, linux, private_root, sandbox, supervisor_registry, user_namespace, wire
+from wasilet_node.runtime import engine, guest, linux, sandbox, supervisor_registry, user_namespace, wire
 from wasilet_node.runtime.cgroups import CgroupManager
 from wasilet_node.runtime.containers import Container, Containers, RequestError
+from wasilet_node.runtime.fences import examine
 from wasilet_node.runtime.loop import READ, Loop, Watch
 from wasilet_node.runtime.pod_namespaces import PodNamespaces
 from wasilet_node.runtime.protocol import PROTOCOL_VERSION, ContainerStatus, RuntimeCapabilities
@@ -67,17 +68,23 @@ class Supervisor:
     """Serves requests until it is told to end."""
 
     def __init__(
-        self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True, isolated: bool = False
+        self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True, not_isolated: str = "not tried"
     ) -> None:
-        """``isolated``: this process is in its own user namespace, which may own network namespaces. Raises
-        OSError when the data folder cannot be used."""
+        """``not_isolated``: why this process is not in its own user namespace, which may own network namespaces;
+        empty: it is. Raises OSError when the data folder cannot be used."""
         pid = os.getpid()
         start_time = linux.start_time(pid)
         if start_time is None:
             raise OSError("/proc does not show this process; is it mounted?")
+        fences = examine(not_isolated)
+        for fence in fences.each():
+            logger.log(logging.INFO if fence.holds else logging.WARNING, "%s", fence.line)
         # Before anything is known of any container.
         self._zygote = Zygote(
-            guest.make_tools(engine.make_linkers()), own_users=isolated, own_roots=isolated and _own_roots()
+            guest.make_tools(engine.make_linkers()),
+            own_users=not fences.user,
+            own_roots=not fences.files,
+            own_pids=not fences.pids,
         )
         owner = Owner(pid=pid, start_time=start_time)
         self._paths = paths
@@ -91,7 +98,8 @@ class Supervisor:
             cpu_limits=self._cgroups.cpu,
             memory_cgroup=self._cgroups.memory,
             wasmtime_version=engine.wasmtime_version(),
-            pod_networks=isolated,
+            pod_networks=not not_isolated,
+            fences=fences.each(),
         )
         self._namespaces = PodNamespaces(self._loop)
         self._containers = Containers(
@@ -396,14 +404,6 @@ class Supervisor:
         supervisor_registry.write_pointer(self._paths.data, self._pointer, current=not self._retired)
 
 
-def _own_roots() -> bool:
-    """Whether sandboxes can have file trees of their own; why not goes to the log."""
-    reason = private_root.why_unavailable()
-    if reason:
-        logger.warning("sandboxes have no file tree of their own, so Landlock alone keeps files from them: %s", reason)
-    return not reason
-
-
 def _require_beneath(folder: Path, path: str, what: str) -> None:
     """Raises RequestError unless ``path`` lies in ``folder`` by its name; the links in it are this user's own."""
     if os.path.normpath(path) != path or not Path(path).is_relative_to(folder):
@@ -456,13 +456,11 @@ def main(arguments: list[str]) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         logs = LogSettings(max_size_bytes=options.log_max_size, max_files=options.log_max_files)
         linux.set_oom_score(OOM_SCORE)  # while the capability for it is held
-        if os.geteuid() == 0 and not user_namespace.may_be_had():
-            logger.warning("root without CAP_SYS_ADMIN: pods have no network and sandboxes no user of their own")
-        isolated = user_namespace.may_be_had() and user_namespace.enter(inside)
+        not_isolated = user_namespace.enter(inside)
         inside.close()
-        linux.drop_privileges(keep=_CAPABILITIES if isolated else frozenset({linux.CAP_DAC_OVERRIDE}))
+        linux.drop_privileges(keep=frozenset({linux.CAP_DAC_OVERRIDE}) if not_isolated else _CAPABILITIES)
         supervisor = Supervisor(
-            NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups, isolated=isolated
+            NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups, not_isolated=not_isolated
         )
     except Exception as error:
         logger.exception("cannot start")

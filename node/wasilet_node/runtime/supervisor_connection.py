@@ -11,10 +11,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from wasilet_node.runtime import supervisor_registry, wire
+from wasilet_node.runtime import supervisor_registry, unix_sockets, wire
 from wasilet_node.runtime.protocol import (
     PROTOCOL_VERSION,
     ContainerStatus,
+    Fence,
     ResizeError,
     RuntimeCapabilities,
     RuntimeUnavailableError,
@@ -156,7 +157,7 @@ async def open_connection(pointer: supervisor_registry.Pointer) -> tuple[asyncio
     sock: socket.socket | None = None
     try:
         sock = await asyncio.to_thread(
-            supervisor_registry.connect, Path(pointer.socket), timeout_seconds=CONNECT_TIMEOUT_SECONDS
+            unix_sockets.connect, Path(pointer.socket), timeout_seconds=CONNECT_TIMEOUT_SECONDS
         )
         if (uid := wire.peer(sock).uid) != os.geteuid():
             raise RuntimeUnavailableError(f"the socket {pointer.socket} belongs to uid {uid}")
@@ -189,6 +190,7 @@ async def connect(pointer: supervisor_registry.Pointer) -> Link:
             memory_cgroup=bool(found["memory_cgroup"]),
             wasmtime_version=str(found["wasmtime_version"]),
             pod_networks=bool(found.get("pod_networks")),
+            fences=tuple(Fence(**fence) for fence in found.get("fences") or ()),  # an older one reports none
         )
     except BaseException:
         await link.close()

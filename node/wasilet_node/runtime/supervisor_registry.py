@@ -3,9 +3,8 @@
 ``<data>/supervisor.json`` names the current supervisor, ``<data>/supervisors/<pid>.json`` every one that may still keep
 containers (after an upgrade there are two). A pointer is believed only while its pid runs since its start time.
 
-Sockets lie beside the pointers. Their paths may exceed the 107 bytes of ``sun_path``, so they are bound and connected
-through ``/proc/self/fd/<folder>/<name>``, which is always short; only a file system without sockets (some shared
-folders) sends them to a private folder in XDG_RUNTIME_DIR or /tmp.
+Sockets lie beside the pointers; only a file system without sockets (some shared folders) sends them to a private folder
+in XDG_RUNTIME_DIR or /tmp.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from wasilet_common.files import write_private
 
-from wasilet_node.runtime import linux
+from wasilet_node.runtime import linux, unix_sockets
 
 POINTER_NAME = "supervisor.json"
 FOLDER_NAME = "supervisors"
@@ -126,39 +125,4 @@ def listen(data: Path) -> tuple[socket.socket, Path]:
 
 def _bind(folder: Path) -> tuple[socket.socket, Path]:
     path = folder / f"{os.getpid()}.sock"
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    mask = os.umask(0o177)
-    try:
-        with _short(path) as short:
-            listener.bind(short)
-        listener.listen(BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(mask)
-    listener.setblocking(False)  # noqa: FBT003
-    return listener, path
-
-
-def connect(path: Path, *, timeout_seconds: float) -> socket.socket:
-    """A connected, blocking socket. Raises OSError."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.settimeout(timeout_seconds)
-        with _short(path) as short:
-            sock.connect(short)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-@contextlib.contextmanager
-def _short(path: Path) -> Iterator[str]:
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
+    return unix_sockets.listen(path, BACKLOG), path

@@ -11,14 +11,11 @@ runs: it forks, waits until the child is in its namespace, writes the maps, and 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 from pathlib import Path
 
 from wasilet_node.runtime import linux, netns
-
-logger = logging.getLogger(__name__)
 
 IDENTITY_MAP = "0 0 4294967295"
 _TIMEOUT_SECONDS = 10.0
@@ -31,27 +28,27 @@ def may_be_had() -> bool:
     return os.geteuid() == 0 and all(held >> capability & 1 for capability in _CAPABILITIES)
 
 
-def enter(outside: socket.socket) -> bool:
+def enter(outside: socket.socket) -> str:
     """Enter a new user namespace, whose maps the process at the other end of ``outside`` writes (``map_child``).
 
-    False: the kernel allows none, and nothing has changed. Raises OSError when the maps did not come."""
+    Empty: it is entered; otherwise why not, and nothing has changed. Raises OSError when the maps did not come."""
+    if os.geteuid() != 0:
+        return "that needs root"
+    if not may_be_had():
+        return "root without CAP_SYS_ADMIN, CAP_SETUID or CAP_SETGID"
     outside.settimeout(_TIMEOUT_SECONDS)
     try:
         netns.unshare(netns.CLONE_NEWUSER)
     except OSError as error:
-        logger.warning(
-            "no user namespace for the supervisor, so pods have no network and sandboxes no user of their own: %s",
-            error.strerror,
-        )
         outside.send(b"no")
-        return False
+        return f"no user namespace: {error.strerror}"
     outside.send(b"entered")
     if outside.recv(16) != b"mapped":
         raise OSError("the user namespace of the supervisor could not be mapped")
     with contextlib.suppress(OSError):
         # A sandbox that nested one would have all capabilities there again.
         Path("/proc/sys/user/max_user_namespaces").write_text("0", encoding="ascii")
-    return True
+    return ""
 
 
 def map_child(pid: int, inside: socket.socket) -> None:

@@ -5,8 +5,9 @@ all containers that were ever started. So the supervisor forks a zygote before i
 sandboxes come from there. A sandbox gets its own config and descriptors over a socket, and no one else's.
 
 A few are made ahead of time and wait for that message, so that a start need not wait for a fork. Each is the
-supervisor's child, not the zygote's: the zygote forks a process that forks the sandboxes and ends, and the supervisor,
-being their subreaper, becomes their parent. So it reaps them, they die with it, and the end of the zygote harms no one.
+supervisor's child, not the zygote's, so it reaps them, they die with it, and the end of the zygote harms no one. As
+root each is made so, in its own pid namespace (``pid_namespace``); elsewhere the zygote forks a process that forks the
+sandboxes and ends, and the supervisor, being their subreaper, becomes their parent.
 
 What if a process dies: sandboxes that wait and the zygote see the end of their sockets when the supervisor goes. A
 zygote that was killed is replaced by one that is executed, since a fork of the supervisor would no longer be clean.
@@ -28,7 +29,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wasilet_node.runtime import engine, guest, linux, sandbox, wire
+from wasilet_node.runtime import engine, guest, linux, pid_namespace, sandbox, wire
 from wasilet_node.runtime.loop import Loop, Watch
 
 logger = logging.getLogger(__name__)
@@ -88,11 +89,15 @@ class Spare:
 class Zygote:
     """The supervisor's side. Made before the supervisor knows of any container."""
 
-    def __init__(self, tools: guest.GuestTools, *, own_users: bool = False, own_roots: bool = False) -> None:
+    def __init__(
+        self, tools: guest.GuestTools, *, own_users: bool = False, own_roots: bool = False, own_pids: bool = False
+    ) -> None:
         """Fork it. ``own_users``: each sandbox becomes a user of its own, which takes CAP_SETUID and CAP_SETGID.
-        ``own_roots``: each has a file tree of its own, which takes CAP_SYS_ADMIN. Raises OSError."""
+        ``own_roots``: each has a file tree of its own; ``own_pids``: and a pid namespace, which both take
+        CAP_SYS_ADMIN. Raises OSError."""
         self.own_users = own_users
         self.own_roots = own_roots
+        self._own_pids = own_pids
         linux.become_subreaper()
         self._ready: deque[Spare] = deque()
         self._asked = 0
@@ -164,7 +169,7 @@ class Zygote:
 
     def _ask(self, count: int) -> None:
         self._socket.settimeout(ANSWER_SECONDS)
-        self._socket.send(str(count).encode())
+        self._socket.send(json.dumps({"count": count, "own_pids": self._own_pids}).encode())
         self._asked = count
 
     def _readable(self) -> None:
@@ -266,11 +271,13 @@ def _serve(commands: socket.socket, tools: guest.GuestTools) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
-    while request := commands.recv(64):
+    while request := commands.recv(_MAX_MESSAGE_BYTES):
         answer: wire.Message = {"pids": []}
         channels: list[socket.socket] = []
         try:
-            answer["pids"], channels = _make(int(request), tools)
+            wanted = json.loads(request)
+            make = _make_in_namespaces if wanted["own_pids"] else _make
+            answer["pids"], channels = make(wanted["count"], tools)
         except OSError as error:
             answer |= {"error": error.strerror or str(error), "number": error.errno or 0}
         socket.send_fds(commands, [json.dumps(answer).encode()], [channel.fileno() for channel in channels])
@@ -281,9 +288,7 @@ def _serve(commands: socket.socket, tools: guest.GuestTools) -> None:
 def _make(count: int, tools: guest.GuestTools) -> tuple[list[int], list[socket.socket]]:
     """Sandboxes that wait, with the supervisor's ends of their sockets. Raises OSError; those that were made until then
     see end of file on their sockets."""
-    threads = linux.thread_count()
-    if threads != 1:
-        raise OSError(0, f"the zygote has {threads} threads and must not fork")
+    _require_one_thread()
     pairs: list[tuple[socket.socket, socket.socket]] = []
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
@@ -309,6 +314,35 @@ def _make(count: int, tools: guest.GuestTools) -> tuple[list[int], list[socket.s
         if writer >= 0:
             os.close(writer)
     return pids, [ours for ours, _ in pairs]
+
+
+def _require_one_thread() -> None:
+    threads = linux.thread_count()
+    if threads != 1:
+        raise OSError(0, f"the zygote has {threads} threads and must not fork")
+
+
+def _make_in_namespaces(count: int, tools: guest.GuestTools) -> tuple[list[int], list[socket.socket]]:
+    """The same, each in its own pid namespace; fewer where the kernel refuses more. Raises OSError when there is
+    none."""
+    _require_one_thread()
+    pids: list[int] = []
+    channels: list[socket.socket] = []
+    for _ in range(count):
+        ours, theirs = _pair()
+        with theirs:
+            try:
+                pid = pid_namespace.clone_beside()
+            except OSError:
+                ours.close()
+                if not pids:
+                    raise
+                break
+            if pid == 0:
+                _wait(theirs.fileno(), tools)
+        pids.append(pid)
+        channels.append(ours)
+    return pids, channels
 
 
 def _make_and_end(pairs: list[tuple[socket.socket, socket.socket]], writer: int, tools: guest.GuestTools) -> NoReturn:

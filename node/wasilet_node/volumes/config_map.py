@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from wasilet_node.kube.base import KubeObject, NotFoundError
 from wasilet_node.volumes.atomic import FileProjection, Payload
-from wasilet_node.volumes.base import Pod, VolumeError
-from wasilet_node.volumes.kinds import Shared, Source, default_mode, is_optional, item_mode
+from wasilet_node.volumes.base import Pod
+from wasilet_node.volumes.kinds import Shared, Source, chosen_keys, default_mode, is_optional
 
 
 def project(source: Source, config_map: KubeObject, mode: int) -> dict[str, FileProjection]:
@@ -16,16 +16,7 @@ def project(source: Source, config_map: KubeObject, mode: int) -> dict[str, File
     contents = {key: str(text).encode() for key, text in (config_map.get("data") or {}).items()}
     for key, encoded in (config_map.get("binaryData") or {}).items():
         contents.setdefault(key, base64.b64decode(encoded))
-    items = source.get("items") or []
-    if not items:
-        return {key: FileProjection(data, mode) for key, data in contents.items()}
-    payload: dict[str, FileProjection] = {}
-    for item in items:
-        if item["key"] in contents:
-            payload[item["path"]] = FileProjection(contents[item["key"]], item_mode(item, mode))
-        elif not is_optional(source):
-            raise VolumeError(f"configmap references non-existent config key: {item['key']}")
-    return payload
+    return chosen_keys(source, contents, mode, missing="configmap references non-existent config key")
 
 
 class ConfigMaps:

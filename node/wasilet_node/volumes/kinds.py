@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from wasilet_node.kube.references import References
-from wasilet_node.volumes.atomic import Payload
-from wasilet_node.volumes.base import Pod
+from wasilet_node.volumes.atomic import FileProjection, Payload
+from wasilet_node.volumes.base import Pod, VolumeError
 from wasilet_node.volumes.host_threads import HostThreads
 from wasilet_node.volumes.pod_dirs import PodDirs
 from wasilet_node.volumes.tokens import Tokens
@@ -104,3 +104,16 @@ def item_mode(item: Source, otherwise: int) -> int:
     """``mode`` of an item."""
     mode = item.get("mode")
     return otherwise if mode is None else int(mode)
+
+
+def chosen_keys(source: Source, contents: Mapping[str, bytes], mode: int, *, missing: str) -> dict[str, FileProjection]:
+    """The files of a ConfigMap or Secret: one per key, or the ``items`` that the volume names. Raises VolumeError with
+    kubelet's text ``missing`` for an item whose key is not there, unless the source is optional."""
+    items = source.get("items") or [{"key": key, "path": key} for key in contents]
+    files: dict[str, FileProjection] = {}
+    for item in items:
+        if item["key"] in contents:
+            files[item["path"]] = FileProjection(contents[item["key"]], item_mode(item, mode))
+        elif not is_optional(source):
+            raise VolumeError(f"{missing}: {item['key']}")
+    return files

@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from dataclasses import replace
 
 from wasilet_node.kube.base import KubeObject, NotFoundError
 from wasilet_node.volumes.atomic import FileProjection, Payload
-from wasilet_node.volumes.base import Pod, VolumeError
-from wasilet_node.volumes.kinds import Shared, Source, default_mode, is_optional, item_mode
+from wasilet_node.volumes.base import Pod
+from wasilet_node.volumes.kinds import Shared, Source, chosen_keys, default_mode, is_optional
 
 _OWNER_BITS = 0o700
 
 
 def project(source: Source, secret: KubeObject, mode: int) -> dict[str, FileProjection]:
     """``data``, all or the ``items`` named. Raises VolumeError with kubelet's text."""
-    contents: dict[str, str] = secret.get("data") or {}
-    items = source.get("items") or []
-    if not items:
-        items = [{"key": key, "path": key} for key in contents]
-    payload: dict[str, FileProjection] = {}
-    for item in items:
-        if item["key"] in contents:
-            data = base64.b64decode(contents[item["key"]])
-            payload[item["path"]] = FileProjection(data, item_mode(item, mode) & _OWNER_BITS)
-        elif not is_optional(source):
-            raise VolumeError(f"references non-existent secret key: {item['key']}")
-    return payload
+    contents = {key: base64.b64decode(encoded) for key, encoded in (secret.get("data") or {}).items()}
+    files = chosen_keys(source, contents, mode, missing="references non-existent secret key")
+    return {path: replace(file, mode=file.mode & _OWNER_BITS) for path, file in files.items()}
 
 
 class Secrets:

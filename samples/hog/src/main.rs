@@ -36,7 +36,7 @@ fn memory() {
         held.push(block);
         if held.len() % 8 == 0 {
             say(format!("holding {} MiB", held.len()));
-            // Not so fast that nobody can watch, and no limit can be seen to act.
+            // Not so fast that no one can watch, and no limit can be seen to act.
             thread::sleep(Duration::from_millis(20));
         }
     }

@@ -35,7 +35,7 @@ pub fn body(request: IncomingRequest, most: usize) -> Result<String, Answer> {
     String::from_utf8(read).map_err(|_| Answer::new(400, "the body is not UTF-8\n"))
 }
 
-/// Send the answer. What fails here means that the client has gone, so there is nobody to be told.
+/// Send the answer. What fails here means that the client has gone, so there is no one to tell.
 pub fn send(out: ResponseOutparam, answer: Answer) {
     let response = OutgoingResponse::new(headers(&answer));
     if response.set_status_code(answer.status).is_err() {

@@ -8,8 +8,10 @@ Each keeps its original's entrypoint, because the module looks at ``argv[0]`` as
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +37,22 @@ class _Image:
     serves: bool = False
     """A component."""
 
+    files: tuple[tuple[str, str], ...] = ()
+    """Path and content: it is then an ordinary image, whose files and program are in one archive."""
+
+
+_KITTEN_FILES = (
+    ("data.json", '{"image": "kitten.jpg"}\n'),
+    ("etc/os-release", '# What stands in for the image, and has this file of it.\nNAME="Alpine Linux"\n'),
+)
+"""What the tests of image volumes look for in it."""
 
 _IMAGES: Mapping[str, _Image] = {
     "agnhost": _Image(("/agnhost",), ("pause",), serves=True),
     "busybox": _Image(cmd=("sh",), serves=True),
     "glibc-dns-testing": _Image(cmd=("sh",), serves=True),
     "httpd": _Image(cmd=("httpd",), serves=True),
-    "kitten": _Image(cmd=("kitten",), serves=True),
+    "kitten": _Image(cmd=("/kitten.wasm",), serves=True, files=_KITTEN_FILES),
     "nautilus": _Image(cmd=("nautilus",), serves=True),
     "nginx": _Image(cmd=("nginx",), serves=True),
     "nonroot": _Image(cmd=("id",)),
@@ -83,12 +94,8 @@ def push_images(
 
 
 def _artifact(module: bytes, image: _Image) -> Artifact:
-    """runwasi's layout: an image config, which names entrypoint and command, around a wasm layer."""
-    layer = Blob(
-        media_type=mediatypes.RUNWASI_LAYER,
-        data=module,
-        annotations=((mediatypes.TITLE_ANNOTATION, "standin.wasm"),),
-    )
+    """An image config, which names entrypoint and command, around a wasm layer (runwasi's layout) or an archive."""
+    layer = _archive(module, image) if image.files else _wasm_layer(module)
     document = {
         "architecture": "wasm",
         "os": "wasi",
@@ -104,3 +111,20 @@ def _artifact(module: bytes, image: _Image) -> Artifact:
     }
     data = json.dumps(manifest, sort_keys=True).encode()
     return Artifact(manifest=Blob(media_type=mediatypes.OCI_MANIFEST, data=data), config=config, layer=layer)
+
+
+def _wasm_layer(module: bytes) -> Blob:
+    annotations = ((mediatypes.TITLE_ANNOTATION, "standin.wasm"),)
+    return Blob(media_type=mediatypes.RUNWASI_LAYER, data=module, annotations=annotations)
+
+
+def _archive(module: bytes, image: _Image) -> Blob:
+    contents = {image.cmd[0].removeprefix("/"): module}
+    contents |= {path: text.encode() for path, text in image.files}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path, data in contents.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return Blob(media_type=mediatypes.OCI_LAYER_TAR, data=buffer.getvalue())

@@ -12,18 +12,19 @@ from typing import Any
 
 import yaml
 
-from tests.rigs.conformance.suite import HERE, VERSION
+from tests.rigs.conformance.suite import HERE
 
 _INTRODUCTION = """\
-Made by `python -m tests.rigs.conformance.run --page`, from one or more runs: the end-to-end tests of Kubernetes
-{version}, as they are, those labelled Conformance or NodeConformance, on a cluster whose only nodes are two wasm nodes.
-The images they ask for (agnhost, busybox, pause, nginx...) are one
+Made by `python -m tests.rigs.conformance.run --minor {minor} --page`, from one or more runs: the end-to-end tests of
+Kubernetes {version}, as they are, those labelled Conformance or NodeConformance, on a cluster whose only nodes are two
+wasm nodes. The images they ask for (agnhost, busybox, pause, nginx...) are one
 [program](../tests/rigs/conformance/standin/src/main.rs) that stands in for them: a component, which really serves and
 connects, where tests reach for the network, and else a module.
 What a module cannot do is left out by name, each with its reason, in
 [selection.yaml](../tests/rigs/conformance/selection.yaml); a stand-in never claims what it did not do.
 """
 _GROUP = re.compile(r"\[(sig-[a-z-]+)\] ")
+_ALL_MARKS = re.compile(r" \[[^\]]*\]")
 _MARKS = re.compile(r" \[(?:Conformance|NodeConformance|LinuxOnly)\]")
 
 
@@ -126,18 +127,48 @@ def failures(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.state == "failed"]
 
 
-def page(results: Sequence[Result], *, groups: Sequence[str] = ()) -> str:
-    """``docs/conformance.md``. ``groups``: those that were to be run; it names the ones of which nothing was."""
-    return "\n".join(_lines(results, groups)) + "\n"
+def plain(name: str) -> str:
+    """A full name without marks such as ``[Slow]``, whose choice and order change from one minor to the next."""
+    return _ALL_MARKS.sub("", name)
 
 
-def _lines(results: Sequence[Result], wanted: Sequence[str]) -> Iterator[str]:
+def new_names(names: Sequence[str], before: Sequence[str]) -> list[str]:
+    """Of ``names``, without marks, those that ``before`` has not."""
+    return sorted({plain(name) for name in names} - {plain(name) for name in before})
+
+
+def page(
+    results: Sequence[Result], *, version: str, new: Sequence[str] = (), before: str = "", groups: Sequence[str] = ()
+) -> str:
+    """A minor's page. ``groups``: those that were to be run; it names the ones of which nothing was. ``new``: the names
+    of what is new since the release ``before``."""
+    return "\n".join((*_lines(results, version, groups), *_new_lines(results, new, before))) + "\n"
+
+
+def _new_lines(results: Sequence[Result], new: Sequence[str], before: str) -> Iterator[str]:
+    states = {
+        "passed": "passed",
+        "failed": "failed",
+        "skipped": "skipped by the test",
+        "excluded": "cannot be for wasm",
+    }
+    found = {plain(result.name): states[result.state] for result in results}
+    groups = {result.group for result in results}
+    chosen = [name for name in new if (match := _GROUP.match(name)) and match.group(1) in groups]
+    if before:
+        yield from ("", f"## Conformance tests that {before} did not have, of these groups", "")
+        yield from (f"- {name.replace('[', '').replace(']', ':', 1)}: {found.get(name, 'not run')}" for name in chosen)
+        if not chosen:
+            yield "None."
+
+
+def _lines(results: Sequence[Result], version: str, wanted: Sequence[str]) -> Iterator[str]:
     states = ("passed", "failed", "skipped", "excluded")
     counts = Counter((result.group, result.state) for result in results)
     groups = sorted({result.group for result in results})
-    yield "# Kubernetes' own tests on a Wasilet node"
+    yield f"# Kubernetes' own tests on a Wasilet node: {version}"
     yield ""
-    yield from _INTRODUCTION.format(version=VERSION).splitlines()
+    yield from _INTRODUCTION.format(version=version, minor=version.rpartition(".")[0]).splitlines()
     yield ""
     ran = {result.group for result in results if result.state in {"passed", "failed"}}
     if missing := [group for group in wanted if group not in ran]:

@@ -25,8 +25,6 @@ from wasilet.settings import cache_root, load
 from tests.clusters import TestCluster, whole_cluster
 from tests.rigs.conformance import images, report, suite
 
-ROOT = Path(__file__).resolve().parents[3]
-PAGE = ROOT / "docs" / "conformance.md"
 NODES = 2
 """Some of the tests look for a second one."""
 
@@ -36,6 +34,7 @@ LIMIT_SECONDS = 3 * 3600.0
 def run(
     cluster: TestCluster,
     *,
+    pinned: suite.Pin,
     folder: Path,
     focus: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -45,8 +44,10 @@ def run(
     """Run the selection, or the part of it whose names match one of ``focus`` and none of ``skip``; logs and reports go
     to ``folder``. Raises HarnessError when the suite cannot be had or did not run."""
     selection = report.Selection.load()
-    programs = suite.acquire(cache=cache_root(), say=say)
-    kubectl = acquire_binaries(["kubectl"], cache=cache_root(), environ=os.environ, progress=say)["kubectl"]
+    programs = suite.acquire(pinned, cache=cache_root(), say=say)
+    kubectl = acquire_binaries(
+        ["kubectl"], cache=cache_root(), environ=os.environ, progress=say, kubernetes=pinned.minor
+    )["kubectl"]
     registry = str(cluster.status()["registry"])
     repository_list = folder / "repositories.yaml"
     repository_list.write_text(images.repositories(registry))
@@ -83,6 +84,19 @@ def run(
     return results
 
 
+def own_cluster(pinned: suite.Pin) -> contextlib.AbstractContextManager[TestCluster]:
+    """One of the minor, for as long as it is open."""
+    return whole_cluster("conformance", nodes=NODES, kubernetes_version=pinned.minor)
+
+
+def write_page(results: Sequence[report.Result], pinned: suite.Pin) -> None:
+    """The minor's page of ``docs``. Raises HarnessError."""
+    new = report.new_names(suite.conformance_names(pinned.version), suite.conformance_names(pinned.before))
+    groups = report.Selection.load().groups
+    text = report.page(results, version=pinned.version, new=new, before=pinned.before, groups=groups)
+    pinned.page.write_text(text)
+
+
 @contextlib.contextmanager
 def _running(name: str) -> Iterator[TestCluster]:
     settings = load(environ=os.environ, name=name)
@@ -99,7 +113,8 @@ def main() -> int:
     parser.add_argument("--procs", type=int, default=2, help="how many tests run at a time")
     parser.add_argument("--cluster", default="", help="the name of a cluster that runs; without, one is made")
     parser.add_argument("--folder", type=Path, help="where log and report go")
-    parser.add_argument("--page", action="store_true", help="write docs/conformance.md")
+    parser.add_argument("--minor", default="", help=f"of Kubernetes: {', '.join(suite.minors())}; else the newest")
+    parser.add_argument("--page", action="store_true", help="write the minor's page of docs")
     parser.add_argument(
         "--earlier",
         action="append",
@@ -112,16 +127,23 @@ def main() -> int:
     def say(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
+    pinned = suite.pin(options.minor)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="wasilet-conformance-"))
     folder.mkdir(parents=True, exist_ok=True)
-    with _running(options.cluster) if options.cluster else whole_cluster("conformance", nodes=NODES) as cluster:
+    with _running(options.cluster) if options.cluster else own_cluster(pinned) as cluster:
         results = run(
-            cluster, folder=folder.absolute(), focus=options.focus, skip=options.skip, procs=options.procs, say=say
+            cluster,
+            pinned=pinned,
+            folder=folder.absolute(),
+            focus=options.focus,
+            skip=options.skip,
+            procs=options.procs,
+            say=say,
         )
     for earlier in options.earlier:
         results = report.merged(results, report.read(earlier, report.Selection.load()))
     if options.page:
-        PAGE.write_text(report.page(results, groups=report.Selection.load().groups))
+        write_page(results, pinned)
     failed = report.failures(results)
     for result in failed:
         say(f"FAILED {result.name}: {result.why}")

@@ -143,7 +143,7 @@ COPY --from=root /out /
 COPY bin/ /usr/local/bin/
 ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin
 """
-_PROXY_ROOT = """
+_PROXY_ROOT = r"""
 set -eu
 mkdir -p /out
 for program in xtables-nft-multi xtables-legacy-multi conntrack; do

@@ -107,7 +107,7 @@ class World:
             containers[:] = [container for container in containers if container["labels"].get(label) != value]
 
     def set_running(self, label: str, value: str, *, running: bool) -> None:
-        """Start or stop all containers with a label. The engine writes their hosts files anew when they start, and
+        """Start or stop all containers with a label. The engine writes their hosts files again when they start, and
         knows nothing of what others wrote into them."""
         with self.changing("containers", []) as containers:
             for container in containers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,27 @@ def test_docker_without_an_engine_is_told_apart_from_no_docker(tmp_path: Path) -
 def test_a_folder_that_cannot_be_written_to_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)
     assert found(tmp_path)["state folder"].status == "missing"
+
+
+FENCES = ("own user", "own file tree", "own pid namespace", "Landlock", "seccomp")
+
+
+def test_each_fence_of_sandboxes_has_a_line(tmp_path: Path) -> None:
+    checks = found(tmp_path)
+    for name in FENCES:
+        assert checks[f"sandbox: {name}"].status in {"ok", "optional"}
+
+
+def test_a_fence_that_is_missing_says_what_is_without_it_and_harms_nothing_else(tmp_path: Path) -> None:
+    answer = [{"name": "own user", "holds": False, "detail": "they have the user of the node: that needs root"}]
+    executable(tmp_path / "python", f"echo '{json.dumps(answer)}'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.executable", str(tmp_path / "python"))
+        checks = found(tmp_path)
+        assert checks["sandbox: own user"].status == "optional"
+        assert checks["sandbox: own user"].detail == answer[0]["detail"]
+        executable(tmp_path / "python", "exit 1")
+        assert found(tmp_path)["sandbox fences"].detail == "they could not be tried"
 
 
 def test_lines_carry_their_hints_below_them() -> None:

@@ -81,7 +81,7 @@ def test_a_skipped_step_says_why_and_stops_nobody() -> None:
 
 def test_what_builds_on_a_failure_is_not_tried() -> None:
     later = Thing("later")
-    recap = Play("p", [fail(HarnessError("broken", hint="mend it")), later.step()]).run()
+    recap = Play("p", [fail(HarnessError("broken", hint="repair it")), later.step()]).run()
     assert statuses(recap) == {"failing": "failed", "later": "skipped"}
     assert later.changes == 0
     assert recap.outcomes[1].detail == "because failing failed"

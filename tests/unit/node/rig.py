@@ -90,10 +90,12 @@ class Recorded:
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
+        self.uids: list[str] = []
 
     def event(self, obj: KubeObject, type_: str, reason: str, message: str, *, field_path: str = "") -> None:
         assert obj["metadata"]["name"]
         self.reasons.append(reason)
+        self.uids.append(str(obj["metadata"]["uid"]))
 
 
 def _merge(old: Any, new: Any) -> Any:

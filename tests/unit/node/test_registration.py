@@ -198,6 +198,7 @@ async def test_allocatable_leaves_room_before_pressure_begins(rig: Rig) -> None:
     memory = [int(status[key]["memory"].removesuffix("Ki")) for key in ("capacity", "allocatable")]
     assert memory[0] - memory[1] == 100 * 1024
     assert int(status["allocatable"]["ephemeral-storage"]) == 95 * GIB
+    assert int(status["capacity"]["ephemeral-storage"]) == 100 * GIB, "a plain number of bytes, as what is allocatable"
 
 
 async def test_an_existing_node_is_brought_up_to_date_and_keeps_what_others_gave_it(rig: Rig) -> None:
@@ -497,6 +498,7 @@ async def test_cordoning_is_told_as_kubelet_tells_it(rig: Rig) -> None:
         rig.store.put(NODE, {**rig.node, "metadata": {**rig.node["metadata"], "labels": {"a": "b"}}})
         rig.store.put(NODE, {**rig.node, "spec": {}})
         await until(lambda: "NodeSchedulable" in rig.events.reasons)
+    assert rig.events.uids[rig.events.reasons.index("NodeNotSchedulable")] == rig.node["metadata"]["uid"]
     assert rig.events.reasons.count("NodeNotSchedulable") == rig.events.reasons.count("NodeSchedulable") == 1
 
 
@@ -527,3 +529,11 @@ async def test_an_outage_is_survived_and_said_once(caplog: pytest.LogCaptureFixt
     await asyncio.gather(task, return_exceptions=True)
     assert caplog.text.count("was not renewed") == 1
     assert told == [True]
+
+
+async def test_a_node_without_pod_network_states_the_reason_that_it_was_given(rig: Rig) -> None:
+    rig.settings = replace(rig.settings, network_absent="it needs root")
+    await rig.make().register()
+    condition = rig.condition("NetworkUnavailable")
+    assert (condition["status"], condition["reason"]) == ("False", "NoPodNetwork")
+    assert condition["message"] == "pods share the machine's network: it needs root"

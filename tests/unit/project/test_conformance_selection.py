@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet.controlplane.versions import versions
+from wasilet.errors import HarnessError
 
-from tests.rigs.conformance import report
+from tests.rigs.conformance import report, suite
 from tests.rigs.conformance.report import Result, Selection, Skip
 
 pytestmark = pytest.mark.unit
@@ -61,10 +63,39 @@ def test_each_state_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_the_page_counts_and_lists(tmp_path: Path) -> None:
-    page = report.page(read(tmp_path, spec("a [Conformance]", "passed"), spec("b", "failed", "got <nil> | x")))
+    results = read(tmp_path, spec("a [Conformance]", "passed"), spec("b", "failed", "got <nil> | x"))
+    page = report.page(results, version="1.36.3")
     assert "| sig-node | 1 | 1 | 0 | 0 |" in page
     assert "- sig-node: Pods a\n" in page
     assert "- sig-node: Pods b (got  nil    x)" in page
+    assert "--minor 1.36 " in page
+
+
+def test_the_page_says_what_became_of_what_the_minor_before_did_not_have(tmp_path: Path) -> None:
+    results = read(tmp_path, spec("a [Conformance] [Slow]", "passed"), spec("b", "passed"))
+    names = ["[sig-node] Pods a [Slow] [Conformance]", "[sig-node] Pods b", "[sig-node] Pods c", "[sig-apps] Jobs d"]
+    new = report.new_names(names, ["[sig-node] Pods b [Serial]"])
+    page = report.page(results, version="1.36.3", new=new, before="1.35.4")
+    assert page.partition("that 1.35.4 did not have")[2].splitlines()[2:] == [
+        "- sig-node: Pods a: passed",
+        "- sig-node: Pods c: not run",
+    ], "groups of which nothing was run are not on it"
+
+
+def test_the_tests_of_each_minor_that_is_brought_are_pinned() -> None:
+    assert {minor: suite.pin(minor).version for minor in suite.minors()} == dict(versions().kubernetes)
+    assert suite.pin().page.name == "conformance.md"
+    assert suite.pin().page.exists()
+    for pinned in map(suite.pin, suite.minors()):
+        assert not pinned.page.exists() or pinned.page.read_text().startswith(
+            f"# Kubernetes' own tests on a Wasilet node: {pinned.version}\n"
+        )
+        assert pinned.before < pinned.version
+
+
+def test_tests_of_a_minor_that_is_not_pinned_are_refused() -> None:
+    with pytest.raises(HarnessError, match=r"no tests of Kubernetes 1\.2 are pinned"):
+        suite.pin("1.2")
 
 
 def test_a_part_of_a_name_that_matches_no_test_is_stale() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs_pages import defined_tests
+
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -15,14 +17,9 @@ NAMES = sorted(set(re.findall(r"`(test_[a-z0-9_]+)`", PAGE)))
 FILES = sorted(set(re.findall(r"`((?:tests|manifests)/[\w./-]+)`", PAGE)))
 
 
-def defined() -> set[str]:
-    pattern = re.compile(r"^(?:async )?def (test_\w+)", re.MULTILINE)
-    return {name for file in (ROOT / "tests").rglob("test_*.py") for name in pattern.findall(file.read_text())}
-
-
 def test_every_test_that_the_security_page_names_exists() -> None:
     assert len(NAMES) > 10
-    assert set(NAMES) - defined() == set()
+    assert set(NAMES) - defined_tests() == set()
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -7,22 +7,25 @@ takes four minutes of processor time and 1.5 GB of disk, of which the library's 
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from wasilet_common.file_lock import locked_file
 
 from wasilet_node.runtime.component_host import locate
 from wasilet_node.runtime.component_host.library import HostUnavailableError, Library
 
 OLDEST_RUSTC = (1, 95)
 BUILD_TIMEOUT_SECONDS = 3600.0
+_OTHERS_BUILD_SECONDS = BUILD_TIMEOUT_SECONDS + 60.0
 _VERSION_TIMEOUT_SECONDS = 30.0
 _VERSION = re.compile(r"rustc (\d+)\.(\d+)\.(\d+)")
 _PROGRESS = re.compile(r"^\s*(Compiling|Downloading|Finished) ")
@@ -87,18 +90,29 @@ def ensure(*, say: Say, env: Mapping[str, str] = os.environ) -> Path:
             raise
     target = locate.built(env)
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(target.parent / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is building the component host: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with _one_build_at_a_time(target.parent / "lock", say):
         if not target.is_file():
             _build(target, find_rust(env), say, env)
         return Library(target).path
-    finally:
-        os.close(lock)
+
+
+@contextlib.contextmanager
+def _one_build_at_a_time(lock: Path, say: Say) -> Iterator[None]:
+    reported = False
+
+    def waiting(_seconds: float) -> None:
+        nonlocal reported
+        if not reported:
+            reported = True
+            say("another process is building the component host: waiting for it")
+
+    def late() -> HostUnavailableError:
+        return HostUnavailableError(
+            f"another process has been building the component host for {_OTHERS_BUILD_SECONDS:g} s; it holds {lock}"
+        )
+
+    with locked_file(lock, timeout_seconds=_OTHERS_BUILD_SECONDS, late=late, waiting=waiting):
+        yield
 
 
 def _build(target: Path, rust: Rust, say: Say, env: Mapping[str, str]) -> None:

@@ -98,6 +98,14 @@ def test_whatever_goes_into_a_module_brings_a_new_build(
     assert compiled == [0, 1]
 
 
+def test_sources_beside_the_folder_are_inputs_however_cargo_writes_them(tmp_path: Path) -> None:
+    folder, module = tmp_path / "app", tmp_path / "target" / "app.wasm"
+    module.parent.mkdir()
+    listed = f"{folder}/src/main.rs {folder}/../shared/lib.rs {tmp_path}/with\\ space/x.rs"
+    module.with_suffix(".d").write_text(f"{module}: {listed}\n")
+    assert list(builds.listed_by_cargo(module, folder)) == [tmp_path / "shared/lib.rs", tmp_path / "with space/x.rs"]
+
+
 def test_editing_a_manifest_builds_nothing(app: App, environ: dict[str, str], compiled: Compiler) -> None:
     build(app, say=quiet, environ=environ, builder=compiled)
     (app.folder / "pod.yaml.j2").write_text("kind: Pod # changed")

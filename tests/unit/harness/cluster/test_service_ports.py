@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from wasilet.cluster.service_ports import MachinePort, MachinePorts, asked, is_balanced, load_balancer_status
+from wasilet_common.forwarding import listener
 
 pytestmark = pytest.mark.unit
 
@@ -15,7 +17,7 @@ ADDRESS = "192.0.2.2"
 
 
 def service(**spec: Any) -> dict[str, Any]:
-    ports = [{"port": 80, "nodePort": 30080}, {"port": 53, "nodePort": 30053, "protocol": "UDP"}]
+    ports = [{"port": 80, "nodePort": 30080}, {"port": 9, "nodePort": 30009, "protocol": "SCTP"}]
     return {"metadata": {"namespace": "a", "name": "b"}, "spec": {"clusterIP": "10.0.0.7", "ports": ports, **spec}}
 
 
@@ -26,8 +28,8 @@ def service(**spec: Any) -> dict[str, Any]:
         ({"type": "ExternalName", "clusterIP": None}, set(), ()),
         ({"type": "NodePort", "clusterIP": "None"}, set(), ()),
         ({"type": "NodePort", "clusterIP": "fd00::7"}, set(), ()),
-        ({"type": "NodePort"}, {("127.0.0.1", 30080), (ADDRESS, 30080)}, ("53/UDP",)),
-        ({"type": "LoadBalancer"}, {("127.0.0.1", 30080), (ADDRESS, 30080), (ADDRESS, 80)}, ("53/UDP",)),
+        ({"type": "NodePort"}, {("127.0.0.1", 30080), (ADDRESS, 30080)}, ("9/SCTP",)),
+        ({"type": "LoadBalancer"}, {("127.0.0.1", 30080), (ADDRESS, 30080), (ADDRESS, 80)}, ("9/SCTP",)),
         (
             {"type": "LoadBalancer", "loadBalancerClass": "wasilet.dev/host", "ports": [{"port": 80}]},
             {(ADDRESS, 80)},
@@ -43,6 +45,18 @@ def test_what_a_service_asks_for(spec: dict[str, Any], places: set[tuple[str, in
     assert {port.target for port in request.ports} <= {("10.0.0.7", 80)}
 
 
+def test_one_number_by_two_protocols_is_two_ports() -> None:
+    ports = [{"port": 53, "protocol": protocol, "nodePort": 30053} for protocol in ("TCP", "UDP")]
+    request = asked(service(type="LoadBalancer", ports=ports), ADDRESS)
+    assert request.left_out == ()
+    found = {(port.address, port.port, port.protocol, port.balanced) for port in request.ports}
+    assert found == {
+        (address, number, protocol, balanced)
+        for protocol in ("TCP", "UDP")
+        for address, number, balanced in (("127.0.0.1", 30053, False), (ADDRESS, 30053, False), (ADDRESS, 53, True))
+    }
+
+
 def test_a_machine_with_loopback_alone_listens_once() -> None:
     request = asked(service(type="NodePort"), "127.0.0.1")
     assert [(port.address, port.port) for port in request.ports] == [("127.0.0.1", 30080)]
@@ -56,29 +70,38 @@ def test_the_load_balancer_of_others_is_left_to_them() -> None:
 
 def test_the_status_names_the_ports_that_are_open() -> None:
     assert load_balancer_status(ADDRESS, {}) == {}
-    ingress = {"ip": ADDRESS, "ipMode": "Proxy", "ports": [{"port": 8099, "protocol": "TCP"}]}
-    assert load_balancer_status(ADDRESS, {80: 8099}) == {"ingress": [ingress]}
+    listed = [{"port": 53, "protocol": "UDP"}, {"port": 8099, "protocol": "TCP"}]
+    ingress = {"ip": ADDRESS, "ipMode": "Proxy", "ports": listed}
+    assert load_balancer_status(ADDRESS, {(80, "TCP"): 8099, (53, "UDP"): 53}) == {"ingress": [ingress]}
 
 
-def test_a_taken_port_is_a_problem_for_a_node_port_and_moves_a_load_balancer() -> None:
+@pytest.mark.parametrize(("protocol", "kind"), [("TCP", socket.SOCK_STREAM), ("UDP", socket.SOCK_DGRAM)])
+def test_a_taken_port_is_a_problem_for_a_node_port_and_moves_a_load_balancer(protocol: str, kind: int) -> None:
+    def foreign_at(port: int) -> socket.socket:
+        return listener(("127.0.0.1", port), kind=kind)
+
     async def scenario() -> None:
         ports, key = MachinePorts(), ("a", "b")
-        with socket.create_server(("127.0.0.1", 0)) as foreign:
+        with foreign_at(0) as foreign:
             taken = foreign.getsockname()[1]
-
-            def wanted(*, balanced: bool) -> MachinePort:
-                target = ("127.0.0.1", 80)
-                return MachinePort(service=key, address="127.0.0.1", port=taken, target=target, balanced=balanced)
-
-            await ports.update(key, [wanted(balanced=False), wanted(balanced=True)])
-            assert ports.problems(key) == [f"127.0.0.1:{taken}: Address already in use"]
-            assert ports.balanced(key)[80] != taken
-        await ports.update(key, [wanted(balanced=False)])
+            balanced = MachinePort(
+                service=key,
+                address="127.0.0.1",
+                port=taken,
+                target=("127.0.0.1", 80),
+                protocol=protocol,
+                balanced=True,
+            )
+            node_port = replace(balanced, balanced=False)
+            await ports.update(key, [node_port, balanced])
+            name = str(taken) if protocol == "TCP" else f"{taken}/UDP"
+            assert ports.problems(key) == [f"127.0.0.1:{name}: Address already in use"]
+            assert ports.balanced(key)[80, protocol] != taken
+        await ports.update(key, [node_port])
         assert ports.problems(key) == [], "it is free again, and tried again"
         assert ports.balanced(key) == {}, "what is asked for no longer is closed"
         await ports.update(key, ())
         assert ports.services() == set()
-        with socket.create_server(("127.0.0.1", taken)):
-            pass
+        foreign_at(taken).close()
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The cluster's certificates: right, private, made once, and mended where something is missing."""
+"""The cluster's certificates: right, private, made once, and repaired where something is missing."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_any_kubeconfig_gets_the_context_and_keeps_its_meaning(tmp_path: Path, t
 
 @pytest.mark.parametrize("name", ["1e3", "0o17", "1_000", "y", "2026-01-02", "12:30:45", "="])
 def test_a_name_that_looks_like_something_else_stays_a_text(tmp_path: Path, name: str) -> None:
-    """Also where the file has to be written anew from its data: PyYAML would leave out quotes that kubectl needs."""
+    """Also where the file has to be written again from its data: PyYAML would leave out quotes that kubectl needs."""
     path = tmp_path / "config"
     path.write_text(FLOW_FILE.replace('"name": "a"', f'"name": "{name}"'))
     add(path, OURS)

@@ -89,3 +89,15 @@ def test_there_is_no_way_back(cluster: Cluster) -> None:
 def test_a_minor_on_the_way_that_is_not_brought_is_named() -> None:
     with pytest.raises(UsageError, match=r"leads over 1\.33, 1\.34, which is not brought"):
         between("1.32.1", default_kubernetes())
+
+
+def test_a_cluster_that_stays_with_a_minor_no_longer_brought_is_told_the_way_on(cluster: Cluster) -> None:
+    old = used(cluster, kubernetes="1.34.4", kubernetes_asked="1.34")
+    with pytest.raises(
+        UsageError, match=r"made with --kubernetes-version 1\.34, which this Wasilet no longer"
+    ) as failed:
+        wanted(old)
+    newest = default_kubernetes()
+    assert failed.value.hint is not None
+    assert f"--kubernetes-version {newest.rpartition('.')[0]}`" in failed.value.hint
+    assert wanted(asked(old, "1.37")) == newest

@@ -24,6 +24,7 @@ from wasilet_node.kube.base import (
 )
 from wasilet_node.kube.client import KubeClient
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
+from wasilet_node.kube.turns import AT_ONCE, Turns
 
 from tests.unit.node.kube.rig import answer, api_server, client_of, status_response
 
@@ -395,3 +396,36 @@ def established_to(port: int) -> int:
     """How many connections of this machine to a port are established (``/proc/net/tcp``: 01), on the asking end."""
     rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
     return sum(remote.endswith(f":{port:04X}") and state == "01" for _, _, remote, state, *_ in rows)
+
+
+async def test_a_burst_of_requests_shares_few_connections() -> None:
+    """Each more costs a TLS handshake, and is idle a moment later."""
+    seen: set[object] = set()
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.add(request.transport)
+        await asyncio.sleep(0.001)
+        return answer()
+
+    async with client_of(handler) as kube:
+        kube._turns = Turns(patience_seconds=60)
+        await asyncio.gather(*(kube.get(f"/api/v1/pods/{number}") for number in range(60)))
+    assert len(seen) <= AT_ONCE
+
+
+async def test_a_slow_server_is_asked_side_by_side() -> None:
+    """What it does not answer must keep nothing else from it: the lease above all."""
+    release = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        if request.path != "/lease":
+            await release.wait()
+        return answer()
+
+    async with client_of(handler) as kube:
+        stuck = [asyncio.create_task(kube.get(f"/api/v1/pods/{number}")) for number in range(3 * AT_ONCE)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await kube.get("/lease")
+        release.set()
+        await asyncio.gather(*stuck)

@@ -171,9 +171,9 @@ async def test_combining_ends_after_ten_quiet_minutes(
         recorder.event(POD, "Warning", "Unhealthy", f"probe failed {number}")
     await recorder.flush(timeout_seconds=2)
     clock.now += 3601
-    recorder.event(POD, "Warning", "Unhealthy", "probe failed anew")
+    recorder.event(POD, "Warning", "Unhealthy", "probe failed again")
     await recorder.flush(timeout_seconds=2)
-    assert store.created[-1]["message"] == "probe failed anew"
+    assert store.created[-1]["message"] == "probe failed again"
 
 
 async def test_one_object_gets_25_at_once_then_one_in_five_minutes(

@@ -29,12 +29,13 @@ from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import netns
 
 from tests.unit.node.network.test_service import SETTINGS, Running, gone, network, pod, with_machine
-from tests.unit.node.runtime.guests import running_supervisor
+from tests.unit.node.runtime.guests import eventually, running_supervisor
 
 pytestmark = [pytest.mark.unit]
 needs_root = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nft"), reason="a pod network needs root and nft")
 
 MACHINE, NODE, OTHER = "10.28.0.1", "10.28.255.254", "10.28.0.2"
+SOCKET = Path("/nowhere/policies.sock")
 OTHER_POD, OTHER_PODS = "10.9.0.7", ipaddress.IPv4Network("10.9.0.0/24")
 BRIDGED = dataclasses.replace(
     SETTINGS,
@@ -86,8 +87,8 @@ def test_what_is_taken_from_nodes(nodes: list[dict[str, Any]], routes: dict[str,
 
 
 def test_the_routes_are_kept_only_where_nodes_share_a_bridge() -> None:
-    assert not any("uplink" in word for word in network_policies(SETTINGS, HERE.own).argv)
-    words = network_policies(BRIDGED, HERE.own).argv
+    assert not any("uplink" in word for word in network_policies(SETTINGS, HERE.own, SOCKET).argv)
+    words = network_policies(BRIDGED, HERE.own, SOCKET).argv
     assert {f"--cluster-cidr={BRIDGED.cluster_cidr}", f"--uplink={BRIDGED.uplink}"} <= set(words)
 
 
@@ -146,9 +147,10 @@ async def outward(pods: PodNetwork) -> None:
         with Netlink() as netlink:
             return netlink.index_of(OUTWARD) is not None
 
-    async with asyncio.timeout(30):
-        while not await pods._in_thread(there):
-            await asyncio.sleep(0.05)
+    async def probe() -> bool | None:
+        return True if await pods._in_thread(there) else None
+
+    await eventually(probe)
 
 
 async def connected(client: socket.socket, address: str, port: int) -> str:

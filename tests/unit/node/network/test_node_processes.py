@@ -69,6 +69,25 @@ async def test_it_ends_with_its_owner(tmp_path: Path) -> None:
         os.kill(pid, 0)
 
 
+async def test_one_that_was_just_being_started_ends_with_its_owner_as_well(tmp_path: Path) -> None:
+    path = script(tmp_path, "exec sleep 600")
+    asked, go_on = asyncio.Event(), asyncio.Event()
+    made: list[subprocess.Popen[bytes]] = []
+
+    async def slowly(work: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        asked.set()
+        await go_on.wait()
+        made.append(work())
+        return made[0]
+
+    task = asyncio.create_task(Kept(Program(name="program", argv=(str(path),)), folder=tmp_path, spawn=slowly).run())
+    await asked.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    go_on.set()
+    await until(lambda: made and made[0].returncode is not None)
+
+
 def test_command_lines_name_the_nodes_own_ranges() -> None:
     settings = NetworkSettings(
         cluster_cidr=ipaddress.IPv4Network("10.9.0.0/16"),
@@ -82,5 +101,7 @@ def test_command_lines_name_the_nodes_own_ranges() -> None:
     proxy = kube_proxy(settings, "n1").argv
     assert proxy[0] == "/bin/kube-proxy"
     assert {"--hostname-override=n1", "--cluster-cidr=10.9.0.0/16", "--nodeport-addresses=10.9.255.4/30"} <= {*proxy}
-    policies = network_policies(settings, ipaddress.IPv4Network("10.9.4.0/22")).argv
-    assert {"--pod-cidr=10.9.4.0/22", "--machine-address=10.9.255.5", "--dns=10.10.0.10"} <= {*policies}
+    policies = network_policies(settings, ipaddress.IPv4Network("10.9.4.0/22"), Path("/d/p.sock")).argv
+    assert {*("--pod-cidr=10.9.4.0/22", "--machine-address=10.9.255.5", "--dns=10.10.0.10", "--agent=/d/p.sock")} <= {
+        *policies
+    }

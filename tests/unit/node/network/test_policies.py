@@ -89,6 +89,21 @@ def test_where_there_is_a_policy_an_address_that_is_not_known_yet_is_nobodys() -
     assert "ip saddr 10.9.4.0/24 drop" in policies.rules([policy()], [], NAMESPACES, PLACE)
 
 
+def test_the_nodes_own_word_about_an_address_comes_before_what_statuses_name() -> None:
+    """A new pod has no status yet, and one that is gone may still be listed with an address that was given away."""
+    gone, new = known("gone", "10.9.4.2"), known("new", "")
+    for each in (gone, new):
+        each["metadata"]["uid"] = each["metadata"]["name"]
+    new["metadata"]["labels"]["app"] = "web"
+    spec = {"podSelector": {"matchLabels": {"app": "gone"}}}
+    web = policy(name="web", podSelector={"matchLabels": {"app": "web"}}, policyTypes=["Egress"])
+    given = [{**policy(), "spec": spec}, web]
+    assert "10.9.4.2 : jump ingress" in policies.rules(given, [gone, new], NAMESPACES, PLACE)
+    text = policies.rules(given, [gone, new], NAMESPACES, PLACE, {"new": "10.9.4.2"})
+    assert "10.9.4.2 : jump egress" in text
+    assert "jump ingress" not in text
+
+
 def test_default_deny_isolates_the_pods_of_its_namespace_and_node() -> None:
     made = chains(policy())
     assert sorted(made) == ["ingress 10.9.4.2", "ingress 10.9.4.3"]

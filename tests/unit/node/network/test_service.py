@@ -20,18 +20,20 @@ from typing import Any
 
 import pytest
 from wasilet_node.network import nft
+from wasilet_node.network.addresses import PodRecord
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork
-from wasilet_node.network.pod_networks import POOL_SIZE
+from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
+from wasilet_node.network.pod_networks import POOL_LOW, POOL_SIZE
 from wasilet_node.network.service import PodNetwork
 from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
 from wasilet_node.settings import NetworkSettings, NodePaths
 
-from tests.another_machine import another_machine
+from tests.another_machine import RESOLVED, another_machine
 from tests.unit.node.network.test_netlink import in_namespace
 from tests.unit.node.runtime.component_guests import ACCESS_DENIED, socket_guest
 from tests.unit.node.runtime.guests import connected, eventually, running_supervisor
@@ -101,6 +103,58 @@ async def until(condition: Callable[[], bool]) -> None:
         return True if condition() else None
 
     await eventually(probe)
+
+
+def test_a_network_just_claimed_is_not_asked_for_again_and_none_is_remembered_that_went(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            asked: list[str] = []
+            claim = pods._claim
+
+            def counted(uid: str) -> PodRecord:
+                asked.append(uid)
+                return claim(uid)
+
+            pods._claim = counted  # type: ignore[method-assign]
+            one = await pods.attach(pod("u1"))
+            assert await pods.attach(pod("u1")) == one
+            assert asked == ["u1"]
+            await pods.detach("u1")
+            assert await pods.attach(pod("u1")) != one
+            assert asked == ["u1", "u1"]
+
+    with_machine(work)
+
+
+def test_namespaces_for_later_pods_let_starts_go_first(tmp_path: Path) -> None:
+    async def work() -> None:
+        waits: list[int] = []
+        calm = asyncio.Event()
+        calm.set()
+
+        async def wait(_limit_seconds: float) -> bool:
+            waits.append(ready())
+            if not calm.is_set():
+                await asyncio.sleep(0.01)
+            return calm.is_set()
+
+        def ready() -> int:
+            return pods._pods.ready if pods._pods is not None else 0
+
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths, calm=wait)) as pods:
+            await until(lambda: ready() == POOL_SIZE)
+            calm.clear()
+            waits.clear()
+            for number in range(POOL_SIZE - POOL_LOW - 1):
+                await pods.attach(pod(f"u{number}"))
+            await until(lambda: bool(waits))
+            assert ready() == POOL_LOW + 1, "none was made while starts were under way"
+            await pods.attach(pod("last"))
+            await until(lambda: ready() > POOL_LOW)
+            calm.set()
+            await until(lambda: ready() == POOL_SIZE)
+
+    with_machine(work)
 
 
 def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path) -> None:
@@ -551,20 +605,138 @@ def test_pods_reach_other_machines_and_nothing_that_only_this_one_reaches(tmp_pa
             }
             for name, (address, port) in rows.items():
                 assert not await asked(pods, address, port), name
-            client, _ = await pods._in_thread(pods._socket_inside, "u1", socket.SOCK_DGRAM)
-            with client:
-                client.connect(("192.0.2.10", 80))
-                client.send(b"x")
-                with pytest.raises(ConnectionRefusedError):
-                    await asyncio.get_running_loop().sock_recv(client, 1)
-
             os.kill(process, signal.SIGKILL)
             again = await outward_process(other_than=process)
             assert await asked(pods, "192.0.2.10") == "hello 192.0.2.9\n"
-            status = Path(f"/proc/{again}/status").read_text()
-            assert re.findall(r"^(?:Uid|CapEff|NoNewPrivs):\t(\S+)", status, re.MULTILINE) == ["65534", "0" * 16, "1"]
+            threads = list(Path(f"/proc/{again}/task").iterdir())
+            assert len(threads) > 1
+            for thread in threads:
+                status = (thread / "status").read_text()
+                found = re.findall(r"^(?:Uid|CapPrm|CapEff|NoNewPrivs):\t(\S+)", status, re.MULTILINE)
+                assert found == ["65534", "0" * 16, "0" * 16, "1"]
 
     with_machine(work)
+
+
+def test_pods_send_datagrams_to_other_machines_and_to_nothing_that_only_this_one_reaches(tmp_path: Path) -> None:
+    async def work() -> None:
+        nft.apply("table ip engine { chain f { type filter hook forward priority 0; policy drop; }; }")
+        async with contextlib.AsyncExitStack() as stack:
+            for name, address, own in (("lan", "192.0.2.10", "192.0.2.9"), ("wlother", "10.29.0.5", "10.29.0.1")):
+                stack.enter_context(another_machine(name, address, own=own))
+            # Nothing may come to what listens on the machine's loopback.
+            local = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            local.bind(("127.0.0.1", 80))
+            local.setblocking(False)  # noqa: FBT003
+            rig = await stack.enter_async_context(running_supervisor(tmp_path))
+            pods = await stack.enter_async_context(Running(network(rig.paths)))
+            await pods.attach(pod("u1"))
+            await outward_process()
+            assert await sent(pods, "192.0.2.10", b"x") == b"hello 192.0.2.9\n"
+            large = os.urandom(40_000)
+            assert await sent(pods, "192.0.2.10", large) == large, "in fragments, there and back"
+            assert (await sent(pods, "192.0.2.10", QUESTION, port=53)).endswith(socket.inet_aton(RESOLVED))
+            rows = {
+                "a port at which the other machine does not listen": ("192.0.2.10", 81),
+                "a kubelet": ("192.0.2.10", 10250),
+                "a network that the machine has no route to": ("203.0.113.1", 80),
+                "the metadata service": ("169.254.169.254", 80),
+                "one that is not link-local": ("100.100.100.200", 80),
+                "all machines of the link": ("192.0.2.255", 80),
+                "another cluster": ("10.29.0.5", 80),
+                "a Service that is not there": ("10.10.0.99", 80),
+                "what takes the datagrams in": ("192.0.0.8", 80),
+                "the machine's end of the link": ("10.9.255.1", 80),
+            }
+            for name, (address, port) in rows.items():
+                assert not await sent(pods, address, b"x", port=port), name
+            with pytest.raises(BlockingIOError):
+                local.recv(1)
+
+    with_machine(work)
+
+
+def test_a_pod_that_asks_from_many_sockets_has_its_share_of_flows_and_no_more(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(another_machine("lan", "192.0.2.10", own="192.0.2.9"))
+            rig = await stack.enter_async_context(running_supervisor(tmp_path))
+            pods = await stack.enter_async_context(Running(network(rig.paths)))
+            for uid in ("u1", "u2"):
+                await pods.attach(pod(uid))
+            await outward_process()
+            # It answers, so that what follows is lost by no bridge port that is still to forward.
+            assert await sent(pods, "192.0.2.10", b"x", uid="u2")
+            refused = 0
+            for _ in range(MAX_FLOWS_PER_POD + 20):
+                asker, _ = await pods._in_thread(pods._socket_inside, "u1", socket.SOCK_DGRAM)
+                stack.enter_context(asker)
+                refused += not await sent(pods, "192.0.2.10", b"x", asker=asker)
+            assert refused == 20
+            assert await sent(pods, "192.0.2.10", b"x", uid="u2"), "another pod has its own share"
+
+    with_machine(work)
+
+
+def test_where_the_kernel_has_no_tproxy_datagrams_outward_are_refused_and_connections_are_not(tmp_path: Path) -> None:
+    """The module's absence is played by an ``nft`` that refuses the word."""
+    fake = tmp_path / "bin" / "nft"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"""#!/bin/sh
+rules=$(cat)
+case "$rules" in *tproxy*) echo "Error: Could not process rule: No such file or directory" >&2; exit 1;; esac
+printf '%s' "$rules" | exec {nft.find()} "$@"
+""",
+        encoding="utf-8",
+    )
+    fake.chmod(0o755)
+
+    async def work() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(another_machine("lan", "192.0.2.10", own="192.0.2.9"))
+            rig = await stack.enter_async_context(running_supervisor(tmp_path))
+            pods = await stack.enter_async_context(Running(network(rig.paths)))
+            await pods.attach(pod("u1"))
+            await outward_process()
+            assert await asked(pods, "192.0.2.10") == "hello 192.0.2.9\n"
+            assert not await sent(pods, "192.0.2.10", b"x")
+            assert "no UDP to other machines" in (rig.paths.network / "outward.log").read_text()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
+        with_machine(work)
+
+
+QUESTION = bytes.fromhex("1234 0100 0001 0000 0000 0000 04") + b"name" + bytes.fromhex("07") + b"example\0\0\1\0\1"
+
+
+async def sent(
+    pods: PodNetwork,
+    target: str,
+    data: bytes,
+    *,
+    port: int = 80,
+    uid: str = "u1",
+    asker: socket.socket | None = None,
+) -> bytes:
+    """What comes back for a pod's datagram; empty: it was refused. Datagrams are lost while the kernel takes other
+    namespaces down, so it is sent again. ``asker``: a socket of the pod, which stays open."""
+    with contextlib.ExitStack() as stack:
+        if asker is None:
+            asker = stack.enter_context((await pods._in_thread(pods._socket_inside, uid, socket.SOCK_DGRAM))[0])
+        asker.connect((target, port))
+        for attempts_left in reversed(range(20)):
+            try:
+                asker.send(data)
+                async with asyncio.timeout(2):
+                    return await asyncio.get_running_loop().sock_recv(asker, 65536)
+            except TimeoutError:
+                if not attempts_left:
+                    raise
+            except ConnectionRefusedError:
+                return b""
+    raise AssertionError
 
 
 async def outward_process(*, other_than: int = 0) -> int:

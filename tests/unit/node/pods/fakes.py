@@ -14,6 +14,7 @@ from typing import Any
 from wasilet_common.oci.credentials import Credential
 from wasilet_node.images.model import EventSink, Image, ImageError, PullPolicy
 from wasilet_node.kube.base import ConflictError, KubeObject, NotFoundError, WatchEvent
+from wasilet_node.network.attachment import MachineNetwork, Networks
 from wasilet_node.pods.dependencies import PodDependencies, Timing
 from wasilet_node.pods.nodeinfo import NodeInfo
 from wasilet_node.runtime.protocol import (
@@ -318,7 +319,7 @@ class FakeRuntime:
         )
         _touch(config.log_path)
         if self.lost_answers > 0:
-            # It runs, but nobody hears of it: the connection broke.
+            # It runs, but no report of it arrives: the connection broke.
             self.known[status.id] = status
             raise RuntimeUnavailableError("the answer was lost")
         if self.start_delay:
@@ -587,6 +588,7 @@ class Fakes:
     events: FakeEvents = dataclasses.field(default_factory=FakeEvents)
     references: FakeReferences = dataclasses.field(default_factory=FakeReferences)
     environments: FakeEnvironments = dataclasses.field(default_factory=FakeEnvironments)
+    networks: Networks = dataclasses.field(default_factory=MachineNetwork)
     node: NodeInfo = NODE
     offset: float = 0.0
     """Seconds that the wall clock is ahead."""
@@ -610,6 +612,7 @@ class Fakes:
             paths=self.paths,
             node=lambda: self.node,
             timing=self.timing,
+            networks=self.networks,
             wall_clock=lambda: time.time() + self.offset,
         )
 

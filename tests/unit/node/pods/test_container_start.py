@@ -106,6 +106,26 @@ async def test_a_component_runs_in_its_pods_network(tmp_path: Path) -> None:
     assert not [text for text in fakes.events.said if text.startswith("CannotListen")]
 
 
+@pytest.mark.parametrize(("kind", "waits"), [(GuestKind.COMPONENT, True), (GuestKind.MODULE, False)])
+async def test_what_may_open_sockets_starts_once_policies_know_its_pod(
+    tmp_path: Path, kind: GuestKind, *, waits: bool
+) -> None:
+    fakes = Fakes(data=tmp_path)
+    fakes.images.kind = kind
+    asked: list[int] = []
+
+    class Judged(Network):
+        async def await_policies(self, pod: dict[str, Any]) -> None:
+            asked.append(len(fakes.runtime.configs))
+
+    container = {"name": "c", "image": "x"}
+    pod = make_pod(containers=[container])
+    dependencies = dataclasses.replace(fakes.dependencies(), networks=Judged())
+    await start_container(dependencies, pod, container, attempt=0, sandbox="s", late=lambda _: None)
+    assert asked == ([0] if waits else []), "before the runtime got it"
+    assert len(fakes.runtime.configs) == 1
+
+
 async def test_a_network_that_cannot_be_had_is_the_pods_reason_to_wait(tmp_path: Path) -> None:
     class Exhausted(MachineNetwork):
         async def attach(self, pod: dict[str, Any]) -> Attachment | None:

@@ -1,4 +1,4 @@
-"""Who is evicted for what it writes to the node's disk, in kubelet's words."""
+"""Who is evicted for what it writes to the node's disk, with the kubelet's messages."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ def test_a_container_that_wrote_more_than_it_may() -> None:
         message(pod, containers={"a": MIB + 1, "b": MIB})
         == 'Container a exceeded its local ephemeral storage limit "1Mi". '
     )
+
+
+def test_a_sidecar_has_a_limit_of_its_own_but_no_init_container_that_ends() -> None:
+    sidecar, ends = limited("s", "1Mi") | {"restartPolicy": "Always"}, limited("i", "1Mi")
+    pod = make_pod(containers=[limited("a", "9Mi")], initContainers=[ends, sidecar])
+    assert message(pod, containers={"i": 2 * MIB}) == ""
+    assert message(pod, containers={"s": 2 * MIB}) == 'Container s exceeded its local ephemeral storage limit "1Mi". '
 
 
 def test_all_containers_and_volumes_together_against_the_sum_of_the_limits() -> None:
@@ -159,7 +166,7 @@ async def test_a_container_over_its_limit_ends_its_pod_and_no_other(
 
 
 class LooseVolumes(MeasuredVolumes):
-    """Memory volumes whose size nobody holds."""
+    """Memory volumes whose size the kernel does not hold."""
 
     def loose_pods(self) -> list[str]:
         return [folder.name for folder in self.root.iterdir()]

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wasilet_common.pod_fields import Pod
 from wasilet_node.images.model import ImageError
+from wasilet_node.network.attachment import Attachment, MachineNetwork
 from wasilet_node.pods import resources
 from wasilet_node.runtime.protocol import ExecResult, RuntimeCapabilities
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
@@ -171,6 +173,7 @@ async def test_an_image_that_cannot_be_had_is_tried_again(fakes: Fakes) -> None:
             "message": "wrong architecture: linux/amd64",
         }
         assert phase(fakes) == "Pending"
+        assert condition(fakes, "PodReadyToStartContainers")["status"] == "True", "it says nothing of images"
         fakes.images.errors.clear()
         await eventually(lambda: phase(fakes) == "Running")
 
@@ -412,15 +415,26 @@ async def test_a_cpu_limit_that_is_not_kept_is_said_once(fakes: Fakes) -> None:
         assert "The cpu limit of 100m is not enforced" in told[0]
 
 
-async def test_pull_secrets_are_brought_and_a_missing_one_is_told(fakes: Fakes) -> None:
+MISSING = "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (missing);"
+
+
+async def test_pull_secrets_are_brought_and_a_missing_one_hinders_nothing(fakes: Fakes) -> None:
     fakes.references.secrets["have"] = {"registry": "reg"}
     async with running(fakes):
         fakes.kube.add(make_pod(imagePullSecrets=[{"name": "have"}, {"name": "missing"}]))
         await eventually(lambda: phase(fakes) == "Running")
         assert [credential.registry for credential in fakes.images.asked[0][1]] == ["reg"]
-        assert fakes.events.has(
-            "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (missing);"
-        )
+        assert not fakes.events.has(MISSING)
+
+
+async def test_a_missing_pull_secret_is_reported_when_a_pull_has_failed(fakes: Fakes) -> None:
+    fakes.images.errors["reg/hello:1"] = ImageError("ImagePullBackOff", "put off")
+    async with running(fakes):
+        fakes.kube.add(make_pod(imagePullSecrets=[{"name": "missing"}]))
+        await eventually(lambda: len(fakes.images.asked) > 1)
+        assert not fakes.events.has(MISSING), "no pull was tried"
+        fakes.images.errors["reg/hello:1"] = ImageError("ErrImagePull", "unauthorized")
+        await eventually(lambda: fakes.events.has(MISSING))
 
 
 async def test_labels_that_change_reach_downward_volumes_at_once(fakes: Fakes) -> None:
@@ -439,3 +453,31 @@ async def test_the_modules_of_known_containers_are_reported_as_in_use(
     async with running(fakes):
         fakes.kube.add(make_pod())
         await eventually(lambda: fakes.images.in_use == frozenset({"sha256:2"}))
+
+
+async def test_volumes_and_network_are_prepared_side_by_side(fakes: Fakes) -> None:
+    """A token's way to the API server and back is the longest wait of a start."""
+    order: list[str] = []
+    both = asyncio.Event()
+
+    async def begun(name: str) -> None:
+        order.append(name)
+        if len(order) == 2:
+            both.set()
+        async with asyncio.timeout(5):
+            await both.wait()
+
+    class Networks(MachineNetwork):
+        async def attach(self, pod: Pod) -> Attachment | None:
+            await begun("network")
+            return None
+
+    async def setup(pod: Pod) -> None:
+        await begun("volumes")
+
+    fakes.networks = Networks()
+    fakes.volumes.setup = setup  # type: ignore[method-assign]
+    async with running(fakes):
+        fakes.kube.add(make_pod())
+        await eventually(lambda: phase(fakes) == "Running")
+    assert sorted(order[:2]) == ["network", "volumes"]

@@ -270,6 +270,15 @@ async def test_an_ending_pod_is_not_restarted_by_liveness() -> None:
     rig.probes.close()
 
 
+async def test_readiness_is_asked_until_an_ending_pod_is_gone() -> None:
+    rig = Rig({"readinessProbe": probe(periodSeconds=QUICK, failureThreshold=1)}, [0, 0, 1])
+    rig.begin()
+    await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.SUCCESS)
+    rig.probes.end_with_pod()
+    await eventually(lambda: rig.result(ProbeKind.READINESS) is Result.FAILURE)
+    rig.probes.close()
+
+
 async def test_an_instance_that_is_gone_leaves_nothing() -> None:
     rig = Rig({"readinessProbe": probe(periodSeconds=QUICK)}, [0])
     rig.begin()

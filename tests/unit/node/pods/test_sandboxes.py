@@ -1,4 +1,4 @@
-"""A pod whose sandbox is gone begins anew; an agent's restart alone restarts nothing."""
+"""A pod whose sandbox is gone begins again; an agent's restart alone restarts nothing."""
 
 from __future__ import annotations
 

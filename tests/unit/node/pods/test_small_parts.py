@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from wasilet_common.time_format import go_duration
 from wasilet_node.pods.http_policy import ALLOWED_DOMAINS, MAX_CONCURRENT_REQUESTS, http_policy
 from wasilet_node.pods.plan import KillReason
 from wasilet_node.pods.termination import kill_grace
+from wasilet_node.pods.under_way import UnderWay
 from wasilet_node.runtime.protocol import HttpPolicy
 from wasilet_node.settings import NodePaths
 from wasilet_node.volumes.base import ContainerConfigError
@@ -187,3 +189,15 @@ def test_field_paths_name_the_list_that_a_container_is_in() -> None:
     assert pod_fields.field_path(pod, "i") == "spec.initContainers{i}"
     assert pod_fields.field_path(pod, "e") == "spec.ephemeralContainers{e}"
     assert pod_fields.field_path(pod, "x") == ""
+
+
+async def test_a_start_is_under_way_until_its_status_is_sent() -> None:
+    under_way = UnderWay()
+    assert await under_way.calm(0)
+    with under_way.one():
+        assert under_way.busy
+        assert not await under_way.calm(0.001)
+    assert under_way.busy, "the status goes out in the next turns of the loop"
+    async with asyncio.timeout(5):
+        assert await under_way.calm(5)
+    assert not under_way.busy

@@ -54,7 +54,9 @@ def test_both_address_families_are_told() -> None:
 def test_a_pod_has_no_address_before_its_volumes_are_ready() -> None:
     status = compute(facts(sandbox_ready=False))
     assert "podIP" not in status
-    assert conditions(status)["PodReadyToStartContainers"]["status"] == "False"
+    condition = conditions(status)["PodReadyToStartContainers"]
+    assert condition["status"] == "False"
+    assert (condition["reason"], condition["message"]) == ("PodSandboxNotReady", "no pod sandbox exists")
 
 
 def test_a_final_phase_never_changes() -> None:
@@ -589,7 +591,10 @@ def test_requests_are_the_larger_of_running_and_initializing() -> None:
     ],
 )
 def test_quality_of_service(container: dict[str, Any], expected: str) -> None:
-    assert qos_class(make_pod(containers=[container])) == expected
+    pod = make_pod(containers=[container])
+    assert qos_class(pod) == expected
+    pod["spec"]["resources"] = {"limits": {}, "requests": {}}
+    assert qos_class(pod) == expected, "resources of the pod that name none say nothing"
 
 
 def test_a_rejected_pod_keeps_the_conditions_it_had() -> None:

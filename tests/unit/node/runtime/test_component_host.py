@@ -227,7 +227,7 @@ async def test_instances_are_new_or_reused_as_asked(
         ("http_p2", ("/panic", 500, "GET /panic: 500: wasm trap: wasm `unreachable` instruction executed")),
         ("http_p2", ("/loop", 504, "GET /loop: 504: no answer in time")),
         ("http_p2", ("/sleep?9000", 504, "GET /sleep: 504: no answer in time")),
-        # A body that is written before its head: nobody reads what goes beyond the buffer.
+        # A body that is written before its head: no one reads what goes beyond the buffer.
         ("http_p2", ("/body-first?1000000", 504, "GET /body-first: 504: no answer in time")),
         ("http_p2", ("/never", 500, "GET /never: 500: the guest returned without an answer")),
         ("http_p2", ("/recurse", 500, "GET /recurse: 500: wasm trap: call stack exhausted")),

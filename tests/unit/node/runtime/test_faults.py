@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from wasilet_node.runtime import supervisor_registry, supervisor_start, wire, zygote
+from wasilet_node.runtime import supervisor_registry, supervisor_start, unix_sockets, wire, zygote
 from wasilet_node.runtime.client import RuntimeClient, ensure_supervisor
 from wasilet_node.runtime.protocol import ContainerState, ContainerStatus, RuntimeUnavailableError, StartError
 from wasilet_node.runtime.records import Owner, Records
@@ -105,12 +105,12 @@ async def test_one_that_hangs_is_noticed_and_goes_on_with_the_same_containers(
 
 
 async def test_a_start_that_nobody_waits_for_any_more_is_not_made_up_for(rig: Rig) -> None:
-    """An agent that dies, or gives its connection up, while the supervisor hangs: the next one asks anew."""
+    """An agent that dies, or gives its connection up, while the supervisor hangs: the next one asks again."""
     config = rig.config(rig.artifact(SLEEPER))
     pointer = supervisor_registry.current(rig.paths.data)
     assert pointer is not None
     with stopped(pointer.pid):
-        sock = supervisor_registry.connect(Path(pointer.socket), timeout_seconds=5.0)
+        sock = unix_sockets.connect(Path(pointer.socket), timeout_seconds=5.0)
         sock.sendall(wire.encode({"op": "hello", "versions": [1], "seq": 1}))
         sock.sendall(wire.encode({"op": "start", "config": wire.dump_config(config), "seq": 2}))
         sock.close()

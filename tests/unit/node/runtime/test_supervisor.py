@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wasilet_node.runtime import linux, supervisor_registry
+from wasilet_node.runtime import linux, supervisor_registry, unix_sockets
 from wasilet_node.runtime.client import RuntimeClient, ensure_supervisor, shutdown
 from wasilet_node.runtime.protocol import (
     ContainerState,
@@ -635,7 +635,7 @@ def test_a_child_of_the_supervisor_is_no_client_although_it_knows_the_secret(tmp
     script = """
 import os, sys, threading
 from pathlib import Path
-from wasilet_node.runtime import supervisor_registry, wire
+from wasilet_node.runtime import supervisor_registry, unix_sockets, wire
 from wasilet_node.runtime.supervisor import Supervisor
 from wasilet_node.settings import LogSettings, NodePaths
 
@@ -645,7 +645,7 @@ child = os.fork()
 if child == 0:
     if os.fork() == 0:
         pointer = supervisor_registry.current(data)
-        sock = supervisor_registry.connect(Path(pointer.socket), timeout_seconds=20)
+        sock = unix_sockets.connect(Path(pointer.socket), timeout_seconds=20)
         try:
             sock.sendall(wire.encode({"op": "hello", "seq": 1, "versions": [2], "secret": pointer.secret}))
             answer = sock.recv(100)
@@ -733,7 +733,7 @@ async def test_a_burst_of_connections_waits_its_turn(own_rig: Rig) -> None:
     assert pointer is not None
     os.kill(pointer.pid, signal.SIGSTOP)
     try:
-        socks = [supervisor_registry.connect(Path(pointer.socket), timeout_seconds=1.0) for _ in range(300)]
+        socks = [unix_sockets.connect(Path(pointer.socket), timeout_seconds=1.0) for _ in range(300)]
     finally:
         os.kill(pointer.pid, signal.SIGCONT)
     for sock in socks:

@@ -75,7 +75,7 @@ impl Reply {
     }
 }
 
-fn words(status: u16) -> &'static str {
+pub fn words(status: u16) -> &'static str {
     match status {
         200 => "OK",
         301 => "Moved Permanently",

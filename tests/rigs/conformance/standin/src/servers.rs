@@ -15,6 +15,8 @@ use crate::serve::{log, Handler, Server, Speaks};
 use crate::streams::Streams;
 
 const DIAL: Duration = Duration::from_secs(5);
+const FILES_PORT: u16 = 80;
+const MOVE: &str = "/.standin/mv";
 const REGISTER: Duration = Duration::from_secs(60);
 const ALIVE_SECONDS: f64 = 10.0;
 
@@ -28,7 +30,10 @@ pub fn run(command: &str, words: &[String], streams: &Streams) -> Option<i32> {
     let made = match command {
         "netexec" => netexec(&mut server, words),
         "serve-hostname" => serve_hostname(&mut server, words),
-        "test-webserver" => server.http(port(words, "--port", 80), Rc::new(files)),
+        "test-webserver" => {
+            let certificate = Certificate::default();
+            server.http(port(words, "--port", FILES_PORT), Rc::new(move |request| files(request, &certificate)))
+        }
         "liveness" => liveness(&mut server),
         "porter" => porter(&mut server, words),
         "nettest" => nettest(&mut server),
@@ -150,7 +155,7 @@ fn exec_page(request: &Request, port: u16, ready: bool) -> Reply {
         },
         "/redirect" => {
             log(&format!("{} /redirect?msg={}&code={}", request.method, value("location"), value("code")));
-            Reply::new(value("code").parse().unwrap_or(302), "").with("Location", value("location"))
+            redirect(value("code").parse().unwrap_or(302), &value("location"))
         }
         "/shell" | "/upload" => Reply::ok("{\"error\":\"a wasm module starts no process and keeps no upload\"}"),
         _ => {
@@ -255,8 +260,50 @@ fn serve_hostname(server: &mut Server, words: &[String]) -> Result<(), Failure> 
     Ok(())
 }
 
+/// With the body that Go's `http.Redirect` writes, which a probe's event quotes.
+fn redirect(code: u16, location: &str) -> Reply {
+    let escaped = location.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&#34;");
+    let body = format!("<a href=\"{}\">{}</a>.\n\n", escaped, http::words(code));
+    Reply::new(code, body).with("Location", location)
+}
+
+/// Where the one file of the image is that probes ask for. A module's image has no files, and a command that exec runs
+/// has no memory in common with the server: so the server keeps it, and `mv` asks the server.
+struct Certificate(RefCell<String>);
+
+impl Default for Certificate {
+    fn default() -> Certificate {
+        Certificate(RefCell::new("/localhost.crt".to_string()))
+    }
+}
+
+impl Certificate {
+    fn moved(&self, from: &str, to: &str) -> Reply {
+        if *self.0.borrow() != from {
+            return Reply::new(404, "No such file or directory");
+        }
+        *self.0.borrow_mut() = if to.ends_with('/') { format!("{}localhost.crt", to) } else { to.to_string() };
+        Reply::ok("")
+    }
+}
+
+/// Move the file that the pod's server keeps; why not, else.
+pub fn move_kept(from: &str, to: &str) -> Result<(), String> {
+    let target = format!("{}?from={}&to={}", MOVE, from, to);
+    let (host, port) = ("127.0.0.1", FILES_PORT);
+    let ask = Ask { host, port, target: &target, method: "GET", body: None, from: None, connect: None, whole: DIAL };
+    match http::ask(&ask) {
+        Ok(answer) if answer.status == 200 => Ok(()),
+        Ok(answer) => Err(String::from_utf8_lossy(&answer.body).into_owned()),
+        Err(why) => Err(format!("No such file or directory, and no server that keeps it: {}", why)),
+    }
+}
+
 /// The files that the module sees, below `/`.
-fn files(request: &Request) -> Reply {
+fn files(request: &Request, certificate: &Certificate) -> Reply {
+    if request.path == MOVE {
+        return certificate.moved(request.value("from").unwrap_or(""), request.value("to").unwrap_or(""));
+    }
     if request.path.split('/').any(|part| part == "..") {
         return Reply::new(400, "invalid URL path\n");
     }
@@ -265,8 +312,7 @@ fn files(request: &Request) -> Reply {
     }
     match fs::read(&request.path) {
         Ok(data) => Reply::ok(data),
-        // The file of the image that probes ask for. A module's image has no files of its own.
-        Err(_) if request.path == "/localhost.crt" => Reply::ok("the stand-in has no certificate\n"),
+        Err(_) if request.path == *certificate.0.borrow() => Reply::ok("the stand-in has no certificate\n"),
         Err(_) if fs::metadata(&request.path).map_or(false, |found| found.is_dir()) => Reply::ok("<pre>\n</pre>\n"),
         Err(_) => Reply::new(404, "404 page not found\n"),
     }
@@ -295,7 +341,7 @@ fn liveness(server: &mut Server) -> Result<(), Failure> {
             "/started" => Reply::ok(format!("{}s", seconds)),
             "/healthz" if seconds > ALIVE_SECONDS => Reply::new(500, format!("error: {}", seconds)),
             "/healthz" => Reply::ok("ok"),
-            "/redirect" => Reply::new(302, "").with("Location", request.value("loc").unwrap_or("")),
+            "/redirect" => redirect(302, request.value("loc").unwrap_or("")),
             _ => Reply::new(404, "404 page not found\n"),
         }
     }))
@@ -325,7 +371,7 @@ fn porter(server: &mut Server, words: &[String]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Of nettest what the tests of `preStop` ask: who wrote to it, and how often. It contacts nobody.
+/// Of nettest what the tests of `preStop` ask: who wrote to it, and how often. It contacts no one.
 fn nettest(server: &mut Server) -> Result<(), Failure> {
     let received: RefCell<BTreeMap<String, u32>> = RefCell::default();
     server.http(8080, Rc::new(move |request| match request.path.as_str() {

@@ -1,0 +1,173 @@
+"""Datagrams passed on between clients and the places they ask: a connected socket per flow, nothing read or changed.
+
+UDP has no end, so a flow ends when nothing passed for a while, or when a side reports that no one listens there. A
+connected socket takes nothing but what its other end sends, so no third machine's answer reaches a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+IDLE_SECONDS = 60.0
+DNS_IDLE_SECONDS = 10.0
+"""Twice as long as resolvers wait for an answer. Such flows are many, each for one question."""
+
+DNS_PORT = 53
+MAX_BYTES = 65536
+"""No datagram of IPv4 is larger."""
+
+AT_ONCE = 16
+"""How many datagrams of one socket are passed on before other sockets have their turn."""
+
+Send = Callable[[bytes], object]
+"""Raises OSError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How many flows there may be at a time."""
+
+    flows: int = 1024
+    per_client: int = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Flow:
+    """The sockets of one flow, which are closed at its end."""
+
+    client: str
+    far: socket.socket
+    """Connected to the place that is asked."""
+
+    near: socket.socket | None = None
+    """Connected to the client; None: what the client sends comes by :meth:`Flows.send`."""
+
+    answer: Send
+    """To the client."""
+
+    idle_seconds: float = IDLE_SECONDS
+    refused: Callable[[], object] = lambda: None
+    """Called when no one listens at the far end, before this flow ends."""
+
+
+class Flows:
+    """All flows of a process, or of a listener. Of one event loop."""
+
+    def __init__(self, limits: Limits = Limits()) -> None:
+        self._limits = limits
+        self._flows: dict[Hashable, Flow] = {}
+        self._used_at: dict[Hashable, float] = {}
+        self._timers: dict[Hashable, asyncio.TimerHandle] = {}
+        self._clients: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        """How many there are now."""
+        return len(self._flows)
+
+    def has_room(self, client: str) -> bool:
+        """Whether this client may have one more."""
+        return len(self._flows) < self._limits.flows and self._clients[client] < self._limits.per_client
+
+    def add(self, key: Hashable, flow: Flow) -> None:
+        """Pass on from now on what its sockets take in."""
+        loop = asyncio.get_running_loop()
+        self._flows[key] = flow
+        self._clients[flow.client] += 1
+        self._used_at[key] = loop.time()
+        self._timers[key] = loop.call_later(flow.idle_seconds, self._look_at, key)
+        loop.add_reader(flow.far, self._far_readable, key)
+        if flow.near is not None:
+            loop.add_reader(flow.near, self._near_readable, key)
+
+    def send(self, key: Hashable, data: bytes) -> bool:
+        """To the far end of a flow; False: there is none of that key."""
+        flow = self._flows.get(key)
+        if flow is None:
+            return False
+        self._to_far_end(key, flow, data)
+        return True
+
+    def close(self) -> None:
+        """End all. Idempotent."""
+        for key in list(self._flows):
+            self._end(key)
+
+    def _far_readable(self, key: Hashable) -> None:
+        flow = self._flows[key]
+        for _ in range(AT_ONCE):
+            try:
+                data = flow.far.recv(MAX_BYTES)
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    self._refuse(key, flow)
+                return
+            self._used_at[key] = asyncio.get_running_loop().time()
+            try:
+                flow.answer(data)
+            except ConnectionRefusedError:
+                self._end(key)
+                return
+            except OSError:
+                continue  # lost, as datagrams may be: there is no room, or it is too large for the way
+
+    def _near_readable(self, key: Hashable) -> None:
+        flow = self._flows[key]
+        if flow.near is None:
+            return
+        for _ in range(AT_ONCE):
+            try:
+                data = flow.near.recv(MAX_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:  # the client listens no longer, or is gone
+                self._end(key)
+                return
+            if not self._to_far_end(key, flow, data):
+                return
+
+    def _to_far_end(self, key: Hashable, flow: Flow, data: bytes) -> bool:
+        """False: it ended by that."""
+        self._used_at[key] = asyncio.get_running_loop().time()
+        try:
+            flow.far.send(data)
+        except ConnectionRefusedError:
+            self._refuse(key, flow)
+            return False
+        except OSError:
+            return True  # lost, as datagrams may be
+        return True
+
+    def _refuse(self, key: Hashable, flow: Flow) -> None:
+        with contextlib.suppress(OSError):
+            flow.refused()
+        self._end(key)
+
+    def _look_at(self, key: Hashable) -> None:
+        loop, flow = asyncio.get_running_loop(), self._flows[key]
+        left = self._used_at[key] + flow.idle_seconds - loop.time()
+        if left > 0:
+            self._timers[key] = loop.call_later(left, self._look_at, key)
+        else:
+            self._end(key)
+
+    def _end(self, key: Hashable) -> None:
+        flow = self._flows.pop(key)
+        del self._used_at[key]
+        self._timers.pop(key).cancel()
+        self._clients[flow.client] -= 1
+        if not self._clients[flow.client]:
+            del self._clients[flow.client]
+        for each in (flow.far, flow.near):
+            if each is not None:
+                asyncio.get_running_loop().remove_reader(each)
+                each.close()
+
+
+def idle_seconds(port: int) -> float:
+    """How long a flow to that port may be silent."""
+    return DNS_IDLE_SECONDS if port == DNS_PORT else IDLE_SECONDS

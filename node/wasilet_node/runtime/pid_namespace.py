@@ -1,0 +1,81 @@
+"""A pid namespace for each sandbox: it sees, and can name, no process but itself.
+
+A sandbox is the first and only process of its own namespace, made by ``clone3(2)`` with ``CLONE_NEWPID`` and, in place
+of a process in between, ``CLONE_PARENT``: it is a child of the supervisor at once. To the supervisor all stays as it
+was, since a namespace's processes have pids in those above it, too: waiting, pidfds, the death signal, usage by pid.
+
+What is different for a first process: no signal ends it whose action is the default, but SIGKILL and those of its own
+faults. So ``abort`` ends in SIGSEGV or SIGILL, as in any container, and the supervisor ends sandboxes by SIGKILL.
+
+Python's ``os.fork`` cannot pass flags. The call is made while the interpreter's lock is held, by a process with one
+thread: the child is an exact copy, in which no other thread held anything, so nothing has to be made whole afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_CLONE3 = 435
+_CLONE_PARENT = 0x00008000
+_CLONE_CHILD_CLEARTID = 0x00200000
+_CLONE_CHILD_SETTID = 0x01000000
+_CLONE_NEWPID = 0x20000000
+_PR_GET_TID_ADDRESS = 40
+
+_libc = ctypes.PyDLL(None, use_errno=True)  # the lock stays held
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+class _CloneArguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls")
+    ]
+
+
+def clone_beside() -> int:
+    """Like ``os.fork``, but the child is a sibling, and the first process of its own pid namespace: 0 there, its pid
+    here. At its end the parent of both gets the signal that this process would have caused. Needs CAP_SYS_ADMIN, one
+    thread, and no ``os.register_at_fork`` that matters. Raises OSError."""
+    flags, thread_id = _CLONE_NEWPID | _CLONE_PARENT, ctypes.c_void_p()
+    if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(thread_id), 0, 0, 0) == 0:
+        # libc remembers the main thread's id; kernels without checkpoint/restore do not say where.
+        flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+    arguments = _CloneArguments(flags=flags, child_tid=thread_id.value or 0)
+    pid = int(_syscall(ctypes.c_long(_CLONE3), ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments))))
+    if pid < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"clone3: {os.strerror(number)}")
+    return pid
+
+
+def why_unavailable() -> str:
+    """Why this process's sandboxes cannot have one, tried by a child; empty: they can. One thread."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with os.fdopen(reader, "rb") as report:
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _try(writer)
+        finally:
+            os.close(writer)
+        reason = report.read().decode(errors="replace")
+        os.waitpid(pid, 0)
+    if reason.isdecimal():
+        os.waitpid(int(reason), 0)
+        return ""
+    return reason or "the child that tried ended"
+
+
+def _try(report: int) -> None:
+    """What the zygote does: never returns."""
+    try:
+        pid = clone_beside()
+        if pid != 0:
+            os.write(report, b"%d" % pid)
+    except OSError as error:
+        os.write(report, str(error.strerror).encode())
+    finally:
+        os._exit(0)

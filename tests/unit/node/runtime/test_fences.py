@@ -1,0 +1,81 @@
+"""What is found out about the fences of sandboxes, and who is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from wasilet_node.runtime import landlock, seccomp, user_namespace
+
+from tests.attacks.test_sandbox_user import hostile
+from tests.unit.node.runtime.guests import running_supervisor
+
+pytestmark = pytest.mark.unit
+
+OWN = ("own user", "own file tree", "own pid namespace")
+COMMAND = (sys.executable, "-P", "-m", "wasilet_node.runtime.fences")
+WITHOUT_CAPABILITIES = """
+import os, sys
+from wasilet_node.runtime import linux
+linux.keep_only_capabilities(frozenset())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+needs_root = pytest.mark.skipif(not user_namespace.may_be_had(), reason="only root's sandboxes have all fences")
+
+
+def answers(*prefix: str, user: int | None = None) -> dict[str, tuple[bool, str]]:
+    done = subprocess.run(
+        [*prefix, *COMMAND], capture_output=True, text=True, check=True, timeout=60, user=user, env=dict(os.environ)
+    )
+    return {fence["name"]: (fence["holds"], fence["detail"]) for fence in json.loads(done.stdout)}
+
+
+@needs_root
+def test_root_has_all_that_the_kernel_has() -> None:
+    found = answers()
+    assert {name: found[name][0] for name in OWN} == dict.fromkeys(OWN, True)
+    assert found["Landlock"][0] is (landlock.abi() >= landlock.LOWEST_ABI)
+    assert found["seccomp"][0] is seccomp.available()
+
+
+@needs_root
+def test_root_without_capabilities_has_the_kernels_alone_and_the_reason_is_given() -> None:
+    found = answers(sys.executable, "-P", "-c", WITHOUT_CAPABILITIES)
+    assert {name: found[name][0] for name in OWN} == dict.fromkeys(OWN, False)
+    assert all("root without CAP_SYS_ADMIN" in found[name][1] for name in OWN)
+    assert found["Landlock"] == answers()["Landlock"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="is tried as an ordinary user")
+def test_an_ordinary_user_has_the_kernels_alone_and_the_reason_is_given() -> None:
+    found = answers()
+    assert {name: found[name][0] for name in OWN} == dict.fromkeys(OWN, False)
+    assert all(found[name][1].endswith(": that needs root") for name in OWN)
+    assert found["seccomp"][0] is seccomp.available()
+
+
+async def test_the_supervisor_and_the_node_write_a_line_for_each_into_their_logs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        async with running_supervisor(tmp_path / "data") as rig:
+            lines = [fence.line for fence in rig.client.capabilities.fences]
+    assert len(lines) == 5
+    assert [record.getMessage() for record in caplog.records if record.getMessage() in lines] == lines
+    log = (tmp_path / "data" / "supervisor.log").read_text()
+    assert [line for line in lines if line not in log] == []
+
+
+@needs_root
+async def test_a_missing_one_is_a_warning_of_the_node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Taken out of the supervisor, which only reports it."""
+    async with hostile(tmp_path / "data", "user"):
+        warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [line for line in warned if "own file tree: missing, " in line and line.endswith(": it is taken out")]
+    assert [line for line in warned if "own pid namespace: missing, " in line and line.endswith(": it is taken out")]
