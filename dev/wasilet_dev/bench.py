@@ -438,7 +438,7 @@ def _push_guests(cluster: Cluster) -> tuple[str, str, str]:
 
 
 @contextlib.contextmanager
-def bench_cluster(settings: Settings) -> Iterator[Settings]:
+def bench_cluster(settings: Settings, name: str = CLUSTER) -> Iterator[Settings]:
     """Settings for a cluster that touches nothing of the user's; the cache of binaries and builds is shared."""
     root = Path(tempfile.mkdtemp(prefix="wasilet-b", dir="/tmp"))
     environ = {
@@ -449,9 +449,9 @@ def bench_cluster(settings: Settings) -> Iterator[Settings]:
     }
     environ.pop("WASILET_NAME", None)
     try:
-        yield replace(settings, name=CLUSTER, kubeconfig=root / "kubeconfig", environ=environ)
+        yield replace(settings, name=name, kubeconfig=root / "kubeconfig", environ=environ)
     finally:
-        if not (root / "state" / CLUSTER).exists():  # else what is there names processes that are still to be ended
+        if not (root / "state" / name).exists():  # else what is there names processes that are still to be ended
             shutil.rmtree(root, ignore_errors=True)
 
 

@@ -2,7 +2,7 @@
 
 It measures and prints and judges nothing: a figure on a busy machine says more about the machine. ``up`` and ``pods``
 are in ``bench``; ``http`` is requests beside what serves them elsewhere (``bench_throughput``) and pods that serve
-(``bench_http``).
+(``bench_http``); ``network`` is the pod network (``bench_network``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from wasilet.errors import UsageError
 from wasilet.settings import Settings
 from wasilet.steps import Reporter
 
-from wasilet_dev import bench, bench_floor, bench_http, bench_throughput, benchmark_page
+from wasilet_dev import bench, bench_floor, bench_http, bench_network, bench_throughput, benchmark_page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -36,8 +36,8 @@ class Measured(Protocol):
 def figures(
     what: str, settings: Settings, *, runs: int, pods: int, reporter: Reporter, write: bool = False
 ) -> Iterator[Measured]:
-    """``up``, ``pods``, ``floor`` or ``http``, as they are measured. ``write``: floor writes ``docs/benchmarks.md``.
-    Raises UsageError for anything else."""
+    """``up``, ``pods``, ``floor``, ``http`` or ``network``, as they are measured. ``write``: floor writes
+    ``docs/benchmarks.md``. Raises UsageError for anything else."""
 
     def say(line: str) -> None:
         sys.stderr.write(f"bench: {line}\n")
@@ -64,8 +64,12 @@ def figures(
     elif what == "http":
         yield from bench_throughput.compare(settings, rounds=runs, say=say)
         yield from bench_http.bench_servers(settings, pods=pods or bench_http.PODS, reporter=reporter, say=say)
+    elif what == "network":
+        yield from bench_network.bench_network(
+            settings, rounds=runs, pods=pods or bench_network.PODS, reporter=reporter, say=say
+        )
     else:
-        raise UsageError(f"there is no benchmark {what!r}", hint="there are up, pods, floor and http")
+        raise UsageError(f"there is no benchmark {what!r}", hint="there are up, pods, floor, http and network")
 
 
 def _versions(settings: Settings) -> dict[str, str]:

@@ -42,10 +42,11 @@ def docs(c: Context) -> None:
     help={
         "what": "up (the command line), pods (what the node does), "
         "floor (the node beside the least that a node must do) or http (what serves)",
-        "runs": "bench up, floor, http: how often (default: 3); medians are printed",
+        "runs": "bench up, floor, http, network: how often (default: 3); medians are printed",
         "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300); "
         "bench floor: how many are a burst (default: 100); "
-        "bench http: how many serve at the same time (default: 20)",
+        "bench http: how many serve at the same time (default: 20); "
+        "bench network: how many are all reached (default: 500)",
         "write": "bench floor: write docs/benchmarks.md, its chart and its JSON (bursts of 100 and of 500)",
         "output": OUTPUT_HELP,
     },
@@ -56,7 +57,8 @@ def bench(c: Context, what: str, runs: int = 3, pods: int = 0, *, write: bool = 
 
     A cluster of its own is brought up and taken down again. floor has the node take turns with two stand-ins that only
     write what a kubelet writes: the ratios hold on a busy machine too. http compares the component host with `wasmtime
-    serve` and takes about ten minutes.
+    serve` and takes about ten minutes. network starts pods with and without a pod network in turns, and connects pods
+    beside native processes in their namespaces; it takes root.
 
     Examples:
       invoke bench pods
@@ -65,6 +67,7 @@ def bench(c: Context, what: str, runs: int = 3, pods: int = 0, *, write: bool = 
       invoke bench floor --pods 500
       invoke bench floor --write
       invoke bench http --pods 500
+      invoke bench network
     """
     from wasilet_dev.benchmarks import figures
 

@@ -26,6 +26,7 @@ import pytest
 import yaml
 from wasilet.cluster import cluster_dns, service_ports
 from wasilet.cluster.down import down
+from wasilet.cluster.pod_network_step import SERVICES_STEP
 from wasilet.cluster.status import status
 from wasilet.cluster.up import up
 from wasilet.console import PlainReporter
@@ -102,13 +103,18 @@ def dns_is_there(made: TestCluster) -> bool:
 
 
 def wait_for_dns(made: TestCluster) -> None:
-    """Nothing else waits for it: it comes when a node has brought its address."""
+    """Where it has not to be built first."""
+    if of_the_pod_network(made) and dns_is_there(made):
+        wait_until_ready(made, cluster_dns.COMPONENT)
+
+
+def wait_until_ready(made: TestCluster, component: str) -> None:
     deadline = time.monotonic() + DNS_SECONDS
-    while of_the_pod_network(made) and dns_is_there(made):
+    while True:
         entries = {entry["name"]: entry for entry in status(made.settings)["components"]}
-        if entries[cluster_dns.COMPONENT]["ready"]:
+        if entries[component]["ready"]:
             return
-        assert time.monotonic() < deadline, made.cluster.state.log(cluster_dns.COMPONENT).read_text()
+        assert time.monotonic() < deadline, made.cluster.state.log(component).read_text()
         time.sleep(0.2)
 
 
@@ -131,7 +137,7 @@ def test_up_repairs_what_was_killed_and_only_that(own: TestCluster, component: s
     assert after.pop(name) not in {victim, None}
     before.pop(name)
     assert after == before
-    assert len([step for step in changed(recap) if step != "Ready"]) == 1
+    assert len([step for step in changed(recap) if step not in {"Ready", SERVICES_STEP}]) == 1
     wait_for_dns(own)
     assert status(own.settings)["ready"]
 
@@ -184,25 +190,42 @@ def test_nothing_but_nodes_listens_beyond_loopback(own: TestCluster) -> None:
     assert seen.keys() >= {*COMPONENTS} - {"approver"}
 
 
-def test_the_dns_comes_back_without_an_up_and_ends_with_its_process(own: TestCluster) -> None:
+def test_up_waits_for_what_answers_pods(own: TestCluster) -> None:
     if not of_the_pod_network(own) or not dns_is_there(own):
         pytest.skip("no pod network here, or no CoreDNS yet")
-    wait_for_dns(own)
-    record = own.cluster.state.alive(cluster_dns.COMPONENT)
+    for name in (cluster_dns.COMPONENT, pod_network.PROXY):
+        record = own.cluster.state.alive(name)
+        assert record is not None
+        os.kill(record.process.pid, signal.SIGKILL)
+    recap = bring_up(own.settings)
+    assert recap.succeeded
+    assert SERVICES_STEP in changed(recap)
+    ready = {entry["name"]: entry["ready"] for entry in status(own.settings)["components"]}
+    assert ready[cluster_dns.COMPONENT]
+    assert ready[pod_network.PROXY]
+
+
+@pytest.mark.parametrize("component", [cluster_dns.COMPONENT, pod_network.PROXY])
+def test_what_answers_pods_comes_back_without_an_up_and_ends_with_its_keeper(own: TestCluster, component: str) -> None:
+    if not of_the_pod_network(own) or not dns_is_there(own):
+        pytest.skip("no pod network here, or no CoreDNS yet")
+    wait_until_ready(own, component)
+    record = own.cluster.state.alive(component)
     assert record is not None
-    owner = psutil.Process(record.process.pid)
-    (first,) = owner.children()
+    keeper = psutil.Process(record.process.pid)
+    (first,) = keeper.children()
     first.kill()
     first.wait(10)
     deadline = time.monotonic() + DNS_SECONDS
-    while not (running := [child for child in owner.children() if child.name().startswith("coredns")]):
+    while not (running := keeper.children()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    wait_for_dns(own)
-    owner.kill()
+    wait_until_ready(own, component)
+    assert own.cluster.state.alive(component) == record
+    keeper.kill()
     running[0].wait(10)
     assert bring_up(own.settings).succeeded
-    wait_for_dns(own)
+    wait_until_ready(own, component)
 
 
 def test_the_proxy_for_pods_takes_only_pods(own: TestCluster) -> None:
@@ -516,9 +539,10 @@ def test_up_after_being_killed_anywhere_recovers_and_down_leaves_nothing(tmp_pat
             argv = running.cmdline()
             if _is_fork_of(running.parent(), running, {record.pid for record in ours}):
                 continue
-            by_name.setdefault(Path(argv[0]).name if "-m" not in argv else argv[argv.index("-m") + 1], []).append(
-                record.pid
-            )
+            # A keeper by what it keeps.
+            words = argv[argv.index("-m") + 1 :] if "-m" in argv else [Path(argv[0]).name]
+            name = " ".join(words[:2] if words[0] == "wasilet_common.keeper" else words[:1])
+            by_name.setdefault(name, []).append(record.pid)
         twins = {name: found for name, found in by_name.items() if len(found) > 1}
         assert not twins, "a killed run's process was started a second time"
         ports = state.read()["ports"].values()

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import pytest
+from wasilet.cluster import cluster_dns
 from wasilet.cluster.down import down
 from wasilet.console import PlainReporter
 from wasilet.controlplane import pod_network
@@ -41,6 +43,7 @@ pytestmark = [
 
 SECONDS = 60.0
 NAMESPACE = "default"
+CONNECTIONS = 100
 PORT = 7777
 
 
@@ -421,25 +424,83 @@ def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     wait(free, "the port's end")
 
 
-def test_connections_outlive_the_agent_and_kube_proxy(net: Net) -> None:
-    service = net.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]
+@contextlib.contextmanager
+def many_connections(address: str, port: int) -> Iterator[Callable[..., int]]:
+    """A hundred of them to echo servers, and how many still answer to a text, each within so many seconds."""
+    with contextlib.ExitStack() as stack:
+        opened = [
+            stack.enter_context(socket.create_connection((address, port), timeout=10)) for _ in range(CONNECTIONS)
+        ]
+        lines = [stack.enter_context(connection.makefile("rb")) for connection in opened]
+
+        def answering(text: str, seconds: float = 10.0) -> int:
+            found = 0
+            for connection in opened:
+                connection.settimeout(seconds)
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"{text}\n".encode())
+            for each in lines:
+                with contextlib.suppress(OSError):
+                    found += each.readline() == f"{text}\n".encode()
+            return found
+
+        assert answering("first") == CONNECTIONS
+        yield answering
+
+
+def process_in_the_node(net: Net, name: str) -> int | None:
+    """The pid of what node 0's agent keeps under that name."""
+    agent = net.cluster.cluster.state.alive(f"node-{net.cluster.cluster.node_names()[0]}")
+    if agent is None:
+        return None
+    children = psutil.Process(agent.process.pid).children()
+    return next((child.pid for child in children if any(name in word for word in child.cmdline()[:4])), None)
+
+
+def service_address(net: Net) -> str:
+    return str(net.kube.get(api_path("services", "echo", namespace=NAMESPACE))["spec"]["clusterIP"])
+
+
+def test_connections_outlive_kube_proxy_and_the_dns_and_both_come_back(net: Net) -> None:
+    plan = pod_network.plan_of(net.cluster.cluster.state)
+    dns = net.cluster.cluster.state.alive(cluster_dns.COMPONENT)
+    assert plan is not None
+    assert dns is not None
+    with many_connections(service_address(net), 80) as answering:
+        proxy = process_in_the_node(net, "kube-proxy")
+        (server,) = psutil.Process(dns.process.pid).children()
+        assert proxy is not None
+        os.kill(proxy, signal.SIGKILL)
+        server.kill()
+        assert answering("without both") == CONNECTIONS
+        wait(lambda: process_in_the_node(net, "kube-proxy") not in {None, proxy}, "the next kube-proxy")
+        assert answering("with both") == CONNECTIONS
+    # A Service that is made now has rules by the new one, and a name by the new DNS.
+    spec = {"selector": {"app": "echo"}, "ports": [{"port": 81, "targetPort": "echo"}]}
+    made = net.kube.create(
+        api_path("services", namespace=NAMESPACE),
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "later"}, "spec": spec},
+    )
+    try:
+        wait(lambda: answers(made["spec"]["clusterIP"], 81), "rules for a Service")
+        wait(lambda: "answered" in net.said(f"later-{time.monotonic_ns()}", "connect", "later", "81", "hi"), "its name")
+    finally:
+        net.kube.delete(api_path("services", "later", namespace=NAMESPACE))
+
+
+def test_connections_outlive_the_agent(net: Net) -> None:
     node = net.cluster.cluster.node_names()[0]
     data = net.cluster.cluster.state.node(node)
-    with socket.create_connection((service["clusterIP"], 80), timeout=10) as connection:
-        lines = connection.makefile()
-        connection.sendall(b"before\n")
-        assert lines.readline() == "before\n"
+    address = service_address(net)
+    with many_connections(address, 80) as answering:
         agent = net.cluster.cluster.state.alive(f"node-{node}")
         assert agent is not None
         os.kill(agent.process.pid, signal.SIGKILL)
         wait(lambda: not is_alive(agent.process), "the agent's end")
-        connection.sendall(b"without an agent\n")
-        assert lines.readline() == "without an agent\n"
-        recap = bring_up(net)
-        assert recap
-        connection.sendall(b"after\n")
-        assert lines.readline() == "after\n"
-    assert echo(service["clusterIP"], 80, "again") == "again"
+        assert answering("without an agent") == CONNECTIONS
+        assert bring_up(net)
+        assert answering("after") == CONNECTIONS
+    assert echo(address, 80, "again") == "again"
     assert (data / "network" / "pods").is_dir()
 
 
@@ -453,15 +514,20 @@ def test_a_pod_whose_supervisor_is_killed_begins_again_with_an_address(net: Net)
     node = net.cluster.cluster.node_names()[0]
     pointer = supervisor_registry.current(net.cluster.cluster.state.node(node))
     assert pointer is not None
-    os.kill(pointer.pid, signal.SIGKILL)
-    wait(lambda: not pointer.alive(), "the supervisor's end")
+    addresses = [net.pod(f"server-{node}")["status"]["podIP"] for node in (0, 1)]
+    with many_connections(addresses[0], PORT) as lost, many_connections(addresses[1], PORT) as kept:
+        os.kill(pointer.pid, signal.SIGKILL)
+        wait(lambda: not pointer.alive(), "the supervisor's end")
+        assert kept("on the other node") == CONNECTIONS
 
-    def back() -> bool:
-        pod = net.pod("server-0")
-        restarts = pod["status"]["containerStatuses"][0]["restartCount"]
-        return ready(pod) and restarts >= 1
+        def back() -> bool:
+            pod = net.pod("server-0")
+            restarts = pod["status"]["containerStatuses"][0]["restartCount"]
+            return ready(pod) and restarts >= 1
 
-    wait(back, "server-0, again")
+        wait(back, "server-0, again")
+        assert lost("by the next pod", 0.02) == 0
+        assert kept("still") == CONNECTIONS
     address = net.pod("server-0")["status"]["podIP"]
     assert echo(address, PORT, "again") == "again"
     assert net.said("after-loss", "connect", address, str(PORT), "hello", node=1) == f"{address} answered hello"

@@ -1,25 +1,24 @@
 """The cluster's DNS: the real CoreDNS as a process of this machine, behind the usual Service ``kube-dns``.
 
 ``python -P -m wasilet.cluster.cluster_dns ...`` installs what Services and names need (CoreDNS, and kube-proxy for the
-nodes) and kubectl, waits for the address at which pods reach this machine, and runs CoreDNS, again when it ended, which
-nothing else would before the next `up`. Where they have to be built, that takes minutes, at the lowest priority: it
-begins when nothing that the user waits for is left to do.
+nodes) and kubectl, waits for the address at which pods reach this machine, and becomes CoreDNS. A keeper starts it
+again when it ended. Where they have to be built, that takes minutes, at the lowest priority: it begins when nothing
+that the user waits for is left to do.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from wasilet_common.backoff import RetryBackoff
-from wasilet_common.child import ending_with_parent
+from wasilet_common.keeper import kept
 
 from wasilet.controlplane.acquire import Found, acquire, locate
 from wasilet.controlplane.binaries import LATER
@@ -38,9 +37,6 @@ DNS_PORT, READY_PORT = "dns", "dns_ready"
 _NICE = 19
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 60.0
-_FIRST_RESTART_SECONDS, _LONGEST_RESTART_SECONDS = 0.5, 30.0
-_STEADY_SECONDS = 60.0
-"""One that ran for longer is started again at once."""
 
 
 def has_binaries(settings: Settings) -> bool:
@@ -107,7 +103,7 @@ def component(plan: NetworkPlan, settings: Settings, state: State) -> Component:
         argv += ["--no-download"]
     return Component(
         name=COMPONENT,
-        argv=tuple(argv),
+        argv=kept(COMPONENT, argv),
         inputs=(path, folder / "coredns.conf"),
         clients=True,
         addresses=(),
@@ -164,49 +160,8 @@ def _wait_for(address: str) -> None:
                 return
 
 
-def keep_running(argv: Sequence[str]) -> None:
-    """Have a program running until SIGTERM, which it gets as well, and whose end is waited for. It is killed with this
-    process."""
-    over = False
-    running: list[subprocess.Popen[bytes]] = []
-
-    def end(*_: object) -> None:
-        # Nothing that takes a lock: the interrupted code may hold it.
-        nonlocal over
-        over = True
-        for process in running:
-            process.terminate()
-
-    signal.signal(signal.SIGTERM, end)
-    retry = RetryBackoff(_FIRST_RESTART_SECONDS, _LONGEST_RESTART_SECONDS)
-    while not over:
-        begun = time.monotonic()
-        code = _run_once(argv, running, is_over=lambda: over)
-        if time.monotonic() - begun > _STEADY_SECONDS:
-            retry.reset()
-        again_at = time.monotonic() + retry.next()
-        if not over:
-            _log_line(f"{Path(argv[0]).name} ended with {code}; it starts again")
-        while not over and time.monotonic() < again_at:
-            time.sleep(_POLL_SECONDS)
-
-
-def _run_once(argv: Sequence[str], running: list[subprocess.Popen[bytes]], *, is_over: Callable[[], bool]) -> int | str:
-    """Its exit code, or why it did not start."""
-    try:
-        process = subprocess.Popen(ending_with_parent(argv))
-    except OSError as error:
-        return str(error)
-    running[:] = [process]
-    if is_over():
-        process.terminate()
-    code = process.wait()
-    running.clear()
-    return code
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; runs until SIGTERM."""
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command line; becomes CoreDNS, unless it is ended before."""
     parser = argparse.ArgumentParser(prog="wasilet.cluster.cluster_dns", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--corefile", type=Path, required=True)
@@ -215,11 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kubernetes", default="")
     parser.add_argument("--no-download", action="store_true")
     options = parser.parse_args(argv)
+    niceness = os.nice(0)
     path = _install(options, LATER)[COMPONENT].path
+    with contextlib.suppress(OSError):  # what was lowered to install, only root raises
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
     _wait_for(options.address)
-    keep_running([str(path), "-conf", str(options.corefile)])
-    return 0
+    os.execv(path, [str(path), "-conf", str(options.corefile)])  # noqa: S606 - no shell is what is wanted
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,14 +1,23 @@
-"""The step of ``up`` that gives a cluster of the host provider its pod network, as far as a first pod waits for it."""
+"""The steps of ``up`` that give a cluster of the host provider its pod network: one as far as a first pod waits for it,
+and one that waits for what pods find the API server and names by."""
 
 from __future__ import annotations
+
+import time
 
 from wasilet.cluster import cluster_dns, service_ports
 from wasilet.cluster.readiness import api_answers
 from wasilet.controlplane import pod_network
 from wasilet.controlplane.components import Component, ensure_running
+from wasilet.errors import ComponentError
+from wasilet.process import check_cancelled, tail_of
 from wasilet.providers.base import API_SERVER_STEP, Cluster
 from wasilet.state import State
 from wasilet.steps import Finding, Progress, Step
+
+POD_NETWORK_STEP = "pod network"
+SERVICES_STEP = "Services and names"
+_POLL_SECONDS = 0.1
 
 
 def service_ports_component(cluster: Cluster) -> Component:
@@ -60,4 +69,54 @@ def pod_network_steps(cluster: Cluster) -> list[Step]:
         ensure_running(cluster_dns.component(plan, settings, state), state=state, settings=settings)
         return text
 
-    return [Step(name="pod network", look=look, change=change, after=(API_SERVER_STEP,))]
+    return [Step(name=POD_NETWORK_STEP, look=look, change=change, after=(API_SERVER_STEP,))]
+
+
+def services_steps(cluster: Cluster, *, after: tuple[str, ...]) -> list[Step]:
+    """Wait until pods get answers from the API server's proxy and from CoreDNS; both need the address that the first
+    node brings. Where CoreDNS has to be built first, which takes minutes, there is nothing to wait for."""
+    state, settings = cluster.state, cluster.settings
+    if cluster.provider.name != "host":
+        return []
+
+    def silent() -> list[Component]:
+        plan = pod_network.plan_of(state)
+        if plan is None or not cluster_dns.has_binaries(settings):
+            return []
+        made = (
+            pod_network.proxy_component(plan, cluster.ports()["apiserver"]),
+            cluster_dns.component(plan, settings, state),
+        )
+        return [each for each in made if not each.ready()]
+
+    def text() -> str:
+        plan = pod_network.plan_of(state)
+        if plan is None:
+            return f"none: {_why_no_pod_network(state)}"
+        if not cluster_dns.has_binaries(settings):
+            return "they come in the background"
+        return f"the API server and names are answered at {plan.machine_address}"
+
+    def look() -> Finding:
+        if not state.exists():
+            return Finding.differs("wait for the cluster's DNS")
+        left = silent()
+        return Finding.differs(f"wait for {_names(left)}") if left else Finding.ok(text())
+
+    def change(progress: Progress) -> str:
+        limit = settings.timeouts.ready_seconds
+        deadline = time.monotonic() + limit
+        while left := silent():
+            progress(f"waiting for {_names(left)}")
+            if time.monotonic() >= deadline:
+                log = state.log(left[0].name)
+                raise ComponentError(f"{_names(left)} did not answer within {limit:g} s", log=log, tail=tail_of(log))
+            check_cancelled()
+            time.sleep(_POLL_SECONDS)
+        return text()
+
+    return [Step(name=SERVICES_STEP, look=look, change=change, after=after)]
+
+
+def _names(components: list[Component]) -> str:
+    return " and ".join(each.name for each in components)

@@ -12,7 +12,12 @@ from wasilet.cluster import cluster_dns, service_ports
 from wasilet.cluster.join import proxies, proxy_steps
 from wasilet.cluster.kubeconfig_step import kubeconfig_is_right, kubeconfig_place, kubeconfig_step
 from wasilet.cluster.opening import open_cluster
-from wasilet.cluster.pod_network_step import pod_network_steps, service_ports_component
+from wasilet.cluster.pod_network_step import (
+    POD_NETWORK_STEP,
+    pod_network_steps,
+    service_ports_component,
+    services_steps,
+)
 from wasilet.cluster.readiness import api_answers, ready_step
 from wasilet.controlplane import joined_network, pod_network, pod_security, public_info
 from wasilet.controlplane.components import Component, component_step, ensure_running
@@ -58,7 +63,7 @@ def up(settings: Settings, *, reporter: Reporter, check: bool = False, services:
         if not detection.usable:
             raise UsageError(f"provider {settings.provider!r} cannot be used: {detection.detail}", hint=detection.hint)
         _check_places(cluster)
-        play = Play(f"up {settings.name} ({settings.provider})", steps(cluster))
+        play = Play(f"up {settings.name} ({settings.provider})", steps(cluster, services=services))
         if check:
             return play.run(reporter=reporter, check=True)
         cluster.provider.confirm(settings)
@@ -137,8 +142,8 @@ def control_plane_steps(cluster: Cluster) -> list[Step]:
     ]
 
 
-def steps(cluster: Cluster) -> list[Step]:
-    """Each starts as soon as what it names in ``after`` is done."""
+def steps(cluster: Cluster, *, services: bool = True) -> list[Step]:
+    """Each starts as soon as what it names in ``after`` is done. ``services``: wait for the cluster's DNS as well."""
     settings, state = cluster.settings, cluster.state
     made = own_components(cluster)
     nodes = [_node_step(cluster, name, made[node_component(name)]) for name in cluster.node_names()]
@@ -158,6 +163,7 @@ def steps(cluster: Cluster) -> list[Step]:
         *pod_network_steps(cluster),
         *nodes,
         ready_step(cluster, after=(*cluster.provider.must_settle(), REGISTRY, APPROVER, *(n.key for n in nodes))),
+        *(services_steps(cluster, after=(POD_NETWORK_STEP, *(n.key for n in nodes))) if services else ()),
     ]  # fmt: skip
 
 

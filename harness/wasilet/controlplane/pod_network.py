@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wasilet_common.keeper import kept
+
 from wasilet.build import apt
 from wasilet.controlplane import joined_network
 from wasilet.controlplane.components import Component
@@ -233,10 +235,13 @@ def proxy_component(plan: NetworkPlan, apiserver_port: int) -> Component:
     before the address is there, since nodes make it, and takes connections from the pods' range alone."""
     return Component(
         name=PROXY,
-        argv=(
-            *(sys.executable, "-P", "-m", "wasilet.cluster.tcp_proxy", "--freebind"),
-            *("--listen", f"{plan.machine_address}:{apiserver_port}", "--to", f"127.0.0.1:{apiserver_port}"),
-            *("--allow-from", str(plan.pods)),
+        argv=kept(
+            PROXY,
+            (
+                *(sys.executable, "-P", "-m", "wasilet.cluster.tcp_proxy", "--freebind"),
+                *("--listen", f"{plan.machine_address}:{apiserver_port}", "--to", f"127.0.0.1:{apiserver_port}"),
+                *("--allow-from", str(plan.pods)),
+            ),
         ),
         addresses=(),
         ready=lambda: accepts(plan.machine_address, apiserver_port),

@@ -18,30 +18,19 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wasilet_common.backoff import RetryBackoff
 from wasilet_common.child import ending_with_parent
+from wasilet_common.keeper import Restarts
 
 from wasilet_node.settings import NetworkSettings
 
 logger = logging.getLogger(__name__)
 
 LOG_KEEP_BYTES = 10 * 1024 * 1024
+LOOK_AGAIN_SECONDS = 2.0
+"""Between looks for an executable."""
 
 Spawn = Callable[[Callable[[], "subprocess.Popen[bytes]"]], Awaitable["subprocess.Popen[bytes]"]]
 """Runs something in a thread that stays in the node's namespace for as long as the agent lives."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """When a process is started again."""
-
-    look_again_seconds: float = 2.0
-    """Between looks for its executable."""
-
-    first_retry_seconds: float = 0.5
-    longest_retry_seconds: float = 30.0
-    steady_seconds: float = 60.0
-    """One that ran for longer is started again at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +99,17 @@ def outward(pod_cidr: ipaddress.IPv4Network, machine_namespace: int) -> Program:
 class Kept:
     """``run`` for ever; cancel it to end the process."""
 
-    def __init__(self, program: Program, *, folder: Path, spawn: Spawn, pace: Pace = Pace()) -> None:
-        self._pace = pace
+    def __init__(
+        self,
+        program: Program,
+        *,
+        folder: Path,
+        spawn: Spawn,
+        restarts: Restarts | None = None,
+        look_again_seconds: float = LOOK_AGAIN_SECONDS,
+    ) -> None:
+        self._restarts = restarts or Restarts()
+        self._look_again_seconds = look_again_seconds
         self._program = program
         self._log = folder / f"{program.name}.log"
         self._spawn = spawn
@@ -130,17 +128,14 @@ class Kept:
     async def run(self) -> None:
         """Start it whenever it does not run."""
         executable = self._program.argv[0]
-        retry = RetryBackoff(self._pace.first_retry_seconds, self._pace.longest_retry_seconds)
         loop = asyncio.get_running_loop()
         while True:
             if not os.access(executable, os.X_OK):
-                await asyncio.sleep(self._pace.look_again_seconds)
+                await asyncio.sleep(self._look_again_seconds)
                 continue
             begun = loop.time()
             await self._once()
-            if loop.time() - begun > self._pace.steady_seconds:
-                retry.reset()
-            await asyncio.sleep(retry.next())
+            await asyncio.sleep(self._restarts.delay_seconds(ran_seconds=loop.time() - begun))
 
     async def _once(self) -> None:
         starting = asyncio.ensure_future(self._spawn(self._start))

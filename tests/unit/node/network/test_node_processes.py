@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from wasilet_node.network.node_processes import Kept, Pace, Program, kube_proxy, network_policies
+from wasilet_common.keeper import Restarts
+from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies
 from wasilet_node.settings import NetworkSettings
 
 from tests.unit.node.runtime.guests import eventually
@@ -41,10 +42,9 @@ def lines(path: Path) -> list[str]:
 
 
 async def test_it_waits_for_its_executable_and_is_started_again_when_it_ended(tmp_path: Path) -> None:
-    pace = Pace(look_again_seconds=0.02, first_retry_seconds=0.02)
     path = tmp_path / "program"
     program = Program(name="program", argv=(str(path), "word"))
-    kept = Kept(program, folder=tmp_path / "logs", spawn=here, pace=pace)
+    kept = Kept(program, folder=tmp_path / "logs", spawn=here, restarts=Restarts(0.02), look_again_seconds=0.02)
     task = asyncio.create_task(kept.run())
     await asyncio.sleep(0.1)
     assert kept.pid is None

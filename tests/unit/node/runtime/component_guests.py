@@ -44,8 +44,13 @@ _SOCKET_ERRORS = (
 ACCESS_DENIED = _SOCKET_ERRORS.index("access-denied")
 
 
-def socket_guest(protocol: str) -> str:
-    """Asks for a ``tcp`` or ``udp`` socket; exits with 0 when it gets one, else with 100 and the error's number."""
+UNKNOWN_ERROR = _SOCKET_ERRORS.index("unknown")
+"""What a process gets that has all the descriptors it may have."""
+
+
+def socket_guest(protocol: str, *, sockets: int = 1) -> str:
+    """Asks for so many ``tcp`` or ``udp`` sockets and keeps them; exits with 0 when it gets all, else with 100 and the
+    error's number."""
     errors = " ".join(f'"{name}"' for name in _SOCKET_ERRORS)
     return f"""
 (component
@@ -72,10 +77,13 @@ def socket_guest(protocol: str) -> str:
     (import "host" "memory" (memory 1))
     (import "host" "create" (func $create (param i32 i32)))
     (import "host" "exit_code" (func $exit_code (param i32)))
-    (func (export "run") (result i32)
-      (call $create (i32.const 0) (i32.const 0))
-      (if (i32.load8_u (i32.const 0))
-        (then (call $exit_code (i32.add (i32.const 100) (i32.load8_u (i32.const 4))))))
+    (func (export "run") (result i32) (local $made i32)
+      (loop $again
+        (call $create (i32.const 0) (i32.const 0))
+        (if (i32.load8_u (i32.const 0))
+          (then (call $exit_code (i32.add (i32.const 100) (i32.load8_u (i32.const 4))))))
+        (local.set $made (i32.add (local.get $made) (i32.const 1)))
+        (br_if $again (i32.lt_u (local.get $made) (i32.const {sockets}))))
       (i32.const 0)))
   (core instance $m (instantiate $main (with "host" (instance
     (export "memory" (memory $memory "memory"))
