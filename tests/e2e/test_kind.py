@@ -222,16 +222,17 @@ def test_wasm_and_linux_pods_reach_each_other_by_address_service_and_name(
     for name, node in (("wasm", own.cluster.node_names()[0]), ("linux", f"{own.settings.name}-control-plane")):
         cidr = kube.get(api_path("nodes", node))["spec"]["podCIDR"]
         assert ipaddress.ip_address(address[name]) in ipaddress.ip_network(cidr)
-    places = {
-        "address": lambda to: (address[to], "7777"),
-        "service": lambda to: (to, "80"),
-        "name": lambda to: (f"{to}.{namespace}.svc.cluster.local", "80"),
-    }
-    for way, place in places.items():
-        host, port = place("linux")
-        run_pod(own, namespace, f"wasm-by-{way}", wasm, "connect", host, port, way)
-        run_pod(own, namespace, f"linux-by-{way}", linux, "connect", ":".join(place("wasm")), way)
-    for way in places:
+
+    def place(way: str, server: str) -> tuple[str, str]:
+        if way == "address":
+            return address[server], "7777"
+        return (server if way == "service" else f"{server}.{namespace}.svc.cluster.local"), "80"
+
+    ways = ("address", "service", "name")
+    for way in ways:
+        run_pod(own, namespace, f"wasm-by-{way}", wasm, "connect", *place(way, "linux"), way)
+        run_pod(own, namespace, f"linux-by-{way}", linux, "connect", ":".join(place(way, "wasm")), way)
+    for way in ways:
         for client in ("wasm", "linux"):
             path = f"{pods}/{client}-by-{way}"
             ended = eventually(
