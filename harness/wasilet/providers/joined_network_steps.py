@@ -8,6 +8,7 @@ network as without this, and the step says why.
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from wasilet.controlplane.versions import minor_of, versions
 from wasilet.errors import HarnessError
 from wasilet.kube.client import Kube, api_path
 from wasilet.kube.credentials import load_yaml
+from wasilet.process import check_cancelled
 from wasilet.providers.base import API_SERVER_STEP, NETWORK_STEP, Cluster
 from wasilet.providers.client_credential import client_credential, is_current
 from wasilet.providers.docker import BridgeNetwork, Container, Docker, is_local
@@ -47,6 +49,10 @@ _LOCK = ".ranges.lock"
 
 class _AbsentError(HarnessError):
     """Why there can be no such network here."""
+
+
+class _PendingError(_AbsentError):
+    """It may be there in a moment."""
 
 
 Nodes = Callable[[], list[Container]]
@@ -78,7 +84,7 @@ def _network_step(cluster: Cluster, nodes: Nodes) -> Step:
     def change(say: Progress) -> str:
         absent = pod_network.why_absent(state) or pod_network.obstacle(cluster.settings, say=say)
         try:
-            plan = _found(cluster, nodes()) if not absent else None
+            plan = _settled(cluster, nodes, say) if not absent else None
         except _AbsentError as error:
             absent = error.message
         if absent or plan is None:
@@ -169,6 +175,22 @@ def _found(cluster: Cluster, nodes: list[Container]) -> JoinedPlan:
     )
 
 
+def _settled(cluster: Cluster, nodes: Nodes, say: Progress) -> JoinedPlan:
+    """As ``_found``, once the cluster has its network plug-in, which comes some seconds after its API server. Raises
+    what that does."""
+    timeouts = cluster.settings.timeouts
+    deadline = time.monotonic() + timeouts.ready_seconds
+    while True:
+        try:
+            return _found(cluster, nodes())
+        except _PendingError as error:
+            if time.monotonic() >= deadline:
+                raise
+            say(f"waiting: {error.message}")
+        check_cancelled()
+        time.sleep(timeouts.poll_seconds)
+
+
 def _with_addresses(cluster: Cluster, plan: JoinedPlan, nodes: list[Container]) -> JoinedPlan:
     bridge = _bridge(cluster, nodes)
     taken = [*bridge.addresses, bridge.gateway, *addresses_of_others(cluster.settings, cluster.state)]
@@ -182,7 +204,10 @@ def _with_addresses(cluster: Cluster, plan: JoinedPlan, nodes: list[Container]) 
 def _bridge(cluster: Cluster, nodes: list[Container]) -> BridgeNetwork:
     docker = Docker(cluster.settings.environ)
     for node in nodes:
-        if KINDNET not in docker.names(node.id, CNI_FOLDER):
+        plugins = [name for name in docker.names(node.id, CNI_FOLDER) if name.endswith((".conf", ".conflist"))]
+        if not plugins:
+            raise _PendingError(f"{node.name} has no network plug-in")
+        if KINDNET not in plugins:
             raise _AbsentError("the cluster's network is not kindnet, kind's own")
         for name in node.networks:
             found = docker.bridge(name)

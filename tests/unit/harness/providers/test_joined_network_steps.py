@@ -149,8 +149,16 @@ def test_kube_proxy_is_never_newer_than_the_api_server(
         assert found(cluster).kubernetes == versions().kubernetes[proxy]
 
 
-def without_kindnet(world: World, _kube: FakeKube) -> None:
-    (world.folder / "files/n/etc/cni/net.d/10-kindnet.conflist").rename(world.folder / "other.conflist")
+def plugin(world: World) -> Path:
+    return world.folder / "files/n/etc/cni/net.d/10-kindnet.conflist"
+
+
+def another_plugin(world: World, _kube: FakeKube) -> None:
+    plugin(world).rename(plugin(world).with_name("10-calico.conflist"))
+
+
+def no_plugin(world: World, _kube: FakeKube) -> None:
+    plugin(world).unlink()
 
 
 def engine_elsewhere(world: World, _kube: FakeKube) -> None:
@@ -183,7 +191,8 @@ def no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (without_kindnet, "the cluster's network is not kindnet, kind's own"),
+        (another_plugin, "the cluster's network is not kindnet, kind's own"),
+        (no_plugin, "n has no network plug-in"),
         (engine_elsewhere, "Docker's network kind is not on this machine"),
         (overlay, "its nodes are in no Docker network with a bridge"),
         (without_kubeadm, "the cluster has no kubeadm-config, which names its ranges of addresses"),
@@ -195,12 +204,31 @@ def test_why_pods_share_the_machines_network(
     world: World, kube: FakeKube, cluster: Cluster, change: Any, reason: str
 ) -> None:
     change(world, kube)
+    cluster.settings = replace(cluster.settings, timeouts=replace(cluster.settings.timeouts, ready_seconds=0.0))
     (network, proxy) = steps.joined_network_steps(cluster, lambda: containers(cluster))
     assert network.key == NETWORK_STEP
     assert network.change(lambda _: None) == f"none: {reason}"
     assert pod_network.described(cluster.state)["absent"] == reason
     assert plan_of(cluster.state) is None
     assert proxy.look().detail == proxy.change(lambda _: None) == "none without a pod network"
+
+
+@pytest.mark.usefixtures("no_obstacle")
+def test_a_network_plug_in_that_comes_later_is_waited_for(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "client_credential", lambda *_, **__: None)
+    plugin(world).rename(plugin(world).with_suffix(".new"))
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        plugin(world).with_suffix(".new").rename(plugin(world))
+
+    cluster.settings = replace(cluster.settings, timeouts=replace(cluster.settings.timeouts, ready_seconds=60.0))
+    (network, _) = steps.joined_network_steps(cluster, lambda: containers(cluster))
+    assert network.change(say).startswith("pods 10.244.0.0/16")
+    assert said == ["waiting: n has no network plug-in"]
 
 
 def test_without_root_there_is_none(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
