@@ -25,6 +25,7 @@ from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.up import up
 from wasilet.console import PlainReporter
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import acquire
 from wasilet.controlplane.local_registry import login_file
 from wasilet.errors import ApiError
@@ -216,7 +217,12 @@ def test_wasm_and_linux_pods_reach_each_other_by_address_service_and_name(
         spec = {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": 7777}]}
         kube.create(api_path("services", namespace=namespace), {"metadata": {"name": name}, "spec": spec})
     servers = {
-        name: eventually(lambda name=name: ready_pod(kube, f"{pods}/{name}"), name) for name in ("wasm", "linux")
+        name: eventually(
+            lambda name=name: ready_pod(kube, f"{pods}/{name}"),
+            name,
+            scene=lambda name=name: (kube.get(f"{pods}/{name}")["status"], pod_network.described(own.cluster.state)),
+        )
+        for name in ("wasm", "linux")
     }
     address = {name: server["status"]["podIP"] for name, server in servers.items()}
     for name, node in (("wasm", own.cluster.node_names()[0]), ("linux", f"{own.settings.name}-control-plane")):
