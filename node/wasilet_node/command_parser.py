@@ -176,6 +176,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         ),
         ("--uplink-gateway", "IP", "this machine's address on that bridge [WASILET_NODE_UPLINK_GATEWAY]"),
         (
+            "--network-keeper", "SOCKET",
+            "without root: of what keeps the user namespace that all of it is in [WASILET_NODE_NETWORK_KEEPER]",
+        ),
+        (
             "--cluster-dns", "IP,...",
             "name servers of pods with dnsPolicy ClusterFirst, repeatable [WASILET_NODE_CLUSTER_DNS]",
         ),

@@ -231,6 +231,7 @@ def _network(options: _Options) -> NetworkSettings | None:
         uplink=uplink,
         bridge=bridge,
         gateway=gateway,
+        keeper=options.get("network_keeper", ("WASILET_NODE_NETWORK_KEEPER",), _absolute),
         cluster_dns=tuple(options.get_all("cluster_dns", ("WASILET_NODE_CLUSTER_DNS",), _ip)),
         cluster_domain=options.get("cluster_domain", ("WASILET_NODE_CLUSTER_DOMAIN",), str) or "cluster.local",
         kube_proxy=proxy,

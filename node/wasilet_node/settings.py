@@ -106,6 +106,10 @@ class NetworkSettings:
     gateway: ipaddress.IPv4Address | None = None
     """The machine's address on that bridge."""
 
+    keeper: Path | None = None
+    """The socket of what keeps the node's user namespace (``wasilet_node.network.keeper``), where the node is an
+    ordinary user's; None: it is joined to the machine itself, as root."""
+
     cluster_dns: tuple[str, ...] = ()
     """Name servers of pods with dnsPolicy ClusterFirst; none: they use the machine's."""
 

@@ -14,8 +14,10 @@ import contextlib
 import ctypes
 import errno
 import json
+import mmap
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -181,6 +183,105 @@ def outcomes(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
     return found
 
 
+def fills(facts: Facts) -> dict[str, Callable[[], object]]:
+    """By name: each takes of the volume what it gets, and more than ``size`` bytes of it would be too much."""
+    volume, size = Path(facts["volume"]), int(facts["size"])
+    return {
+        "one file": lambda: _write(volume / "file", 2 * size),
+        "one file ahead": lambda: _on_file(volume, lambda file: os.posix_fallocate(file, 0, 2 * size)),
+        "pages of a sparse file": lambda: _on_file(
+            volume, lambda file: [os.pwrite(file, b"x", place << 20) for place in range(size >> 11)]
+        ),
+        "a mapped file": lambda: _fill_mapped(volume / "file", 2 * size),
+        "files with a page each": lambda: _many(volume, lambda path: _write(path, 4096)),
+        "empty files": lambda: _many(volume, Path.touch),
+        "folders": lambda: _many(volume, Path.mkdir),
+        "folders in folders": lambda: _nest(volume),
+        "names of one file": lambda: _many(volume, lambda path: os.link(_touched(volume / "file"), path)),
+        "links of 4,000 bytes": lambda: _many(volume, lambda path: path.symlink_to("x" * 4000)),
+        "links of 100 bytes": lambda: _many(volume, lambda path: path.symlink_to("x" * 100)),
+        "pipes": lambda: _many(volume, os.mkfifo),
+        "attributes": lambda: _set_attributes(volume, size),
+        "files without a name": lambda: _fill_unnamed(volume, size),
+        "a larger volume": lambda: checked(_libc.mount(None, os.fsencode(volume), None, 32, b"size=1g")),
+    }
+
+
+def _many(volume: Path, make: Callable[[Path], object]) -> None:
+    for number in range(HIGHEST):
+        make(volume / str(number))
+
+
+def _on_file(volume: Path, do: Callable[[int], object]) -> None:
+    with (volume / "file").open("wb", buffering=0) as file:
+        do(file.fileno())
+
+
+def _touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def _write(path: Path, size: int) -> None:
+    with path.open("wb", buffering=0) as file:
+        for _ in range(-(-size // 4096)):
+            file.write(bytes(4096))
+
+
+def _fill_mapped(path: Path, size: int) -> None:
+    """In a child, since what is not there is a SIGBUS."""
+    with path.open("w+b", buffering=0) as file:
+        file.truncate(size)
+        with mmap.mmap(file.fileno(), size) as memory:
+            pid = os.fork()
+            if pid == 0:
+                for place in range(0, size, 4096):
+                    memory[place] = 1
+                os._exit(0)
+            status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        raise OSError(errno.ENOSPC, signal.Signals(os.WTERMSIG(status)).name)
+
+
+def _nest(volume: Path) -> None:
+    for number in range(HIGHEST // 100):
+        (volume / str(number)).joinpath(*(["x"] * 100)).mkdir(parents=True)
+
+
+def _set_attributes(volume: Path, size: int) -> None:
+    (volume / "file").touch()
+    for number in range(size >> 11):
+        os.setxattr(volume / "file", f"user.{number}", bytes(4096))
+
+
+def _fill_unnamed(volume: Path, size: int) -> None:
+    descriptors = list[int]()
+    try:
+        for _ in range(16):
+            descriptors.append(os.open(volume, os.O_TMPFILE | os.O_RDWR))
+            os.write(descriptors[-1], bytes(size // 8))
+            os.posix_fallocate(descriptors[-1], 0, size // 8)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def fill(facts: Facts) -> object:
+    """How each ended, and the most that the volume then said it held."""
+    found = dict[str, object]()
+    volume = Path(facts["volume"])
+    for name, attempt in fills(facts).items():
+        outcome = outcomes({name: attempt})[name]
+        state = os.statvfs(volume)
+        found[name] = [outcome, (state.f_blocks - state.f_bfree) * state.f_frsize]
+        for path in volume.iterdir():
+            if not path.is_symlink() and path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    return found
+
+
 def threads(_facts: Facts) -> object:
     """How many it gets beside its first; they stay."""
     return _started_threads(HIGHEST)
@@ -238,7 +339,7 @@ def nothing(_facts: Facts) -> object:
     return None
 
 
-_DEEDS = {deed.__name__: deed for deed in (attack, attack_files, threads, processes, files, names, nothing)}
+_DEEDS = {deed.__name__: deed for deed in (attack, attack_files, fill, threads, processes, files, names, nothing)}
 
 
 def instead_of_a_guest(config: Any, *_args: object, report: int, **_fields: object) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,15 +15,19 @@ from pathlib import Path
 import pytest
 import wasmtime
 from wasilet.apps.new_app import new_app
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.local_registry import login_file
 from wasilet.kube.client import api_path
+from wasilet.state import State
 
 from tests.clusters import TestCluster, temporary_settings
+from tests.e2e.guests import needs_a_component_host
 
 pytestmark = pytest.mark.e2e
 
 RUN_LIMIT_SECONDS = 300
 GONE_LIMIT_SECONDS = 60
+SERVER = Path(__file__).resolve().parents[1] / "guests" / "http_p2.wasm"
 HELLO = """
 def test_hello(wasm_app, run_pod, assert_logs):
     pod = run_pod(wasm_app("hello-wasm"))
@@ -247,6 +252,32 @@ def test_of_pods(run_pod: RunPod, wasm_app: WasmApp, service: MakeService) -> No
     pod = run_pod(wasm_app("hello-world"), labels={"app": "x"})
     assert pod.wait_phase("Running")
     assert web.wait_endpoints() == [pod.ip]
+""")
+    passed(project.pytest())
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("nft"), reason="a pod network needs root and nft")
+def test_pods_that_this_machine_has_no_way_to_are_asked_by_a_forward(project: Project, cluster: TestCluster) -> None:
+    """As on kind and minikube, for which the routes to the pods are left out here."""
+    if absent := pod_network.why_absent(State.of(cluster.settings)):
+        pytest.skip(absent)
+    needs_a_component_host()
+    shutil.copy(SERVER, project.folder / "web.wasm")
+    project.write("""
+import pytest
+from wasilet.testing import AssertHttp, MakeService, RunPod, WasmApp, reach
+
+@pytest.fixture(autouse=True)
+def no_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "machine_networks", list)
+
+def test_it(run_pod: RunPod, wasm_app: WasmApp, service: MakeService, assert_http: AssertHttp) -> None:
+    pod = run_pod(wasm_app("./web.wasm"), labels={"app": "web"}, container={"ports": [{"containerPort": 8080}]})
+    assert pod.url(8080).startswith("http://127.0.0.1:")
+    assert_http(pod, "/hello", port=8080)
+    web = service("web", selector={"app": "web"}, port=80, target_port=8080)
+    assert web.wait_endpoints() == [pod.ip]
+    assert_http(web, "/hello")
 """)
     passed(project.pytest())
 

@@ -177,7 +177,7 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     }
     made.update(proxies(cluster))
     if (plan := pod_network.plan_of(cluster.state)) is not None:
-        made[pod_network.PROXY] = lambda: pod_network.proxy_component(plan, cluster.ports()["apiserver"])
+        made[pod_network.PROXY] = lambda: pod_network.proxy_component(plan, cluster.state)
         made[service_ports.COMPONENT] = lambda: service_ports_component(cluster)
         if cluster.state.record(cluster_dns.COMPONENT) is not None:
             made[cluster_dns.COMPONENT] = lambda: cluster_dns.component(plan, cluster.settings, cluster.state)
@@ -431,7 +431,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         argv += pod_network.node_arguments(
             plan,
             index=index,
-            folder=state.etc,
+            state=state,
             kube_proxy=_late_binary(cluster, "kube-proxy", kubernetes_version.wanted(cluster)),
         )
     elif joined is not None:
@@ -447,6 +447,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         name=node_component(node),
         argv=tuple(argv),
         ports={"kubelet API": port},
+        gate=(lambda: pod_network.keeper_answers(state)) if plan is not None and plan.rootless else None,
         addresses=(access.node_address,),
         clients=True,
         # The kubelet API answers no one without a credential, so a connection has to do; the Node's own condition says

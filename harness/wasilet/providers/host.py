@@ -93,9 +93,10 @@ class HostProvider:
                 advertise_address=node_address(cluster.settings),
                 service_cidr=pod_network.service_cidr(cluster.state),
                 pod_cidr=str(plan.pods) if plan is not None else "",
-                node_prefix=pod_network.NODE_PREFIX,
+                node_prefix=plan.node_prefix if plan is not None else pod_network.NODE_PREFIX,
                 kubernetes=cluster.state.cluster.kubernetes,
                 admission_config=pod_security.write_config(cluster.state),
+                egress_config=pod_network.write_egress_config(plan, cluster.state),
             )
 
         return {

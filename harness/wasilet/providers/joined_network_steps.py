@@ -8,6 +8,7 @@ network as without this, and the step says why.
 from __future__ import annotations
 
 import ipaddress
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +83,7 @@ def _network_step(cluster: Cluster, nodes: Nodes) -> Step:
         return Finding.ok(text)
 
     def change(say: Progress) -> str:
-        absent = pod_network.why_absent(state) or pod_network.obstacle(cluster.settings, say=say)
+        absent = pod_network.why_absent(state) or _obstacle(cluster, say)
         try:
             plan = _settled(cluster, nodes, say) if not absent else None
         except _AbsentError as error:
@@ -106,6 +107,13 @@ def _network_step(cluster: Cluster, nodes: Nodes) -> Step:
         return f"pods {plan.pods}, Services {plan.services}, on {plan.bridge}"
 
     return Step(name="pod network", key=NETWORK_STEP, look=look, change=change, after=(API_SERVER_STEP,))
+
+
+def _obstacle(cluster: Cluster, say: Progress) -> str:
+    """Why this machine allows none; empty: it does. A port of another's bridge is root's to make."""
+    if cluster.settings.pod_network and os.geteuid() != 0:
+        return "it needs root"
+    return pod_network.obstacle(cluster.settings, say=say)
 
 
 def _kube_proxy_step(cluster: Cluster) -> Step:

@@ -26,7 +26,7 @@ def run_kubectl(
     elsewhere = any(word in _ELSEWHERE or word.startswith(("-n=", "--namespace=")) for word in words)
     where = () if elsewhere else ("--namespace", namespace)
     done = run(
-        [_binary(cluster), "--kubeconfig", cluster.kubeconfig, *where, *words],
+        [kubectl_path(cluster), "--kubeconfig", cluster.kubeconfig, *where, *words],
         timeout_seconds=timeout_seconds,
         env=cluster.settings.environ,
         input=input,
@@ -35,7 +35,8 @@ def run_kubectl(
     return done.stdout if check else done.stdout + done.stderr
 
 
-def _binary(cluster: WasmCluster) -> str:
+def kubectl_path(cluster: WasmCluster) -> str:
+    """Of one that fits the cluster, brought where there is none. Raises AcquireError."""
     from wasilet.controlplane.kubectl import ensure_kubectl
 
     def say(text: str) -> None:

@@ -1,7 +1,8 @@
 """A Service of the test's namespace: made or found, its endpoints waited for, asked over HTTP.
 
-It is asked at its cluster IP where this machine reaches that, else at its ready endpoints in turn. (The API server's
-proxy of Services would do only where all endpoints are pods.)
+It is asked at its cluster IP where this machine reaches that, else at its ready endpoints in turn, and those that are
+pods by a forward where this machine has no way to them. (The API server's proxy of Services would do only where all
+endpoints are pods.)
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from wasilet.errors import ApiError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.testing.http import REQUEST_SECONDS, Answer, NoAnswerError, ask
+from wasilet.testing.reach import CONNECT_SECONDS, PodId, Reach, is_routed
 
-CONNECT_SECONDS = 0.5
 SERVICE_LABEL = "kubernetes.io/service-name"
 
 
@@ -54,8 +55,10 @@ def service_objects(
 class Service:
     """A Service that is there."""
 
-    def __init__(self, kube: Kube, body: KubeObject, *, within_seconds: float) -> None:
+    def __init__(self, kube: Kube, body: KubeObject, *, within_seconds: float, reach: Reach | None = None) -> None:
+        """``reach``: the ways to pods; None: all endpoints are asked at their addresses."""
         self._kube = kube
+        self._reach = reach
         self._within_seconds = within_seconds
         self._reached: dict[int, bool] = {}
         self._turn = -1
@@ -145,7 +148,7 @@ class Service:
         return ask(url, method=method, send_headers=headers, body=body, timeout_seconds=timeout_seconds)
 
     def _endpoint(self, port: int) -> tuple[str, int]:
-        """One of the ready endpoints, each in its turn. Raises NoAnswerError while there is none."""
+        """The way to one of the ready endpoints, each in its turn. Raises NoAnswerError while there is none."""
         path = api_path("endpointslices", group="discovery.k8s.io", namespace=self.namespace)
         try:
             slices = self._kube.get(path, labelSelector=f"{SERVICE_LABEL}={self.name}").get("items") or []
@@ -153,20 +156,23 @@ class Service:
             raise NoAnswerError(f"the endpoints of service/{self.name} cannot be read: {error.message}") from error
         name = next((str(p.get("name") or "") for p in self.raw["spec"]["ports"] if p["port"] == port), None)
         found = sorted(
-            (address, int(known["port"]))
+            (address, int(known["port"]), pod)
             for each in slices
             for known in each.get("ports") or []
             if str(known.get("name") or "") == name
-            for address in ready_addresses([each])
+            for address, pod in _ready(each)
         )
         if not found:
             raise NoAnswerError(f"service/{self.name} has no ready endpoint for its port {port}")
         self._turn += 1
-        return found[self._turn % len(found)]
+        address, to, pod = found[self._turn % len(found)]
+        return self._reach.way(pod, address, to) if self._reach is not None and pod.name else (address, to)
 
     def _is_reached(self, port: int) -> bool:
         """Whether this machine has a way to the cluster IP; remembered once that is certain."""
         if self.cluster_ip in {"", "None"} or not self._reached.get(port, True):
+            return False
+        if not is_routed(self.cluster_ip):
             return False
         if port not in self._reached:
             try:
@@ -191,13 +197,16 @@ def _learn(slices: dict[str, KubeObject], event: KubeObject) -> None:
 
 def ready_addresses(slices: Any) -> list[str]:
     """Of EndpointSlices: the addresses that take connections, sorted, each once."""
-    return sorted(
-        {
-            str(address)
-            for each in slices
-            for endpoint in each.get("endpoints") or []
-            # Not set means ready, as the API's documentation of the field says.
-            if (endpoint.get("conditions") or {}).get("ready") is not False
-            for address in endpoint.get("addresses") or []
-        }
-    )
+    return sorted({address for each in slices for address, _ in _ready(each)})
+
+
+def _ready(endpoint_slice: KubeObject) -> Iterator[tuple[str, PodId]]:
+    """Addresses, and the pods that have them; without a name: it is no pod's."""
+    for endpoint in endpoint_slice.get("endpoints") or []:
+        # Not set means ready, as the API's documentation of the field says.
+        if (endpoint.get("conditions") or {}).get("ready") is not False:
+            target = endpoint.get("targetRef") or {}
+            is_pod = target.get("kind") == "Pod"
+            pod = PodId(str(target.get("name") or "") if is_pod else "", str(target.get("uid") or ""))
+            for address in endpoint.get("addresses") or []:
+                yield str(address), pod

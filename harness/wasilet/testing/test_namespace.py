@@ -19,6 +19,7 @@ from wasilet.testing.log_match import Judge, Text, explain, numbered, printable,
 from wasilet.testing.merged_log import LogLines
 from wasilet.testing.observe import Observer, PodView
 from wasilet.testing.pod_status import describe, ends_of, events_of
+from wasilet.testing.reach import PodId, Reach
 from wasilet.testing.service import Service
 
 SERVICE_ACCOUNT_SECONDS = 30.0
@@ -89,6 +90,7 @@ class TestNamespace:
         self._version = version
         self._observer: Observer | None = None
         self._names: set[str] = set()
+        self.reach = Reach(cluster, namespace)
         self.created: list[KubeObject] = []
         """Objects that the test made, in their order, as the API server answered."""
 
@@ -100,7 +102,8 @@ class TestNamespace:
         return self._observer
 
     def close(self) -> None:
-        """End the watches."""
+        """End the watches, and the forwards to pods."""
+        self.reach.close()
         if self._observer is not None:
             self._observer.close()
 
@@ -242,7 +245,7 @@ class TestNamespace:
         for obj in objects:
             self.apply([obj])
         body = self.cluster.kube.get(api_path("services", name, namespace=self.namespace))
-        return Service(self.cluster.kube, body, within_seconds=self.within_seconds)
+        return Service(self.cluster.kube, body, within_seconds=self.within_seconds, reach=self.reach)
 
     def events_of(self, view: PodView) -> list[str]:
         """``Type Reason: message``, oldest first; never raises."""
@@ -291,8 +294,10 @@ class Pod:
         return str((self._view.object.get("status") or {}).get("podIP") or "")
 
     def url(self, port: int, path: str = "/") -> str:
-        """The URL of a port of it. Waits for its address. Raises AssertionError, and UsageError where pods have no
-        network of their own: its address is the node's then, and another process may listen there."""
+        """The URL of a port of it: at its address, or of a forward where this machine has no way to that (rootless,
+        kind, minikube). Waits for its address, and for a forward until it runs. Raises AssertionError, NoAnswerError,
+        and UsageError where pods have no network of their own: its address is the node's then, and another process may
+        listen there."""
         __tracebackhide__ = True
         self.wait_for(lambda _: self.ip, words="its address")
         status, spec = self._view.object["status"], self._view.object["spec"]
@@ -301,8 +306,11 @@ class Pod:
                 f"pod/{self.name} has no address of its own: {self.ip} is its node's",
                 hint="its node gives pods no network; `invoke status` says why",
             )
-        host = f"[{self.ip}]" if ":" in self.ip else self.ip
-        return f"http://{host}:{port}{path}"
+        reach, host, to = self._test_namespace.reach, self.ip, port
+        if not spec.get("hostNetwork") and not reach.is_direct(self.ip, port):
+            self.wait_phase("Running")
+            host, to = reach.way(PodId(self.name, self.uid), self.ip, port)
+        return f"http://{f'[{host}]' if ':' in host else host}:{to}{path}"
 
     def get(self, path: str = "/", *, port: int, timeout_seconds: float = REQUEST_SECONDS) -> Answer:
         """One GET at its address, whatever its answer. Raises NoAnswerError, and as :meth:`url` does."""

@@ -31,11 +31,11 @@ class PodRecord:
 
     uid: str
     key: str
-    """Of its namespace, with the supervisor."""
+    """Of its namespace, with the supervisor; empty: it has none, as nothing in it has a socket."""
 
     address: str
     interface: str
-    """The node's end of its veth."""
+    """The node's end of its veth; empty where it has no namespace."""
 
     supervisor: int
     """The pid of the supervisor that keeps the namespace."""

@@ -8,6 +8,8 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from wasilet_node.runtime.protocol import GuestKind
+
 Pod = dict[str, Any]
 
 
@@ -16,14 +18,17 @@ class Attachment:
     """What a container needs to run in its pod's network."""
 
     key: str
+    """Of its namespace; empty: it has none, as nothing in it has a socket."""
+
     addresses: tuple[str, ...]
 
 
 class Networks(Protocol):
     """``wasilet_node.network.service.PodNetwork``, as pods and the kubelet API use it."""
 
-    async def attach(self, pod: Pod) -> Attachment | None:
-        """Have a pod's network. None: it shares the machine's. Idempotent. Raises NetworkError."""
+    async def attach(self, pod: Pod, guest: GuestKind | None = GuestKind.COMPONENT) -> Attachment | None:
+        """Have a pod's network, as far as a guest of this kind needs one; None: its address is enough for now. None as
+        the answer: it shares the machine's. Idempotent. Raises NetworkError."""
 
     async def await_policies(self, pod: Pod) -> None:
         """Wait, for a short time at most, until NetworkPolicies, if there are any, know an attached pod: till then
@@ -59,7 +64,7 @@ class Networks(Protocol):
 class MachineNetwork:
     """No pod network."""
 
-    async def attach(self, pod: Pod) -> Attachment | None:  # noqa: ARG002
+    async def attach(self, pod: Pod, guest: GuestKind | None = GuestKind.COMPONENT) -> Attachment | None:  # noqa: ARG002
         """None."""
         return None
 

@@ -18,7 +18,7 @@ from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.pod_networks import NODE_KEY
-from wasilet_node.runtime import netns, supervisor_registry
+from wasilet_node.runtime import linux, netns, rootless, supervisor_registry
 from wasilet_node.settings import NodePaths
 
 
@@ -36,13 +36,17 @@ def lines(paths: NodePaths) -> Iterator[str]:
     finally:
         channel.close()
     try:
+        if os.geteuid() != 0:
+            rootless.join(descriptor)
+            linux.pass_on_capabilities()
         netns.setns(descriptor)
     finally:
         os.close(descriptor)
     yield f"namespaces kept: {len(kept)}"
     for record in PodRecords(paths.network / "pods").load():
-        there = "" if record.key in kept else ", whose namespace is gone"
-        yield f"pod {record.uid}: {record.address} by {record.interface}{there}"
+        there = "" if record.key in kept or not record.key else ", whose namespace is gone"
+        by = f" by {record.interface}" if record.interface else ", without a namespace: nothing in it has a socket"
+        yield f"pod {record.uid}: {record.address}{by}{there}"
     with Netlink() as netlink:
         names = dict(netlink.links())
         yield f"interfaces: {', '.join(names.values())}"

@@ -33,11 +33,13 @@ _HEADER = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BBHiII")
 _ADDRESS = struct.Struct("=BBBBI")
 _ROUTE = struct.Struct("=BBBBBBBBI")
+_NDA_DST = 1
+_NEIGHBOUR = struct.Struct("=BxxxiHBB")
 _ATTRIBUTE = struct.Struct("=HH")
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
-_RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 20, 22, 24, 25, 26
+_RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE, _RTM_DELNEIGH = 20, 22, 24, 25, 26, 29
 _REQUEST, _ACK = 1, 4
 _REPLACE, _EXCLUSIVE, _CREATE = 0x100, 0x200, 0x400
 _DUMP = 0x300
@@ -192,20 +194,38 @@ class Netlink:
         place = (_SCOPE_UNIVERSE, _RTN_UNICAST) if gateway is not None else (_SCOPE_HOST, _RTN_LOCAL)
         self._add_route((_RT_TABLE_LOCAL, *place), destination, gateway, index, _EXCLUSIVE)
 
+    def have_local_address(self, address: IPAddress, *, index: int) -> None:
+        """Let an address be one of this namespace's own without giving it to an interface: answering for one of many
+        costs no list of them. Idempotent. Raises NetlinkError."""
+        try:
+            self.add_local_route(ipaddress.ip_network(address), index=index)
+        except NetlinkError as error:
+            if error.errno != errno.EEXIST:
+                raise
+
+    def forget_local_address(self, address: IPAddress, *, index: int) -> None:
+        """The opposite. Idempotent. Raises NetlinkError."""
+        body = _route((_RT_TABLE_LOCAL, _SCOPE_HOST, _RTN_LOCAL), ipaddress.ip_network(address), None, index)
+        try:
+            self._request(_RTM_DELROUTE, 0, body, f"forget the address {address}")
+        except NetlinkError as error:
+            if error.errno != errno.ESRCH:
+                raise
+
+    def forget_neighbour(self, address: IPAddress, *, index: int) -> None:
+        """Ask again, at the next packet, who has an address on the link of an interface. Idempotent. Raises
+        NetlinkError."""
+        body = _NEIGHBOUR.pack(_family(address), index, 0, 0, 0) + _attribute(_NDA_DST, address.packed)
+        try:
+            self._request(_RTM_DELNEIGH, 0, body, f"forget who has {address}")
+        except NetlinkError as error:
+            if error.errno != errno.ENOENT:
+                raise
+
     def _add_route(
         self, place: tuple[int, int, int], destination: IPNetwork, gateway: IPAddress | None, index: int, flags: int
     ) -> None:
-        table, scope, kind = place
-        body = _ROUTE.pack(
-            _family(destination.network_address), destination.prefixlen, 0, 0,
-            table, _RTPROT_STATIC, scope, kind,
-            _RTNH_F_ONLINK if gateway is not None else 0,
-        )  # fmt: skip
-        if destination.prefixlen:
-            body += _attribute(_RTA_DST, destination.network_address.packed)
-        if gateway is not None:
-            body += _attribute(_RTA_GATEWAY, gateway.packed)
-        body += _attribute(_RTA_OIF, _u32(index))
+        body = _route(place, destination, gateway, index)
         self._request(_RTM_NEWROUTE, _CREATE | flags, body, f"add a route to {destination}")
 
     def remove_route(self, route: Route) -> None:
@@ -343,6 +363,20 @@ class Netlink:
             if sequence == self._sequence:
                 yield kind, data[offset + _HEADER.size : offset + length]
             offset += _aligned(length)
+
+
+def _route(place: tuple[int, int, int], destination: IPNetwork, gateway: IPAddress | None, index: int) -> bytes:
+    table, scope, kind = place
+    body = _ROUTE.pack(
+        _family(destination.network_address), destination.prefixlen, 0, 0,
+        table, _RTPROT_STATIC, scope, kind,
+        _RTNH_F_ONLINK if gateway is not None else 0,
+    )  # fmt: skip
+    if destination.prefixlen:
+        body += _attribute(_RTA_DST, destination.network_address.packed)
+    if gateway is not None:
+        body += _attribute(_RTA_GATEWAY, gateway.packed)
+    return body + _attribute(_RTA_OIF, _u32(index))
 
 
 def _raise_for(data: bytes, what: str) -> None:

@@ -83,16 +83,16 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network,
     )
 
 
-def outward(pod_cidr: ipaddress.IPv4Network, machine_namespace: int) -> Program:
-    """What pods send to other machines. ``machine_namespace``: a descriptor."""
+def outward(pod_cidr: ipaddress.IPv4Network, node_namespace: int) -> Program:
+    """What pods send to other machines; it runs in the machine's network. ``node_namespace``: a descriptor."""
     return Program(
         name="outward",
         argv=(
             *(sys.executable, "-P", "-m", "wasilet_node.network.outward"),
             f"--pod-cidr={pod_cidr}",
-            f"--machine-namespace={machine_namespace}",
+            f"--node-namespace={node_namespace}",
         ),
-        descriptors=(machine_namespace,),
+        descriptors=(node_namespace,),
     )
 
 

@@ -26,10 +26,11 @@ from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
-from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies, outward
-from wasilet_node.network.pod_networks import NODE_KEY, POOL_LOW, PodNetworks
+from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies, outward
+from wasilet_node.network.pod_networks import MACHINE_KEY, NODE_KEY, POOL_LOW, PodNetworks
 from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyGate
-from wasilet_node.runtime import netns, supervisor_registry
+from wasilet_node.runtime import linux, netns, rootless, supervisor_registry
+from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import NetworkSettings, NodePaths
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,6 @@ SETTLE_SECONDS = 5.0
 """How long a pod, and a Node that was there before, wait for a network that is being made or found again."""
 
 REFILL_SECONDS = 30.0
-CLAIM_SECONDS = 1.0
-"""How long a pod's network, once claimed, is taken to be there without another look: its container starts next."""
-
 REFILL_WAITS_SECONDS = 1.0
 """How long the making of namespaces for later pods lets starts that are under way go first."""
 
@@ -69,14 +67,15 @@ class PodNetwork:
         *,
         node_name: str,
         hosts_of: Callable[[dict[str, Any], tuple[str, ...]], bytes],
+        machine: int | None = None,
         supervisor_seconds: float = TIMEOUT_SECONDS,
         calm: Callable[[float], Awaitable[bool]] = _always,
     ) -> None:
-        """``hosts_of``: the contents of a pod's hosts file. ``supervisor_seconds``: how long a supervisor may take for
-        an answer. ``calm``: waits until no pod is being started or ended, for so many seconds at most, and
-        whether that is so; namespaces for later pods let these go first."""
+        """``hosts_of``: the contents of a pod's hosts file. ``machine``: what the node is joined to, if not to the
+        namespace that this is called in (``wasilet_node.network.keeper``). ``supervisor_seconds``: how long a
+        supervisor may take for an answer. ``calm``: waits until no pod is being started or ended, for so many seconds
+        at most, and whether that is so; namespaces for later pods let these go first."""
         self._calm = calm
-        self._claimed: dict[str, float] = {}
         self.settings = settings
         self._supervisor_seconds = supervisor_seconds
         self._paths = paths
@@ -88,7 +87,10 @@ class PodNetwork:
         self._wake = asyncio.Event()
         self._look_at = 0.0
         self._ready = asyncio.Event()
-        self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
+        self._machine = machine
+        self._plug = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="pod network", initializer=_begin, initargs=(machine,)
+        )
         self._dial: ThreadPoolExecutor | None = None
         self._node: NodeNetwork | None = None
         self._channel: NamespaceChannel | None = None
@@ -143,7 +145,7 @@ class PodNetwork:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        """Look again when the machine's network changed, in which this thread is."""
+        """Look again when the machine's network changed, in which the network's own thread is so far."""
         loop, pending = asyncio.get_running_loop(), False
 
         def calm() -> None:
@@ -160,7 +162,7 @@ class PodNetwork:
                 loop.call_later(CALM_SECONDS, calm)
 
         try:
-            watch = machine_changes.open_watch()
+            watch = self._plug.submit(machine_changes.open_watch).result()
         except OSError as error:
             logger.warning("changes of the machine's network are seen every %g s only: %s", REFILL_SECONDS, error)
             yield
@@ -186,19 +188,23 @@ class PodNetwork:
         await self._ready.wait()
         if self.absent is not None or self._pod_cidr is None:
             return
-        with _own_namespace() as machine:
-            await self._run_processes(machine, self._pod_cidr)
+        node = await self._in_namespace(netns.open_own)
+        try:
+            await self._run_processes(node, self._pod_cidr)
+        finally:
+            os.close(node)
 
-    async def _run_processes(self, machine: int, pod_cidr: ipaddress.IPv4Network) -> None:
-        settings, programs = self.settings, [outward(pod_cidr, machine)]
+    async def _run_processes(self, node: int, pod_cidr: ipaddress.IPv4Network) -> None:
+        settings, programs = self.settings, list[Program]()
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
             programs.append(network_policies(settings, pod_cidr, self._paths.network / SOCKET_NAME))
         async with asyncio.TaskGroup() as group:
             group.create_task(self._gate.run(), name="policy gate")
-            for program in programs:
-                kept = Kept(program, folder=self._paths.network, spawn=self._in_namespace)
+            way_out = outward(pod_cidr, node)
+            for program, spawn in ((way_out, _in_own_namespace), *((each, self._in_namespace) for each in programs)):
+                kept = Kept(program, folder=self._paths.network, spawn=spawn)
                 group.create_task(kept.run(), name=program.name)
 
     async def _in_namespace(self, work: Callable[[], _T]) -> _T:
@@ -252,9 +258,8 @@ class PodNetwork:
 
     # ---- pods
 
-    async def attach(self, pod: dict[str, Any]) -> Attachment | None:
-        """Have a pod's network, and the files that it resolves names by. None: the pod shares the machine's network.
-        Idempotent. Raises NetworkError."""
+    async def attach(self, pod: dict[str, Any], guest: GuestKind | None = GuestKind.COMPONENT) -> Attachment | None:
+        """See ``Networks.attach``."""
         if pod["spec"].get("hostNetwork"):
             return None
         await self.settle(SETTLE_SECONDS)
@@ -263,10 +268,8 @@ class PodNetwork:
         if self.problem is not None and self._pods is None:
             raise NetworkError(self.problem)
         try:
-            record = self._just_claimed(str(pod["metadata"]["uid"]))
-            if record is None:
-                record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]))
-                self._claimed[record.uid] = asyncio.get_running_loop().time()
+            record = await self._in_thread(self._claim, str(pod["metadata"]["uid"]), guest)
+            if guest is GuestKind.COMPONENT:
                 self._wake.set()
             addresses = (record.address,)
             self._gate.claim(record.uid, record.address)
@@ -276,13 +279,6 @@ class PodNetwork:
             return None
         except OSError as error:
             raise NetworkError(f"{error.strerror or error}") from error
-
-    def _just_claimed(self, uid: str) -> PodRecord | None:
-        """The network of a pod that claimed it a moment ago."""
-        at = self._claimed.get(uid)
-        if at is None or self._pods is None or asyncio.get_running_loop().time() - at > CLAIM_SECONDS:
-            return None
-        return self._pods.find(uid)
 
     async def await_policies(self, pod: dict[str, Any]) -> None:
         """See ``Networks.await_policies``."""
@@ -299,7 +295,6 @@ class PodNetwork:
 
     async def detach(self, uid: str) -> None:
         """Take a pod's network down; idempotent. Raises NetworkError."""
-        self._claimed.pop(uid, None)
         await self._host_ports.close(uid)
         if self._pods is not None:
             await self._in_thread(self._release, uid)
@@ -356,6 +351,9 @@ class PodNetwork:
     async def connect_inside(self, pod: dict[str, Any], port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A TCP connection to a port of a pod's own loopback, where only it listens, else of its address. Raises
         OSError."""
+        record = self._pods.find(str(pod["metadata"]["uid"])) if self._pods is not None else None
+        if record is not None and not record.key:
+            return await self.connect(record.address, port)  # which is refused
         try:
             made, address = await self._in_thread(self._socket_inside, str(pod["metadata"]["uid"]))
         except NetworkError as error:
@@ -374,6 +372,8 @@ class PodNetwork:
 
     def _close(self) -> None:
         """What this agent has open; the network stays."""
+        if self._pods is not None:
+            self._pods.close()
         if self._channel is not None:
             self._channel.close()
         if self._node is not None:
@@ -382,7 +382,7 @@ class PodNetwork:
     def _socket_inside(self, uid: str, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, str]:
         pods = self._ensure()
         record = pods.find(uid)
-        if record is None:
+        if record is None or not record.key:
             raise NetworkError("the pod has no network of its own")
         made = pods.inside(record, lambda: socket.socket(socket.AF_INET, kind))
         made.setblocking(False)  # noqa: FBT003
@@ -400,6 +400,9 @@ class PodNetwork:
             # so they stay known until they are found again over a new connection.
         elif self._channel is not None:
             self._channel.close()
+            if self._pods is not None:
+                # It holds a namespace that goes with its supervisor.
+                self._pods.close()
             self._channel = self._pods = None
         channel = NamespaceChannel(pointer, timeout_seconds=self._supervisor_seconds)
         try:
@@ -408,6 +411,8 @@ class PodNetwork:
         except BaseException:
             channel.close()
             raise
+        if self._pods is not None:
+            self._pods.close()
         self._channel, self._pods = channel, pods
         return pods
 
@@ -435,6 +440,8 @@ class PodNetwork:
             self._dial.submit(int)
         try:
             channel.hold(NODE_KEY, descriptor)
+            if self._machine is not None:
+                channel.hold(MACHINE_KEY, self._machine)
         finally:
             os.close(descriptor)
         return node
@@ -454,8 +461,11 @@ class PodNetwork:
         logger.info("made the node's network: pods %s, uplink %s", node.pod_cidr, self.settings.uplink)
         return descriptor
 
-    def _claim(self, uid: str) -> PodRecord:
-        return self._ensure().claim(uid)
+    def _claim(self, uid: str, guest: GuestKind | None) -> PodRecord:
+        pods = self._ensure()
+        if guest is GuestKind.COMPONENT:
+            return pods.plug(uid)
+        return pods.answer(uid) if guest is GuestKind.MODULE else pods.claim(uid)
 
     def _release(self, uid: str) -> None:
         if self._pods is not None:
@@ -479,18 +489,26 @@ class PodNetwork:
         return self._paths.network / "etc" / uid
 
 
-@contextlib.contextmanager
-def _own_namespace() -> Iterator[int]:
-    descriptor = netns.open_own()
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+async def _in_own_namespace(work: Callable[[], _T]) -> _T:
+    """In this thread: the kernel ends a child with the thread that started it."""
+    if not rootless.is_inside():
+        return work()
+    with rootless.passing_on():
+        return work()
+
+
+def _begin(machine: int | None) -> None:
+    """The calling thread, which is to make the node's network."""
+    if machine is not None:
+        netns.setns(machine)
+        linux.pass_on_capabilities()
 
 
 def _move_to(descriptor: int) -> None:
     """The calling thread, for good, into the namespace of a descriptor that is this function's to close."""
     try:
         netns.setns(descriptor)
+        if rootless.is_inside():
+            linux.pass_on_capabilities()
     finally:
         os.close(descriptor)

@@ -169,7 +169,7 @@ async def _prepare(
     _report_ports(container, image.kind, attempt, event)
     node = dependencies.node()
     try:
-        network = await dependencies.networks.attach(pod)
+        network = await dependencies.networks.attach(pod, image.kind)
         # A core module has no sockets, so it resolves no names.
         resolves = network is not None and image.kind is GuestKind.COMPONENT
         etc_files = await dependencies.networks.etc_files(pod) if resolves else ()

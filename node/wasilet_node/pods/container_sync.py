@@ -21,6 +21,7 @@ from wasilet_common.pod_fields import Container, Pod, Role
 from wasilet_node.kube import fields
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.pods import sandboxes, termination
+from wasilet_node.pods.concurrency import side_by_side
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
 from wasilet_node.pods.plan import Kill, KillReason, Plan, make_plan
@@ -238,9 +239,9 @@ class ContainerSync:
         """What all containers have in common, as a sandbox elsewhere: the host's name, and the volumes."""
         try:
             fields.process_hostname(self.pod)
-            await _both(
+            await side_by_side(
                 self._dependencies.volumes.setup(self.resizes.accepted(self.pod)),
-                self._dependencies.networks.attach(self.pod),
+                self._dependencies.networks.attach(self.pod, None),
             )
         except (fields.FieldError, NetworkError) as error:
             message = f"Failed to create pod sandbox: {error}"
@@ -330,13 +331,6 @@ class ContainerSync:
 def soonest(*delays: float | None) -> float | None:
     """The shortest of them; None: there is none."""
     return min((delay for delay in delays if delay is not None), default=None)
-
-
-async def _both(*waits: Coroutine[Any, Any, object]) -> None:
-    """Side by side, each to its end; raises what the first of them in this order raised."""
-    for result in await asyncio.gather(*waits, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
 
 
 def _begin(job: Job, *, busy: bool, put_off_seconds: float) -> Decision:

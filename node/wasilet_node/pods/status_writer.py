@@ -119,6 +119,7 @@ class StatusWriter:
         self._desired: Mapping[str, Any] | None = None
         self._sent: Mapping[str, Any] | None = None
         self._echo: Mapping[str, Any] | None = None
+        self._answered: tuple[tuple[Mapping[str, Any] | None, ...], dict[str, Any]] | None = None
         self._task: asyncio.Task[None] | None = None
         self._urgent = asyncio.Event()
         self.gone = False
@@ -185,6 +186,14 @@ class StatusWriter:
             await asyncio.wait({self._task})
 
     def _pending(self) -> dict[str, Any]:
+        """What the server lacks. Asked several times for each status, so the answer is kept while none of what it is
+        made of is replaced; it is never changed in place."""
+        made_of = (self._desired, self._base, self._sent, self._echo)
+        if self._answered is None or any(new is not old for new, old in zip(made_of, self._answered[0], strict=True)):
+            self._answered = (made_of, self._compared())
+        return self._answered[1]
+
+    def _compared(self) -> dict[str, Any]:
         if self._desired is None:
             return {}
         if self._desired == self._sent and self._echo is not None and not diff(self._base, self._echo):

@@ -27,6 +27,7 @@ from wasilet_common.time_format import NANOSECONDS, parse_rfc3339, rfc3339
 from wasilet_node.kube.base import KubeError, NotFoundError
 from wasilet_node.pods import recovery, resources, termination
 from wasilet_node.pods import status as status_of
+from wasilet_node.pods.concurrency import side_by_side
 from wasilet_node.pods.container_sync import ContainerSync, Job, soonest
 from wasilet_node.pods.dependencies import PodDependencies
 from wasilet_node.pods.instances import Instances
@@ -325,8 +326,7 @@ class PodWorker:
         self._stopped = True
         self._probes.close()
         self._publish()
-        await self.dependencies.volumes.teardown(self.uid)
-        await self.dependencies.networks.detach(self.uid)
+        await side_by_side(self.dependencies.volumes.teardown(self.uid), self.dependencies.networks.detach(self.uid))
         self.dependencies.references.release(self.uid)
         self.stage = Stage.ENDED
 

@@ -11,6 +11,7 @@ would not have the mounts that are made in between, as those of memory volumes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -160,12 +161,14 @@ def _clone(descriptor: int) -> int:
 
 def _attach(tree: int, name: str) -> None:
     """At ``name`` beneath the working directory. Raises OSError."""
-    place = Path(name)
+    folder = os.path.dirname(name)  # noqa: PTH120 - a fresh fork pays 0.1 ms for each first use of a path's class
+    if folder:
+        os.makedirs(folder, exist_ok=True)  # noqa: PTH103
     if stat.S_ISDIR(os.fstat(tree).st_mode):
-        place.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name)  # noqa: PTH102
     else:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
     flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
     where = ctypes.c_int(_AT_FDCWD)
     if _syscall(ctypes.c_long(_MOVE_MOUNT), ctypes.c_int(tree), b"", where, os.fsencode(name), flags) != 0:

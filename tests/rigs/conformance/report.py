@@ -138,11 +138,17 @@ def new_names(names: Sequence[str], before: Sequence[str]) -> list[str]:
 
 
 def page(
-    results: Sequence[Result], *, version: str, new: Sequence[str] = (), before: str = "", groups: Sequence[str] = ()
+    results: Sequence[Result],
+    *,
+    version: str,
+    new: Sequence[str] = (),
+    before: str = "",
+    groups: Sequence[str] = (),
+    part: str = "",
 ) -> str:
     """A minor's page. ``groups``: those that were to be run; it names the ones of which nothing was. ``new``: the names
-    of what is new since the release ``before``."""
-    return "\n".join((*_lines(results, version, groups), *_new_lines(results, new, before))) + "\n"
+    of what is new since the release ``before``. ``part``: what was chosen, where that was not all."""
+    return "\n".join((*_lines(results, version, groups, part), *_new_lines(results, new, before))) + "\n"
 
 
 def _new_lines(results: Sequence[Result], new: Sequence[str], before: str) -> Iterator[str]:
@@ -162,7 +168,7 @@ def _new_lines(results: Sequence[Result], new: Sequence[str], before: str) -> It
             yield "None."
 
 
-def _lines(results: Sequence[Result], version: str, wanted: Sequence[str]) -> Iterator[str]:
+def _lines(results: Sequence[Result], version: str, wanted: Sequence[str], part: str) -> Iterator[str]:
     states = ("passed", "failed", "skipped", "excluded")
     counts = Counter((result.group, result.state) for result in results)
     groups = sorted({result.group for result in results})
@@ -170,6 +176,8 @@ def _lines(results: Sequence[Result], version: str, wanted: Sequence[str]) -> It
     yield ""
     yield from _INTRODUCTION.format(version=version, minor=version.rpartition(".")[0]).splitlines()
     yield ""
+    if part:
+        yield from (f"Of these a part was run: {part}.", "")
     ran = {result.group for result in results if result.state in {"passed", "failed"}}
     if missing := [group for group in wanted if group not in ran]:
         yield from (f"Not run on this version yet: {', '.join(missing)}.", "")

@@ -89,11 +89,11 @@ def own_cluster(pinned: suite.Pin) -> contextlib.AbstractContextManager[TestClus
     return whole_cluster("conformance", nodes=NODES, kubernetes_version=pinned.minor)
 
 
-def write_page(results: Sequence[report.Result], pinned: suite.Pin) -> None:
-    """The minor's page of ``docs``. Raises HarnessError."""
+def write_page(results: Sequence[report.Result], pinned: suite.Pin, *, part: str = "") -> None:
+    """The minor's page of ``docs``; ``part``: what was chosen, where that was not all. Raises HarnessError."""
     new = report.new_names(suite.conformance_names(pinned.version), suite.conformance_names(pinned.before))
     groups = report.Selection.load().groups
-    text = report.page(results, version=pinned.version, new=new, before=pinned.before, groups=groups)
+    text = report.page(results, version=pinned.version, new=new, before=pinned.before, groups=groups, part=part)
     pinned.page.write_text(text)
 
 
@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where log and report go")
     parser.add_argument("--minor", default="", help=f"of Kubernetes: {', '.join(suite.minors())}; else the newest")
     parser.add_argument("--page", action="store_true", help="write the minor's page of docs")
+    parser.add_argument("--part", default="", help="for the page: what was chosen, in words")
     parser.add_argument(
         "--earlier",
         action="append",
@@ -143,7 +144,7 @@ def main() -> int:
     for earlier in options.earlier:
         results = report.merged(results, report.read(earlier, report.Selection.load()))
     if options.page:
-        write_page(results, pinned)
+        write_page(results, pinned, part=options.part)
     failed = report.failures(results)
     for result in failed:
         say(f"FAILED {result.name}: {result.why}")

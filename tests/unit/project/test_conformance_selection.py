@@ -64,11 +64,12 @@ def test_each_state_is_told_apart(tmp_path: Path) -> None:
 
 def test_the_page_counts_and_lists(tmp_path: Path) -> None:
     results = read(tmp_path, spec("a [Conformance]", "passed"), spec("b", "failed", "got <nil> | x"))
-    page = report.page(results, version="1.36.3")
+    page = report.page(results, version="1.36.3", part="those of Pods")
     assert "| sig-node | 1 | 1 | 0 | 0 |" in page
     assert "- sig-node: Pods a\n" in page
     assert "- sig-node: Pods b (got  nil    x)" in page
     assert "--minor 1.36 " in page
+    assert "Of these a part was run: those of Pods.\n" in page
 
 
 def test_the_page_says_what_became_of_what_the_minor_before_did_not_have(tmp_path: Path) -> None:

@@ -100,3 +100,25 @@ def test_where_user_namespaces_are_forbidden_there_is_none_and_the_reason_is_the
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "user namespaces are switched off (user.max_user_namespaces is 0)", done.stderr
+
+
+@pytest.mark.usefixtures("possible")
+@pytest.mark.parametrize(("pods", "prefix"), [(0, 22), (1000, 22), (1001, 21), (3000, 20), (4072, 20), (4073, 19)])
+def test_a_nodes_share_holds_the_pods_that_it_is_made_for(tmp_path: Path, pods: int, prefix: int) -> None:
+    assert reserve(settings(tmp_path, max_pods=str(pods)), "c").node_prefix == prefix
+
+
+@pytest.mark.usefixtures("possible")
+def test_a_range_that_holds_no_two_nodes_is_refused_before_the_cluster_is_made(tmp_path: Path) -> None:
+    made = settings(tmp_path, max_pods="3000", pod_cidr="10.44.0.0/20")
+    with pytest.raises(UsageError, match="too small for nodes of 3000 pods, which take a /20 each"):
+        reserve(made, "c")
+
+
+def test_a_cluster_of_an_earlier_release_keeps_the_shares_that_its_nodes_have(tmp_path: Path) -> None:
+    made = settings(tmp_path)
+    state = State(made.state_root, "c")
+    state.update(pod_network={"pod_cidr": "10.44.0.0/16", "service_cidr": "10.45.0.0/16"})
+    plan = pod_network.plan_of(state)
+    assert plan is not None
+    assert plan.node_prefix == 22

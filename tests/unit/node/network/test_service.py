@@ -18,15 +18,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from wasilet_node.network import nft
-from wasilet_node.network.addresses import PodRecord
+from wasilet_node.network import nft, pod_networks
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork
 from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
 from wasilet_node.network.pod_networks import POOL_LOW, POOL_SIZE
+from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyReports
 from wasilet_node.network.service import PodNetwork
 from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import linux, supervisor_registry
@@ -105,23 +106,96 @@ async def until(condition: Callable[[], bool]) -> None:
     await eventually(probe)
 
 
-def test_a_network_just_claimed_is_not_asked_for_again_and_none_is_remembered_that_went(tmp_path: Path) -> None:
+def shared_by_modules(pods: PodNetwork) -> int:
+    """How many interfaces of the node lead to a namespace of theirs."""
+    assert pods._node is not None
+    return sum(name.startswith("m") for _, name in pods._node.node.links())
+
+
+def test_pods_of_modules_share_a_namespace_that_refuses_what_nothing_in_them_can_take(tmp_path: Path) -> None:
     async def work() -> None:
         async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
-            asked: list[str] = []
-            claim = pods._claim
+            only_address = await pods.attach(pod("m0"), None)
+            assert only_address is not None
+            attached = [await pods.attach(pod(f"m{number}"), GuestKind.MODULE) for number in range(20)]
+            addresses = {address for each in attached if each is not None for address in each.addresses}
+            assert len(addresses) == 20
+            assert only_address.addresses[0] in addresses
+            assert [each.key for each in attached if each is not None] == [""] * 20
+            assert await pods._in_thread(shared_by_modules, pods) == 1
+            for connect in (pods.connect, lambda *_: pods.connect_inside(pod("m7"), 80)):
+                with pytest.raises(ConnectionRefusedError):
+                    await connect(min(addresses), 80)
+            # From the machine, and from another pod.
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((min(addresses), 80), timeout=5)
+            await pods.attach(pod("u1"))
+            client, _ = await pods._in_thread(pods._socket_inside, "u1")
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.get_running_loop().sock_connect(client, (max(addresses), 80))
+            client.close()
+            for number in range(20):
+                await pods.detach(f"m{number}")
+            modules = pods._pods._modules if pods._pods is not None else None
+            assert modules is not None
+            assert local_addresses(modules.netlink) == []
 
-            def counted(uid: str) -> PodRecord:
-                asked.append(uid)
-                return claim(uid)
+    with_machine(work)
 
-            pods._claim = counted  # type: ignore[method-assign]
-            one = await pods.attach(pod("u1"))
-            assert await pods.attach(pod("u1")) == one
-            assert asked == ["u1"]
-            await pods.detach("u1")
-            assert await pods.attach(pod("u1")) != one
-            assert asked == ["u1", "u1"]
+
+def local_addresses(netlink: Netlink) -> list[str]:
+    """Those that no interface has."""
+    found = []
+    for answer in netlink._dump(26, bytes([socket.AF_INET]) + bytes(11), "list routes"):
+        length, table, protocol = answer[1], answer[4], answer[5]
+        if (length, table, protocol) == (32, 255, 4):
+            found.append(socket.inet_ntoa(answer[16:20]))
+    return found
+
+
+def test_a_component_beside_modules_brings_the_pod_its_namespace_and_the_address_stays(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            before = await pods.attach(pod("u1"), GuestKind.MODULE)
+            assert before is not None
+            with pytest.raises(ConnectionRefusedError):  # now the node knows whom it asks for that address
+                await pods.connect(before.addresses[0], 80)
+            after = await pods.attach(pod("u1"), GuestKind.COMPONENT)
+            assert after is not None
+            assert after.addresses == before.addresses
+            assert after.key
+            assert await pods.attach(pod("u1"), GuestKind.MODULE) == after
+            listener, _ = await pods._in_thread(pods._socket_inside, "u1")
+            listener.bind(("0.0.0.0", 80))
+            listener.listen()
+            async with asyncio.timeout(5):
+                _, writer = await pods.connect(after.addresses[0], 80)
+            writer.close()
+            listener.close()
+
+    with_machine(work)
+
+
+def test_the_next_agent_answers_for_the_pods_of_modules_and_repairs_what_was_lost(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig:
+            async with Running(network(rig.paths)) as first:
+                attached = [await first.attach(pod(uid), GuestKind.MODULE) for uid in ("m1", "m2")]
+                addresses = [each.addresses[0] for each in attached if each is not None]
+                modules = first._pods._modules if first._pods is not None else None
+                assert modules is not None
+                lost = ipaddress.IPv4Address(addresses[1])
+                await first._in_thread(lambda: modules.netlink.forget_local_address(lost, index=modules.loopback))
+            async with Running(network(rig.paths)) as second:
+                with pytest.raises(ConnectionRefusedError):
+                    await second.connect(addresses[0], 80)
+                assert await second.attach(pod("m2"), GuestKind.MODULE) == attached[1]
+                with pytest.raises(ConnectionRefusedError):
+                    await second.connect(addresses[1], 80)
+                third = await second.attach(pod("m3"), GuestKind.MODULE)
+                assert third is not None
+                assert third.addresses[0] not in addresses
+                assert await second._in_thread(shared_by_modules, second) == 1
 
     with_machine(work)
 
@@ -196,6 +270,32 @@ def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path)
         await until(lambda: not machine_interfaces())
         with Netlink() as machine:
             assert machine.routes() == []
+
+    with_machine(work)
+
+
+def test_the_policies_process_learns_each_address_when_its_pod_has_it_and_a_pod_waits_for_the_answer(
+    tmp_path: Path,
+) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            reports, changed = PolicyReports(), asyncio.Event()
+            following = asyncio.create_task(reports.follow(rig.paths.network / SOCKET_NAME, changed))
+            first = await pods.attach(pod("u1"))
+            assert first is not None
+            await until(lambda: reports.claims == {"u1": first.addresses[0]})
+            await pods.await_policies(pod("u1"))
+            reports.applied(["u1"], reports.claims, judging=True)
+            second = await pods.attach(pod("u2"))
+            assert second is not None
+            await until(lambda: len(reports.claims) == 2)
+            waiting = asyncio.create_task(pods.await_policies(pod("u2")))
+            reports.applied(["u1", "u2"], reports.claims, judging=True)
+            await waiting
+            await pods.detach("u1")
+            await until(lambda: reports.claims == {"u2": second.addresses[0]})
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
     with_machine(work)
 
@@ -332,6 +432,26 @@ def test_a_network_that_is_gone_is_a_start_error(tmp_path: Path) -> None:
             config = rig.config(artifact, kind=GuestKind.COMPONENT, network="nowhere")
             with pytest.raises(StartError, match="the pod's network namespace is gone"):
                 await rig.client.start(config)
+
+    with_machine(work)
+
+
+def test_a_bridge_without_ports_is_named_and_takes_pods_of_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_networks, "BRIDGE_PORTS", POOL_SIZE + 3)
+
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            await until(lambda: pods._pods is not None and pods._pods.ready == POOL_SIZE)
+            for number in range(POOL_SIZE + 2):
+                assert await pods.attach(pod(f"u{number}")) is not None
+            with pytest.raises(NetworkError, match="the pods' bridge is full: 10 pods with components"):
+                await pods.attach(pod("u-too-many"))
+            assert await pods.attach(pod("m1"), GuestKind.MODULE) is not None
+            assert pods.problem is None
+            await pods.detach("u0")
+            assert await pods.attach(pod("u10")) is not None
 
     with_machine(work)
 
@@ -664,15 +784,19 @@ def test_a_pod_that_asks_from_many_sockets_has_its_share_of_flows_and_no_more(tm
             pods = await stack.enter_async_context(Running(network(rig.paths)))
             for uid in ("u1", "u2"):
                 await pods.attach(pod(uid))
-            await outward_process()
+            process = await outward_process()
             # It answers, so that what follows is lost by no bridge port that is still to forward.
             assert await sent(pods, "192.0.2.10", b"x", uid="u2")
-            refused = 0
-            for _ in range(MAX_FLOWS_PER_POD + 20):
+            for number in range(MAX_FLOWS_PER_POD + 20):
                 asker, _ = await pods._in_thread(pods._socket_inside, "u1", socket.SOCK_DGRAM)
                 stack.enter_context(asker)
-                refused += not await sent(pods, "192.0.2.10", b"x", asker=asker)
-            assert refused == 20
+                answered = await sent(pods, "192.0.2.10", b"x", asker=asker)
+                assert answered or number >= MAX_FLOWS_PER_POD
+            assert psutil.Process(process).num_fds() < 2 * MAX_FLOWS_PER_POD + 40
+            # Those that are not in use any longer make room.
+            async with asyncio.timeout(20):
+                while not await sent(pods, "192.0.2.10", b"x"):  # noqa: ASYNC110 - no event tells of it
+                    await asyncio.sleep(0.1)
             assert await sent(pods, "192.0.2.10", b"x", uid="u2"), "another pod has its own share"
 
     with_machine(work)

@@ -73,7 +73,7 @@ async def test_volumes_that_hang_make_the_container_wait_and_nothing_else(
 class Network(MachineNetwork):
     """Every pod has an address and a namespace of its own."""
 
-    async def attach(self, pod: dict[str, Any]) -> Attachment | None:
+    async def attach(self, pod: dict[str, Any], guest: GuestKind | None = None) -> Attachment | None:
         return Attachment(key="k", addresses=("10.9.0.7",))
 
     async def etc_files(self, pod: dict[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -128,7 +128,7 @@ async def test_what_may_open_sockets_starts_once_policies_know_its_pod(
 
 async def test_a_network_that_cannot_be_had_is_the_pods_reason_to_wait(tmp_path: Path) -> None:
     class Exhausted(MachineNetwork):
-        async def attach(self, pod: dict[str, Any]) -> Attachment | None:
+        async def attach(self, pod: dict[str, Any], guest: GuestKind | None = None) -> Attachment | None:
             raise NetworkError("no free address in 10.9.0.0/29: 5 are in use")
 
     fakes = Fakes(data=tmp_path)

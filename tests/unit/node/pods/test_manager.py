@@ -13,7 +13,7 @@ from wasilet_common.pod_fields import Pod
 from wasilet_node.images.model import ImageError
 from wasilet_node.network.attachment import Attachment, MachineNetwork
 from wasilet_node.pods import resources
-from wasilet_node.runtime.protocol import ExecResult, RuntimeCapabilities
+from wasilet_node.runtime.protocol import ExecResult, GuestKind, RuntimeCapabilities
 from wasilet_node.volumes.base import ContainerConfigError, VolumeError, VolumeRefusedError
 
 from tests.unit.node.pods.fakes import Fakes, eventually, make_pod
@@ -468,7 +468,7 @@ async def test_volumes_and_network_are_prepared_side_by_side(fakes: Fakes) -> No
             await both.wait()
 
     class Networks(MachineNetwork):
-        async def attach(self, pod: Pod) -> Attachment | None:
+        async def attach(self, pod: Pod, guest: GuestKind | None = None) -> Attachment | None:
             await begun("network")
             return None
 

@@ -94,6 +94,23 @@ async def test_no_sandbox_holds_a_secret_of_another_container(rig: Rig) -> None:
     assert not holds(zygote(rig.pid()), secret.encode())
 
 
+async def test_no_sandbox_holds_what_the_agent_and_the_supervisor_keep_to_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent's environment, and the secret that opens the supervisor's socket."""
+    token = secrets.token_hex(24)
+    monkeypatch.setenv("REGISTRY_TOKEN", token)
+    async with running_supervisor(tmp_path / "data") as rig:
+        pointer = supervisor_registry.current(rig.paths.data)
+        assert pointer is not None
+        await settled(rig)
+        pids = [(await rig.client.start(rig.config(rig.artifact(SLEEPER)))).pid for _ in range(READY_SANDBOXES + 1)]
+        assert holds(pointer.pid, pointer.secret.encode())  # else this test sees nothing
+        assert not holds(pointer.pid, token.encode())
+        found = [pid for pid in (zygote(rig.pid()), *pids) if pid and holds(pid, pointer.secret.encode())]
+        assert found == []
+
+
 async def test_a_sandbox_is_the_supervisors_own_child_and_was_there_before_it_was_needed(rig: Rig) -> None:
     ahead = await settled(rig)
     status = await rig.client.start(rig.config(rig.artifact(SLEEPER)))
