@@ -25,6 +25,7 @@ from wasilet.cluster.down import down
 from wasilet.console import PlainReporter
 from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import expected
+from wasilet.errors import ApiError
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import is_alive
 from wasilet_node.network.node_network import interface_prefix
@@ -404,7 +405,18 @@ def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     both = [{"containerPort": PORT, "hostPort": port, "protocol": protocol} for protocol in ("TCP", "UDP")]
     ports = {"ports": both}
     with pod_security(net, "privileged"):
-        net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+
+        def admitted() -> bool:
+            """The API server's admission sees a namespace's labels in its own time."""
+            try:
+                net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+            except ApiError as error:
+                if error.code != 403:
+                    raise
+                return False
+            return True
+
+        wait(admitted, "the namespace's level")
         wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
         # It has no probe: it is ready before it listens, and then what was taken for it is closed again.
         wait(lambda: echo("127.0.0.1", port, "by the machine") == "by the machine", "an answer by the machine's port")
