@@ -29,7 +29,7 @@ from tests.another_machine import another_machine
 from tests.clusters import TestCluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
-from tests.e2e.test_pod_network import NAMESPACE, PORT, Net, answers, echo, pod_security, reached, ready, wait
+from tests.e2e.test_pod_network import NAMESPACE, PORT, Net, admitted, answers, echo, pod_security, reached, ready, wait
 from tests.ordinary_user import UID, OrdinaryUser, ordinary_user
 
 pytestmark = [
@@ -133,7 +133,8 @@ def test_port_forward_node_port_and_host_port_reach_pods_from_the_machine(net: N
         host_port = int(probe.getsockname()[1])
     ports = {"ports": [{"containerPort": PORT, "hostPort": host_port}]}
     with pod_security(net, "privileged"):
-        net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+        pod = {"node": 0, "container": ports, "labels": {"app": "apart"}}
+        wait(lambda: admitted(net, "on-the-machine", "serve", str(PORT), **pod), "the namespace's new level")
     wait(lambda: answers("127.0.0.1", host_port), "an answer at the host port")
     net.kube.delete(api_path("pods", "on-the-machine", namespace=NAMESPACE))
 
