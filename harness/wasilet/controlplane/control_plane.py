@@ -209,6 +209,9 @@ class ControlPlane:
             argv=argv,
             ports={"HTTPS": self.ports["controller_manager"]},
             inputs=(*self._pairs("controller-manager", CLUSTER_CA), self.pki.key("sa")),
+            # It waits for the default roles itself, but ends after 10 s without them, as on a busy machine; then no
+            # node can join.
+            gate=self._answers("apiserver", "/readyz"),
             ready=self._answers("controller_manager", "/healthz"),
         )
 

@@ -27,6 +27,7 @@ from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork, interface_prefix
 from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
 from wasilet_node.network.pod_networks import POOL_LOW, POOL_SIZE
+from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyReports
 from wasilet_node.network.service import PodNetwork
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
@@ -268,6 +269,32 @@ def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path)
         await until(lambda: not machine_interfaces())
         with Netlink() as machine:
             assert machine.routes() == []
+
+    with_machine(work)
+
+
+def test_the_policies_process_learns_each_address_when_its_pod_has_it_and_a_pod_waits_for_the_answer(
+    tmp_path: Path,
+) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            reports, changed = PolicyReports(), asyncio.Event()
+            following = asyncio.create_task(reports.follow(rig.paths.network / SOCKET_NAME, changed))
+            first = await pods.attach(pod("u1"))
+            assert first is not None
+            await until(lambda: reports.claims == {"u1": first.addresses[0]})
+            await pods.await_policies(pod("u1"))
+            reports.applied(["u1"], reports.claims, judging=True)
+            second = await pods.attach(pod("u2"))
+            assert second is not None
+            await until(lambda: len(reports.claims) == 2)
+            waiting = asyncio.create_task(pods.await_policies(pod("u2")))
+            reports.applied(["u1", "u2"], reports.claims, judging=True)
+            await waiting
+            await pods.detach("u1")
+            await until(lambda: reports.claims == {"u2": second.addresses[0]})
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
     with_machine(work)
 
