@@ -26,6 +26,16 @@ linux.keep_only_capabilities(frozenset())
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
+WITHOUT_CLONE3 = """
+import ctypes, os, struct, sys
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, 435), (0x06, 0, 0, 0x50026), (0x06, 0, 0, 0x7FFF0000)]
+program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))
+header = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(code), ctypes.addressof(program)))
+assert ctypes.CDLL(None).prctl(22, 2, header, 0, 0) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""As a unit of systemd that restricts namespaces: this call's flags cannot be looked at, so it answers ENOSYS."""
+
 needs_root = pytest.mark.skipif(not user_namespace.may_be_had(), reason="only root's sandboxes have all fences")
 
 
@@ -50,6 +60,13 @@ def test_root_without_capabilities_has_the_kernels_alone_and_the_reason_is_given
     assert {name: found[name][0] for name in OWN} == dict.fromkeys(OWN, False)
     assert all("root without CAP_SYS_ADMIN" in found[name][1] for name in OWN)
     assert found["Landlock"] == answers()["Landlock"]
+
+
+@needs_root
+def test_a_service_of_systemd_has_all_of_them_too() -> None:
+    """Tried under systemd itself by ``tests.rigs.cgroup2``."""
+    found = answers(sys.executable, "-P", "-c", WITHOUT_CLONE3)
+    assert {name: found[name][0] for name in OWN} == dict.fromkeys(OWN, True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="is tried as an ordinary user")
