@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tests.another_machine import another_machine
 from tests.clusters import TestCluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
-from tests.e2e.test_pod_network import NAMESPACE, PORT, Net, answers, echo, pod_security, reached, ready, wait
+from tests.e2e.test_pod_network import NAMESPACE, PORT, Net, admitted, answers, echo, pod_security, reached, ready, wait
 from tests.ordinary_user import UID, OrdinaryUser, ordinary_user
 
 pytestmark = [
@@ -132,9 +133,36 @@ def test_port_forward_node_port_and_host_port_reach_pods_from_the_machine(net: N
         host_port = int(probe.getsockname()[1])
     ports = {"ports": [{"containerPort": PORT, "hostPort": host_port}]}
     with pod_security(net, "privileged"):
-        net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+        pod = {"node": 0, "container": ports, "labels": {"app": "apart"}}
+        wait(lambda: admitted(net, "on-the-machine", "serve", str(PORT), **pod), "the namespace's new level")
     wait(lambda: answers("127.0.0.1", host_port), "an answer at the host port")
     net.kube.delete(api_path("pods", "on-the-machine", namespace=NAMESPACE))
+
+
+def test_a_node_port_takes_datagrams(net: Net) -> None:
+    ports = [{"port": 80, "targetPort": PORT, "protocol": "UDP"}]
+    spec = {"type": "NodePort", "selector": {"app": "echo"}, "ports": ports}
+    path = api_path("services", namespace=NAMESPACE)
+    made = net.kube.create(path, {"metadata": {"name": "datagrams"}, "spec": spec})
+    place = ("127.0.0.1", made["spec"]["ports"][0]["nodePort"])
+
+    def answered() -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker, contextlib.suppress(OSError):
+            asker.settimeout(1.0)
+            asker.connect(place)
+            asker.send(b"hello")
+            return asker.recv(100) == b"hello"
+        return False
+
+    wait(answered, "an answer by UDP")
+    net.kube.delete(f"{path}/datagrams")
+
+
+def test_what_is_inside_can_be_looked_at(net: Net, user: OrdinaryUser) -> None:
+    data = net.cluster.cluster.state.node(net.cluster.cluster.node_names()[0])
+    seen = user.run(sys.executable, "-P", "-m", "wasilet_node.network.inspect", "--data-dir", str(data))
+    assert f": {addresses(net)[0]} by " in seen
+    assert "table ip kube-proxy {" in seen
 
 
 def test_a_network_policy_keeps_strangers_out(net: Net) -> None:
@@ -175,6 +203,13 @@ def test_an_agent_and_the_keeper_that_are_killed_come_back_to_the_same_pods(net:
     pods = [net.pod(f"server-{node}") for node in (0, 1)]
     assert [pod["status"]["containerStatuses"][0]["restartCount"] for pod in pods] == [0, 0]
     assert net.said("anew", "connect", before[1], str(PORT), "hello", node=0) == f"{before[1]} answered hello"
+
+
+def test_after_a_kill_of_everything_there_is_nothing_and_up_makes_it_again(net: Net, user: OrdinaryUser) -> None:
+    user.kill_all()
+    user.wasilet("up", "--name", NAME, "--nodes", "2")
+    for node in (0, 1):
+        wait(lambda node=node: net.answers(node), f"the Service on node {node}")  # type: ignore[misc]
 
 
 def test_down_leaves_nothing(net: Net, user: OrdinaryUser) -> None:
