@@ -29,7 +29,7 @@ from wasilet.errors import ApiError
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import is_alive
 from wasilet_dev.bench import push_sleeper
-from wasilet_node.network.node_network import interface_prefix
+from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
 from tests.another_machine import RESOLVED, another_machine
