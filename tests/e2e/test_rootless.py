@@ -30,7 +30,7 @@ from tests.clusters import TestCluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
 from tests.e2e.test_pod_network import NAMESPACE, PORT, Net, admitted, answers, echo, pod_security, reached, ready, wait
-from tests.ordinary_user import UID, OrdinaryUser, ordinary_user
+from tests.ordinary_user import OrdinaryUser, ordinary_user
 
 pytestmark = [
     pytest.mark.e2e,
@@ -182,11 +182,11 @@ def test_no_process_of_it_is_roots_and_sandboxes_have_no_right_even_in_its_names
     guests = [status for status in statuses if status.startswith("Name:\twasilet-sandbox\n")]
     assert len(guests) == 2
     for status in guests:
-        assert f"Uid:\t{UID}\t{UID}\t{UID}\t{UID}\n" in status
+        assert f"Uid:\t{user.uid}\t{user.uid}\t{user.uid}\t{user.uid}\n" in status
         assert "CapPrm:\t0000000000000000\n" in status
         assert "CapAmb:\t0000000000000000\n" in status
         assert "NoNewPrivs:\t1\n" in status
-    assert all(f"Uid:\t{UID}\t{UID}\t" in status for status in statuses)
+    assert all(f"Uid:\t{user.uid}\t{user.uid}\t" in status for status in statuses)
 
 
 def test_an_agent_and_the_keeper_that_are_killed_come_back_to_the_same_pods(net: Net, user: OrdinaryUser) -> None:
