@@ -24,7 +24,7 @@ from wasilet_node.runtime.component_host import locate
 from wasilet_node.runtime.component_host.library import HostUnavailableError
 
 FIRST_UID = 0x60000000
-"""Of no account. This plus the pid of who runs the tests: what runs as another's user at the same time is not touched."""
+"""Of no account. This plus the pid of who runs the tests, so that tests beside these do not end their processes."""
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _END_SECONDS = 20.0

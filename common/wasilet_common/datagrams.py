@@ -41,6 +41,9 @@ class Limits:
     in_use_seconds: float = 2.0
     """For so long after a datagram a flow is not given up for another of its client: an answer may be on its way."""
 
+    unasked_seconds: float = 600.0
+    """A client that sent nothing for so long is gone, whatever still comes for it."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flow:
@@ -71,6 +74,8 @@ class Flows:
         self._used_at: dict[str, OrderedDict[Hashable, float]] = {}
         """Of each client, the longest unused one first."""
 
+        self._asked_at: dict[Hashable, float] = {}
+
     def __len__(self) -> int:
         """How many there are now."""
         return len(self._flows)
@@ -92,6 +97,7 @@ class Flows:
         loop = asyncio.get_running_loop()
         self._flows[key] = flow
         self._use(key, flow)
+        self._asked_at[key] = loop.time()
         self._timers[key] = loop.call_later(flow.idle_seconds, self._look_at, key)
         loop.add_reader(flow.far, self._far_readable, key)
         if flow.near is not None:
@@ -146,6 +152,7 @@ class Flows:
     def _to_far_end(self, key: Hashable, flow: Flow, data: bytes) -> bool:
         """False: it ended by that."""
         self._use(key, flow)
+        self._asked_at[key] = asyncio.get_running_loop().time()
         try:
             flow.far.send(data)
         except ConnectionRefusedError:
@@ -176,7 +183,10 @@ class Flows:
 
     def _look_at(self, key: Hashable) -> None:
         loop, flow = asyncio.get_running_loop(), self._flows[key]
-        left = self._used_at[flow.client][key] + flow.idle_seconds - loop.time()
+        left = (
+            min(self._used_at[flow.client][key] + flow.idle_seconds, self._asked_at[key] + self._limits.unasked_seconds)
+            - loop.time()
+        )
         if left > 0:
             self._timers[key] = loop.call_later(left, self._look_at, key)
         else:
@@ -185,6 +195,7 @@ class Flows:
     def _end(self, key: Hashable) -> None:
         flow = self._flows.pop(key)
         self._timers.pop(key).cancel()
+        del self._asked_at[key]
         del self._used_at[flow.client][key]
         if not self._used_at[flow.client]:
             del self._used_at[flow.client]

@@ -40,7 +40,6 @@ _BY_NODES = {
     "POST events": "the Events of a start and an end",
     "POST serviceaccounts/token": "the service account's token",
     "PATCH nodes/status": "the node's status, on change and every 5 min",
-    "PUT leases": "the node's lease, every 10 s",
     "PATCH leases": "the node's lease, every 10 s",
 }
 """What of the table the node writes, and why."""
@@ -270,10 +269,11 @@ _SIZES = (
 )
 _REASONS = """\
 - **Requests per pod** do not grow with pods or nodes: each node watches its own pods alone (by a field selector), and
-  writes two statuses, the Events and a token per pod.
-- **Requests at rest** grow with nodes and not with pods: a lease every 10 s per node, and a status every 5 min. Tokens
-  are renewed after 80 % of their hour, one request per pod and 48 min; ConfigMaps that pods share are watched once per
-  node.
+  writes a status per start and per end (one more where a start takes longer than a quarter of a second, as on a busy
+  machine), the Events, and a token.
+- **Requests at rest** grow with nodes and not with pods: a lease every 10 s per node, and a status every 5 min; the API
+  server renews a lease of its own. Tokens are renewed after 80 % of their hour, one request per pod and 48 min;
+  ConfigMaps that pods share are watched once per node.
 - **Memory of the agent and the supervisor** grows with the pods of their node: specs, statuses and records.
 - **Time until all run** is processor time: on one machine, all nodes and the control plane share it."""
 

@@ -23,7 +23,7 @@ import yaml
 from wasilet_node.network import nft, policies
 from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
 from wasilet_node.network.service import PodNetwork
-from wasilet_node.runtime import netns
+from wasilet_node.runtime import linux, netns
 from wasilet_node.runtime.protocol import GuestKind
 
 from tests.another_machine import another_machine
@@ -249,6 +249,37 @@ def test_a_pod_that_floods_keeps_no_other_from_the_network_and_what_it_takes_is_
             assert log.stat().st_size < MAX_LOG_BYTES
             assert "Traceback" not in log.read_text()
             tally.count("withstood", len(TABLE["flood"]))
+
+    with_machine(work)
+
+
+def test_a_pod_that_keeps_its_connections_has_its_share_and_its_neighbour_is_let_through(
+    tmp_path: Path, tally: Tally
+) -> None:
+    async def work() -> None:
+        linux.raise_open_files_limit()
+        async with stage(tmp_path) as here, contextlib.AsyncExitStack() as stack:
+            loop = asyncio.get_running_loop()
+            for row in TABLE["connections"]:
+                place = (row["to"], row["port"])
+                for who in (ATTACKER, NEIGHBOUR):
+                    await here.surely_reached(who, *place, "TCP")
+
+                async def open_one(place: tuple[str, int] = place) -> bool:
+                    sock = stack.enter_context(await here.socket_of(ATTACKER, socket.SOCK_STREAM))
+                    with contextlib.suppress(ConnectionError):
+                        await loop.sock_connect(sock, place)
+                        return bool(await loop.sock_recv(sock, 100))
+                    return False
+
+                async with asyncio.timeout(60):
+                    had = 0
+                    while had < row["had"]:
+                        had += sum(await asyncio.gather(*(open_one() for _ in range(min(50, row["had"] - had)))))
+                    beyond = await asyncio.gather(*(open_one() for _ in range(row["connections"] - row["had"])))
+                assert not any(beyond)
+                await here.surely_reached(NEIGHBOUR, *place, "TCP")
+                tally.count("refused", len(beyond))
 
     with_machine(work)
 

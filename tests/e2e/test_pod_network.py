@@ -28,7 +28,8 @@ from wasilet.controlplane.acquire import expected
 from wasilet.errors import ApiError
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import is_alive
-from wasilet_node.network.node_network import interface_prefix
+from wasilet_dev.bench import push_sleeper
+from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
 from tests.another_machine import RESOLVED, another_machine
@@ -165,6 +166,19 @@ def test_pods_reach_each_other_within_and_across_nodes(net: Net, client: int, se
     address = net.pod(f"server-{server}")["status"]["podIP"]
     said = net.said(f"direct-{client}-{server}", "connect", address, str(PORT), "hello", node=client)
     assert said == f"{address} answered hello"
+
+
+def module_refuses(net: Net, node: int, *, asked_from: int) -> None:
+    """A pod that cannot have a socket has no namespace; what is sent to its address is answered all the same."""
+    net.run("module", node=node, container={"image": push_sleeper(net.cluster.cluster)})
+    wait(lambda: net.pod("module")["status"].get("phase") == "Running", "the module")
+    address = net.pod("module")["status"]["podIP"]
+    assert "refused" in net.said("to-module", "connect", address, "80", "hello", node=asked_from)
+    net.kube.delete(api_path("pods", "module", namespace=NAMESPACE))
+
+
+def test_the_address_of_a_module_refuses_at_once_also_from_another_node(net: Net) -> None:
+    module_refuses(net, 0, asked_from=1)
 
 
 def test_names_that_are_not_there_are_not_found(net: Net) -> None:

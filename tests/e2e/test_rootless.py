@@ -29,7 +29,19 @@ from tests.another_machine import another_machine
 from tests.clusters import TestCluster
 from tests.e2e import componentize
 from tests.e2e.guests import Guests, build_guest, needs_rust_for_bindings
-from tests.e2e.test_pod_network import NAMESPACE, PORT, Net, admitted, answers, echo, pod_security, reached, ready, wait
+from tests.e2e.test_pod_network import (
+    NAMESPACE,
+    PORT,
+    Net,
+    admitted,
+    answers,
+    echo,
+    module_refuses,
+    pod_security,
+    reached,
+    ready,
+    wait,
+)
 from tests.ordinary_user import OrdinaryUser, ordinary_user
 
 pytestmark = [
@@ -96,6 +108,10 @@ def test_pods_reach_each_other_and_the_service_by_its_name(net: Net, client: int
         f"{address} answered hello"
     )
     assert "answered hello" in net.said(f"named-{client}-{server}", "connect", "echo", "80", "hello", node=client)
+
+
+def test_the_address_of_a_module_refuses_at_once(net: Net) -> None:
+    module_refuses(net, 0, asked_from=1)
 
 
 def test_pods_reach_the_api_server_and_other_machines(net: Net) -> None:

@@ -25,6 +25,7 @@ from wasilet_common.keeper import kept
 from wasilet_node.runtime import rootless
 
 from wasilet.build import apt
+from wasilet.controlplane import joined_network
 from wasilet.controlplane.components import Component
 from wasilet.controlplane.control_plane import SERVICE_CIDR
 from wasilet.controlplane.health import LOOPBACK, accepts
@@ -110,6 +111,14 @@ def described(state: State) -> dict[str, str | bool | None]:
     """For ``status``: the ranges, where pods reach this machine and the cluster's DNS, and whether all of it is in a
     user namespace; or why there are none."""
     plan = plan_of(state)
+    if (joined := joined_network.plan_of(state)) is not None:
+        return {
+            "pods": joined.pods,
+            "services": joined.services,
+            "machine_address": joined.gateway,
+            "dns": joined.dns[0] if joined.dns else None,
+            "absent": None,
+        }
     if plan is None:
         reason = why_absent(state) or "the cluster has none"
         return {

@@ -43,7 +43,8 @@ from wasilet_node.network import nft, outward_udp
 from wasilet_node.network.addresses import gateway_of
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
-from wasilet_node.network.node_network import OUTWARD, routes_to_nodes
+from wasilet_node.network.node_network import OUTWARD
+from wasilet_node.network.routed_link import routes_to_nodes
 from wasilet_node.runtime import linux, netns
 
 log = SparingLog(logging.getLogger("wasilet.outward"))

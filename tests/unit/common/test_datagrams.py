@@ -121,6 +121,14 @@ async def test_use_puts_the_end_off(rig: Rig) -> None:
     flows.close()
 
 
+async def test_answers_alone_do_not_keep_a_flow_for_a_client_that_is_gone(rig: Rig) -> None:
+    flows, place = Flows(Limits(unasked_seconds=0.1)), rig.bound()
+    flow = rig.flow(place.getsockname(), idle_seconds=0.05)
+    flows.add("k", flow)
+    flows._used_at["10.0.0.1"]["k"] += 3600.0
+    await until(lambda: not len(flows))
+
+
 async def test_flows_that_are_in_use_are_limited_per_client_and_in_all(rig: Rig) -> None:
     flows, place = Flows(Limits(flows=3, per_client=2, in_use_seconds=3600.0)), rig.bound()
     for key in range(2):

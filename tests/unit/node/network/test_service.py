@@ -24,11 +24,12 @@ from wasilet_node.network import nft, pod_networks
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
-from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork, interface_prefix
+from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork
 from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
 from wasilet_node.network.pod_networks import POOL_LOW, POOL_SIZE
 from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyReports
 from wasilet_node.network.service import PodNetwork
+from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
 from wasilet_node.settings import NetworkSettings, NodePaths
