@@ -87,7 +87,7 @@ def _answer(datagrams: socket.socket, answer: Callable[[bytes, str], bytes]) -> 
             data, peer = datagrams.recvfrom(65536)
             if not data and peer is None:
                 return
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: that was no question
                 datagrams.sendto(answer(data, peer[0]), peer)
 
 

@@ -2,6 +2,10 @@
 
 UDP has no end, so a flow ends when nothing passed for a while, or when a side reports that no one listens there. A
 connected socket takes nothing but what its other end sends, so no third machine's answer reaches a client.
+
+A client that has all the flows it may have loses its longest unused one to the next, unless that was in use a moment
+ago: who asks much in turn goes on, and who floods is held to so many new flows per moment. When all places are taken,
+the client with the most gives one to those who have fewer.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections import Counter
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -34,6 +38,11 @@ class Limits:
 
     flows: int = 1024
     per_client: int = 256
+    in_use_seconds: float = 2.0
+    """For so long after a datagram a flow is not given up for another of its client: an answer may be on its way."""
+
+    unasked_seconds: float = 600.0
+    """A client that sent nothing for so long is gone, whatever still comes for it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,24 +70,34 @@ class Flows:
     def __init__(self, limits: Limits = Limits()) -> None:
         self._limits = limits
         self._flows: dict[Hashable, Flow] = {}
-        self._used_at: dict[Hashable, float] = {}
         self._timers: dict[Hashable, asyncio.TimerHandle] = {}
-        self._clients: Counter[str] = Counter()
+        self._used_at: dict[str, OrderedDict[Hashable, float]] = {}
+        """Of each client, the longest unused one first."""
+
+        self._asked_at: dict[Hashable, float] = {}
 
     def __len__(self) -> int:
         """How many there are now."""
         return len(self._flows)
 
-    def has_room(self, client: str) -> bool:
-        """Whether this client may have one more."""
-        return len(self._flows) < self._limits.flows and self._clients[client] < self._limits.per_client
+    def make_room(self, client: str) -> bool:
+        """Whether this client may have one more; another flow may end for it."""
+        own = len(self._used_at.get(client, ()))
+        if own < self._limits.per_client:
+            if len(self._flows) < self._limits.flows:
+                return True
+            most = max(self._used_at, key=lambda each: len(self._used_at[each]))
+            if len(self._used_at[most]) > own + 1:
+                self._end(next(iter(self._used_at[most])))
+                return True
+        return self._end_unused(client)
 
     def add(self, key: Hashable, flow: Flow) -> None:
         """Pass on from now on what its sockets take in."""
         loop = asyncio.get_running_loop()
         self._flows[key] = flow
-        self._clients[flow.client] += 1
-        self._used_at[key] = loop.time()
+        self._use(key, flow)
+        self._asked_at[key] = loop.time()
         self._timers[key] = loop.call_later(flow.idle_seconds, self._look_at, key)
         loop.add_reader(flow.far, self._far_readable, key)
         if flow.near is not None:
@@ -106,7 +125,7 @@ class Flows:
                 if not isinstance(error, BlockingIOError):
                     self._refuse(key, flow)
                 return
-            self._used_at[key] = asyncio.get_running_loop().time()
+            self._use(key, flow)
             try:
                 flow.answer(data)
             except ConnectionRefusedError:
@@ -132,7 +151,8 @@ class Flows:
 
     def _to_far_end(self, key: Hashable, flow: Flow, data: bytes) -> bool:
         """False: it ended by that."""
-        self._used_at[key] = asyncio.get_running_loop().time()
+        self._use(key, flow)
+        self._asked_at[key] = asyncio.get_running_loop().time()
         try:
             flow.far.send(data)
         except ConnectionRefusedError:
@@ -142,6 +162,20 @@ class Flows:
             return True  # lost, as datagrams may be
         return True
 
+    def _use(self, key: Hashable, flow: Flow) -> None:
+        used_at = self._used_at.setdefault(flow.client, OrderedDict())
+        used_at[key] = asyncio.get_running_loop().time()
+        used_at.move_to_end(key)
+
+    def _end_unused(self, client: str) -> bool:
+        """The longest unused flow of a client, if it is not in use."""
+        for key, used_at in self._used_at.get(client, {}).items():
+            if asyncio.get_running_loop().time() - used_at < self._limits.in_use_seconds:
+                return False
+            self._end(key)
+            return True
+        return False
+
     def _refuse(self, key: Hashable, flow: Flow) -> None:
         with contextlib.suppress(OSError):
             flow.refused()
@@ -149,7 +183,10 @@ class Flows:
 
     def _look_at(self, key: Hashable) -> None:
         loop, flow = asyncio.get_running_loop(), self._flows[key]
-        left = self._used_at[key] + flow.idle_seconds - loop.time()
+        left = (
+            min(self._used_at[flow.client][key] + flow.idle_seconds, self._asked_at[key] + self._limits.unasked_seconds)
+            - loop.time()
+        )
         if left > 0:
             self._timers[key] = loop.call_later(left, self._look_at, key)
         else:
@@ -157,11 +194,11 @@ class Flows:
 
     def _end(self, key: Hashable) -> None:
         flow = self._flows.pop(key)
-        del self._used_at[key]
         self._timers.pop(key).cancel()
-        self._clients[flow.client] -= 1
-        if not self._clients[flow.client]:
-            del self._clients[flow.client]
+        del self._asked_at[key]
+        del self._used_at[flow.client][key]
+        if not self._used_at[flow.client]:
+            del self._used_at[flow.client]
         for each in (flow.far, flow.near):
             if each is not None:
                 asyncio.get_running_loop().remove_reader(each)

@@ -7,6 +7,13 @@ import secrets
 from pathlib import Path
 
 
+def make_folder(path: Path) -> None:
+    """A folder for private files, mode 0700 whichever process made it. Raises OSError."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.stat().st_mode & 0o777 != 0o700:
+        path.chmod(0o700)
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Replace a file as a whole, mode 0600; it survives a power cut right after. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -167,7 +167,7 @@ class Datagrams:
 
     def _take(self, sock: socket.socket, data: bytes, client: tuple[str, int], asked: bytes) -> None:
         key = (client, asked)
-        if self._flows.send(key, data) or not self._flows.has_room(client[0]):
+        if self._flows.send(key, data) or not self._flows.make_room(client[0]):
             return
         try:
             far = self._connect()

@@ -38,7 +38,6 @@ from wasilet_dev.bench import (
     bench_cluster,
     make_namespace,
     push_guest,
-    push_sleeper,
     remove_cluster,
 )
 from wasilet_dev.network_load import PORT, Load, Native
@@ -117,7 +116,8 @@ def bench_network(
         cluster = _cluster(stack, replace(settings, max_pods=max(pods, BURST_PODS) + _SPARE_PODS), "bench", reporter)
         if absent := pod_network.why_absent(cluster.state):
             raise HarnessError(f"there is no pod network here to measure: {absent}")
-        yield from _starts(cluster, replace(settings, pod_network=False), rounds, reporter, say)
+        bare = replace(settings, pod_network=False)
+        yield from _starts(cluster, bare, programs.component, rounds=rounds, reporter=reporter, say=say)
         image = push_guest(cluster, programs.component)
         with Watched(Kube(cluster.admin_credentials())) as watched:
             network = _Network(cluster, watched, image, programs.native, say)
@@ -149,6 +149,7 @@ class _Side:
 
     pods: _Pods
     image: str
+    """A component: a core module's pod has an address and no network namespace."""
 
     def one(self, name: str) -> float:
         """Milliseconds from creation to Running; the pod is gone afterwards."""
@@ -158,18 +159,20 @@ class _Side:
         """Seconds until all run."""
         began = time.monotonic()
         for name in names:
-            self.pods.create(name, self.image, restartPolicy="Never")
+            self.pods.create(name, self.image, "sleep", "3600", restartPolicy="Never")
         self.pods.watched.wait(dict.fromkeys(names, "Running"), "Running")
         taken = max(self.pods.watched.at[name, "Running"] for name in names) - began
         self.pods.delete(names)
         return taken
 
 
-def _starts(cluster: Cluster, bare: Settings, rounds: int, reporter: Reporter, say: Say) -> Iterator[Figure | Beside]:
+def _starts(
+    cluster: Cluster, bare: Settings, component: Path, *, rounds: int, reporter: Reporter, say: Say
+) -> Iterator[Figure | Beside]:
     with contextlib.ExitStack() as stack:
         other = _cluster(stack, replace(bare, max_pods=BURST_PODS + _SPARE_PODS), "bench-bare", reporter)
         sides = [
-            _Side(pods=_Pods(each, watched), image=push_sleeper(each))
+            _Side(pods=_Pods(each, watched), image=push_guest(each, component))
             for each in (cluster, other)
             for watched in [stack.enter_context(Watched(Kube(each.admin_credentials())))]
         ]
@@ -219,8 +222,6 @@ class _Pods:
 
     def create(self, name: str, image: str, *words: str, app: str = "", **fields: Any) -> None:
         container: KubeObject = {"name": "main", "image": image, "imagePullPolicy": "IfNotPresent", "args": list(words)}
-        if not words:
-            del container["args"]
         spec = {"containers": [container], "terminationGracePeriodSeconds": 0, "automountServiceAccountToken": False}
         metadata = {"name": name, "labels": {"app": app}} if app else {"name": name}
         pod: KubeObject = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec | fields}

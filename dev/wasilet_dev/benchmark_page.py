@@ -102,13 +102,18 @@ def record(machine: Machine, tables: Mapping[int, Sequence[Row]], *, rounds: int
     }
 
 
+def measured_on(machine: Machine) -> str:
+    """One sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    return (
+        f"Measured on {machine.date}: {machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB, Linux "
+        f"{machine.kernel}, Python {machine.python}; {versions}."
+    )
+
+
 def page(machine: Machine, tables: Mapping[int, Sequence[Row]], *, rounds: int) -> str:
     """The page, in Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    measured = (
-        f"Measured on {machine.date}: {machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB, Linux "
-        f"{machine.kernel}, Python {machine.python}; {versions}; {rounds} rounds."
-    )
+    measured = f"{measured_on(machine).removesuffix('.')}; {rounds} rounds."
     picture = f"![Create to Running, bursts and processor time per pod, beside the floor]({CHART})"
     busy = [_BUSY.format(load=machine.load)] if machine.load > machine.cores / 2 else []
     parts = ["# Benchmarks", _ABOUT, measured, *busy, _METHOD, picture]

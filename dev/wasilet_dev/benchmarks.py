@@ -18,7 +18,7 @@ from wasilet.errors import UsageError
 from wasilet.settings import Settings
 from wasilet.steps import Reporter
 
-from wasilet_dev import bench, bench_floor, bench_http, bench_network, bench_throughput, benchmark_page
+from wasilet_dev import bench, bench_floor, bench_growth, bench_http, bench_network, bench_throughput, benchmark_page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -36,16 +36,16 @@ class Measured(Protocol):
 def figures(
     what: str, settings: Settings, *, runs: int, pods: int, reporter: Reporter, write: bool = False
 ) -> Iterator[Measured]:
-    """``up``, ``pods``, ``floor``, ``http`` or ``network``, as they are measured. ``write``: floor writes
-    ``docs/benchmarks.md``. Raises UsageError for anything else."""
+    """``up``, ``pods``, ``floor``, ``growth``, ``http`` or ``network``, as they are measured. ``write``: floor writes
+    ``docs/benchmarks.md``, growth ``docs/growth.md``. Raises UsageError for anything else."""
 
     def say(line: str) -> None:
         sys.stderr.write(f"bench: {line}\n")
 
     if runs < 1 or pods < 0:
         raise UsageError("at least one run, and at least one pod (0: as many as is usual)")
-    if write and what != "floor":
-        raise UsageError(f"bench {what} writes no page", hint="`invoke bench floor --write` does")
+    if write and what not in {"floor", "growth"}:
+        raise UsageError(f"bench {what} writes no page", hint="`invoke bench floor --write` and `growth` do")
     if what == "up":
         yield from bench.bench_up(settings, runs=runs, say=say)
     elif what == "pods":
@@ -61,6 +61,17 @@ def figures(
                 say(f"written: {path}")
         for table in tables.values():
             yield from table
+    elif what == "growth":
+        machine = benchmark_page.machine_now(_versions(settings))
+        sizes: list[bench_growth.Size] = []
+        most = pods or max(bench_growth.PODS)
+        for size in bench_growth.bench_growth(settings, sizes=runs, most_pods=most, reporter=reporter, say=say):
+            sizes.append(size)
+            yield size
+        if write:
+            text = bench_growth.page(sizes, benchmark_page.measured_on(machine))
+            (DOCS / "growth.md").write_text(text, encoding="utf-8")
+            say(f"written: {DOCS / 'growth.md'}")
     elif what == "http":
         yield from bench_throughput.compare(settings, rounds=runs, say=say)
         yield from bench_http.bench_servers(settings, pods=pods or bench_http.PODS, reporter=reporter, say=say)
@@ -69,7 +80,7 @@ def figures(
             settings, rounds=runs, pods=pods or bench_network.PODS, reporter=reporter, say=say
         )
     else:
-        raise UsageError(f"there is no benchmark {what!r}", hint="there are up, pods, floor, http and network")
+        raise UsageError(f"there is no benchmark {what!r}", hint="there are up, pods, floor, growth, http and network")
 
 
 def _versions(settings: Settings) -> dict[str, str]:

@@ -42,12 +42,15 @@ def docs(c: Context) -> None:
     help={
         "what": "up (the command line), pods (what the node does), "
         "floor (the node beside the least that a node must do) or http (what serves)",
-        "runs": "bench up, floor, http, network: how often (default: 3); medians are printed",
+        "runs": "bench up, floor, http, network: how often (default: 3); medians are printed; "
+        "bench growth: how many of the sizes 1, 3 and 10 nodes",
         "pods": "bench pods: how many are run one after another to watch the agent's memory (default: 300); "
         "bench floor: how many are a burst (default: 100); "
+        "bench growth: the most of 10, 100 and 1,000 (default: 1,000); "
         "bench http: how many serve at the same time (default: 20); "
         "bench network: how many are all reached (default: 500)",
-        "write": "bench floor: write docs/benchmarks.md, its chart and its JSON (bursts of 100 and of 500)",
+        "write": "bench floor: write docs/benchmarks.md, its chart and its JSON (bursts of 100 and of 500); "
+        "bench growth: write docs/growth.md",
         "output": OUTPUT_HELP,
     },
 )
@@ -58,7 +61,8 @@ def bench(c: Context, what: str, runs: int = 3, pods: int = 0, *, write: bool = 
     A cluster of its own is brought up and taken down again. floor has the node take turns with two stand-ins that only
     write what a kubelet writes: the ratios hold on a busy machine too. http compares the component host with `wasmtime
     serve` and takes about ten minutes. network starts pods with and without a pod network in turns, and connects pods
-    beside native processes in their namespaces; it takes root.
+    beside native processes in their namespaces; it takes root. growth has the API server count what nodes and pods ask
+    of it, at 1, 3 and 10 nodes with 10, 100 and 1,000 pods.
 
     Examples:
       invoke bench pods
@@ -66,6 +70,7 @@ def bench(c: Context, what: str, runs: int = 3, pods: int = 0, *, write: bool = 
       invoke bench up --runs 5
       invoke bench floor --pods 500
       invoke bench floor --write
+      invoke bench growth --runs 2 --pods 100
       invoke bench http --pods 500
       invoke bench network
     """

@@ -134,7 +134,10 @@ def _pod_network(settings: Settings) -> Check:
 
     absent = pod_network.obstacle(settings)
     if not absent:
-        return Check(name="pod network", status="ok", detail="pods of a new cluster (host) get addresses of their own")
+        detail = "pods of a new cluster (host) get addresses of their own"
+        if os.geteuid() != 0:
+            detail += f", {pod_network.ROOTLESS}"
+        return Check(name="pod network", status="ok", detail=detail)
     detail = f"pods share this machine's: {absent}"
     if pod_network.NFT_PACKAGE not in absent:
         return Check(name="pod network", status="optional", detail=detail)

@@ -61,10 +61,14 @@ def _spare_the_collector() -> None:
 class Agent:
     """One run of the agent."""
 
-    def __init__(self, settings: NodeSettings, kubeconfig_copy: Path | None, version: str) -> None:
+    def __init__(
+        self, settings: NodeSettings, kubeconfig_copy: Path | None, version: str, machine: int | None = None
+    ) -> None:
+        """``machine``: see ``PodNetwork``."""
         self._settings = settings
         self._kubeconfig_copy = kubeconfig_copy
         self._version = version
+        self._machine = machine
         self._problem: str | None = None
         self._server_changed = asyncio.Event()
         self._server: KubeletServer
@@ -341,6 +345,7 @@ class Agent:
             self._settings.paths,
             node_name=self._settings.node_name,
             hosts_of=lambda pod, addresses: hosts.content(pod, addresses, wanted.cluster_domain),
+            machine=self._machine,
             calm=self._under_way.calm,
         )
 

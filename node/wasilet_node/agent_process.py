@@ -12,6 +12,8 @@ from pathlib import Path
 
 from wasilet_node import instance
 from wasilet_node.agent import Agent
+from wasilet_node.network import keeper
+from wasilet_node.network.errors import NetworkError
 from wasilet_node.settings import NodeSettings
 
 logger = logging.getLogger(__name__)
@@ -29,19 +31,26 @@ def run_agent(settings: NodeSettings, *, kubeconfig_copy: Path | None, version: 
     """
     lock = instance.acquire(settings.paths.data)
     try:
-        return asyncio.run(_until_stopped(settings, kubeconfig_copy, version))
+        # While there is one thread.
+        machine = keeper.enter(settings.network.keeper) if settings.network and settings.network.keeper else None
+        return asyncio.run(_until_stopped(settings, kubeconfig_copy, version, machine))
+    except NetworkError as error:
+        log_failure(error)
+        return _EXIT_FAILED
     finally:
         os.close(lock)
 
 
-async def _until_stopped(settings: NodeSettings, kubeconfig_copy: Path | None, version: str) -> int:
+async def _until_stopped(
+    settings: NodeSettings, kubeconfig_copy: Path | None, version: str, machine: int | None
+) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     _raise_open_files()
     logger.info("wasilet %s, node %s, data in %s", version, settings.node_name, settings.paths.data)
-    agent = asyncio.create_task(Agent(settings, kubeconfig_copy, version).run(), name="agent")
+    agent = asyncio.create_task(Agent(settings, kubeconfig_copy, version, machine).run(), name="agent")
     stopped = asyncio.create_task(stop.wait(), name="stop")
     await asyncio.wait({agent, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -103,4 +112,5 @@ def _is_expected(error: BaseException) -> bool:
     from wasilet_node.runtime.protocol import RuntimeUnavailableError
     from wasilet_node.server.tls import ServerError
 
-    return isinstance(error, JoinError | NodeTakenError | RuntimeUnavailableError | ServerError | StoreError)
+    expected = JoinError | NetworkError | NodeTakenError | RuntimeUnavailableError | ServerError | StoreError
+    return isinstance(error, expected)

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from wasilet_common.backoff import RetryBackoff
-from wasilet_common.files import write_private
+from wasilet_common.files import make_folder, write_private
 
 from wasilet_node.certificates_csr import (
     CLIENT_SIGNER,
@@ -41,7 +41,6 @@ from wasilet_node.certificates_store import (
     Pair,
     is_certificate,
     load_pair,
-    make_folder,
     save_pair,
     self_signed,
 )

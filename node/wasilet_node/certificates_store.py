@@ -62,13 +62,6 @@ class Pair:
         return self.not_before + (self.not_after - self.not_before) * share
 
 
-def make_folder(path: Path) -> None:
-    """A folder for private files, mode 0700 whichever process made it."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if path.stat().st_mode & 0o777 != 0o700:
-        path.chmod(0o700)
-
-
 def new_key() -> ec.EllipticCurvePrivateKey:
     """An ECDSA P-256 key, as kubelet's."""
     return ec.generate_private_key(ec.SECP256R1())

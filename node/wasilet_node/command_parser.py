@@ -168,6 +168,18 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
             "the node's end of its link to this machine, whose end is the address below [WASILET_NODE_UPLINK]",
         ),
         (
+            "--uplink-bridge", "NAME",
+            (
+                "a bridge of this machine that the link is a port of, as kind's is: --uplink is an address there, and "
+                "--node-ip the same [WASILET_NODE_UPLINK_BRIDGE]"
+            ),
+        ),
+        ("--uplink-gateway", "IP", "this machine's address on that bridge [WASILET_NODE_UPLINK_GATEWAY]"),
+        (
+            "--network-keeper", "SOCKET",
+            "without root: of what keeps the user namespace that all of it is in [WASILET_NODE_NETWORK_KEEPER]",
+        ),
+        (
             "--cluster-dns", "IP,...",
             "name servers of pods with dnsPolicy ClusterFirst, repeatable [WASILET_NODE_CLUSTER_DNS]",
         ),

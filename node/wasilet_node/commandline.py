@@ -214,6 +214,12 @@ def _network(options: _Options) -> NetworkSettings | None:
         raise UsageError("--cluster-cidr needs --service-cidr and --uplink as well")
     if service.overlaps(cluster):
         raise UsageError(f"--service-cidr {service} overlaps --cluster-cidr {cluster}")
+    bridge = options.get("uplink_bridge", ("WASILET_NODE_UPLINK_BRIDGE",), str)
+    gateway = options.get("uplink_gateway", ("WASILET_NODE_UPLINK_GATEWAY",), ipaddress.IPv4Address)
+    if (bridge is None) != (gateway is None):
+        raise UsageError("--uplink-bridge and --uplink-gateway go together")
+    if gateway is not None and gateway not in uplink.network:
+        raise UsageError(f"--uplink-gateway {gateway} is not in the network of --uplink {uplink}")
     proxy = options.get("kube_proxy", ("WASILET_NODE_KUBE_PROXY",), _absolute)
     kubeconfig = options.get("kube_proxy_kubeconfig", ("WASILET_NODE_KUBE_PROXY_KUBECONFIG",), _absolute)
     if (proxy is None) != (kubeconfig is None):
@@ -223,6 +229,9 @@ def _network(options: _Options) -> NetworkSettings | None:
         cluster_cidr=cluster,
         service_cidr=service,
         uplink=uplink,
+        bridge=bridge,
+        gateway=gateway,
+        keeper=options.get("network_keeper", ("WASILET_NODE_NETWORK_KEEPER",), _absolute),
         cluster_dns=tuple(options.get_all("cluster_dns", ("WASILET_NODE_CLUSTER_DNS",), _ip)),
         cluster_domain=options.get("cluster_domain", ("WASILET_NODE_CLUSTER_DOMAIN",), str) or "cluster.local",
         kube_proxy=proxy,

@@ -15,9 +15,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wasilet_common.files import write_private
+from wasilet_common.files import make_folder, write_private
 
-from wasilet_node.certificates_store import make_folder
 from wasilet_node.runtime.linux import start_time
 
 _LOCK_NAME = "agent.lock"

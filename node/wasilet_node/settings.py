@@ -96,7 +96,19 @@ class NetworkSettings:
     """Of all Services: the machine gets a route there, if it has none yet."""
 
     uplink: ipaddress.IPv4Interface
-    """The node's end of the link to the machine, as ``10.244.255.2/30``; the machine's end is the address below."""
+    """The node's end of the link to the machine, as ``10.244.255.2/30``; the machine's end is the address below. With a
+    ``bridge``: the node's address in that network, as ``172.18.255.254/16``."""
+
+    bridge: str | None = None
+    """A bridge of the machine's that the link is a port of, such as that of a container engine's network in which the
+    cluster's other nodes are; None: the link leads to the machine alone."""
+
+    gateway: ipaddress.IPv4Address | None = None
+    """The machine's address on that bridge."""
+
+    keeper: Path | None = None
+    """The socket of what keeps the node's user namespace (``wasilet_node.network.keeper``), where the node is an
+    ordinary user's; None: it is joined to the machine itself, as root."""
 
     cluster_dns: tuple[str, ...] = ()
     """Name servers of pods with dnsPolicy ClusterFirst; none: they use the machine's."""
@@ -114,7 +126,7 @@ class NetworkSettings:
     @property
     def machine_address(self) -> ipaddress.IPv4Address:
         """The machine's end of the link."""
-        return self.uplink.ip - 1
+        return self.gateway if self.gateway is not None else self.uplink.ip - 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import re
 import shutil
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ import yaml
 from wasilet_node.network import nft, policies
 from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
 from wasilet_node.network.service import PodNetwork
+from wasilet_node.runtime import linux, netns
 from wasilet_node.runtime.protocol import GuestKind
 
 from tests.another_machine import another_machine
@@ -185,14 +189,25 @@ def test_a_sweep_of_the_nodes_pods_finds_the_tenants_own_alone(tmp_path: Path) -
     with_machine(work)
 
 
-def flood(sockets: list[socket.socket], place: tuple[str, int], *, datagrams: int, size: int) -> int:
+def flood(sockets: list[socket.socket], address: str, row: dict[str, Any]) -> int:
     """How many the kernel took."""
-    data, taken = bytes(size), 0
-    for number in range(datagrams):
+    data, taken = bytes(row["bytes"]), 0
+    for number in range(row["datagrams"]):
         with contextlib.suppress(OSError):  # no room, or it was refused before
-            sockets[number % len(sockets)].sendto(data, place)
+            sockets[number % len(sockets)].sendto(data, (address, row["port"] + number % row.get("ports", 1)))
             taken += 1
     return taken
+
+
+def kept_from(process: int) -> int:
+    """How many datagrams the kernel dropped before ``outward`` had them, in the namespace of one of its threads."""
+    found = 0
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with (thread / "ns" / "net").open() as namespace:
+            netns.setns(namespace.fileno())
+        done = subprocess.run([nft.find(), "list", "ruleset"], capture_output=True, text=True, timeout=20, check=True)
+        found += sum(int(number) for number in re.findall(r"counter packets (\d+) bytes \d+ drop", done.stdout))
+    return found
 
 
 def test_a_pod_that_floods_keeps_no_other_from_the_network_and_what_it_takes_is_bounded(
@@ -210,29 +225,61 @@ def test_a_pod_that_floods_keeps_no_other_from_the_network_and_what_it_takes_is_
                         floods.enter_context(await here.socket_of(ATTACKER, socket.SOCK_DGRAM))
                         for _ in range(row["sockets"])
                     ]
-                    place = (here.victim if row["to"] == "victim" else row["to"], row["port"])
+                    address = here.victim if row["to"] == "victim" else row["to"]
                     begun = time.monotonic()
-                    flooding = loop.run_in_executor(
-                        None,
-                        lambda sockets=sockets, place=place, row=row: flood(  # type: ignore[misc]
-                            sockets, place, datagrams=row["datagrams"], size=row["bytes"]
-                        ),
-                    )
+                    flooding = loop.run_in_executor(None, flood, sockets, address, row)
                     # At least once, and for as long as it lasts.
                     while True:
-                        await here.surely_reached(NEIGHBOUR, OTHER, 80, "TCP")
+                        for protocol in KINDS:
+                            await here.surely_reached(NEIGHBOUR, OTHER, 80, protocol)
                         assert await sent(here.pods, OTHER, b"x", asker=neighbour), row["what"]
                         if flooding.done():
                             break
                     taken = await flooding
                     tally.note(f"{row['what']}: {taken} datagrams in {time.monotonic() - begun:.1f} s")
+                    if row.get("limited"):
+                        with ThreadPoolExecutor(1) as thread:
+                            kept = await loop.run_in_executor(thread, kept_from, here.outward)
+                        assert kept > row["datagrams"] / 2
                     process = psutil.Process(here.outward)
-                    assert process.num_fds() <= 2 * MAX_FLOWS_PER_POD + 64, row["what"]
+                    # Of both pods.
+                    assert process.num_fds() <= 2 * 2 * MAX_FLOWS_PER_POD + 64, row["what"]
                     assert process.memory_info().rss < MAX_MEMORY_BYTES, row["what"]
             log = here.rig.paths.network / "outward.log"
             assert log.stat().st_size < MAX_LOG_BYTES
             assert "Traceback" not in log.read_text()
             tally.count("withstood", len(TABLE["flood"]))
+
+    with_machine(work)
+
+
+def test_a_pod_that_keeps_its_connections_has_its_share_and_its_neighbour_is_let_through(
+    tmp_path: Path, tally: Tally
+) -> None:
+    async def work() -> None:
+        linux.raise_open_files_limit()
+        async with stage(tmp_path) as here, contextlib.AsyncExitStack() as stack:
+            loop = asyncio.get_running_loop()
+            for row in TABLE["connections"]:
+                place = (row["to"], row["port"])
+                for who in (ATTACKER, NEIGHBOUR):
+                    await here.surely_reached(who, *place, "TCP")
+
+                async def open_one(place: tuple[str, int] = place) -> bool:
+                    sock = stack.enter_context(await here.socket_of(ATTACKER, socket.SOCK_STREAM))
+                    with contextlib.suppress(ConnectionError):
+                        await loop.sock_connect(sock, place)
+                        return bool(await loop.sock_recv(sock, 100))
+                    return False
+
+                async with asyncio.timeout(60):
+                    had = 0
+                    while had < row["had"]:
+                        had += sum(await asyncio.gather(*(open_one() for _ in range(min(50, row["had"] - had)))))
+                    beyond = await asyncio.gather(*(open_one() for _ in range(row["connections"] - row["had"])))
+                assert not any(beyond)
+                await here.surely_reached(NEIGHBOUR, *place, "TCP")
+                tally.count("refused", len(beyond))
 
     with_machine(work)
 

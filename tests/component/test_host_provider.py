@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from wasilet.cluster.up import up
 from wasilet.console import PlainReporter
 from wasilet.controlplane import pod_network
 from wasilet.controlplane.local_registry import login_file
-from wasilet.controlplane.pki import Pki
+from wasilet.controlplane.pki import CertificateSpec, Pki
 from wasilet.errors import ApiError, PortTakenError, StateError, UsageError
 from wasilet.kube.client import CSRS, Kube, api_path
 from wasilet.kube.credentials import Credentials, read_credentials
@@ -287,6 +288,25 @@ def test_who_did_what_is_written_down_without_bodies(own: TestCluster) -> None:
         time.sleep(0.2)
     assert "never-in-a-log" not in log.read_text()
     assert '"resource":"leases"' not in log.read_text()
+
+
+def test_who_reads_a_secret_is_written_down_even_where_it_is_a_node(own: TestCluster) -> None:
+    """What a stolen node's credential is used for; what nodes read all the time is left out."""
+    pki, node = Pki(own.cluster.state.pki), "system:node:audited"
+    pki.make([CertificateSpec(name="audited", authority="ca", common_name=node, organizations=("system:nodes",))])
+    credentials = read_credentials(own.admin_kubeconfig)
+    credentials = replace(credentials, certificate=pki.read_certificate("audited"), key=pki.key("audited").read_bytes())
+    secret, pod = (api_path(kind, "of-another", namespace="default") for kind in ("secrets", "pods"))
+    with client(credentials) as kube:
+        for path in (pod, secret):
+            with pytest.raises(ApiError, match=r"403|404|forbidden|not found"):
+                kube.get(path)
+    log = own.cluster.state.logs / "audit.log"
+    deadline = time.monotonic() + 40
+    while not (found := [line for line in log.read_text().splitlines() if f'"username":"{node}"' in line]):
+        assert time.monotonic() < deadline, "a node's reading of a Secret is not in the audit log"
+        time.sleep(0.2)
+    assert [json.loads(line)["requestURI"] for line in found] == [secret]
 
 
 def test_etcd_wants_a_client_certificate_of_its_own_authority(own: TestCluster) -> None:

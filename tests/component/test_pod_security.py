@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from wasilet.apps.render import pod_spec, render
 from wasilet.apps.samples import find_app, sample_names
 from wasilet.cluster.opening import open_cluster
@@ -20,6 +22,9 @@ from tests.clusters import TestCluster, control_plane, run_play
 
 pytestmark = pytest.mark.component
 
+ROWS: dict[str, dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parents[1] / "attacks" / "pod_security.yaml").read_text()
+)
 ENFORCE = "pod-security.kubernetes.io/enforce"
 PLAIN: dict[str, Any] = {"containers": [{"name": "m", "image": "i"}]}
 HOST_PATH = {**PLAIN, "volumes": [{"name": "v", "hostPath": {"path": "/etc"}}]}
@@ -33,9 +38,9 @@ def plane() -> Iterator[TestCluster]:
         yield made
 
 
-def refusal(plane: TestCluster, namespace: str, spec: dict[str, Any]) -> str:
+def refusal(plane: TestCluster, namespace: str, spec: dict[str, Any], **metadata: Any) -> str:
     """Why admission would not let the pod in; empty: it would. Nothing is created."""
-    body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asked"}, "spec": spec}
+    body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asked", **metadata}, "spec": spec}
     # A connection of its own: the API server may have been started again.
     kube = Kube.from_kubeconfig(plane.admin_kubeconfig)
     try:
@@ -61,6 +66,20 @@ def test_a_pod_that_reaches_for_the_machine_is_refused_unless_its_namespace_says
         assert time.monotonic() < deadline, "the namespace got no ServiceAccount"
         time.sleep(0.05)
     assert refusal(plane, namespace, spec) == ""
+
+
+@pytest.mark.parametrize("tried", ROWS)
+def test_every_way_to_ask_for_the_machine_is_refused(plane: TestCluster, tried: str) -> None:
+    row = dict(ROWS[tried])
+    metadata = {"annotations": row.pop("annotations")} if "annotations" in row else {}
+    asked = row.pop("container", {})
+    spec = {**PLAIN, **row}
+    plain = PLAIN["containers"][0]
+    specs = [{**spec, "containers": [{**plain, **asked}]}]
+    if asked and not asked.keys() & {"livenessProbe", "lifecycle"}:
+        specs.append({**spec, "initContainers": [{**plain, **asked, "name": "before"}]})
+    for each in specs:
+        assert 'violates PodSecurity "baseline:latest"' in refusal(plane, "default", each, **metadata)
 
 
 @pytest.mark.parametrize("sample", sample_names())

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from wasilet.cluster.down import down
 from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.up import up
 from wasilet.console import PlainReporter
+from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import acquire
 from wasilet.controlplane.local_registry import login_file
 from wasilet.errors import ApiError
@@ -34,8 +37,11 @@ from wasilet.providers.docker import Docker
 from wasilet.providers.kind import CLUSTER_LABEL
 from wasilet.settings import Settings, cache_root
 from wasilet.steps import SilentReporter, Status
+from wasilet_node.network.uplink import interface_prefix
 
 from tests.clusters import TestCluster, temporary_settings, whole_cluster
+from tests.e2e import componentize
+from tests.e2e.guests import needs_rust_for_bindings
 from tests.rigs.kind.session import KindRig
 
 pytestmark = pytest.mark.e2e
@@ -54,6 +60,12 @@ def own(kind_rig: KindRig) -> Iterator[TestCluster]:
         environment=kind_rig.engine.environment,
     ) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def linux(own: TestCluster, kind_rig: KindRig) -> str:
+    """The image of ``tests/rigs/linux`` in the cluster's registry."""
+    return kind_rig.push_linux(str(own.status()["registry"]), login_file(own.cluster.state).parent)
 
 
 @pytest.fixture
@@ -110,10 +122,9 @@ def test_the_wasm_node_joins_beside_kinds_own_and_keeps_its_two_taints(own: Test
 
 @pytest.mark.smoke
 def test_linux_and_wasm_run_side_by_side_and_wasm_reads_what_a_job_made(
-    own: TestCluster, namespace: str, kind_rig: KindRig
+    own: TestCluster, namespace: str, linux: str
 ) -> None:
     registry = str(own.status()["registry"])
-    linux = kind_rig.push_linux(registry, login_file(own.cluster.state).parent)
     recap, wasm = push_app("config-reader", own.settings, reporter=SilentReporter())
     assert recap.succeeded
     assert wasm is not None
@@ -175,6 +186,76 @@ def test_linux_and_wasm_run_side_by_side_and_wasm_reads_what_a_job_made(
     where = {item["metadata"]["name"]: item["spec"]["nodeName"] for item in kube.get(pods)["items"]}
     assert where["wasm"] == f"{own.settings.name}-1"
     assert where["linux"] == f"{own.settings.name}-control-plane"
+
+
+def run_pod(cluster: TestCluster, namespace: str, name: str, image: str, *args: str, **fields: Any) -> None:
+    """On the wasm node, unless the image is that of Linux. One that fails begins again: endpoints follow the pods'
+    readiness in their own time."""
+    container = {"name": "main", "image": image, "args": list(args), **fields}
+    spec: dict[str, Any] = {"restartPolicy": "OnFailure", "containers": [container]}
+    if "/linux:" not in image:
+        spec |= {"nodeSelector": {"kubernetes.io/arch": "wasm32-wasi"}, "tolerations": TOLERATIONS}
+    metadata = {"name": name, "labels": {"app": name}}
+    cluster.kube.create(api_path("pods", namespace=namespace), {"metadata": metadata, "spec": spec})
+
+
+@pytest.mark.smoke
+def test_wasm_and_linux_pods_reach_each_other_by_address_service_and_name(
+    own: TestCluster, namespace: str, linux: str
+) -> None:
+    needs_rust_for_bindings()
+    if why := componentize.why_not():
+        pytest.skip(why)
+    recap, _ = push_app("tcp-echo", own.settings, reporter=SilentReporter())
+    assert recap.succeeded
+    kube, wasm = own.kube, f"{own.status()['registry']}/tcp-echo:latest"
+    pods = api_path("pods", namespace=namespace)
+    probe = {"readinessProbe": {"tcpSocket": {"port": 7777}, "periodSeconds": 1}}
+    run_pod(own, namespace, "wasm", wasm, "serve", "7777", **probe)
+    run_pod(own, namespace, "linux", linux, "serve", "7777", **probe)
+    for name in ("wasm", "linux"):
+        spec = {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": 7777}]}
+        kube.create(api_path("services", namespace=namespace), {"metadata": {"name": name}, "spec": spec})
+    servers = {
+        name: eventually(
+            lambda name=name: ready_pod(kube, f"{pods}/{name}"),
+            name,
+            scene=lambda name=name: (kube.get(f"{pods}/{name}")["status"], pod_network.described(own.cluster.state)),
+        )
+        for name in ("wasm", "linux")
+    }
+    address = {name: server["status"]["podIP"] for name, server in servers.items()}
+    for name, node in (("wasm", own.cluster.node_names()[0]), ("linux", f"{own.settings.name}-control-plane")):
+        cidr = kube.get(api_path("nodes", node))["spec"]["podCIDR"]
+        assert ipaddress.ip_address(address[name]) in ipaddress.ip_network(cidr)
+
+    def place(way: str, server: str) -> tuple[str, str]:
+        if way == "address":
+            return address[server], "7777"
+        return (server if way == "service" else f"{server}.{namespace}.svc.cluster.local"), "80"
+
+    ways = ("address", "service", "name")
+    for way in ways:
+        run_pod(own, namespace, f"wasm-by-{way}", wasm, "connect", *place(way, "linux"), way)
+        run_pod(own, namespace, f"linux-by-{way}", linux, "connect", ":".join(place(way, "wasm")), way)
+    for way in ways:
+        for client in ("wasm", "linux"):
+            path = f"{pods}/{client}-by-{way}"
+            ended = eventually(
+                lambda path=path: (pod := kube.get(path))["status"].get("phase") == "Succeeded" and pod,
+                f"the end of {client} by {way}",
+                scene=lambda path=path: (kube.get(path)["status"], log_of(kube, namespace, path.rpartition("/")[2])),
+            )
+            said = log_of(kube, namespace, f"{client}-by-{way}")
+            # Only the Linux server tells by which address it is asked: the pod's own.
+            seen = f" from {ended['status']['podIP']}" if client == "wasm" else ""
+            assert said.strip().endswith(f"answered {way}{seen}")
+
+
+def ready_pod(kube: Kube, path: str) -> KubeObject | None:
+    pod = kube.get(path)
+    conditions = pod["status"].get("conditions") or ()
+    return pod if any(c["type"] == "Ready" and c["status"] == "True" for c in conditions) else None
 
 
 @pytest.mark.smoke
@@ -293,6 +374,8 @@ def test_down_leaves_nothing(own: TestCluster, kind_rig: KindRig) -> None:
     assert Docker(kind_rig.engine.environment).containers(f"{CLUSTER_LABEL}={own.settings.name}") == []
     assert not state.path.exists()
     assert not Path(str(own.settings.kubeconfig)).exists()
+    ours = tuple(interface_prefix(state.node(name)) for name in own.cluster.node_names())
+    eventually(lambda: not any(name.startswith(ours) for _, name in socket.if_nameindex()), "the end of the links")
 
 
 def test_a_cluster_made_by_hand_is_adopted_and_left_as_it_was(kind_rig: KindRig, tmp_path: Path) -> None:

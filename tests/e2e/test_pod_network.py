@@ -25,9 +25,11 @@ from wasilet.cluster.down import down
 from wasilet.console import PlainReporter
 from wasilet.controlplane import pod_network
 from wasilet.controlplane.acquire import expected
+from wasilet.errors import ApiError
 from wasilet.kube.client import Kube, api_path
 from wasilet.process import is_alive
-from wasilet_node.network.node_network import interface_prefix
+from wasilet_dev.bench import push_sleeper
+from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import supervisor_registry
 
 from tests.another_machine import RESOLVED, another_machine
@@ -164,6 +166,19 @@ def test_pods_reach_each_other_within_and_across_nodes(net: Net, client: int, se
     address = net.pod(f"server-{server}")["status"]["podIP"]
     said = net.said(f"direct-{client}-{server}", "connect", address, str(PORT), "hello", node=client)
     assert said == f"{address} answered hello"
+
+
+def module_refuses(net: Net, node: int, *, asked_from: int) -> None:
+    """A pod that cannot have a socket has no namespace; what is sent to its address is answered all the same."""
+    net.run("module", node=node, container={"image": push_sleeper(net.cluster.cluster)})
+    wait(lambda: net.pod("module")["status"].get("phase") == "Running", "the module")
+    address = net.pod("module")["status"]["podIP"]
+    assert "refused" in net.said("to-module", "connect", address, "80", "hello", node=asked_from)
+    net.kube.delete(api_path("pods", "module", namespace=NAMESPACE))
+
+
+def test_the_address_of_a_module_refuses_at_once_also_from_another_node(net: Net) -> None:
+    module_refuses(net, 0, asked_from=1)
 
 
 def test_names_that_are_not_there_are_not_found(net: Net) -> None:
@@ -397,6 +412,17 @@ def pod_security(net: Net, level: str) -> Iterator[None]:
         net.kube.patch(path, {"metadata": {"labels": {label: None}}})
 
 
+def admitted(net: Net, name: str, *args: str, **fields: Any) -> bool:
+    """Whether a pod was created: the API server's admission may not know a namespace's new level yet."""
+    try:
+        net.run(name, *args, **fields)
+    except ApiError as error:
+        if error.code != 403:
+            raise
+        return False
+    return True
+
+
 def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -404,7 +430,8 @@ def test_a_host_port_leads_to_its_pod_and_is_given_once(net: Net) -> None:
     both = [{"containerPort": PORT, "hostPort": port, "protocol": protocol} for protocol in ("TCP", "UDP")]
     ports = {"ports": both}
     with pod_security(net, "privileged"):
-        net.run("on-the-machine", "serve", str(PORT), node=0, container=ports, labels={"app": "apart"})
+        pod = {"node": 0, "container": ports, "labels": {"app": "apart"}}
+        wait(lambda: admitted(net, "on-the-machine", "serve", str(PORT), **pod), "the namespace's new level")
         wait(lambda: ready(net.pod("on-the-machine")), "on-the-machine")
         # It has no probe: it is ready before it listens, and then what was taken for it is closed again.
         wait(lambda: echo("127.0.0.1", port, "by the machine") == "by the machine", "an answer by the machine's port")

@@ -23,7 +23,7 @@ from wasilet_common.keeper import kept
 from wasilet.controlplane.acquire import Found, acquire, locate
 from wasilet.controlplane.binaries import LATER
 from wasilet.controlplane.components import Component
-from wasilet.controlplane.health import Probe
+from wasilet.controlplane.health import LOOPBACK, Probe
 from wasilet.controlplane.pod_network import NetworkPlan
 from wasilet.errors import HarnessError
 from wasilet.settings import Settings
@@ -52,12 +52,12 @@ def corefile(plan: NetworkPlan, *, port: int, ready_port: int, kubeconfig: Path,
     )
     return (
         f".:{port} {{\n"
-        f"    bind {plan.machine_address}\n"
+        f"    bind {_address(plan)}\n"
         "    errors\n"
         f"    ready 127.0.0.1:{ready_port}\n"
         # Linux takes packets for any of its addresses on any interface: a neighbour with a route here is no pod.
         "    acl {\n"
-        f"        allow net {plan.pods}\n"
+        f"        allow net {_clients(plan)}\n"
         "        drop\n"
         "    }\n"
         "    kubernetes cluster.local in-addr.arpa ip6.arpa {\n"
@@ -74,6 +74,15 @@ def corefile(plan: NetworkPlan, *, port: int, ready_port: int, kubeconfig: Path,
         "    loadbalance\n"
         "}\n"
     )
+
+
+def _address(plan: NetworkPlan) -> str:
+    """Without root pods come by way of the network's keeper."""
+    return LOOPBACK if plan.rootless else plan.machine_address
+
+
+def _clients(plan: NetworkPlan) -> str:
+    return f"{LOOPBACK}/32" if plan.rootless else str(plan.pods)
 
 
 def component(plan: NetworkPlan, settings: Settings, state: State) -> Component:
@@ -93,7 +102,7 @@ def component(plan: NetworkPlan, settings: Settings, state: State) -> Component:
         write_file(path, text.encode())
     argv = [
         *(sys.executable, "-P", "-m", "wasilet.cluster.cluster_dns"),
-        *("--cache", str(settings.cache), "--corefile", str(path), "--address", plan.machine_address),
+        *("--cache", str(settings.cache), "--corefile", str(path), "--address", _address(plan)),
     ]
     if version := state.cluster.kubernetes:
         argv += ["--kubernetes", version]

@@ -57,10 +57,10 @@ def diagnose(cluster: Cluster, *, namespace: str = "") -> Iterator[str]:
 def network_report(cluster: Cluster) -> Iterator[str]:
     """Of a cluster with a pod network: what is in each node's namespace, and the ends of what keeps its rules."""
     from wasilet.cluster import cluster_dns
-    from wasilet.controlplane import pod_network
+    from wasilet.controlplane import joined_network, pod_network
 
     state = cluster.state
-    if pod_network.plan_of(state) is None:
+    if pod_network.plan_of(state) is None and joined_network.plan_of(state) is None:
         reason = pod_network.why_absent(state) or "pods share the network of this machine"
         yield f"no pod network: {reason}"
         return

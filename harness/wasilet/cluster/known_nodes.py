@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wasilet.cluster.approver_facts import policy_data, policy_file, write_policy
+from wasilet.controlplane import joined_network
 from wasilet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ def policy_of(cluster: Cluster) -> dict[str, object]:
     here = cluster.provider.access(cluster).node_address
     record = cluster.state.cluster
     nodes = {name: [here] if local else [] for name, local in record.known_nodes.items()}
-    nodes |= {name: [here] for name in cluster.node_names()}
+    joined = joined_network.plan_of(cluster.state)
+    own = joined.addresses if joined is not None else ()
+    nodes |= {name: [here, *own[index : index + 1]] for index, name in enumerate(cluster.node_names())}
     only_known = _is_adopted(cluster) and not cluster.settings.approve_any
     return policy_data(nodes, only_known=only_known, service_ranges=list(record.service_ranges))
 

@@ -21,11 +21,17 @@ _POLL_SECONDS = 0.1
 
 
 def service_ports_component(cluster: Cluster) -> Component:
-    return service_ports.component(cluster.state, cluster.provider.access(cluster).node_address)
+    plan = pod_network.plan_of(cluster.state)
+    through = pod_network.keeper_sockets(cluster.state)[0] if plan is not None and plan.rootless else None
+    return service_ports.component(cluster.state, cluster.provider.access(cluster).node_address, through)
 
 
 def _why_no_pod_network(state: State) -> str:
     return pod_network.why_absent(state) or "this cluster was made without one; `invoke down --purge` ends it for good"
+
+
+def _described(plan: pod_network.NetworkPlan) -> str:
+    return f"pods {plan.pods}, Services {plan.services}{f', {pod_network.ROOTLESS}' if plan.rootless else ''}"
 
 
 def pod_network_steps(cluster: Cluster) -> list[Step]:
@@ -45,7 +51,7 @@ def pod_network_steps(cluster: Cluster) -> list[Step]:
                 else Finding.differs("choose addresses")
             )
         record = state.alive(pod_network.PROXY)
-        text = f"pods {plan.pods}, Services {plan.services}"
+        text = _described(plan)
         if record is None or not api_answers(cluster):
             return Finding.differs(text, [f"+ {pod_network.PROXY}"])
         if state.alive(service_ports.COMPONENT) is None:
@@ -60,10 +66,10 @@ def pod_network_steps(cluster: Cluster) -> list[Step]:
         if plan is None:
             return f"none: {_why_no_pod_network(state)}"
         ports, settings = cluster.ports(), cluster.settings
-        ensure_running(pod_network.proxy_component(plan, ports["apiserver"]), state=state, settings=settings)
+        ensure_running(pod_network.proxy_component(plan, state), state=state, settings=settings)
         create_missing(cluster.admin(), pod_network.objects(plan, ports))
         ensure_running(service_ports_component(cluster), state=state, settings=settings)
-        text = f"pods {plan.pods}, Services {plan.services}"
+        text = _described(plan)
         if not cluster_dns.has_binaries(settings):
             return f"{text}; what makes Services and names work comes after all else"
         ensure_running(cluster_dns.component(plan, settings, state), state=state, settings=settings)
@@ -84,7 +90,7 @@ def services_steps(cluster: Cluster, *, after: tuple[str, ...]) -> list[Step]:
         if plan is None or not cluster_dns.has_binaries(settings):
             return []
         made = (
-            pod_network.proxy_component(plan, cluster.ports()["apiserver"]),
+            pod_network.proxy_component(plan, state),
             cluster_dns.component(plan, settings, state),
         )
         return [each for each in made if not each.ready()]

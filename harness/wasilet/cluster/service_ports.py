@@ -30,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from wasilet_common.forwarding import Connections, Datagrams, Forwarding, connected_datagrams, listener
+from wasilet_common.relay import Connection
 from wasilet_common.time_format import rfc3339_of
+from wasilet_node.runtime import rootless
 
 from wasilet.controlplane.components import Component
 from wasilet.errors import ApiError, HarnessError
@@ -58,8 +60,9 @@ _SERVICES = "/api/v1/services"
 _REPORTER = "wasilet-service-ports"
 
 
-def component(state: State, address: str) -> Component:
-    """The process; ``address``: the nodes'. It is ready once it has served the Services that there were."""
+def component(state: State, address: str, through: Path | None = None) -> Component:
+    """The process; ``address``: the nodes'. ``through``: the socket of a keeper in whose network Services are reached;
+    None: the machine itself reaches them. It is ready once it has served the Services that there were."""
     kubeconfig, status_file = state.etc / f"{COMPONENT}.conf", state.run / f"{COMPONENT}.status"
 
     def ready() -> bool:
@@ -71,6 +74,7 @@ def component(state: State, address: str) -> Component:
         argv=(
             *(sys.executable, "-P", "-m", "wasilet.cluster.service_ports", "--kubeconfig", str(kubeconfig)),
             *("--address", address, "--status-file", str(status_file)),
+            *(("--through", str(through)) if through is not None else ()),
         ),
         inputs=(kubeconfig,),
         addresses=(),
@@ -143,7 +147,9 @@ class _Open:
 class MachinePorts:
     """What is open now. Of one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, through: Path | None = None) -> None:
+        """``through``: see :func:`component`."""
+        self._through = through
         self._open: dict[MachinePort, _Open] = {}
         self._problems: dict[MachinePort, str] = {}
 
@@ -194,7 +200,7 @@ class MachinePorts:
         self._problems[wanted] = words
 
     async def _serve(self, wanted: MachinePort, sock: socket.socket) -> None:
-        forwarding = _forwarding(wanted)
+        forwarding = _forwarding(wanted, self._through)
         await forwarding.begin(sock)
         port = int(sock.getsockname()[1])
         self._open[wanted] = _Open(forwarding, port)
@@ -209,11 +215,42 @@ class MachinePorts:
         logger.info("%s:%d is closed", wanted.address, found.port)
 
 
-def _forwarding(wanted: MachinePort) -> Forwarding:
+def _forwarding(wanted: MachinePort, through: Path | None) -> Forwarding:
     target = wanted.target
+
+    async def connect() -> Connection:
+        if through is None:
+            return await asyncio.open_connection(*target)
+        return await _connect_inside(through, target)
+
+    def open_flow() -> socket.socket:
+        return connected_datagrams(target) if through is None else _flow_inside(through, target)
+
     if wanted.protocol == "UDP":
-        return Datagrams(lambda: connected_datagrams(target), to_port=target[1])
-    return Connections(lambda: asyncio.open_connection(*target), name=f"{target[0]}:{target[1]}")
+        return Datagrams(open_flow, to_port=target[1])
+    return Connections(connect, name=f"{target[0]}:{target[1]}")
+
+
+async def _connect_inside(keeper: Path, target: tuple[str, int]) -> Connection:
+    """Without root: by a socket of the network that the keeper holds. Raises OSError."""
+    made = await asyncio.to_thread(rootless.socket_inside, keeper, socket.SOCK_STREAM)
+    try:
+        await asyncio.get_running_loop().sock_connect(made, target)
+        return await asyncio.open_connection(sock=made)
+    except BaseException:
+        made.close()
+        raise
+
+
+def _flow_inside(keeper: Path, target: tuple[str, int]) -> socket.socket:
+    """The same for datagrams. Raises OSError."""
+    made = rootless.socket_inside(keeper, socket.SOCK_DGRAM)
+    try:
+        made.connect(target)
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 def _port_text(port: PortKey) -> str:
@@ -235,11 +272,11 @@ def load_balancer_status(address: str, ports: Mapping[PortKey, int]) -> KubeObje
 class ServicePorts:
     """The loop: a thread lists and watches, the event loop opens, closes and reports."""
 
-    def __init__(self, kube: Kube, address: str, status_file: Path | None = None) -> None:
+    def __init__(self, kube: Kube, address: str, status_file: Path | None = None, through: Path | None = None) -> None:
         self._kube = kube
         self._status_file = status_file
         self._address = address
-        self._ports = MachinePorts()
+        self._ports = MachinePorts(through)
         self._services: dict[tuple[str, str], KubeObject] = {}
         self._recorded: dict[tuple[str, str], str] = {}
 
@@ -380,12 +417,12 @@ def _key(service: KubeObject) -> tuple[str, str]:
     return str(service["metadata"]["namespace"]), str(service["metadata"]["name"])
 
 
-async def _run(kube: Kube, address: str, status_file: Path) -> None:
+async def _run(kube: Kube, address: str, status_file: Path, through: Path | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await ServicePorts(kube, address, status_file).run(stop)
+    await ServicePorts(kube, address, status_file, through).run(stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -395,10 +432,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kubeconfig", type=Path, required=True)
     parser.add_argument("--address", required=True, help="the nodes' address, where load balancers listen")
     parser.add_argument("--status-file", type=Path, required=True, help="written once all Services are served")
+    parser.add_argument("--through", type=Path, help="the socket of the network keeper that reaches Services")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(_run(Kube.from_kubeconfig(options.kubeconfig), options.address, options.status_file))
+        kube = Kube.from_kubeconfig(options.kubeconfig)
+        asyncio.run(_run(kube, options.address, options.status_file, options.through))
     except HarnessError as error:
         logger.error("%s", error)  # noqa: TRY400  (one clear line; the trace adds nothing)
         return error.exit_code

@@ -2,7 +2,7 @@
 
 ``name, provider, kubeconfig, context, server, registry, registry_login, pod_network, pod_security, components[],
 nodes[], ready``; ``pod_security`` is the level of namespaces without labels, null where Wasilet did not choose it;
-``pod_network`` is ``pods, services, machine_address, dns, absent``, either the first four or the last null; each
+``pod_network`` is ``pods, services, machine_address, dns, rootless, absent``, either the last or all others null; each
 component ``name, pid, ready, log``; each node ``name, address, port, pid, supervisor_pid, data_dir, ready, log``. A pid
 is null when the process does not run. Fields are only ever added.
 """
@@ -148,7 +148,10 @@ def status_lines(data: dict[str, Any]) -> Iterator[str]:
     if data["registry_login"]:
         yield f"  its login   DOCKER_CONFIG={Path(data['registry_login']).parent}  for docker, crane, wkg and others"
     network = data["pod_network"]
-    yield f"  pod network {network['absent'] or network['pods'] + ', Services ' + network['services']}"
+    ranges = (
+        f"{network['pods']}, Services {network['services']}{f', {pod_network.ROOTLESS}' if network['rootless'] else ''}"
+    )
+    yield f"  pod network {network['absent'] or ranges}"
     if data["pod_security"]:
         yield f"  PodSecurity {data['pod_security']} where a namespace has no label of its own"
     for entry in data["components"]:

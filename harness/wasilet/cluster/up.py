@@ -19,7 +19,7 @@ from wasilet.cluster.pod_network_step import (
     services_steps,
 )
 from wasilet.cluster.readiness import api_answers, ready_step
-from wasilet.controlplane import pod_network, pod_security, public_info
+from wasilet.controlplane import joined_network, pod_network, pod_security, public_info
 from wasilet.controlplane.components import Component, component_step, ensure_running
 from wasilet.controlplane.health import accepts
 from wasilet.controlplane.local_registry import COMPONENT as REGISTRY
@@ -28,7 +28,14 @@ from wasilet.errors import StateError, UsageError
 from wasilet.kube.client import KubeObject
 from wasilet.ports import EVERYWHERE
 from wasilet.providers import kubernetes_version
-from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Cluster, check_options
+from wasilet.providers.base import (
+    API_SERVER_STEP,
+    BINARIES_STEP,
+    NETWORK_STEP,
+    PREPARATION_STEP,
+    Cluster,
+    check_options,
+)
 from wasilet.providers.node_process import node_component
 from wasilet.settings import Settings
 from wasilet.state import State
@@ -170,7 +177,7 @@ def own_components(cluster: Cluster) -> Mapping[str, Callable[[], Component]]:
     }
     made.update(proxies(cluster))
     if (plan := pod_network.plan_of(cluster.state)) is not None:
-        made[pod_network.PROXY] = lambda: pod_network.proxy_component(plan, cluster.ports()["apiserver"])
+        made[pod_network.PROXY] = lambda: pod_network.proxy_component(plan, cluster.state)
         made[service_ports.COMPONENT] = lambda: service_ports_component(cluster)
         if cluster.state.record(cluster_dns.COMPONENT) is not None:
             made[cluster_dns.COMPONENT] = lambda: cluster_dns.component(plan, cluster.settings, cluster.state)
@@ -279,6 +286,8 @@ def _rbac_step(cluster: Cluster) -> Step:
         templates = ["bootstrap-rbac.yaml.j2", "approver-rbac.yaml.j2"]
         if cluster.provider.name == "host":
             templates.append("host-rbac.yaml.j2")
+        if cluster.provider.name == "kind":
+            templates.append("joined-network.yaml.j2")
         return [obj for template in templates for obj in render_objects(template)]
 
     def look() -> Finding:
@@ -322,7 +331,13 @@ def _policy_step(cluster: Cluster) -> Step:
         write_policy(path, policy_of(cluster))
         return str(path)
 
-    return Step(name="approver's policy", key=POLICY_STEP, look=look, change=change, after=(API_SERVER_STEP,))
+    return Step(
+        name="approver's policy",
+        key=POLICY_STEP,
+        look=look,
+        change=change,
+        after=(API_SERVER_STEP, *network_steps(cluster)),
+    )
 
 
 def _token_step(cluster: Cluster) -> Step:
@@ -395,6 +410,7 @@ def _approver_component(cluster: Cluster) -> Component:
 def _node_component(cluster: Cluster, node: str, index: int) -> Component:
     state = cluster.state
     access = cluster.provider.access(cluster)
+    joined = joined_network.plan_of(state)
     port = cluster.ports()["kubelet" if index == 0 else f"kubelet_{index + 1}"]
     argv = [
         sys.executable, "-P", "-m", "wasilet_node",
@@ -402,7 +418,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         "--data-dir", str(state.node(node)),
         "--bootstrap-file", str(state.bootstrap_file),
         "--port", str(port),
-        "--node-ip", access.node_address,
+        "--node-ip", joined.addresses[index] if joined is not None else access.node_address,
         "--registry-config", str(login_file(state)),
     ]  # fmt: skip
     for taint in cluster.taints():
@@ -415,9 +431,14 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         argv += pod_network.node_arguments(
             plan,
             index=index,
-            folder=state.etc,
-            kube_proxy=_late_binary(cluster, "kube-proxy"),
+            state=state,
+            kube_proxy=_late_binary(cluster, "kube-proxy", kubernetes_version.wanted(cluster)),
         )
+    elif joined is not None:
+        # It is known to the cluster by its address on the bridge, which leads to where it listens.
+        argv += ["--bind-address", access.node_address]
+        proxy = _late_binary(cluster, "kube-proxy", joined.kubernetes)
+        argv += joined_network.node_arguments(joined, index=index, folder=state.etc, kube_proxy=proxy)
     elif reason := pod_network.why_absent(state):
         argv += ["--pod-network-absent", reason]
     if cluster.settings.max_pods:
@@ -426,6 +447,7 @@ def _node_component(cluster: Cluster, node: str, index: int) -> Component:
         name=node_component(node),
         argv=tuple(argv),
         ports={"kubelet API": port},
+        gate=(lambda: pod_network.keeper_answers(state)) if plan is not None and plan.rootless else None,
         addresses=(access.node_address,),
         clients=True,
         # The kubelet API answers no one without a credential, so a connection has to do; the Node's own condition says
@@ -443,16 +465,16 @@ def local_origins(cluster: Cluster) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*own, *cluster.state.cluster.local_origins)))
 
 
-def _late_binary(cluster: Cluster, name: str) -> Path:
+def _late_binary(cluster: Cluster, name: str, version: str) -> Path:
     """Where it is, or will be."""
     from wasilet.controlplane.acquire import expected
 
-    return expected(
-        name,
-        cache=cluster.settings.cache,
-        environ=cluster.settings.environ,
-        kubernetes=kubernetes_version.wanted(cluster),
-    )
+    return expected(name, cache=cluster.settings.cache, environ=cluster.settings.environ, kubernetes=version)
+
+
+def network_steps(cluster: Cluster) -> tuple[str, ...]:
+    """The key of the step that decides about nodes' addresses, where the provider has one."""
+    return (NETWORK_STEP,) if cluster.provider.name == "kind" else ()
 
 
 def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) -> Step:
@@ -462,5 +484,5 @@ def _node_step(cluster: Cluster, node: str, component: Callable[[], Component]) 
         title=f"node {node}",
         state=cluster.state,
         settings=cluster.settings,
-        after=(TOKEN_STEP, RBAC_STEP),
+        after=(TOKEN_STEP, RBAC_STEP, *network_steps(cluster)),
     )

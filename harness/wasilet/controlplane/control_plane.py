@@ -43,6 +43,9 @@ class ControlPlane:
     admission_config: Path | None = None
     """For the API server; None: its admission as it comes."""
 
+    egress_config: Path | None = None
+    """How the API server connects to the cluster; None: by the machine's network."""
+
     @property
     def pki(self) -> Pki:
         """Its keys and certificates."""
@@ -121,6 +124,7 @@ class ControlPlane:
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction",
             *self._admission_flags(),
+            *self._egress_flags(),
             f"--audit-policy-file={manifests_folder() / AUDIT_POLICY}",
             f"--audit-log-path={self.state.logs / 'audit.log'}",
             "--audit-log-mode=batch",
@@ -154,13 +158,16 @@ class ControlPlane:
                 *(self.pki.certificate(name) for name in (CLUSTER_CA, ETCD_CA, FRONT_PROXY_CA)),
                 self.pki.key("sa"),
                 manifests_folder() / AUDIT_POLICY,
-                *((self.admission_config,) if self.admission_config is not None else ()),
+                *(path for path in (self.admission_config, self.egress_config) if path is not None),
             ),
             ready=self._answers("apiserver", "/readyz"),
             # The default roles come a second later than all else (the hook polls); who is an administrator need not
             # wait for them.
             serving=self._answers("apiserver", "/readyz?exclude=poststarthook/rbac/bootstrap-roles"),
         )
+
+    def _egress_flags(self) -> tuple[str, ...]:
+        return (f"--egress-selector-config-file={self.egress_config}",) if self.egress_config is not None else ()
 
     def _admission_flags(self) -> tuple[str, ...]:
         flags: list[str] = []
@@ -202,6 +209,9 @@ class ControlPlane:
             argv=argv,
             ports={"HTTPS": self.ports["controller_manager"]},
             inputs=(*self._pairs("controller-manager", CLUSTER_CA), self.pki.key("sa")),
+            # It waits for the default roles itself, but ends after 10 s without them, as on a busy machine; then no
+            # node can join.
+            gate=self._answers("apiserver", "/readyz"),
             ready=self._answers("controller_manager", "/healthz"),
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import json
 import os
 import shutil
 import socket
@@ -21,15 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from wasilet_common.keeper import kept
+from wasilet_node.runtime import rootless
 
 from wasilet.build import apt
+from wasilet.controlplane import joined_network
 from wasilet.controlplane.components import Component
 from wasilet.controlplane.control_plane import SERVICE_CIDR
-from wasilet.controlplane.health import accepts
+from wasilet.controlplane.health import LOOPBACK, accepts
 from wasilet.errors import HarnessError, UsageError
 from wasilet.settings import Settings
 from wasilet.state import State
 from wasilet.steps import Progress
+from wasilet.storage import write_file
 
 Network = ipaddress.IPv4Network
 PROXY = "pod-network-proxy"
@@ -43,7 +47,9 @@ _SPARE_ADDRESSES = 24
 _LARGEST_PREFIX = 20
 _SEARCHED = tuple(Network(f"10.{second}.0.0/16") for second in range(128, 255))
 NFT_PACKAGE = "nftables"
+ROOTLESS = "without root: reached by port-forward, proxies, NodePorts and host ports"
 _LOCK = ".ranges.lock"
+_LONGEST_SOCKET_PATH = 107
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,9 @@ class NetworkPlan:
     services: Network
     node_prefix: int = NODE_PREFIX
     """Of each node's share of ``pods``."""
+
+    rootless: bool = False
+    """It is in a user namespace, so nothing of it is at an address of this machine."""
 
     @property
     def uplinks(self) -> Network:
@@ -88,26 +97,48 @@ def plan_of(state: State) -> NetworkPlan | None:
     return NetworkPlan(
         pods=Network(recorded["pod_cidr"]),
         services=Network(recorded["service_cidr"]),
+        rootless=bool(recorded.get("rootless")),
         node_prefix=int(recorded.get("node_prefix", NODE_PREFIX)),
     )
 
 
 def why_absent(state: State) -> str:
     """Why a cluster has no pod network; empty: it has one, or no one has decided yet."""
-    return str((state.read().get("pod_network") or {}).get("absent") or "")
+    decided = str((state.read().get("pod_network") or {}).get("absent") or "")
+    provider = state.cluster.provider
+    if decided or provider in {"", "host", "kind"}:
+        return decided
+    return f"wasm pods beside the nodes of provider {provider} share this machine's network"
 
 
-def described(state: State) -> dict[str, str | None]:
-    """For ``status``: the ranges, and where pods reach this machine and the cluster's DNS; or why there are none."""
+def described(state: State) -> dict[str, str | bool | None]:
+    """For ``status``: the ranges, where pods reach this machine and the cluster's DNS, and whether all of it is in a
+    user namespace; or why there are none."""
     plan = plan_of(state)
+    if (joined := joined_network.plan_of(state)) is not None:
+        return {
+            "pods": joined.pods,
+            "services": joined.services,
+            "machine_address": joined.gateway,
+            "dns": joined.dns[0] if joined.dns else None,
+            "absent": None,
+        }
     if plan is None:
         reason = why_absent(state) or "the cluster has none"
-        return {"pods": None, "services": None, "machine_address": None, "dns": None, "absent": reason}
+        return {
+            "pods": None,
+            "services": None,
+            "machine_address": None,
+            "dns": None,
+            "rootless": None,
+            "absent": reason,
+        }
     return {
         "pods": str(plan.pods),
         "services": str(plan.services),
         "machine_address": plan.machine_address,
         "dns": plan.dns_ip,
+        "rootless": plan.rootless,
         "absent": None,
     }
 
@@ -121,14 +152,26 @@ def service_cidr(state: State) -> str:
 def reserve(settings: Settings, state: State, *, say: Progress) -> None:
     """Record the ranges of a new cluster, or why it has none. Those that are made at the same moment, by one user,
     choose one after the other. Raises UsageError for ranges that cannot be used, when they were asked for."""
-    absent = obstacle(settings, say=say)
+    absent = obstacle(settings, say=say) or _long_path(state)
     if absent and (settings.pod_cidr or settings.service_cidr):
         raise UsageError(f"there can be no pod network: {absent}")
     with state.locked_root(_LOCK):
-        state.update(pod_network={"absent": absent} if absent else _choose(settings, state))
+        state.update(pod_network={"absent": absent} if absent else _choose(settings, state) | _manner())
 
 
-def _choose(settings: Settings, state: State) -> dict[str, str]:
+def _manner() -> dict[str, bool]:
+    return {"rootless": True} if os.geteuid() != 0 else {}
+
+
+def _long_path(state: State) -> str:
+    """A Unix socket's path has 107 bytes at most, and the API server is told one."""
+    path = keeper_sockets(state)[1]
+    if os.geteuid() == 0 or len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH:
+        return ""
+    return f"the path {path} is too long for a socket (set WASILET_STATE_HOME to a shorter one)"
+
+
+def _choose(settings: Settings, state: State) -> dict[str, Any]:
     taken = [*machine_networks(), *_networks_of_others(settings, state)]
     pods = _chosen(settings.pod_cidr, "--pod-cidr", _candidates(state), taken)
     services = _chosen(
@@ -161,8 +204,6 @@ def obstacle(
     is installed where that is allowed."""
     if not settings.pod_network:
         return "it is switched off (--no-pod-network)"
-    if os.geteuid() != 0:
-        return "it needs root"
     if not Path("/proc/self/ns/net").exists():
         return "the kernel has no network namespaces"
     if find_nft(settings.environ) is None:
@@ -172,7 +213,7 @@ def obstacle(
             apt.install([NFT_PACKAGE], why="the pod network", say=say, env=settings.environ)
         except HarnessError as error:
             return f"nft is not installed: {error}"
-    return _kernel_obstacle()
+    return _kernel_obstacle() if os.geteuid() == 0 else rootless.obstacle()
 
 
 def _kernel_obstacle() -> str:
@@ -239,7 +280,68 @@ def _networks_of_others(settings: Settings, state: State) -> list[Network]:
 # --- the components --------------------------------------------------------------------------------------------------
 
 
-def proxy_component(plan: NetworkPlan, apiserver_port: int) -> Component:
+def keeper_sockets(state: State) -> tuple[Path, Path]:
+    """Of a network without root: by which nodes come in, and by which the API server reaches pods."""
+    return state.run / "network.sock", state.run / "connect.sock"
+
+
+def proxy_component(plan: NetworkPlan, state: State) -> Component:
+    """What leads between this machine and the pods' network."""
+    return _keeper(plan, state) if plan.rootless else _proxy(plan, state.cluster.ports["apiserver"])
+
+
+def keeper_answers(state: State) -> bool:
+    """Whether nodes can come in."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(keeper_sockets(state)[0]))
+        except OSError:
+            return False
+    return True
+
+
+def _keeper(plan: NetworkPlan, state: State) -> Component:
+    """Without root: see ``wasilet_node.network.keeper``. The API server and the cluster's DNS listen on loopback."""
+    ports = state.cluster.ports
+    entrance, connect = keeper_sockets(state)
+    ways = (f"{plan.machine_address}:{ports[name]}={LOOPBACK}:{ports[name]}" for name in ("apiserver", "dns"))
+    return Component(
+        name=PROXY,
+        argv=kept(
+            PROXY,
+            (
+                *(sys.executable, "-P", "-m", "wasilet_node.network.keeper", "--nodes", str(state.path / "nodes")),
+                *("--socket", str(entrance), "--connect-socket", str(connect)),
+                *("--inside", str(plan.pods), "--inside", str(plan.services)),
+                *(word for way in ways for word in ("--way", way)),
+            ),
+        ),
+        addresses=(),
+        ready=lambda: keeper_answers(state),
+    )
+
+
+def write_egress_config(plan: NetworkPlan | None, state: State) -> Path | None:
+    """How the API server reaches nodes, pods and Services (its ``--egress-selector-config-file``); None: directly."""
+    if plan is None or not plan.rootless:
+        return None
+    connection = {
+        "proxyProtocol": "HTTPConnect",
+        "transport": {"uds": {"udsName": str(keeper_sockets(state)[1])}},
+    }
+    config = {
+        "apiVersion": "apiserver.k8s.io/v1beta1",
+        "kind": "EgressSelectorConfiguration",
+        "egressSelections": [{"name": "cluster", "connection": connection}],
+    }
+    path, text = state.etc / "egress-selector.yaml", json.dumps(config, indent=2) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_file(path, text.encode())
+    return path
+
+
+def _proxy(plan: NetworkPlan, apiserver_port: int) -> Component:
     """The API server for pods and for kube-proxy: the same port at the machine's end of the nodes' links. It listens
     before the address is there, since nodes make it, and takes connections from the pods' range alone."""
     return Component(
@@ -257,9 +359,11 @@ def proxy_component(plan: NetworkPlan, apiserver_port: int) -> Component:
     )
 
 
-def node_arguments(plan: NetworkPlan, *, index: int, folder: Path, kube_proxy: Path) -> list[str]:
-    """What a node's command line states about the network; ``folder`` holds the kubeconfigs."""
+def node_arguments(plan: NetworkPlan, *, index: int, state: State, kube_proxy: Path) -> list[str]:
+    """What a node's command line states about the network."""
+    folder = state.etc
     return [
+        *(("--network-keeper", str(keeper_sockets(state)[0])) if plan.rootless else ()),
         *("--cluster-cidr", str(plan.pods), "--service-cidr", str(plan.services), "--uplink", plan.uplink(index)),
         *("--kube-proxy", str(kube_proxy), "--kube-proxy-kubeconfig", str(folder / "kube-proxy.conf")),
         *("--network-policies-kubeconfig", str(folder / "netpol.conf"), "--cluster-dns", plan.dns_ip),

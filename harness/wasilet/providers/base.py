@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 API_SERVER_STEP = "api-server"
 """The key of the step after which the administrator's kubeconfig works; every provider has one."""
 
+NETWORK_STEP = "pod-network"
+"""The key of the step, where a provider has one, after which nodes know which network their pods get."""
+
 BINARIES_STEP = "binaries"
 PREPARATION_STEP = "preparation"
 

@@ -4,6 +4,7 @@ user's own. Each question has a short limit, and each way of having no engine on
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import re
@@ -41,6 +42,19 @@ class Container:
 
     networks: Mapping[str, str]
     """Network name to the address of its gateway on this machine (IPv4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeNetwork:
+    """An engine's network with a bridge on its machine."""
+
+    interface: str
+    """Of the bridge."""
+
+    network: ipaddress.IPv4Network
+    gateway: str
+    addresses: tuple[str, ...]
+    """Of the containers that run."""
 
 
 class Docker:
@@ -106,6 +120,27 @@ class Docker:
         """The ids of the networks of exactly that name with a label. Raises CommandError."""
         chosen = ("--filter", f"name=^{re.escape(name)}$", "--filter", f"label={label}")
         return self.run("network", "ls", "--quiet", "--no-trunc", *chosen).stdout.split()
+
+    def bridge(self, name: str) -> BridgeNetwork | None:
+        """The network of that name; None: it has no bridge, or no IPv4. Raises CommandError."""
+        (data,) = json.loads(self.run("network", "inspect", name).stdout)
+        configured = ((data.get("IPAM") or {}).get("Config")) or []
+        for entry in configured:
+            with contextlib.suppress(ValueError, KeyError):
+                network, own = ipaddress.IPv4Network(entry["Subnet"]), ipaddress.IPv4Address(entry["Gateway"])
+                break
+        else:
+            return None
+        if data.get("Driver") != "bridge":
+            return None
+        given = (data.get("Options") or {}).get("com.docker.network.bridge.name")
+        containers = (data.get("Containers") or {}).values()
+        return BridgeNetwork(
+            interface=str(given or f"br-{data['Id'][:12]}"),
+            network=network,
+            gateway=str(own),
+            addresses=tuple(str(each.get("IPv4Address") or "").partition("/")[0] for each in containers),
+        )
 
     def remove_network(self, network: str) -> None:
         """Remove a network that no container uses. Raises CommandError."""

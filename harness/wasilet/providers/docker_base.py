@@ -164,10 +164,14 @@ class ContainedProvider(ExternalProvider):
         self.clear_leftovers(cluster)
         return f"{self.name} cluster {name} " + ("deleted" if deleted else "was gone already")
 
-    def node_ids(self, cluster: Cluster) -> list[str]:
-        """The containers that run pods."""
+    def node_containers(self, cluster: Cluster) -> list[Container]:
+        """Those that run pods."""
         containers = Docker(cluster.settings.environ).containers(self.label(cluster.settings.name))
-        return [container.id for container in containers if self.is_node(container)]
+        return [container for container in containers if self.is_node(container)]
+
+    def node_ids(self, cluster: Cluster) -> list[str]:
+        """Their ids."""
+        return [container.id for container in self.node_containers(cluster)]
 
     def half_made(self, name: str) -> UsageError:
         """There is a cluster of that name, which cannot be used and may not be deleted."""

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wasilet.controlplane.components import Component, component_step
+from wasilet.controlplane.joined_network import CREDENTIALS
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject
 from wasilet.kube.credentials import load_yaml, read_credentials
 from wasilet.process import ProcessRecord, stop
-from wasilet.providers.approver_credential import SIGN_SECONDS, approver_credential
 from wasilet.providers.base import API_SERVER_STEP, BINARIES_STEP, PREPARATION_STEP, Access, Cluster, Detection
+from wasilet.providers.client_credential import APPROVER_USER, SIGN_SECONDS, client_credential
 from wasilet.providers.detach import HOSTING, OURS, forget_identities, is_ours, withdraw
 from wasilet.providers.existing_facts import (
     client_ca,
@@ -111,6 +112,10 @@ class ExternalProvider:
         """Steps that let the cluster's own nodes pull from the local registry, after REGISTRY_FOR_NODES."""
         return ()
 
+    def network_steps(self, cluster: Cluster) -> Sequence[Step]:  # noqa: ARG002
+        """Steps that give wasm pods addresses of the cluster's; nodes start after NETWORK_STEP."""
+        return ()
+
     def unwire(self, cluster: Cluster) -> None:
         """Take back what ``registry_steps`` wrote into the nodes of an adopted cluster. Raises HarnessError."""
 
@@ -120,6 +125,7 @@ class ExternalProvider:
         """The tool, the cluster, and where its own nodes find the registry."""
         tools = tuple(self.tool_steps(cluster))
         steps = [*tools, self._cluster_step(cluster, after=tuple(step.key for step in tools))]
+        steps += self.network_steps(cluster)
         if registry := tuple(self.registry_steps(cluster)):
             steps += [self._registry_proxy_step(cluster), *registry, self._hosting_step(cluster)]
         return steps
@@ -169,9 +175,9 @@ class ExternalProvider:
         """A separate client certificate, renewed by ``up`` in the last third of its life."""
         path = cluster.state.etc / "approver.conf"
         access = self.access(cluster)
-        # In a cluster that was made a moment ago the controller-manager may still be starting.
-        patience = cluster.settings.timeouts.ready_seconds if facts(cluster).created else SIGN_SECONDS
-        approver_credential(cluster.admin, path, server=access.server, ca=access.ca, sign_seconds=patience)
+        client_credential(
+            cluster.admin, path, user=APPROVER_USER, server=access.server, ca=access.ca, sign_seconds=patience(cluster)
+        )
         return path
 
     def deletion(self, cluster: Cluster) -> str:
@@ -196,10 +202,11 @@ class ExternalProvider:
             "bootstrap.conf",
             "ca.crt",
             "client-ca.crt",
+            *CREDENTIALS,
         ):
             (cluster.state.etc / file).unlink(missing_ok=True)
         if cluster.state.exists():
-            cluster.state.update(external={}, created_objects=[], known_nodes={}, service_ranges=[])
+            cluster.state.update(external={}, created_objects=[], known_nodes={}, service_ranges=[], pod_network={})
         return report
 
     # --- steps -----------------------------------------------------------------------------------------------------
@@ -382,6 +389,12 @@ class StoppedError(HarnessError):
 
 class HalfMadeError(HarnessError):
     """A cluster that a killed run of the harness began and did not finish; it can be deleted and made again."""
+
+
+def patience(cluster: Cluster) -> float:
+    """How long the signer of certificates may take, in seconds: in a cluster that was made a moment ago the
+    controller-manager may still be starting."""
+    return cluster.settings.timeouts.ready_seconds if facts(cluster).created else SIGN_SECONDS
 
 
 def _now() -> str:

@@ -96,6 +96,7 @@ class HostProvider:
                 node_prefix=plan.node_prefix if plan is not None else pod_network.NODE_PREFIX,
                 kubernetes=cluster.state.cluster.kubernetes,
                 admission_config=pod_security.write_config(cluster.state),
+                egress_config=pod_network.write_egress_config(plan, cluster.state),
             )
 
         return {

@@ -20,6 +20,7 @@ from wasilet.providers.docker import Container, Docker
 from wasilet.providers.docker_base import ContainedProvider
 from wasilet.providers.existing_base import Found
 from wasilet.providers.existing_facts import facts
+from wasilet.providers.joined_network_steps import joined_network_steps
 from wasilet.providers.registry_for_nodes import REGISTRY_FOR_NODES_STEP, hosts_toml
 from wasilet.settings import Settings
 from wasilet.state import RUN_ID_VARIABLE
@@ -167,6 +168,12 @@ class KindProvider(ContainedProvider):
         return run(
             [path, *arguments], timeout_seconds=timeout_seconds, env=env, on_line=on_line, headline=first_error
         ).stdout
+
+    # --- the pod network ---------------------------------------------------------------------------------------------
+
+    def network_steps(self, cluster: Cluster) -> Sequence[Step]:
+        """Wasm pods beside kind's own, by the bridge of its Docker network."""
+        return joined_network_steps(cluster, lambda: self.node_containers(cluster))
 
     # --- the registry ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import Credentials
 from wasilet.kube.manifests import missing_objects, render_objects
 from wasilet.process import check_cancelled
-from wasilet.providers.approver_credential import SIGNER
+from wasilet.providers.client_credential import SIGNER
 
 REVIEWS = api_path("selfsubjectaccessreviews", group="authorization.k8s.io")
 TOKEN_TRIAL_SECONDS = 5.0

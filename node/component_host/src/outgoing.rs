@@ -153,15 +153,21 @@ impl Hooks {
         }
     }
 
-    /// Requests that the guest sends from now on carry the trace headers of this one, unless they have their own.
-    pub fn follow(&mut self, incoming: &HeaderMap) {
-        self.trace.clear();
-        for name in &TRACE_HEADERS {
-            if let Some(value) = incoming.get(name) {
-                self.trace.insert(name, value.clone());
-            }
+    /// Requests that the guest sends from now on carry these trace headers, unless they have their own.
+    pub fn follow(&mut self, trace: HeaderMap) {
+        self.trace = trace;
+    }
+}
+
+/// Those of a request's headers that name its trace; mostly none, which takes no memory.
+pub fn trace_of(incoming: &HeaderMap) -> HeaderMap {
+    let mut trace = HeaderMap::new();
+    for name in &TRACE_HEADERS {
+        if let Some(value) = incoming.get(name) {
+            trace.insert(name, value.clone());
         }
     }
+    trace
 }
 
 type Io = Box<dyn Future<Output = Result<(), Error>> + Send>;

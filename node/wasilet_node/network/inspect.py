@@ -18,7 +18,7 @@ from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
 from wasilet_node.network.pod_networks import NODE_KEY
-from wasilet_node.runtime import netns, supervisor_registry
+from wasilet_node.runtime import linux, netns, rootless, supervisor_registry
 from wasilet_node.settings import NodePaths
 
 
@@ -36,6 +36,9 @@ def lines(paths: NodePaths) -> Iterator[str]:
     finally:
         channel.close()
     try:
+        if os.geteuid() != 0:
+            rootless.join(descriptor)
+            linux.pass_on_capabilities()
         netns.setns(descriptor)
     finally:
         os.close(descriptor)

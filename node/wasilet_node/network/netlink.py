@@ -50,8 +50,9 @@ _IFLA_AF_SPEC, _IFLA_INET_CONF, _DEVCONF_FORWARDING = 26, 1, 1
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_TABLE = 1, 4, 5, 15
-_RT_TABLE_MAIN, _RT_TABLE_LOCAL, _RTPROT_STATIC, _RTN_UNICAST, _RTN_LOCAL = 254, 255, 4, 1, 2
-_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_HOST = 0, 253, 254
+_RT_TABLE_MAIN, _RT_TABLE_LOCAL, _RTPROT_STATIC = 254, 255, 4
+_RTN_UNICAST, _RTN_LOCAL, _RTN_UNREACHABLE = 1, 2, 7
+_SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_HOST, _SCOPE_NOWHERE = 0, 253, 254, 255
 _RTNH_F_ONLINK = 4
 _TYPE_MASK = 0x3FFF
 
@@ -135,6 +136,11 @@ class Netlink:
     def set_up(self, index: int) -> None:
         """Bring an interface up. Raises NetlinkError."""
         self._request(_RTM_NEWLINK, 0, _link(index, up=True), f"bring up interface {index}")
+
+    def set_master(self, index: int, master: int) -> None:
+        """Make an interface a port of the bridge with index ``master``; idempotent. Raises NetlinkError."""
+        body = _link(index, up=True) + _attribute(_IFLA_MASTER, _u32(master))
+        self._request(_RTM_NEWLINK, 0, body, f"make interface {index} a port of interface {master}")
 
     def set_forwarding(self, index: int) -> None:
         """Let IPv4 packets that come in by this interface go on to others. Raises NetlinkError."""
@@ -221,6 +227,26 @@ class Netlink:
     ) -> None:
         body = _route(place, destination, gateway, index)
         self._request(_RTM_NEWROUTE, _CREATE | flags, body, f"add a route to {destination}")
+
+    def remove_route(self, route: Route) -> None:
+        """Take a route of the main table away. Raises NetlinkError; NetlinkGoneError when it is not there."""
+        destination = route.destination
+        body = _ROUTE.pack(
+            _family(destination.network_address), destination.prefixlen, 0, 0, _RT_TABLE_MAIN, 0, _SCOPE_NOWHERE, 0, 0
+        )
+        body += _attribute(_RTA_DST, destination.network_address.packed)
+        body += _attribute(_RTA_OIF, _u32(route.interface_index))
+        self._request(_RTM_DELROUTE, 0, body, f"remove the route to {destination}")
+
+    def refuse(self, destination: IPNetwork) -> None:
+        """Have no route to a network but more specific ones: what is sent there is refused at once. Idempotent. Raises
+        NetlinkError."""
+        body = _ROUTE.pack(
+            _family(destination.network_address), destination.prefixlen, 0, 0,
+            _RT_TABLE_MAIN, _RTPROT_STATIC, _SCOPE_UNIVERSE, _RTN_UNREACHABLE, 0,
+        )  # fmt: skip
+        body += _attribute(_RTA_DST, destination.network_address.packed)
+        self._request(_RTM_NEWROUTE, _CREATE | _REPLACE, body, f"refuse {destination}")
 
     def addresses(self) -> frozenset[ipaddress.IPv4Address]:
         """The IPv4 addresses of all interfaces. Raises NetlinkError."""
@@ -356,7 +382,7 @@ def _route(place: tuple[int, int, int], destination: IPNetwork, gateway: IPAddre
 def _raise_for(data: bytes, what: str) -> None:
     (number,) = struct.unpack_from("=i", data)
     if number:
-        kind = NetlinkGoneError if -number == errno.ENODEV else NetlinkError
+        kind = NetlinkGoneError if -number in {errno.ENODEV, errno.ESRCH} else NetlinkError
         raise kind(-number, f"cannot {what}: {os.strerror(-number)}")
 
 

@@ -64,7 +64,12 @@ def kube_proxy(settings: NetworkSettings, node_name: str) -> Program:
 
 
 def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network, agent: Path) -> Program:
-    """NetworkPolicies, for the pods of ``pod_cidr``. ``agent``: the socket of its ``PolicyGate``."""
+    """NetworkPolicies, for the pods of ``pod_cidr``; with a bridge the routes to other nodes' pods, too, and the
+    cluster's DNS is a pod like any other. ``agent``: the socket of its ``PolicyGate``."""
+    if settings.bridge is None:
+        words = [f"--dns={address}" for address in settings.cluster_dns]
+    else:
+        words = [f"--cluster-cidr={settings.cluster_cidr}", f"--uplink={settings.uplink}"]
     return Program(
         name="network-policies",
         argv=(
@@ -73,21 +78,21 @@ def network_policies(settings: NetworkSettings, pod_cidr: ipaddress.IPv4Network,
             f"--pod-cidr={pod_cidr}",
             f"--machine-address={settings.machine_address}",
             f"--agent={agent}",
-            *(f"--dns={address}" for address in settings.cluster_dns),
+            *words,
         ),
     )
 
 
-def outward(pod_cidr: ipaddress.IPv4Network, machine_namespace: int) -> Program:
-    """What pods send to other machines. ``machine_namespace``: a descriptor."""
+def outward(pod_cidr: ipaddress.IPv4Network, node_namespace: int) -> Program:
+    """What pods send to other machines; it runs in the machine's network. ``node_namespace``: a descriptor."""
     return Program(
         name="outward",
         argv=(
             *(sys.executable, "-P", "-m", "wasilet_node.network.outward"),
             f"--pod-cidr={pod_cidr}",
-            f"--machine-namespace={machine_namespace}",
+            f"--node-namespace={node_namespace}",
         ),
-        descriptors=(machine_namespace,),
+        descriptors=(node_namespace,),
     )
 
 

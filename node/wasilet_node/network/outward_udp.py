@@ -109,7 +109,7 @@ class OutwardDatagrams:
 
     def _begin(self, key: tuple[Address, Address], pod: Address, asked: Address) -> str:
         """Why there is no such flow now; empty: there is."""
-        if not self._flows.has_room(pod[0]):
+        if not self._flows.make_room(pod[0]):
             return "too many flows outward"
         try:
             if refusal := self._refusal(*asked):

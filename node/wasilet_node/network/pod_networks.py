@@ -36,6 +36,9 @@ from wasilet_node.runtime import netns
 logger = logging.getLogger(__name__)
 
 NODE_KEY = "node"
+MACHINE_KEY = "machine"
+"""What stands in for the machine's namespace where the node is an ordinary user's."""
+
 MODULES_KEY = "modules"
 """Of the namespace that answers for pods without one."""
 
@@ -91,7 +94,7 @@ class PodNetworks:
             else:
                 records.remove(record.uid)
         # What no record names was in the pool, or was being made, when the agent before this one ended.
-        channel.drop([key for key in kept if key not in {NODE_KEY, MODULES_KEY}])
+        channel.drop([key for key in kept if key not in {NODE_KEY, MACHINE_KEY, MODULES_KEY}])
         self._modules_kept = MODULES_KEY in kept
         taken = [ipaddress.IPv4Address(record.address) for record in self._pods.values()]
         self._addresses = AddressPool(node.pod_cidr, taken=taken)

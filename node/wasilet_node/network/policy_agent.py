@@ -1,4 +1,5 @@
-"""Keeps the rules of NetworkPolicies in the network namespace that it is started in, with its own credential.
+"""Keeps the rules of NetworkPolicies in the network namespace that it is started in, with its own credential, and the
+routes to other nodes' pods where they are the node's affair (``--cluster-cidr``).
 
 ``python -P -m wasilet_node.network.policy_agent --kubeconfig FILE ...``, started by the agent, as kube-proxy is: a node
 may read neither other nodes' pods nor namespaces. Rules stay when it ends, and are made again by the next.
@@ -20,6 +21,7 @@ from wasilet_node.kube import kubeconfig
 from wasilet_node.kube.client import KubeClient
 from wasilet_node.network import nft, policies
 from wasilet_node.network.errors import NetworkError
+from wasilet_node.network.node_routes import Neighbourhood, RouteKeeper
 from wasilet_node.network.policy_gate import PolicyReports
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,16 @@ async def _run(options: argparse.Namespace) -> None:
         pod_cidr=options.pod_cidr, machine_address=str(options.machine_address), dns_addresses=tuple(options.dns)
     )
     try:
-        await Keeper(kube, place).run(options.agent)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(Keeper(kube, place).run(options.agent), name="policies")
+            if options.cluster_cidr is not None:
+                here = Neighbourhood(
+                    own=options.pod_cidr,
+                    pods=options.cluster_cidr,
+                    uplink=options.uplink,
+                    gateway=options.machine_address,
+                )
+                group.create_task(RouteKeeper(kube, here).run(), name="routes")
     finally:
         await kube.close()
 
@@ -124,7 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--machine-address", type=ipaddress.IPv4Address, required=True)
     parser.add_argument("--dns", action="append", default=[])
     parser.add_argument("--agent", type=Path, required=True, help="the socket that the agent listens at")
+    parser.add_argument(
+        "--cluster-cidr", type=ipaddress.IPv4Network, help="keep routes to the pods of other Nodes in it"
+    )
+    parser.add_argument("--uplink", type=ipaddress.IPv4Interface, help="this node's address among theirs")
     options = parser.parse_args(arguments)
+    if (options.cluster_cidr is None) != (options.uplink is None):
+        parser.error("--cluster-cidr and --uplink go together")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     asyncio.run(_run(options))
     return 1

@@ -26,10 +26,10 @@ from wasilet_node.network.attachment import Attachment
 from wasilet_node.network.channel import TIMEOUT_SECONDS, NamespaceChannel
 from wasilet_node.network.errors import NetworkAbsentError, NetworkError
 from wasilet_node.network.node_network import NodeNetwork
-from wasilet_node.network.node_processes import Kept, kube_proxy, network_policies, outward
-from wasilet_node.network.pod_networks import NODE_KEY, POOL_LOW, PodNetworks
+from wasilet_node.network.node_processes import Kept, Program, kube_proxy, network_policies, outward
+from wasilet_node.network.pod_networks import MACHINE_KEY, NODE_KEY, POOL_LOW, PodNetworks
 from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyGate
-from wasilet_node.runtime import netns, supervisor_registry
+from wasilet_node.runtime import linux, netns, rootless, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind
 from wasilet_node.settings import NetworkSettings, NodePaths
 
@@ -67,12 +67,14 @@ class PodNetwork:
         *,
         node_name: str,
         hosts_of: Callable[[dict[str, Any], tuple[str, ...]], bytes],
+        machine: int | None = None,
         supervisor_seconds: float = TIMEOUT_SECONDS,
         calm: Callable[[float], Awaitable[bool]] = _always,
     ) -> None:
-        """``hosts_of``: the contents of a pod's hosts file. ``supervisor_seconds``: how long a supervisor may take for
-        an answer. ``calm``: waits until no pod is being started or ended, for so many seconds at most, and
-        whether that is so; namespaces for later pods let these go first."""
+        """``hosts_of``: the contents of a pod's hosts file. ``machine``: what the node is joined to, if not to the
+        namespace that this is called in (``wasilet_node.network.keeper``). ``supervisor_seconds``: how long a
+        supervisor may take for an answer. ``calm``: waits until no pod is being started or ended, for so many seconds
+        at most, and whether that is so; namespaces for later pods let these go first."""
         self._calm = calm
         self.settings = settings
         self._supervisor_seconds = supervisor_seconds
@@ -85,7 +87,10 @@ class PodNetwork:
         self._wake = asyncio.Event()
         self._look_at = 0.0
         self._ready = asyncio.Event()
-        self._plug = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pod network")
+        self._machine = machine
+        self._plug = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="pod network", initializer=_begin, initargs=(machine,)
+        )
         self._dial: ThreadPoolExecutor | None = None
         self._node: NodeNetwork | None = None
         self._channel: NamespaceChannel | None = None
@@ -140,7 +145,7 @@ class PodNetwork:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        """Look again when the machine's network changed, in which this thread is."""
+        """Look again when the machine's network changed, in which the network's own thread is so far."""
         loop, pending = asyncio.get_running_loop(), False
 
         def calm() -> None:
@@ -157,7 +162,7 @@ class PodNetwork:
                 loop.call_later(CALM_SECONDS, calm)
 
         try:
-            watch = machine_changes.open_watch()
+            watch = self._plug.submit(machine_changes.open_watch).result()
         except OSError as error:
             logger.warning("changes of the machine's network are seen every %g s only: %s", REFILL_SECONDS, error)
             yield
@@ -183,19 +188,23 @@ class PodNetwork:
         await self._ready.wait()
         if self.absent is not None or self._pod_cidr is None:
             return
-        with _own_namespace() as machine:
-            await self._run_processes(machine, self._pod_cidr)
+        node = await self._in_namespace(netns.open_own)
+        try:
+            await self._run_processes(node, self._pod_cidr)
+        finally:
+            os.close(node)
 
-    async def _run_processes(self, machine: int, pod_cidr: ipaddress.IPv4Network) -> None:
-        settings, programs = self.settings, [outward(pod_cidr, machine)]
+    async def _run_processes(self, node: int, pod_cidr: ipaddress.IPv4Network) -> None:
+        settings, programs = self.settings, list[Program]()
         if settings.kube_proxy is not None:
             programs.append(kube_proxy(settings, self._node_name))
         if settings.network_policies_kubeconfig is not None:
             programs.append(network_policies(settings, pod_cidr, self._paths.network / SOCKET_NAME))
         async with asyncio.TaskGroup() as group:
             group.create_task(self._gate.run(), name="policy gate")
-            for program in programs:
-                kept = Kept(program, folder=self._paths.network, spawn=self._in_namespace)
+            way_out = outward(pod_cidr, node)
+            for program, spawn in ((way_out, _in_own_namespace), *((each, self._in_namespace) for each in programs)):
+                kept = Kept(program, folder=self._paths.network, spawn=spawn)
                 group.create_task(kept.run(), name=program.name)
 
     async def _in_namespace(self, work: Callable[[], _T]) -> _T:
@@ -431,6 +440,8 @@ class PodNetwork:
             self._dial.submit(int)
         try:
             channel.hold(NODE_KEY, descriptor)
+            if self._machine is not None:
+                channel.hold(MACHINE_KEY, self._machine)
         finally:
             os.close(descriptor)
         return node
@@ -478,18 +489,26 @@ class PodNetwork:
         return self._paths.network / "etc" / uid
 
 
-@contextlib.contextmanager
-def _own_namespace() -> Iterator[int]:
-    descriptor = netns.open_own()
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+async def _in_own_namespace(work: Callable[[], _T]) -> _T:
+    """In this thread: the kernel ends a child with the thread that started it."""
+    if not rootless.is_inside():
+        return work()
+    with rootless.passing_on():
+        return work()
+
+
+def _begin(machine: int | None) -> None:
+    """The calling thread, which is to make the node's network."""
+    if machine is not None:
+        netns.setns(machine)
+        linux.pass_on_capabilities()
 
 
 def _move_to(descriptor: int) -> None:
     """The calling thread, for good, into the namespace of a descriptor that is this function's to close."""
     try:
         netns.setns(descriptor)
+        if rootless.is_inside():
+            linux.pass_on_capabilities()
     finally:
         os.close(descriptor)

@@ -463,8 +463,9 @@ class Containers:
             if container.group is not None and container.group.memory is not None:
                 continue
             again = True
-            # The limit is for all of the container's processes, and the largest goes first, as the kernel has it.
-            processes = [container.process, *container.commands]
+            # The limit is for all of the container's processes, and the largest goes first, as the kernel has it. What
+            # was killed takes a while to go on a busy machine, and must not take another with it.
+            processes = [process for process in (container.process, *container.commands) if not process.ending]
             # The resident set is cheap to read but counts what is shared with this process; the rest is exact.
             if sum(linux.resident_bytes(process.pid) for process in processes) <= limit // 2:
                 continue

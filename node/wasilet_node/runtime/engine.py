@@ -13,7 +13,6 @@ engine is made: the agent needs the key alone, and is spared the library.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +73,8 @@ def make_linkers() -> Linkers:
 
 def wasmtime_version() -> str:
     """The version of the installed wasmtime, as ``50.0.1``."""
+    import importlib.metadata  # here: it loads the whole of email, which a command that ends a node has no use for
+
     return importlib.metadata.version("wasmtime")
 
 

@@ -26,6 +26,7 @@ PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 CAP_DAC_OVERRIDE = 1
@@ -33,6 +34,8 @@ CAP_KILL = 5
 CAP_SETGID = 6
 CAP_SETUID = 7
 CAP_SETPCAP = 8
+CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 MOST_EXPENDABLE = 1000
@@ -138,13 +141,29 @@ def _hold_capabilities(keep: frozenset[int]) -> None:
     _set_capabilities(frozenset(capability for capability in keep if held >> capability & 1))
 
 
-def _set_capabilities(keep: frozenset[int]) -> None:
-    """Permitted and effective. Raises OSError."""
+def pass_on_capabilities() -> None:
+    """What this thread executes from here on has the capabilities that the thread has. Raises OSError."""
+    held = effective_capabilities()
+    found = frozenset(capability for capability in range(64) if held >> capability & 1)
+    _set_capabilities(found, inheritable=found)
+    for capability in found:
+        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
+
+
+def stop_passing_on() -> None:
+    """The opposite, for an ordinary user. Raises OSError."""
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def _set_capabilities(keep: frozenset[int], *, inheritable: frozenset[int] = frozenset()) -> None:
+    """Permitted and effective; and what an exec may leave. Raises OSError."""
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)()
     for capability in keep:
         data[capability // 32].effective |= 1 << (capability % 32)
         data[capability // 32].permitted |= 1 << (capability % 32)
+    for capability in inheritable:
+        data[capability // 32].inheritable |= 1 << (capability % 32)
     if _capset(ctypes.byref(header), data) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")

@@ -1,22 +1,24 @@
 """A pid namespace for each sandbox: it sees, and can name, no process but itself.
 
-A sandbox is the first and only process of its own namespace, made by ``clone3(2)`` with ``CLONE_NEWPID`` and, in place
+A sandbox is the first and only process of its own namespace, made by ``clone(2)`` with ``CLONE_NEWPID`` and, in place
 of a process in between, ``CLONE_PARENT``: it is a child of the supervisor at once. To the supervisor all stays as it
 was, since a namespace's processes have pids in those above it, too: waiting, pidfds, the death signal, usage by pid.
 
 What is different for a first process: no signal ends it whose action is the default, but SIGKILL and those of its own
 faults. So ``abort`` ends in SIGSEGV or SIGILL, as in any container, and the supervisor ends sandboxes by SIGKILL.
 
-Python's ``os.fork`` cannot pass flags. The call is made while the interpreter's lock is held, by a process with one
+Python's ``os.fork`` cannot pass flags, and ``clone3`` is refused where systemd restricts namespaces, since its flags
+cannot be looked at. The call is made while the interpreter's lock is held, by a process with one
 thread: the child is an exact copy, in which no other thread held anything, so nothing has to be made whole afterwards.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
-_CLONE3 = 435
+_CLONE = {"x86_64": 56, "aarch64": 220}.get(os.uname().machine)
 _CLONE_PARENT = 0x00008000
 _CLONE_CHILD_CLEARTID = 0x00200000
 _CLONE_CHILD_SETTID = 0x01000000
@@ -28,26 +30,22 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
 
-class _CloneArguments(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in ("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls")
-    ]
-
-
 def clone_beside() -> int:
     """Like ``os.fork``, but the child is a sibling, and the first process of its own pid namespace: 0 there, its pid
     here. At its end the parent of both gets the signal that this process would have caused. Needs CAP_SYS_ADMIN, one
     thread, and no ``os.register_at_fork`` that matters. Raises OSError."""
+    if _CLONE is None:
+        raise OSError(errno.ENOSYS, f"the number of clone is not known for {os.uname().machine}")
     flags, thread_id = _CLONE_NEWPID | _CLONE_PARENT, ctypes.c_void_p()
     if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(thread_id), 0, 0, 0) == 0:
         # libc remembers the main thread's id; kernels without checkpoint/restore do not say where.
         flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
-    arguments = _CloneArguments(flags=flags, child_tid=thread_id.value or 0)
-    pid = int(_syscall(ctypes.c_long(_CLONE3), ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments))))
+    # Where the child's id goes is the last but one argument on x86_64 and the last on arm64, and the other one is the
+    # address of thread storage, which is not asked for.
+    pid = int(_syscall(ctypes.c_long(_CLONE), ctypes.c_ulong(flags), None, None, thread_id, thread_id))
     if pid < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"clone3: {os.strerror(number)}")
+        raise OSError(number, f"clone: {os.strerror(number)}")
     return pid
 
 

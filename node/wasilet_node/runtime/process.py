@@ -72,6 +72,9 @@ class SandboxProcess:
         self.pid = 0
         self.stdin = -1
         self.started = False
+        self.ending = False
+        """Whether it was killed, and may not be gone yet."""
+
         self.finished = False
 
     def spawn(
@@ -156,6 +159,7 @@ class SandboxProcess:
 
     def kill(self) -> None:
         """SIGKILL; idempotent. The rest comes by ``on_exit``."""
+        self.ending = True
         if not self.finished and self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)

@@ -27,7 +27,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from wasilet_node.runtime import engine, guest, linux, sandbox, supervisor_registry, user_namespace, wire
+from wasilet_node.runtime import (
+    engine,
+    guest,
+    linux,
+    rootless,
+    sandbox,
+    supervisor_registry,
+    user_namespace,
+    wire,
+)
 from wasilet_node.runtime.cgroups import CgroupManager
 from wasilet_node.runtime.containers import Container, Containers, RequestError
 from wasilet_node.runtime.fences import examine
@@ -68,15 +77,22 @@ class Supervisor:
     """Serves requests until it is told to end."""
 
     def __init__(
-        self, paths: NodePaths, logs: LogSettings, *, use_cgroups: bool = True, not_isolated: str = "not tried"
+        self,
+        paths: NodePaths,
+        logs: LogSettings,
+        *,
+        use_cgroups: bool = True,
+        not_isolated: str = "not tried",
+        pod_networks: bool = False,
     ) -> None:
-        """``not_isolated``: why this process is not in its own user namespace, which may own network namespaces;
-        empty: it is. Raises OSError when the data folder cannot be used."""
+        """``not_isolated``: why this process is not in its own user namespace that knows all ids, and may own network
+        namespaces; empty: it is. ``pod_networks``: it is in another one that may. Raises OSError when the data folder
+        cannot be used."""
         pid = os.getpid()
         start_time = linux.start_time(pid)
         if start_time is None:
             raise OSError("/proc does not show this process; is it mounted?")
-        fences = examine(not_isolated)
+        fences = examine(not_isolated, rootless_rights=pod_networks)
         for fence in fences.each():
             logger.log(logging.INFO if fence.holds else logging.WARNING, "%s", fence.line)
         # Before anything is known of any container.
@@ -98,7 +114,7 @@ class Supervisor:
             cpu_limits=self._cgroups.cpu,
             memory_cgroup=self._cgroups.memory,
             wasmtime_version=engine.wasmtime_version(),
-            pod_networks=not not_isolated,
+            pod_networks=pod_networks or not not_isolated,
             fences=fences.each(),
         )
         self._namespaces = PodNamespaces(self._loop)
@@ -458,9 +474,14 @@ def main(arguments: list[str]) -> int:
         linux.set_oom_score(OOM_SCORE)  # while the capability for it is held
         not_isolated = user_namespace.enter(inside)
         inside.close()
-        linux.drop_privileges(keep=frozenset({linux.CAP_DAC_OVERRIDE}) if not_isolated else _CAPABILITIES)
+        rootless_networks = rootless.is_inside()
+        linux.drop_privileges(keep=_kept(isolated=not not_isolated, rootless_networks=rootless_networks))
         supervisor = Supervisor(
-            NodePaths(data=options.data_dir), logs, use_cgroups=not options.no_cgroups, not_isolated=not_isolated
+            NodePaths(data=options.data_dir),
+            logs,
+            use_cgroups=not options.no_cgroups,
+            not_isolated=not_isolated,
+            pod_networks=rootless_networks,
         )
     except Exception as error:
         logger.exception("cannot start")
@@ -471,6 +492,13 @@ def main(arguments: list[str]) -> int:
         os.close(options.ready_fd)
     supervisor.run()
     return 0
+
+
+def _kept(*, isolated: bool, rootless_networks: bool) -> frozenset[int]:
+    """The capabilities that stay. Those of an ordinary user put sandboxes into networks, and do nothing else."""
+    if rootless_networks:
+        return frozenset({linux.CAP_SYS_ADMIN})
+    return _CAPABILITIES if isolated else frozenset({linux.CAP_DAC_OVERRIDE})
 
 
 def _write_message(descriptor: int, message: dict[str, object]) -> None:

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from wasilet_node.runtime import supervisor_log, supervisor_registry, systemd_scope
+from wasilet_node.runtime import rootless, supervisor_log, supervisor_registry, systemd_scope
 from wasilet_node.runtime.engine import engine_key
 from wasilet_node.runtime.protocol import PROTOCOL_VERSION, RuntimeUnavailableError
 from wasilet_node.settings import LogSettings, NodePaths
@@ -79,13 +79,20 @@ async def _spawn(paths: NodePaths, logs: LogSettings, prefix: Sequence[str]) -> 
     """Its last message on whether it is ready. Raises OSError, RuntimeUnavailableError."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     reader = asyncio.StreamReader()
-    with os.fdopen(write_end, "wb", 0) as ready, os.fdopen(read_end, "rb", 0) as pipe:
+    with (
+        os.fdopen(write_end, "wb", 0) as ready,
+        os.fdopen(read_end, "rb", 0) as pipe,
+        contextlib.ExitStack() as rights,
+    ):
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), pipe
         )
         try:
             log = supervisor_log.open_log(paths.data)
             try:
+                # A supervisor that is to keep pods' networks needs this process's rights in its user namespace.
+                if rootless.is_inside():
+                    rights.enter_context(rootless.passing_on())
                 process = await asyncio.create_subprocess_exec(
                     *prefix,
                     sys.executable,
@@ -104,6 +111,7 @@ async def _spawn(paths: NodePaths, logs: LogSettings, prefix: Sequence[str]) -> 
                     env=_environment(),
                 )
             finally:
+                rights.close()
                 os.close(log)
             ready.close()
             return await _wait_until_ready(reader, process)

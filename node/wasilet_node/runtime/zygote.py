@@ -29,7 +29,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wasilet_node.runtime import engine, guest, linux, pid_namespace, sandbox, wire
+from wasilet_node.runtime import engine, guest, linux, pid_namespace, rootless, sandbox, wire
 from wasilet_node.runtime.loop import Loop, Watch
 
 logger = logging.getLogger(__name__)
@@ -381,6 +381,8 @@ def _execute(commands: socket.socket, parent: int) -> NoReturn:
         descriptor = commands.fileno()
         linux.close_range_except((descriptor,))
         os.set_inheritable(descriptor, True)  # noqa: FBT003
+        if rootless.is_inside():
+            linux.pass_on_capabilities()
         os.execv(  # noqa: S606 - no shell is wanted
             sys.executable, [sys.executable, "-P", "-m", "wasilet_node.runtime.zygote", str(descriptor), str(parent)]
         )

@@ -32,15 +32,16 @@ _NODE_PACKAGES = (
 )
 _PROGRAMS = (
     *("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy"),
-    *("kubelet", "kubeadm", "kubectl", "etcd"),
+    *("kubelet", "kubeadm", "kubectl", "etcd", "coredns"),
 )
 _ETCD_TAG = "3.7.0-0"
 _PAUSE_TAG = "3.10.2"
+_COREDNS_TAG = "v1.14.6"
 """The tags that kubeadm 1.37 asks for; what is inside them is ours."""
 
 
 def build_go_tool(name: str, *, cache: Path) -> Path:
-    """Compile one of ``files``'s two small Go programs; Go's own cache makes the second time quick."""
+    """Compile one of ``files``'s small Go programs; Go's own cache makes the second time quick."""
     return build_go_program(FILES / name, cache / "bin" / name)
 
 
@@ -68,7 +69,7 @@ def node_image(engine: Engine, *, cache: Path, binaries_cache: Path, say: Callab
     say("making a kind node image from Debian packages and Go modules (once per machine)")
     found = acquire(_PROGRAMS, cache=binaries_cache, environ=os.environ, progress=say)
     programs = {name: place.path for name, place in found.items()}
-    programs |= {name: build_go_tool(name, cache=cache) for name in ("softrunc", "pause")}
+    programs |= {name: build_go_tool(name, cache=cache) for name in ("softrunc", "pause", "corefile")}
     if not _has(engine, base):
         _make_base(engine, base, cache, say)
     engine.docker("tag", base, f"{BASE}:latest")
@@ -142,7 +143,7 @@ COPY --from=root /out /
 COPY bin/ /usr/local/bin/
 ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin
 """
-_PROXY_ROOT = """
+_PROXY_ROOT = r"""
 set -eu
 mkdir -p /out
 for program in xtables-nft-multi xtables-legacy-multi conntrack; do
@@ -153,6 +154,7 @@ for link in iptables iptables-save iptables-restore ip6tables ip6tables-save ip6
     ln -s xtables-nft-multi /out/usr/sbin/$link
 done
 cp -r --parents /usr/lib/*/xtables /out
+cp --parents -L $(ldd /usr/lib/*/xtables/*.so | grep -o '/[^ )]*\.so[^ )]*' | grep -v xtables | sort -u) /out
 mkdir -p /out/run /out/tmp
 """
 
@@ -167,6 +169,7 @@ def _make_images(engine: Engine, programs: dict[str, Path], folder: Path, say: C
         "kube-controller-manager": (version, static),
         "kube-scheduler": (version, static),
         "etcd": (_ETCD_TAG, static),
+        "coredns": (_COREDNS_TAG, 'FROM scratch\nCOPY bin/ /\nENTRYPOINT ["/corefile"]\n'),
         "pause": (_PAUSE_TAG, 'FROM scratch\nCOPY bin/pause /pause\nENTRYPOINT ["/pause"]\n'),
         "kube-proxy": (
             version,
@@ -177,9 +180,11 @@ def _make_images(engine: Engine, programs: dict[str, Path], folder: Path, say: C
     for name, (tag, dockerfile) in tags.items():
         context = folder / name
         (context / "bin").mkdir(parents=True)
-        shutil.copy2(programs[name], context / "bin" / name)
+        for program in (name, "corefile") if name == "coredns" else (name,):
+            shutil.copy2(programs[program], context / "bin" / program)
         (context / "proxy-root").write_text(_PROXY_ROOT, encoding="utf-8")
-        references.append(f"registry.k8s.io/{name}:{tag}")
+        repository = "coredns/coredns" if name == "coredns" else name
+        references.append(f"registry.k8s.io/{repository}:{tag}")
         _build(engine, context, references[-1], dockerfile=dockerfile)
         shutil.rmtree(context)
     return references

@@ -25,7 +25,7 @@ from tests.rigs.kind.image import build_go_program, build_go_tool, node_image
 
 IMAGE = "WASILET_TEST_KIND_IMAGE"
 LINUX = Path(__file__).resolve().parent.parent / "linux"
-_WITHOUT_DNS = """\
+_CONFIG = """\
 kind: Cluster
 apiVersion: kind.x-k8s.io/v1alpha4
 nodes:
@@ -33,7 +33,7 @@ nodes:
     kubeadmConfigPatches:
       - |
         kind: InitConfiguration
-        skipPhases: [preflight, addon/coredns]
+        skipPhases: [preflight]
 {extra}      - |
         kind: KubeletConfiguration
         failCgroupV1: false
@@ -66,12 +66,11 @@ class KindRig:
     """For configuration files; private."""
 
     def config(self, *, linux_taint: str = "") -> Path:
-        """A cluster configuration for ``--config``: without DNS, which no test needs and the rig's image lacks; its
-        node with a taint (``key:Effect``), or with none."""
+        """A cluster configuration for ``--config``; its node with a taint (``key:Effect``), or with none."""
         key, _, effect = linux_taint.partition(":")
         path = self.folder / ("tainted.yaml" if key else "plain.yaml")
         extra = _TAINTED.format(key=key, effect=effect) if key else ""
-        path.write_text(_WITHOUT_DNS.format(extra=extra), encoding="utf-8")
+        path.write_text(_CONFIG.format(extra=extra), encoding="utf-8")
         return path
 
     def push_linux(self, registry: str, docker_config: Path) -> str:

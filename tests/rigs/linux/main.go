@@ -1,5 +1,6 @@
 // Linux is what the Linux pods of tests run: `linux say WORDS` prints and then sleeps; `linux make NAME KEY VALUE`
-// creates a ConfigMap in the pod's namespace with the pod's own service account.
+// creates a ConfigMap in the pod's namespace with the pod's own service account; `linux serve PORT` answers lines, and
+// `linux connect HOST:PORT TEXT` sends one.
 package main
 
 import (
@@ -65,7 +66,11 @@ func main() {
 		time.Sleep(time.Hour)
 	case len(os.Args) == 5 && os.Args[1] == "make":
 		makeConfig(os.Args[2], os.Args[3], os.Args[4])
+	case len(os.Args) == 3 && os.Args[1] == "serve":
+		serve(os.Args[2])
+	case len(os.Args) == 4 && os.Args[1] == "connect":
+		connect(os.Args[2], os.Args[3])
 	default:
-		check(fmt.Errorf("say WORDS, or make NAME KEY VALUE; not %q", os.Args[1:]))
+		check(fmt.Errorf("say WORDS, make NAME KEY VALUE, serve PORT, or connect HOST:PORT TEXT; not %q", os.Args[1:]))
 	}
 }

@@ -28,11 +28,18 @@ class Rig:
         made.setblocking(False)  # noqa: FBT003
         return made
 
-    def flow(self, place: tuple[str, int], *, idle_seconds: float = 60.0, near: socket.socket | None = None) -> Flow:
+    def flow(
+        self,
+        place: tuple[str, int],
+        *,
+        client: str = "10.0.0.1",
+        idle_seconds: float = 60.0,
+        near: socket.socket | None = None,
+    ) -> Flow:
         far = self.bound()
         far.connect(place)
         return Flow(
-            client="10.0.0.1",
+            client=client,
             far=far,
             near=near,
             answer=self.answers.append if near is None else near.send,
@@ -108,20 +115,52 @@ async def test_use_puts_the_end_off(rig: Rig) -> None:
     flows, place = Flows(), rig.bound()
     flows.add("k", rig.flow(place.getsockname(), idle_seconds=0.05))
     first = flows._timers["k"]
-    flows._used_at["k"] += 3600.0
+    flows._used_at["10.0.0.1"]["k"] += 3600.0
     await until(lambda: flows._timers["k"] is not first)
     assert flows.send("k", b"still there")
     flows.close()
 
 
-async def test_flows_are_limited_per_client_and_in_all(rig: Rig) -> None:
-    flows, place = Flows(Limits(flows=3, per_client=2)), rig.bound()
+async def test_answers_alone_do_not_keep_a_flow_for_a_client_that_is_gone(rig: Rig) -> None:
+    flows, place = Flows(Limits(unasked_seconds=0.1)), rig.bound()
+    flow = rig.flow(place.getsockname(), idle_seconds=0.05)
+    flows.add("k", flow)
+    flows._used_at["10.0.0.1"]["k"] += 3600.0
+    await until(lambda: not len(flows))
+
+
+async def test_flows_that_are_in_use_are_limited_per_client_and_in_all(rig: Rig) -> None:
+    flows, place = Flows(Limits(flows=3, per_client=2, in_use_seconds=3600.0)), rig.bound()
     for key in range(2):
-        assert flows.has_room("10.0.0.1")
+        assert flows.make_room("10.0.0.1")
         flows.add(key, rig.flow(place.getsockname()))
-    assert not flows.has_room("10.0.0.1")
-    assert flows.has_room("10.0.0.2")
-    flows.add(2, rig.flow(place.getsockname()))
-    assert not flows.has_room("10.0.0.2")
+    assert not flows.make_room("10.0.0.1")
+    assert flows.make_room("10.0.0.2")
+    flows.add(2, rig.flow(place.getsockname(), client="10.0.0.2"))
+    assert not flows.make_room("10.0.0.2")
+    assert len(flows) == 3
     flows.close()
-    assert flows.has_room("10.0.0.1")
+    assert flows.make_room("10.0.0.1")
+
+
+async def test_a_clients_longest_unused_flow_makes_room_for_its_next(rig: Rig) -> None:
+    flows, place = Flows(Limits(per_client=2, in_use_seconds=0.0)), rig.bound()
+    for key in ("first", "second"):
+        flows.add(key, rig.flow(place.getsockname()))
+    flows.send("first", b"used again")
+    assert flows.make_room("10.0.0.1")
+    assert not flows.send("second", b"x")
+    assert flows.send("first", b"x")
+    flows.close()
+
+
+async def test_when_all_places_are_taken_who_has_most_gives_one_to_who_has_fewer(rig: Rig) -> None:
+    flows, place = Flows(Limits(flows=3, per_client=3, in_use_seconds=3600.0)), rig.bound()
+    for key in range(3):
+        flows.add(key, rig.flow(place.getsockname()))
+    assert flows.make_room("10.0.0.2")
+    flows.add("other", rig.flow(place.getsockname(), client="10.0.0.2"))
+    assert not flows.send(0, b"x")
+    assert not flows.make_room("10.0.0.2"), "it would have as many then as who has most now"
+    assert len(flows) == 3
+    flows.close()

@@ -225,6 +225,21 @@ def test_help_teaches_and_loads_nothing_heavy() -> None:
     assert check.returncode == 0
 
 
+def test_the_end_of_a_node_loads_nothing_heavy(tmp_path: Path) -> None:
+    """`down` waits for it, and it was a third of a second."""
+    code = f"""
+import sys
+from pathlib import Path
+from wasilet_node import __main__, shutdown
+from wasilet_node.runtime import client, stale_cleanup
+from wasilet_node.volumes import pod_dirs
+assert shutdown.shutdown(Path({str(tmp_path)!r}), timeout_seconds=5) == 0
+print([name for name in ("aiohttp", "cryptography", "email", "kubernetes", "wasmtime") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_a_node_that_cannot_join_says_so_in_its_last_line_and_leaves_nothing_running(tmp_path: Path) -> None:
     done = module("--data-dir", str(tmp_path), "--node-name", "n1", "--bootstrap-file", str(tmp_path / "missing"))
     try:

@@ -3,6 +3,7 @@
 use crate::counters::Counters;
 use crate::epochs::Epochs;
 use crate::guest::{Guest, Maker};
+use crate::outgoing::trace_of;
 use crate::server::answer::{Failure, Refusal, one_line};
 use crate::server::exchange::Exchange;
 use http::{Request, Response};
@@ -43,7 +44,7 @@ impl Fresh {
         let failed = |error: wasmtime::Error| Failure::Failed(one_line(&error));
         let (sender, receiver) = oneshot::channel();
         let mut store = self.maker.store().map_err(failed)?;
-        store.data_mut().hooks.follow(request.headers());
+        store.data_mut().hooks.follow(trace_of(request.headers()));
         let mut view = store.data_mut().http();
         let incoming = view.new_incoming_request(Scheme::Http, request).map_err(failed)?;
         let set = exchange.clone();

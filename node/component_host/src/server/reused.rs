@@ -1,28 +1,30 @@
 //! Instances that answer several requests: always with WASI 0.3, by choice with 0.2.
+//!
+//! wasmtime has a handler for the same (`wasmtime_wasi_http::handler::ProxyHandler`), made for many threads. Here there is
+//! one, so the queue is another: requests go to few instances, whose memory is warm, and never wait for one whose guest
+//! computes after its answer.
+
+mod instance;
+mod queue;
 
 use crate::counters::Counters;
-use crate::epochs::{Epochs, Running};
+use crate::epochs::Epochs;
 use crate::guest::{Guest, Maker};
-use crate::server::answer::{Failure, log, one_line};
-use crate::server::exchange::{Deadline, Exchange};
-use http::{HeaderMap, Request, Response};
-use std::pin::Pin;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::Sleep;
-use wasmtime::component::TaskGroupId;
-use wasmtime::{Store, StoreContextMut};
-use wasmtime_wasi_http::handler::{
-    ExpirationError, HandlerState, Instance, InstantiationError, ProxyHandler, ProxyPre, ShouldAccept,
-    TrapOrPanicError, WorkerExpiration, WorkerState, WorkerStatus,
-};
-use wasmtime_wasi_http::{WasiBody, WasiHttpView};
+use crate::outgoing::trace_of;
+use crate::server::answer::{Failure, one_line};
+use crate::server::exchange::Exchange;
+use futures::channel::oneshot;
+use http::{Request, Response};
+use instance::{Job, Limits};
+use queue::{Make, Queue, Seat};
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+use wasmtime::Store;
+use wasmtime_wasi_http::WasiBody;
+use wasmtime_wasi_http::handler::{ExpirationError, Proxy, ProxyPre};
 
-/// How long an instance without a request is kept.
-const KEEP_IDLE: Duration = Duration::from_secs(2);
 /// Instances for each request that may be under way, besides `MORE_INSTANCES`: some go on after their answers, or wait for
 /// a request.
 const INSTANCES_PER_REQUEST: usize = 2;
@@ -31,8 +33,16 @@ const MORE_INSTANCES: usize = 16;
 const AT_ONCE_P3: usize = 16;
 
 /// Answers requests.
-pub struct Reused {
-    handler: ProxyHandler<Host>,
+pub struct Reused(Arc<Instances>);
+
+/// The instances, and what makes them.
+struct Instances {
+    queue: Queue<Job>,
+    limits: Limits,
+    pre: ProxyPre<Guest>,
+    maker: Maker,
+    epochs: Epochs,
+    counters: Counters,
 }
 
 impl Reused {
@@ -50,18 +60,18 @@ impl Reused {
             ProxyPre::P2(_) => 1,
             ProxyPre::P3(_) => AT_ONCE_P3,
         };
-        Reused {
-            handler: ProxyHandler::new(Host {
-                pre,
-                maker,
-                epochs,
-                counters,
+        Reused(Arc::new(Instances {
+            queue: Queue::new(max_concurrent * INSTANCES_PER_REQUEST + MORE_INSTANCES),
+            limits: Limits {
                 reuse,
                 at_once,
                 request_timeout,
-                places: Arc::new(Semaphore::new(max_concurrent * INSTANCES_PER_REQUEST + MORE_INSTANCES)),
-            }),
-        }
+            },
+            pre,
+            maker,
+            epochs,
+            counters,
+        }))
     }
 
     /// The answer of whichever instance has time, or of a new one.
@@ -70,19 +80,31 @@ impl Reused {
         request: Request<WasiBody>,
         exchange: Arc<Exchange>,
     ) -> Result<Response<WasiBody>, Failure> {
-        let data = RequestData {
+        let (sender, answer) = oneshot::channel();
+        let job = Job {
+            trace: trace_of(request.headers()),
+            request,
             exchange: exchange.clone(),
-            headers: request.headers().clone(),
+            answer: sender,
         };
-        let answer = self.handler.handle(data, request);
+        self.0.make_if(self.0.queue.push(job));
         let answer = tokio::select! {
             answer = answer => answer,
             // The second line of defence: an instance that is being made, or a guest that never gives way.
             () = exchange.deadline.passed() => return Err(Failure::TimedOut),
         };
-        answer
-            .inspect(|_| exchange.answered())
-            .map_err(|error| why(&error, &exchange))
+        match answer {
+            Ok(Ok(answer)) => {
+                exchange.answered();
+                Ok(answer)
+            }
+            Ok(Err(error)) => Err(why(&error, &exchange)),
+            // It was dropped with the instance.
+            Err(oneshot::Canceled) => Err(Failure::Failed(match exchange.failure.get() {
+                Some(reason) => reason.clone(),
+                None => "the instance that had it has ended".into(),
+            })),
+        }
     }
 }
 
@@ -93,12 +115,6 @@ fn why(error: &wasmtime::Error, exchange: &Exchange) -> Failure {
     if let Some(reason) = exchange.failure.get() {
         return Failure::Failed(reason.clone());
     }
-    if let Some(failed) = error.downcast_ref::<InstantiationError<RequestData>>() {
-        return Failure::Failed(one_line(&failed.error));
-    }
-    if error.is::<TrapOrPanicError>() {
-        return Failure::Failed("the instance that had it has ended".into());
-    }
     if let Some(code) = error.downcast_ref::<wasmtime_wasi_http::p2::bindings::http::types::ErrorCode>() {
         return Failure::Code(code.clone().into());
     }
@@ -108,154 +124,89 @@ fn why(error: &wasmtime::Error, exchange: &Exchange) -> Failure {
     Failure::Failed(one_line(error))
 }
 
-struct RequestData {
-    exchange: Arc<Exchange>,
-    headers: HeaderMap,
-}
+impl Instances {
+    fn make_if(self: &Arc<Self>, make: Make) {
+        if make.0 {
+            tokio::spawn(self.clone().live());
+        }
+    }
 
-struct Host {
-    pre: ProxyPre<Guest>,
-    maker: Maker,
-    epochs: Epochs,
-    counters: Counters,
-    reuse: usize,
-    at_once: usize,
-    request_timeout: Duration,
-    places: Arc<Semaphore>,
-}
+    /// One instance's life.
+    async fn live(self: Arc<Self>) {
+        // Dropped after the instance, which may compute after its answers.
+        let _running = self.epochs.run();
+        let mut being = Being {
+            instances: &self,
+            waited: false,
+            made: None,
+        };
+        let made = {
+            let mut made = pin!(self.make());
+            poll_fn(|cx| {
+                let polled = made.as_mut().poll(cx);
+                if polled.is_pending() {
+                    being.waits();
+                }
+                polled
+            })
+            .await
+        };
+        match made {
+            Ok((store, proxy)) => {
+                let seat = being.made();
+                instance::serve(store, proxy, self.limits, &self, &seat).await;
+            }
+            Err(error) => being.failed(&error),
+        }
+    }
 
-impl HandlerState for Host {
-    type StoreData = Guest;
-    type WorkerExpiration = Expiration;
-    type WorkerState = Worker;
-
-    async fn instantiate(&self) -> wasmtime::Result<Instance<Guest, Expiration, Worker>> {
-        // Waited for: the request has a time-out, and instances come to an end.
-        let place = self.places.clone().acquire_owned().await?;
-        let running = self.epochs.run();
+    async fn make(&self) -> wasmtime::Result<(Store<Guest>, Proxy)> {
         let mut store = self.maker.store()?;
         let made = self.pre.instantiate_async(&mut store);
-        let proxy = tokio::time::timeout(self.request_timeout, made)
+        let proxy = tokio::time::timeout(self.limits.request_timeout, made)
             .await
             .map_err(|_| wasmtime::format_err!("the instance was not made in time"))??;
         self.counters.instance();
-        let activity = Deadline::new(Duration::ZERO);
-        Ok(Instance {
-            store,
-            proxy,
-            view: WasiHttpView::http,
-            expiration: Expiration {
-                request_timeout: self.request_timeout,
-                activity: activity.clone(),
-                sleep: None,
-            },
-            state: Worker {
-                reuse: self.reuse,
-                at_once: self.at_once,
-                activity,
-                current: Mutex::default(),
-                _running: running,
-                _place: place,
-            },
-        })
+        Ok((store, proxy))
     }
 }
 
-/// When an instance that does not come to an end is ended.
-struct Expiration {
-    request_timeout: Duration,
-    /// Moved on by each piece of an answer's body.
-    activity: Arc<Deadline>,
-    sleep: Option<Pin<Box<Sleep>>>,
+/// Tells the queue how an instance is doing, and of its end however it comes.
+struct Being<'a> {
+    instances: &'a Arc<Instances>,
+    waited: bool,
+    made: Option<Arc<Seat>>,
 }
 
-impl WorkerExpiration for Expiration {
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>, status: WorkerStatus, start: Instant) -> Poll<()> {
-        let start = tokio::time::Instant::from_std(start);
-        let at = match status {
-            WorkerStatus::Idle => start + KEEP_IDLE,
-            WorkerStatus::Requests | WorkerStatus::PostReturn => (start + self.request_timeout).max(self.activity.at()),
+impl Being<'_> {
+    fn waits(&mut self) {
+        if !self.waited {
+            self.waited = true;
+            self.instances.make_if(self.instances.queue.making_waits());
+        }
+    }
+
+    fn made(&mut self) -> Arc<Seat> {
+        self.made.insert(self.instances.queue.made(self.waited)).clone()
+    }
+
+    /// The request that waits longest hears why.
+    fn failed(self, error: &wasmtime::Error) {
+        if let Some(job) = self.instances.queue.take() {
+            let _ = job.answer.send(Err(wasmtime::format_err!("{}", one_line(error))));
+        }
+    }
+}
+
+impl Drop for Being<'_> {
+    fn drop(&mut self) {
+        let make = match &self.made {
+            Some(seat) => self.instances.queue.leave(seat),
+            None => self.instances.queue.not_made(self.waited),
         };
-        let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(at)));
-        sleep.as_mut().reset(at);
-        sleep.as_mut().poll(cx)
-    }
-}
-
-/// One instance.
-struct Worker {
-    reuse: usize,
-    at_once: usize,
-    activity: Arc<Deadline>,
-    /// Those under way, and those that came to an end after the last began.
-    current: Mutex<Vec<Arc<Exchange>>>,
-    /// For as long as the instance lives: it may compute after its answers, too.
-    _running: Running,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Worker {
-    /// Its requests hear why; if none is left that failed of it, the log does.
-    fn failed(&self, reason: &str) {
-        let mut told = false;
-        for exchange in self.current().drain(..) {
-            if exchange.is_over() {
-                told = told || exchange.is_logged();
-                continue;
-            }
-            told = true;
-            if exchange.answered.load(Ordering::Relaxed) {
-                exchange.broke(reason);
-            } else {
-                let _ = exchange.failure.set(reason.to_owned());
-            }
+        // Not while the server ends: its runtime takes no more tasks.
+        if tokio::runtime::Handle::try_current().is_ok() {
+            self.instances.make_if(make);
         }
-        // Idle ones that end with the server are dropped with its runtime, which wasmtime takes for a panic.
-        if !told && reason != "worker panicked" {
-            log("an instance ended", reason);
-        }
-    }
-
-    fn current(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Exchange>>> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl WorkerState for Worker {
-    type StoreData = Guest;
-    type RequestData = RequestData;
-
-    fn should_accept_request(&self, concurrent: usize, total: usize) -> ShouldAccept {
-        if total >= self.reuse {
-            ShouldAccept::Never
-        } else if concurrent >= self.at_once {
-            ShouldAccept::No
-        } else {
-            ShouldAccept::Yes
-        }
-    }
-
-    fn on_request_start(
-        &self,
-        mut store: StoreContextMut<'_, Guest>,
-        data: RequestData,
-        _: TaskGroupId,
-    ) -> Pin<Box<dyn Future<Output = ()> + 'static + Send + Sync>> {
-        // With several requests at once the newest is followed: which of them a guest works for is not known here.
-        store.data_mut().hooks.follow(&data.headers);
-        let _ = data.exchange.instance.set(self.activity.clone());
-        let mut current = self.current();
-        current.retain(|each| !each.is_over());
-        current.push(data.exchange.clone());
-        let exchange = data.exchange;
-        Box::pin(async move { exchange.deadline.passed().await })
-    }
-
-    fn drop(&self, store: Store<Guest>, result: wasmtime::Result<()>) {
-        if let Err(error) = result {
-            self.failed(&one_line(&error));
-        }
-        // After the requests know: with the store go the bodies of their answers.
-        drop(store);
     }
 }

@@ -95,11 +95,17 @@ def load(env: Mapping[str, str] = os.environ) -> Library:
     return Library(find(env))
 
 
+def _root() -> int:
+    """Whom root's files belong to, as seen from here: in an ordinary user's user namespace that is no one, whom all
+    other users are as well. What others can write is refused there, too."""
+    return Path("/").stat().st_uid
+
+
 def _check_owner(path: Path) -> None:
     """Opening a library is running it: it must be this user's or root's, and writable by no one else."""
     try:
         found = path.stat()
     except OSError as error:
         raise HostUnavailableError(f"the component host {path} cannot be used: {error.strerror}") from error
-    if found.st_uid not in {0, os.geteuid()} or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if found.st_uid not in {_root(), os.geteuid()} or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise HostUnavailableError(f"the component host {path} can be changed by other users, so it is not opened")

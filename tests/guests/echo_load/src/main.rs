@@ -1,5 +1,6 @@
 //! Both ends of `invoke bench network`, as a component and, from the same source, as a native program.
 //!
+//!     echo-load sleep SECONDS
 //!     echo-load serve PORT                       everything comes back
 //!     echo-load load ADDRESS PORT COUNT SECONDS  one JSON line: microseconds from connect to the first byte of COUNT
 //!                                                connections, then how many echoes one connection gave in SECONDS
@@ -18,12 +19,13 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
+        ["sleep", seconds] => Ok(std::thread::sleep(Duration::from_secs(number(seconds) as u64))),
         ["serve", port] => net::serve(number(port) as u16),
         ["load", address, port, count, seconds] => {
             load(address, number(port) as u16, number(count), number(seconds) as u64)
         }
         ["reach", port, addresses @ ..] => reach(number(port) as u16, addresses),
-        _ => Err("echo-load [serve PORT | load ADDRESS PORT COUNT SECONDS | reach PORT ADDRESS...]".to_string()),
+        _ => Err("echo-load [sleep SECONDS | serve PORT | load ADDRESS PORT COUNT SECONDS | reach PORT ADDRESS...]".to_string()),
     };
     if let Err(error) = done {
         eprintln!("{error}");

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from wasilet.controlplane.control_plane import ControlPlane
+from wasilet.controlplane.health import Probe
 from wasilet.state import State
 
 pytestmark = pytest.mark.unit
@@ -28,3 +29,16 @@ def test_the_validator_that_takes_resizes_from_wasm_nodes_is_disabled_where_it_e
         kubernetes=kubernetes,
     )
     assert ("--disable-admission-plugins=PodResizeValidator" in plane.apiserver().argv) is refused
+
+
+def test_the_controller_manager_starts_when_the_default_roles_are_there(tmp_path: Path) -> None:
+    """It ends 10 s after its start if they are not, however long the API server takes."""
+    plane = ControlPlane(
+        binaries={"kube-controller-manager": "kube-controller-manager"},
+        ports=PORTS,
+        state=State(tmp_path, "one"),
+        advertise_address="192.0.2.1",
+    )
+    gate = plane.controller_manager().gate
+    assert isinstance(gate, Probe)
+    assert (gate.port, gate.path) == (PORTS["apiserver"], "/readyz")

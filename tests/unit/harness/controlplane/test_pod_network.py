@@ -18,6 +18,8 @@ from wasilet.errors import UsageError
 from wasilet.settings import Settings, load
 from wasilet.state import State
 
+from tests.ordinary_user import ordinary_user
+
 pytestmark = pytest.mark.unit
 Network = ipaddress.IPv4Network
 
@@ -87,6 +89,21 @@ def test_a_machine_without_nft_has_none_and_says_which_package_brings_it(tmp_pat
     assert (
         pod_network.obstacle(settings(tmp_path), find_nft=lambda _: None) == "nft is not installed (package nftables)"
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is made by root")
+def test_an_ordinary_user_has_one_where_user_namespaces_are_allowed_and_else_the_sysctl_is_the_reason() -> None:
+    """The limit is one of a user namespace of that user's own."""
+    program = "from wasilet.controlplane.pod_network import obstacle; from wasilet.settings import Settings\n"
+    program += "print(obstacle(Settings(), find_nft=lambda _: '/nft'))"
+    command = (sys.executable, "-P", "-c", program)
+    limited = ("unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c")
+    limit = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    with ordinary_user() as user:
+        assert user.run(*command) == "\n"
+        assert user.run(*limited, limit, "sh", *command) == (
+            "user namespaces are switched off (user.max_user_namespaces is 0)\n"
+        )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="its own user namespace is made by root")

@@ -18,15 +18,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from wasilet_node.network import nft, pod_networks
 from wasilet_node.network.channel import NamespaceChannel
 from wasilet_node.network.errors import NetworkError
 from wasilet_node.network.netlink import Netlink
-from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork, interface_prefix
+from wasilet_node.network.node_network import BRIDGE, BRIDGE_ADDRESS, NodeNetwork
 from wasilet_node.network.outward_udp import MAX_FLOWS_PER_POD
 from wasilet_node.network.pod_networks import POOL_LOW, POOL_SIZE
+from wasilet_node.network.policy_gate import SOCKET_NAME, PolicyReports
 from wasilet_node.network.service import PodNetwork
+from wasilet_node.network.uplink import interface_prefix
 from wasilet_node.runtime import linux, supervisor_registry
 from wasilet_node.runtime.protocol import GuestKind, StartError
 from wasilet_node.settings import NetworkSettings, NodePaths
@@ -267,6 +270,32 @@ def test_pods_get_addresses_reach_each_other_and_nothing_is_left(tmp_path: Path)
         await until(lambda: not machine_interfaces())
         with Netlink() as machine:
             assert machine.routes() == []
+
+    with_machine(work)
+
+
+def test_the_policies_process_learns_each_address_when_its_pod_has_it_and_a_pod_waits_for_the_answer(
+    tmp_path: Path,
+) -> None:
+    async def work() -> None:
+        async with running_supervisor(tmp_path) as rig, Running(network(rig.paths)) as pods:
+            reports, changed = PolicyReports(), asyncio.Event()
+            following = asyncio.create_task(reports.follow(rig.paths.network / SOCKET_NAME, changed))
+            first = await pods.attach(pod("u1"))
+            assert first is not None
+            await until(lambda: reports.claims == {"u1": first.addresses[0]})
+            await pods.await_policies(pod("u1"))
+            reports.applied(["u1"], reports.claims, judging=True)
+            second = await pods.attach(pod("u2"))
+            assert second is not None
+            await until(lambda: len(reports.claims) == 2)
+            waiting = asyncio.create_task(pods.await_policies(pod("u2")))
+            reports.applied(["u1", "u2"], reports.claims, judging=True)
+            await waiting
+            await pods.detach("u1")
+            await until(lambda: reports.claims == {"u2": second.addresses[0]})
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
     with_machine(work)
 
@@ -755,15 +784,19 @@ def test_a_pod_that_asks_from_many_sockets_has_its_share_of_flows_and_no_more(tm
             pods = await stack.enter_async_context(Running(network(rig.paths)))
             for uid in ("u1", "u2"):
                 await pods.attach(pod(uid))
-            await outward_process()
+            process = await outward_process()
             # It answers, so that what follows is lost by no bridge port that is still to forward.
             assert await sent(pods, "192.0.2.10", b"x", uid="u2")
-            refused = 0
-            for _ in range(MAX_FLOWS_PER_POD + 20):
+            for number in range(MAX_FLOWS_PER_POD + 20):
                 asker, _ = await pods._in_thread(pods._socket_inside, "u1", socket.SOCK_DGRAM)
                 stack.enter_context(asker)
-                refused += not await sent(pods, "192.0.2.10", b"x", asker=asker)
-            assert refused == 20
+                answered = await sent(pods, "192.0.2.10", b"x", asker=asker)
+                assert answered or number >= MAX_FLOWS_PER_POD
+            assert psutil.Process(process).num_fds() < 2 * MAX_FLOWS_PER_POD + 40
+            # Those that are not in use any longer make room.
+            async with asyncio.timeout(20):
+                while not await sent(pods, "192.0.2.10", b"x"):  # noqa: ASYNC110 - no event tells of it
+                    await asyncio.sleep(0.1)
             assert await sent(pods, "192.0.2.10", b"x", uid="u2"), "another pod has its own share"
 
     with_machine(work)

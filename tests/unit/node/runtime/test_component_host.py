@@ -292,6 +292,22 @@ async def test_a_guest_that_computes_holds_up_no_other_request(rig: Rig, artifac
         looping.cancel()
 
 
+async def test_an_instance_that_computes_after_its_answer_is_given_no_further_request(
+    rig: Rig, artifacts: dict[str, str]
+) -> None:
+    """One of WASI 0.3 counts as free once it has answered: what it were given would wait until it is ended."""
+    settings = replace(SETTINGS, request_timeout_seconds=8.0, idle_timeout_seconds=60.0)
+    async with serving(rig, artifacts["http_p3"], settings) as server:
+        async with server.client.post(server.url + "/then-loop") as looping:
+            assert await looping.content.readexactly(8) == b"a piece\n"
+            for _ in range(3):
+                assert await server.get("/hello") == (200, "hello\n")
+            answers = await asyncio.gather(*(server.get("/hello") for _ in range(20)))
+            assert answers == [(200, "hello\n")] * 20
+            assert not looping.content.at_eof()
+        await server.stop(0)
+
+
 @pytest.mark.parametrize("name", ["http_p2", "http_p3"])
 @pytest.mark.parametrize("path", ["/then-loop", "/then-panic"])
 async def test_an_answer_that_breaks_off_never_looks_whole(

@@ -1,7 +1,8 @@
-"""The approver's own credential on a cluster where Wasilet may not give certificates out of hand.
+"""Credentials of the approver and of a node's kube-proxy on a cluster where Wasilet may not give certificates out of
+hand.
 
-A client certificate by the cluster's own signer (``kubernetes.io/kube-apiserver-client``), for the user that
-``manifests/approver-rbac.yaml.j2`` binds. A bound service account token would do as well, but lives an hour to a day,
+A client certificate by the cluster's own signer (``kubernetes.io/kube-apiserver-client``), for a user that one of the
+manifests binds. A bound service account token would do as well, but lives an hour to a day,
 and who renews it? The approver may not (it would need ``serviceaccounts/token``), and no one else is there all the
 time; a certificate lives a year by default, needs no ServiceAccount in the cluster, and the same CSR machinery must
 work anyhow, or nodes could not join. It cannot be revoked, but it is worth nothing without its binding, which goes
@@ -22,7 +23,7 @@ from wasilet.kube.credentials import Credentials, read_credentials
 from wasilet.kube.kubeconfig import write_kubeconfig
 from wasilet.process import check_cancelled
 
-USER = "wasilet:approver"
+APPROVER_USER = "wasilet:approver"
 SIGNER = "kubernetes.io/kube-apiserver-client"
 SIGN_SECONDS = 20.0
 """For the controller that signs, in a cluster that runs. It watches, so a second is long; after this, none is there."""
@@ -30,18 +31,30 @@ SIGN_SECONDS = 20.0
 _POLL_SECONDS = 0.05
 
 
-def approver_credential(
-    admin: Callable[[], Kube], path: Path, *, server: str, ca: bytes | None, sign_seconds: float = SIGN_SECONDS
+def is_current(path: Path, *, server: str, ca: bytes | None) -> bool:
+    """Whether ``path`` is a kubeconfig for that server, with two thirds of its certificate's life behind it at most."""
+    held = _held(path)
+    return held is not None and _fresh(held) and held.server == server and held.ca == ca
+
+
+def client_credential(
+    admin: Callable[[], Kube],
+    path: Path,
+    *,
+    user: str,
+    server: str,
+    ca: bytes | None,
+    sign_seconds: float = SIGN_SECONDS,
 ) -> None:
-    """See that ``path`` is a kubeconfig of the approver for that server, with two thirds of its life behind it at
-    most. Raises HarnessError when the cluster signs no client certificates within ``sign_seconds``."""
+    """See that ``path`` is a current kubeconfig of ``user`` (``wasilet:...``). Raises HarnessError when the cluster
+    signs no client certificates within ``sign_seconds``."""
+    if is_current(path, server=server, ca=ca):
+        return
     held = _held(path)
     if held is not None and _fresh(held):
-        if held.server == server and held.ca == ca:
-            return
         certificate, key = held.certificate, held.key
     else:
-        certificate, key = _request(admin(), sign_seconds)
+        certificate, key = _request(admin(), user, sign_seconds)
     write_kubeconfig(path, name="wasilet", server=server, ca=ca, certificate=certificate, key=key)
 
 
@@ -63,19 +76,22 @@ def _fresh(held: Credentials) -> bool:
     return certificate.not_valid_after_utc - dt.datetime.now(dt.UTC) > life / 3
 
 
-def _request(kube: Kube, sign_seconds: float) -> tuple[bytes, bytes]:
+def _request(kube: Kube, user: str, sign_seconds: float) -> tuple[bytes, bytes]:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
 
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, USER)])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, user)])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     body = {
         "apiVersion": "certificates.k8s.io/v1",
         "kind": "CertificateSigningRequest",
-        "metadata": {"generateName": "wasilet-approver-", "labels": {"app.kubernetes.io/managed-by": "wasilet"}},
+        "metadata": {
+            "generateName": f"{user.replace(':', '-')}-",
+            "labels": {"app.kubernetes.io/managed-by": "wasilet"},
+        },
         "spec": {
             "request": base64.b64encode(request.public_bytes(serialization.Encoding.PEM)).decode(),
             "signerName": SIGNER,
@@ -89,7 +105,7 @@ def _request(kube: Kube, sign_seconds: float) -> tuple[bytes, bytes]:
             "type": "Approved",
             "status": "True",
             "reason": "WasiletApprover",
-            "message": "the credential of Wasilet's approver, asked for by `invoke up`",
+            "message": f"the credential of {user}, asked for by `invoke up`",
         }
         kube.replace(f"{path}/approval", csr | {"status": {"conditions": [condition]}})
         certificate = _signed(kube, path, sign_seconds)
@@ -105,12 +121,12 @@ def _signed(kube: Kube, path: str, sign_seconds: float) -> bytes:
         try:
             status = kube.get(path).get("status") or {}
         except ApiError as error:
-            raise HarnessError(f"the request of the approver's certificate is gone: {error.message}") from error
+            raise HarnessError(f"the request of a client certificate is gone: {error.message}") from error
         if status.get("certificate"):
             return base64.b64decode(status["certificate"])
         for condition in status.get("conditions") or []:
             if condition.get("type") in {"Failed", "Denied"}:
-                raise HarnessError(f"the cluster refused the approver a certificate: {condition.get('message')}")
+                raise HarnessError(f"the cluster refused a client certificate: {condition.get('message')}")
         if time.monotonic() >= deadline:
             raise HarnessError(
                 f"no one signs client certificates in this cluster (signer {SIGNER}, for {sign_seconds:g} s)",

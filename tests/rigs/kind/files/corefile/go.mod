@@ -1,0 +1,3 @@
+module wasilet.dev/rigs/corefile
+
+go 1.24.0
