@@ -104,7 +104,11 @@ def plan_of(state: State) -> NetworkPlan | None:
 
 def why_absent(state: State) -> str:
     """Why a cluster has no pod network; empty: it has one, or no one has decided yet."""
-    return str((state.read().get("pod_network") or {}).get("absent") or "")
+    decided = str((state.read().get("pod_network") or {}).get("absent") or "")
+    provider = state.cluster.provider
+    if decided or provider in {"", "host", "kind"}:
+        return decided
+    return f"wasm pods beside the nodes of provider {provider} share this machine's network"
 
 
 def described(state: State) -> dict[str, str | bool | None]:

@@ -7,6 +7,7 @@ supervisor at its start and by this module's command alike. The supervisor's log
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from wasilet_node.runtime import landlock, own_user, pid_namespace, private_root, seccomp, user_namespace
+from wasilet_node.runtime import landlock, own_user, pid_namespace, private_root, rootless, seccomp, user_namespace
 from wasilet_node.runtime.protocol import Fence
 
 
@@ -64,13 +65,15 @@ class Fences:
         )
 
 
-def examine(not_isolated: str) -> Fences:
+def examine(not_isolated: str, *, rootless_rights: bool = False) -> Fences:
     """Try them, in a process of one thread whose children sandboxes are to be. ``not_isolated``: why it is in no user
-    namespace of its own (``user_namespace.enter``)."""
+    namespace that knows all ids (``user_namespace.enter``). ``rootless_rights``: it is in an ordinary user's
+    (``rootless``), which knows one, so what takes another uid cannot be had there, and the rest can."""
+    no_rights = "" if rootless_rights else not_isolated
     return Fences(
         user=not_isolated,
-        files=not_isolated or private_root.why_unavailable(),
-        pids=not_isolated or pid_namespace.why_unavailable(),
+        files=no_rights or private_root.why_unavailable(),
+        pids=no_rights or pid_namespace.why_unavailable(),
         landlock=_landlock(),
         seccomp="" if seccomp.available() else "the kernel has no such filter, or allows none",
     )
@@ -93,7 +96,11 @@ def main() -> int:
             user_namespace.map_child(pid, outside)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     outside.close()
-    found = examine(user_namespace.enter(inside))
+    reason = user_namespace.enter(inside)
+    if os.geteuid() != 0:
+        with contextlib.suppress(OSError):
+            rootless.make()
+    found = examine(reason, rootless_rights=rootless.is_inside())
     sys.stdout.write(json.dumps([dataclasses.asdict(fence) for fence in found.each()]) + "\n")
     return 0
 

@@ -92,7 +92,7 @@ class Supervisor:
         start_time = linux.start_time(pid)
         if start_time is None:
             raise OSError("/proc does not show this process; is it mounted?")
-        fences = examine(not_isolated)
+        fences = examine(not_isolated, rootless_rights=pod_networks)
         for fence in fences.each():
             logger.log(logging.INFO if fence.holds else logging.WARNING, "%s", fence.line)
         # Before anything is known of any container.

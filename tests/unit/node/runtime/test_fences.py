@@ -13,6 +13,7 @@ import pytest
 from wasilet_node.runtime import landlock, seccomp, user_namespace
 
 from tests.attacks.test_sandbox_user import hostile
+from tests.ordinary_user import ordinary_user
 from tests.unit.node.runtime.guests import running_supervisor
 
 pytestmark = pytest.mark.unit
@@ -35,6 +36,15 @@ assert ctypes.CDLL(None).prctl(22, 2, header, 0, 0) == 0
 os.execv(sys.argv[1], sys.argv[1:])
 """
 """As a unit of systemd that restricts namespaces: this call's flags cannot be looked at, so it answers ENOSYS."""
+
+NO_NAMESPACE = """
+import errno, sys
+from wasilet_node.runtime import fences, rootless
+def refuse():
+    raise OSError(errno.EPERM, "as where the machine forbids it")
+rootless.make = refuse
+sys.exit(fences.main())
+"""
 
 needs_root = pytest.mark.skipif(not user_namespace.may_be_had(), reason="only root's sandboxes have all fences")
 
@@ -69,12 +79,21 @@ def test_a_service_of_systemd_has_all_of_them_too() -> None:
     assert {name: found[name][0] for name in OWN} == dict.fromkeys(OWN, True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="is tried as an ordinary user")
-def test_an_ordinary_user_has_the_kernels_alone_and_the_reason_is_given() -> None:
-    found = answers()
-    assert {name: found[name][0] for name in OWN} == dict.fromkeys(OWN, False)
-    assert all(found[name][1].endswith(": that needs root") for name in OWN)
-    assert found["seccomp"][0] is seccomp.available()
+@needs_root
+def test_an_ordinary_user_with_a_namespace_has_all_but_the_own_user() -> None:
+    with ordinary_user() as user:
+        found = {fence["name"]: fence for fence in json.loads(user.run(*COMMAND))}
+    assert [found[name]["holds"] for name in OWN] == [False, True, True]
+    assert found["own user"]["detail"].endswith(": that needs root")
+
+
+@needs_root
+def test_an_ordinary_user_without_one_has_the_kernels_alone_and_the_reason_is_given() -> None:
+    with ordinary_user() as user:
+        found = {fence["name"]: fence for fence in json.loads(user.run(sys.executable, "-P", "-c", NO_NAMESPACE))}
+    assert [found[name]["holds"] for name in OWN] == [False, False, False]
+    assert all(found[name]["detail"].endswith(": that needs root") for name in OWN)
+    assert found["seccomp"]["holds"] is seccomp.available()
 
 
 async def test_the_supervisor_and_the_node_write_a_line_for_each_into_their_logs(
