@@ -285,6 +285,12 @@ def keeper_sockets(state: State) -> tuple[Path, Path]:
     return state.run / "network.sock", state.run / "connect.sock"
 
 
+def keeper_of(state: State) -> Path | None:
+    """The socket by which a cluster's network without root is entered; None: it is the machine's, or there is none."""
+    plan = plan_of(state)
+    return keeper_sockets(state)[0] if plan is not None and plan.rootless else None
+
+
 def proxy_component(plan: NetworkPlan, state: State) -> Component:
     """What leads between this machine and the pods' network."""
     return _keeper(plan, state) if plan.rootless else _proxy(plan, state.cluster.ports["apiserver"])

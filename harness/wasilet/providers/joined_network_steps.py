@@ -47,6 +47,7 @@ KINDNET = "10-kindnet.conflist"
 PLUGIN_PATIENCE = 3
 """How many times an API server's limit a network plug-in has, which is a pod of the cluster and may start late."""
 
+PLUGIN_POLL_SECONDS = 1.0
 _KUBE_PROXY = "kube-proxy"
 _LOCK = ".ranges.lock"
 
@@ -199,7 +200,8 @@ def _settled(cluster: Cluster, nodes: Nodes, say: Progress) -> JoinedPlan:
                 raise
             say(f"waiting: {error.message}")
         check_cancelled()
-        time.sleep(timeouts.poll_seconds)
+        # Each look is a command in a container, which takes of the processor time that the plug-in waits for.
+        time.sleep(PLUGIN_POLL_SECONDS)
 
 
 def _with_addresses(cluster: Cluster, plan: JoinedPlan, nodes: list[Container]) -> JoinedPlan:
