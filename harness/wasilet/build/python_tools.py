@@ -28,7 +28,7 @@ _INSTALL_TIMEOUT_SECONDS = 600.0
 def install(
     name: str, needed: Path, what: str, say: Say, environ: Mapping[str, str], *, locks: Path | None = None
 ) -> Path:
-    """The directory with what ``NAME.lock`` in ``locks`` (else in ``LOCKS``) names; ``needed`` is a file in it without which it is of no
+    """The directory with what ``NAME.lock`` in ``locks`` names; ``needed`` is a file in it without which it is of no
     use.
 
     Raises HarnessError with pip's last output.
