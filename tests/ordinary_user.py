@@ -23,8 +23,8 @@ from wasilet.settings import cache_root
 from wasilet_node.runtime.component_host import locate
 from wasilet_node.runtime.component_host.library import HostUnavailableError
 
-UID = 61234
-"""Of no account; one test at a time is this user."""
+FIRST_UID = 0x60000000
+"""Of no account. This plus the pid of who runs the tests, so that tests beside these do not end their processes."""
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _END_SECONDS = 20.0
@@ -34,6 +34,7 @@ _END_SECONDS = 20.0
 class OrdinaryUser:
     """Who runs commands."""
 
+    uid: int
     home: Path
     environ: Mapping[str, str]
     prefix: tuple[str, ...]
@@ -56,7 +57,7 @@ class OrdinaryUser:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if folder.stat().st_uid == UID:
+                if folder.stat().st_uid == self.uid:
                     found.append(int(folder.name))
         return found
 
@@ -74,6 +75,7 @@ class OrdinaryUser:
 @contextlib.contextmanager
 def ordinary_user() -> Iterator[OrdinaryUser]:
     """One for this block; whatever runs as it at the end is ended. Needs root."""
+    uid = FIRST_UID + os.getpid()
     folder = Path(tempfile.mkdtemp(prefix="wasilet-u", dir="/tmp"))
     folder.chmod(0o755)
     home, cache = folder / "home", folder / "home" / "cache"
@@ -82,10 +84,11 @@ def ordinary_user() -> Iterator[OrdinaryUser]:
     with contextlib.suppress(HostUnavailableError):
         shutil.copyfile(locate.find(), library)
     for path in (home, *home.rglob("*")):
-        os.chown(path, UID, UID, follow_symlinks=False)
+        os.chown(path, uid, uid, follow_symlinks=False)
     script = folder / "enter"
-    script.write_text(_script(folder, cache), encoding="utf-8")
+    script.write_text(_script(folder, cache, uid), encoding="utf-8")
     user = OrdinaryUser(
+        uid=uid,
         home=home,
         environ={
             "HOME": str(home),
@@ -105,7 +108,7 @@ def ordinary_user() -> Iterator[OrdinaryUser]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _script(folder: Path, cache: Path) -> str:
+def _script(folder: Path, cache: Path, uid: int) -> str:
     places = {place: place for place in (Path(sys.base_prefix), Path(sys.prefix).resolve(), _CHECKOUT)}
     places[cache_root() / "binaries"] = cache / "binaries"
     stash = folder / "stash"
@@ -121,7 +124,7 @@ def _script(folder: Path, cache: Path) -> str:
     for number, target in enumerate(wanted.values()):
         lines += [f"mkdir -p {_quoted(target)}", f"mount --bind {stash}/{number} {_quoted(target)}"]
         lines += [f"umount {stash}/{number}"]
-    lines += [f'exec setpriv --reuid {UID} --regid {UID} --clear-groups "$@"']
+    lines += [f'exec setpriv --reuid {uid} --regid {uid} --clear-groups "$@"']
     return "\n".join(lines) + "\n"
 
 

@@ -20,6 +20,7 @@ from wasilet.cluster.opening import open_cluster
 from wasilet.cluster.readiness import missing_for_pods
 from wasilet.cluster.up import up
 from wasilet.console import PlainReporter
+from wasilet.controlplane import pod_network
 from wasilet.errors import ApiError, HarnessError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
 from wasilet.kube.credentials import read_credentials
@@ -322,6 +323,16 @@ def with_tools(world: World, provider: str, *tools: str, **given: Any) -> Any:
     return temporary_settings(f"by-{provider}", provider=provider, environment=environment, **given)
 
 
+def without_pod_network(settings: Settings, kube: Kube) -> None:
+    """That `status` and the Node's condition give the reason."""
+    with open_cluster(settings) as cluster:
+        reason = f"wasm pods beside the nodes of provider {settings.provider} share this machine's network"
+        assert pod_network.described(cluster.state)["absent"] == reason
+        node = kube.get(api_path("nodes", cluster.node_names()[0]))
+    said = {each["type"]: each.get("message") for each in node["status"]["conditions"]}
+    assert reason in said["NetworkUnavailable"]
+
+
 def test_k3d_is_created_joined_and_deleted(world: World, control_plane_cluster: TestCluster) -> None:
     before = inventory(control_plane_cluster.kube)
     with with_tools(world, "k3d", "docker", "k3d", kubernetes_version="1.33.5") as settings:
@@ -340,6 +351,7 @@ def test_k3d_is_created_joined_and_deleted(world: World, control_plane_cluster: 
         ]
         with open_cluster(settings) as cluster:
             assert cluster.provider.access(cluster).node_address == world.setting("gateway")
+        without_pod_network(settings, control_plane_cluster.kube)
         assert down(settings, reporter=SilentReporter(), purge=True).succeeded
         assert world.calls("k3d", "cluster", "delete") == [["k3d", "cluster", "delete", "by-k3d"]]
     for name in set(inventory(control_plane_cluster.kube)["nodes"]) - set(before["nodes"]):
@@ -423,6 +435,7 @@ def test_minikube_is_started_joined_and_deleted(
         world.write("running", [])
         bring_up(settings)
         assert len(world.calls("minikube", "start")) == 2
+        without_pod_network(settings, control_plane_cluster.kube)
         assert down(settings, reporter=SilentReporter(), purge=True).succeeded
         assert world.read("profiles", {}) == {}
     for name in set(inventory(control_plane_cluster.kube)["nodes"]) - set(before["nodes"]):

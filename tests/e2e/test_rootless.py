@@ -42,7 +42,7 @@ from tests.e2e.test_pod_network import (
     ready,
     wait,
 )
-from tests.ordinary_user import UID, OrdinaryUser, ordinary_user
+from tests.ordinary_user import OrdinaryUser, ordinary_user
 
 pytestmark = [
     pytest.mark.e2e,
@@ -198,11 +198,11 @@ def test_no_process_of_it_is_roots_and_sandboxes_have_no_right_even_in_its_names
     guests = [status for status in statuses if status.startswith("Name:\twasilet-sandbox\n")]
     assert len(guests) == 2
     for status in guests:
-        assert f"Uid:\t{UID}\t{UID}\t{UID}\t{UID}\n" in status
+        assert f"Uid:\t{user.uid}\t{user.uid}\t{user.uid}\t{user.uid}\n" in status
         assert "CapPrm:\t0000000000000000\n" in status
         assert "CapAmb:\t0000000000000000\n" in status
         assert "NoNewPrivs:\t1\n" in status
-    assert all(f"Uid:\t{UID}\t{UID}\t" in status for status in statuses)
+    assert all(f"Uid:\t{user.uid}\t{user.uid}\t" in status for status in statuses)
 
 
 def test_an_agent_and_the_keeper_that_are_killed_come_back_to_the_same_pods(net: Net, user: OrdinaryUser) -> None:

@@ -21,8 +21,7 @@ _POLL_SECONDS = 0.1
 
 
 def service_ports_component(cluster: Cluster) -> Component:
-    plan = pod_network.plan_of(cluster.state)
-    through = pod_network.keeper_sockets(cluster.state)[0] if plan is not None and plan.rootless else None
+    through = pod_network.keeper_of(cluster.state)
     return service_ports.component(cluster.state, cluster.provider.access(cluster).node_address, through)
 
 

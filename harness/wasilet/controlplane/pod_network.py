@@ -104,7 +104,11 @@ def plan_of(state: State) -> NetworkPlan | None:
 
 def why_absent(state: State) -> str:
     """Why a cluster has no pod network; empty: it has one, or no one has decided yet."""
-    return str((state.read().get("pod_network") or {}).get("absent") or "")
+    decided = str((state.read().get("pod_network") or {}).get("absent") or "")
+    provider = state.cluster.provider
+    if decided or provider in {"", "host", "kind"}:
+        return decided
+    return f"wasm pods beside the nodes of provider {provider} share this machine's network"
 
 
 def described(state: State) -> dict[str, str | bool | None]:
@@ -279,6 +283,12 @@ def _networks_of_others(settings: Settings, state: State) -> list[Network]:
 def keeper_sockets(state: State) -> tuple[Path, Path]:
     """Of a network without root: by which nodes come in, and by which the API server reaches pods."""
     return state.run / "network.sock", state.run / "connect.sock"
+
+
+def keeper_of(state: State) -> Path | None:
+    """The socket by which a cluster's network without root is entered; None: it is the machine's, or there is none."""
+    plan = plan_of(state)
+    return keeper_sockets(state)[0] if plan is not None and plan.rootless else None
 
 
 def proxy_component(plan: NetworkPlan, state: State) -> Component:

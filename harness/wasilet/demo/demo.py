@@ -318,11 +318,16 @@ def _apply_step(run: Run) -> Step:
 
 def _expect_step(run: Run, expectation: Expectation) -> Step:
     def change(progress: Progress) -> str:
+        from wasilet.controlplane import pod_network
         from wasilet.demo.expect import wait_for
         from wasilet.demo.http_check import wait_for_answers
 
-        wait = wait_for if not expectation.service else wait_for_answers
-        seen = wait(run.cluster.admin(), expectation, namespace=run.options.namespace, say=progress)
+        kube, namespace = run.cluster.admin(), run.options.namespace
+        if expectation.service:
+            keeper = pod_network.keeper_of(run.cluster.state)
+            seen = wait_for_answers(kube, expectation, namespace=namespace, say=progress, keeper=keeper)
+        else:
+            seen = wait_for(kube, expectation, namespace=namespace, say=progress)
         run.seen[expectation.title] = seen
         return f"as expected after {seen.seconds:.2f} s"
 

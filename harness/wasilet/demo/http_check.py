@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 from wasilet.apps.samples import Exchange, Expectation
 from wasilet.demo.expect import ExpectationError, Seen
@@ -34,12 +35,14 @@ def exchange(wanted: Exchange, send: Ask, *, within_seconds: float) -> Asked:
     return ask_until(send, _answer(wanted), within_seconds=within_seconds)
 
 
-def wait_for_answers(kube: Kube, expectation: Expectation, *, namespace: str, say: Say = lambda _: None) -> Seen:
-    """Ask the Service, and replace the pods of ``rolling_update`` meanwhile. Raises ExpectationError, and ApiError when
-    the Service or the Deployment is not there."""
+def wait_for_answers(
+    kube: Kube, expectation: Expectation, *, namespace: str, say: Say = lambda _: None, keeper: Path | None = None
+) -> Seen:
+    """Ask the Service, and replace the pods of ``rolling_update`` meanwhile. ``keeper``: see ``Service``. Raises
+    ExpectationError, and ApiError when the Service or the Deployment is not there."""
     began = time.monotonic()
     body = kube.get(api_path("services", expectation.service, namespace=namespace))
-    service = Service(kube, body, within_seconds=expectation.within_seconds)
+    service = Service(kube, body, within_seconds=expectation.within_seconds, keeper=keeper)
     lines: list[str] = []
     for wanted in expectation.http:
         lines += _answered(service, wanted, began + expectation.within_seconds, kube, say)

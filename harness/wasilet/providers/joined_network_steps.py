@@ -44,6 +44,10 @@ CNI_FOLDER = "/etc/cni/net.d"
 KINDNET = "10-kindnet.conflist"
 """What kindnet, kind's own network, writes in each node: with another one no route leads to a Node by its podCIDR."""
 
+PLUGIN_PATIENCE = 3
+"""How many times an API server's limit a network plug-in has, which is a pod of the cluster and may start late."""
+
+PLUGIN_POLL_SECONDS = 1.0
 _KUBE_PROXY = "kube-proxy"
 _LOCK = ".ranges.lock"
 
@@ -187,7 +191,7 @@ def _settled(cluster: Cluster, nodes: Nodes, say: Progress) -> JoinedPlan:
     """As ``_found``, once the cluster has its network plug-in, which comes some seconds after its API server. Raises
     what that does."""
     timeouts = cluster.settings.timeouts
-    deadline = time.monotonic() + timeouts.ready_seconds
+    deadline = time.monotonic() + PLUGIN_PATIENCE * timeouts.ready_seconds
     while True:
         try:
             return _found(cluster, nodes())
@@ -196,7 +200,8 @@ def _settled(cluster: Cluster, nodes: Nodes, say: Progress) -> JoinedPlan:
                 raise
             say(f"waiting: {error.message}")
         check_cancelled()
-        time.sleep(timeouts.poll_seconds)
+        # Each look is a command in a container, which takes of the processor time that the plug-in waits for.
+        time.sleep(PLUGIN_POLL_SECONDS)
 
 
 def _with_addresses(cluster: Cluster, plan: JoinedPlan, nodes: list[Container]) -> JoinedPlan:

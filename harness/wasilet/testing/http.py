@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,9 @@ class Answer:
         return json.loads(self.body)
 
 
+Connect = Callable[[tuple[str, int], float], socket.socket]
+"""To an address, within so many seconds. Raises OSError."""
+
 Ask = Callable[[float], Answer]
 """Sends the request, with a limit in seconds. Raises NoAnswerError."""
 
@@ -62,8 +66,10 @@ def ask(
     send_headers: Mapping[str, str] | None = None,
     body: bytes | str | None = None,
     timeout_seconds: float = REQUEST_SECONDS,
+    connect: Connect | None = None,
 ) -> Answer:
-    """One request. Raises NoAnswerError, and UsageError for what is no http URL."""
+    """One request. ``connect``: by another way than the machine's. Raises NoAnswerError, and UsageError for what is no
+    http URL."""
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname:
         raise UsageError(f"{url!r} is no URL that can be asked", hint="write http://HOST:PORT/PATH")
@@ -77,6 +83,8 @@ def ask(
     with contextlib.closing(connection):
         try:
             data = body.encode() if isinstance(body, str) else body
+            if connect is not None:
+                connection.sock = connect((parts.hostname, port), timeout_seconds)
             connection.request(method, target, body=data, headers=dict(send_headers or {}))
             response = connection.getresponse()
             read = response.read(MAX_BODY_BYTES + 1)

@@ -81,7 +81,7 @@ class Reach:
         is_own = self._cluster.provider == "host"
         plan = plan_of(State.of(self._cluster.settings)) if is_own else None
         if plan is not None and ipaddress.ip_address(address) in plan.pods:
-            return True
+            return not plan.rootless
         # A VPN's route may hold the pods' addresses as well.
         if (address, port) not in self._direct and not connects(address, port):
             return False

@@ -8,10 +8,14 @@ endpoints are pods.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from wasilet_node.runtime import rootless
 
 from wasilet.errors import ApiError, UsageError
 from wasilet.kube.client import Kube, KubeObject, api_path
@@ -55,9 +59,19 @@ def service_objects(
 class Service:
     """A Service that is there."""
 
-    def __init__(self, kube: Kube, body: KubeObject, *, within_seconds: float, reach: Reach | None = None) -> None:
-        """``reach``: the ways to pods; None: all endpoints are asked at their addresses."""
+    def __init__(
+        self,
+        kube: Kube,
+        body: KubeObject,
+        *,
+        within_seconds: float,
+        reach: Reach | None = None,
+        keeper: Path | None = None,
+    ) -> None:
+        """``reach``: the ways to pods; None: all endpoints are asked at their addresses. ``keeper``: the socket of what
+        keeps a network without root, in which the Service is reached; None: it is at most this machine's."""
         self._kube = kube
+        self._keeper = keeper
         self._reach = reach
         self._within_seconds = within_seconds
         self._reached: dict[int, bool] = {}
@@ -140,12 +154,19 @@ class Service:
     ) -> Answer:
         """One request, whatever its answer. Raises NoAnswerError."""
         port = port or self.port
-        if self._is_reached(port):
+        if self._keeper is not None or self._is_reached(port):
             host, to = self.cluster_ip, port
         else:
             host, to = self._endpoint(port)
         url = f"http://{f'[{host}]' if ':' in host else host}:{to}{path}"
-        return ask(url, method=method, send_headers=headers, body=body, timeout_seconds=timeout_seconds)
+        return ask(
+            url,
+            method=method,
+            send_headers=headers,
+            body=body,
+            timeout_seconds=timeout_seconds,
+            connect=functools.partial(_connect_inside, self._keeper) if self._keeper is not None else None,
+        )
 
     def _endpoint(self, port: int) -> tuple[str, int]:
         """The way to one of the ready endpoints, each in its turn. Raises NoAnswerError while there is none."""
@@ -210,3 +231,15 @@ def _ready(endpoint_slice: KubeObject) -> Iterator[tuple[str, PodId]]:
             pod = PodId(str(target.get("name") or "") if is_pod else "", str(target.get("uid") or ""))
             for address in endpoint.get("addresses") or []:
                 yield str(address), pod
+
+
+def _connect_inside(keeper: Path, address: tuple[str, int], timeout_seconds: float) -> socket.socket:
+    """Raises OSError."""
+    made = rootless.socket_inside(keeper, socket.SOCK_STREAM)
+    try:
+        made.settimeout(timeout_seconds)
+        made.connect(address)
+    except OSError:
+        made.close()
+        raise
+    return made

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import cast
 
 import pytest
+from wasilet.testing.http import ask as ask_http
 from wasilet_common.relay import Connection
 from wasilet_node.network import keeper
 from wasilet_node.network.errors import NetworkError
+from wasilet_node.runtime import rootless
 
 pytestmark = pytest.mark.unit
 
@@ -106,3 +109,56 @@ async def test_the_sockets_are_the_users_alone_and_take_the_place_of_dead_ones(t
 def test_a_node_that_is_not_let_in_names_the_socket(tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match=r"does not let this node in \(.*no\.sock\): No such file"):
         keeper.enter(tmp_path / "no.sock")
+
+
+@contextmanager
+def handing_out(path: Path, *descriptors: int) -> Iterator[None]:
+    """A keeper that has nothing but these."""
+    with keeper._listen(path) as entrance:
+        entrance.setblocking(True)  # noqa: FBT003
+
+        def hand() -> None:
+            connection, _ = entrance.accept()
+            with connection:
+                socket.send_fds(connection, [b"inside"], list(descriptors))
+
+        thread = threading.Thread(target=hand)
+        thread.start()
+        yield
+        thread.join(20)
+
+
+@pytest.mark.parametrize("kind", rootless.KINDS)
+def test_a_socket_is_handed_out_of_the_wanted_kind(tmp_path: Path, kind: socket.SocketKind) -> None:
+    with socket.socket() as stream, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+        given = (stream.fileno(), stream.fileno(), datagrams.fileno())
+        with handing_out(tmp_path / "k.sock", *given), rootless.socket_inside(tmp_path / "k.sock", kind) as made:
+            assert made.type == kind
+            assert not made.getblocking()
+
+
+def test_a_keeper_that_hands_out_too_little_is_an_error(tmp_path: Path) -> None:
+    with (
+        socket.socket() as stream,
+        handing_out(tmp_path / "k.sock", stream.fileno()),
+        pytest.raises(OSError, match="gave no answer"),
+    ):
+        rootless.ask(tmp_path / "k.sock")
+
+
+async def test_a_service_of_a_network_without_root_is_asked_by_the_keepers_sockets(tmp_path: Path) -> None:
+    """The socket is connected to a server already, so that an address which leads nowhere answers."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+        writer.close()
+
+    def connect(address: tuple[str, int], _seconds: float) -> socket.socket:
+        assert address == ("192.0.2.1", 80)
+        return socket.create_connection(place)
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        place = server.sockets[0].getsockname()
+        got = await asyncio.to_thread(ask_http, "http://192.0.2.1/", connect=connect)
+    assert got.text == "hi"
