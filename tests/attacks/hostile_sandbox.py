@@ -308,6 +308,7 @@ def processes(_facts: Facts) -> object:
         for _ in range(HIGHEST):
             pid = os.fork()
             if pid == 0:
+                linux.set_parent_death_signal()  # the sandbox may be ended before it has counted them
                 signal.pause()
                 os._exit(0)
             pids.append(pid)
