@@ -22,12 +22,12 @@ def test_no_folder_with_tests_is_passed_over(pytestconfig: pytest.Config) -> Non
 
 
 def test_every_test_file_has_a_name_that_is_collected(pytestconfig: pytest.Config) -> None:
-    """A file that defines tests and is not called test_*.py would never run. Rigs are run by other tests."""
+    """A file that defines tests and is not called test_*.py would never run. Rigs and benchmarks run by name."""
     patterns = pytestconfig.getini("python_files")
     lost = [
         str(path.relative_to(TESTS))
         for path in TESTS.rglob("*.py")
-        if path.relative_to(TESTS).parts[0] != "rigs"
+        if path.relative_to(TESTS).parts[0] not in {"rigs", "bench"}
         and not any(fnmatch(path.name, pattern) for pattern in patterns)
         and any(line.startswith(("def test_", "async def test_")) for line in path.read_text().splitlines())
     ]
