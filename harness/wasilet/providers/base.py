@@ -69,7 +69,9 @@ class Cluster:
     state: State
     provider: Provider
     binaries: dict[str, Path] = field(default_factory=dict)
-    _kube: Kube | None = field(default=None, repr=False)
+    client: Kube | None = field(default=None, repr=False)
+    """An open one with the administrator's rights; :meth:`admin` makes it."""
+
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __enter__(self) -> Self:
@@ -82,8 +84,8 @@ class Cluster:
     def close(self) -> None:
         """Close the connection to the API server; another one is opened when it is needed again."""
         with self._lock:
-            if self._kube is not None:
-                self._kube.close()
+            if self.client is not None:
+                self.client.close()
 
     def binary(self, name: str) -> str:
         """The path of an acquired binary. Raises HarnessError when the acquiring step did not run."""
@@ -99,16 +101,16 @@ class Cluster:
     def admin(self) -> Kube:
         """A client with the administrator's rights, by ``state.admin_kubeconfig``. Raises UsageError."""
         with self._lock:
-            if self._kube is None:
-                self._kube = Kube(self.admin_credentials())
-            return self._kube
+            if self.client is None:
+                self.client = Kube(self.admin_credentials())
+            return self.client
 
     def forget_admin(self) -> None:
         """Read ``state.admin_kubeconfig`` again when a client is next asked for."""
         with self._lock:
-            if self._kube is not None:
-                self._kube.close()
-            self._kube = None
+            if self.client is not None:
+                self.client.close()
+            self.client = None
 
     def admin_credentials(self) -> Credentials:
         """What is in ``state.admin_kubeconfig``."""

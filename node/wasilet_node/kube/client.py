@@ -65,7 +65,13 @@ class KubeClient:
     """``wasilet_node.kube.base.Kube`` over HTTPS. Make it inside a running event loop; ``close`` it there too."""
 
     def __init__(
-        self, cluster: Cluster, credentials: Credentials, *, user_agent: str, watch_pace: Pace | None = None
+        self,
+        cluster: Cluster,
+        credentials: Credentials,
+        *,
+        user_agent: str,
+        watch_pace: Pace | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Raises ValueError when a certificate cannot be loaded."""
         self._watch_pace = watch_pace or Pace()
@@ -76,7 +82,7 @@ class KubeClient:
         self._away = False
         self._back = asyncio.Event()
         self._statuses = 0
-        self._turns = Turns()
+        self._turns = turns or Turns()
 
     @property
     def writes_statuses(self) -> bool:

@@ -107,7 +107,7 @@ def put_configuration(kube: FakeKube, configuration: Any) -> None:
 @pytest.fixture
 def cluster(settings: Settings, kube: FakeKube) -> Iterator[Cluster]:
     with open_cluster(settings) as made:
-        made._kube = kube
+        made.client = kube
         made.state.create()
         update_facts(made, uid="1", server="https://127.0.0.1:1", node_address="127.0.0.1")
         yield made
@@ -277,7 +277,7 @@ def test_two_clusters_on_one_bridge_take_different_addresses(cluster: Cluster, s
     with open_cluster(replace(settings, name="other")) as other:
         other.state.create()
         assert joined_network.addresses_of_others(other.settings, other.state) == ["127.255.255.253"]
-        other._kube = cluster._kube
+        other.client = cluster.client
         plan = steps._with_addresses(other, found(cluster), containers(cluster))
-        other._kube = None
+        other.client = None
     assert plan.addresses == ("127.255.255.253",), "it has them already"

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 from wasilet_node.kube.client import KubeClient
 from wasilet_node.kube.kubeconfig import Cluster, Credentials
+from wasilet_node.kube.turns import Turns
 from wasilet_node.kube.watch import Pace
 
 QUICK = Pace(first_delay_seconds=0.01, longest_delay_seconds=0.02)
@@ -55,12 +56,20 @@ async def api_server(
 
 @asynccontextmanager
 async def client_of(
-    handler: Handler, *, credentials: Credentials | None = None, watch_pace: Pace = QUICK
+    handler: Handler,
+    *,
+    credentials: Credentials | None = None,
+    watch_pace: Pace = QUICK,
+    turns: Turns | None = None,
 ) -> AsyncIterator[KubeClient]:
     """A client of a scripted server."""
     async with api_server(handler) as (url, _):
         client = KubeClient(
-            Cluster(server=url), credentials or Credentials(token="t"), user_agent="test", watch_pace=watch_pace
+            Cluster(server=url),
+            credentials or Credentials(token="t"),
+            user_agent="test",
+            watch_pace=watch_pace,
+            turns=turns,
         )
         try:
             yield client

@@ -407,8 +407,7 @@ async def test_a_burst_of_requests_shares_few_connections() -> None:
         await asyncio.sleep(0.001)
         return answer()
 
-    async with client_of(handler) as kube:
-        kube._turns = Turns(patience_seconds=60)
+    async with client_of(handler, turns=Turns(patience_seconds=60)) as kube:
         await asyncio.gather(*(kube.get(f"/api/v1/pods/{number}") for number in range(60)))
     assert len(seen) <= AT_ONCE
 
