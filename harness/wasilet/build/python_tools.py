@@ -25,15 +25,13 @@ LOCKS = Path(__file__).resolve().parent / "locks"
 _INSTALL_TIMEOUT_SECONDS = 600.0
 
 
-def install(
-    name: str, needed: Path, what: str, say: Say, environ: Mapping[str, str], *, locks: Path | None = None
-) -> Path:
+def install(name: str, needed: Path, what: str, say: Say, environ: Mapping[str, str], *, locks: Path = LOCKS) -> Path:
     """The directory with what ``NAME.lock`` in ``locks`` names; ``needed`` is a file in it without which it is of no
     use.
 
     Raises HarnessError with pip's last output.
     """
-    lock = (locks or LOCKS) / f"{name}.lock"
+    lock = locks / f"{name}.lock"
     interpreter = f"{sys.implementation.cache_tag}"
     key = hashlib.sha256(lock.read_bytes() + interpreter.encode()).hexdigest()[:32]
     root = cache_root(environ) / "python-tools"
@@ -65,7 +63,7 @@ def install(
     return installed
 
 
-def version(name: str, *, locks: Path | None = None) -> str:
+def version(name: str, *, locks: Path = LOCKS) -> str:
     """What ``NAME.lock`` in ``locks`` pins."""
-    pins = (line.partition("==")[2] for line in ((locks or LOCKS) / f"{name}.lock").read_text().splitlines())
+    pins = (line.partition("==")[2] for line in (locks / f"{name}.lock").read_text().splitlines())
     return next(pin.split()[0] for pin in pins if pin)

@@ -21,6 +21,7 @@ ASK_SECONDS = 15.0
 """For a question. An engine that is paging may take seconds; one that hangs must not."""
 
 
+DESCRIBE_ATTEMPTS = 5
 SETTLE_SECONDS = 30.0
 """For a container that is being made or removed."""
 
@@ -82,7 +83,7 @@ class Docker:
             if not ids:
                 return []
             try:
-                data = json.loads(self.run("inspect", "--type", "container", *ids).stdout)
+                data = self._described("inspect", "--type", "container", *ids)
             except CommandError as error:
                 # Going, or still coming: the engine lists a container while it makes its volumes, for seconds, and
                 # goes on with that when the caller that asked for it is gone.
@@ -92,6 +93,17 @@ class Docker:
                 time.sleep(0.2)
                 continue
             return sorted((_container(entry) for entry in data), key=lambda container: container.name)
+
+    def _described(self, *arguments: str) -> list[dict[str, Any]]:
+        """What the client prints as JSON. On a busy machine it was seen to print nothing, and to call that success; it
+        is asked again then. Raises CommandError, HarnessError."""
+        for _ in range(DESCRIBE_ATTEMPTS):
+            if text := self.run(*arguments).stdout.strip():
+                found: list[dict[str, Any]] = json.loads(text)
+                return found
+            check_cancelled()
+            time.sleep(0.2)
+        raise HarnessError(f"`docker {' '.join(arguments[:2])}` printed nothing", hint="see `docker version`")
 
     def read(self, container: str, path: str) -> str:
         """A file of a container; empty when there is none. Raises CommandError for anything else."""
@@ -123,7 +135,7 @@ class Docker:
 
     def bridge(self, name: str) -> BridgeNetwork | None:
         """The network of that name; None: it has no bridge, or no IPv4. Raises CommandError."""
-        (data,) = json.loads(self.run("network", "inspect", name).stdout)
+        (data,) = self._described("network", "inspect", name)
         configured = ((data.get("IPAM") or {}).get("Config")) or []
         for entry in configured:
             with contextlib.suppress(ValueError, KeyError):

@@ -68,7 +68,15 @@ def test_a_crate_without_main_is_built_as_a_library(
 
 
 @pytest.fixture
-def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def locks(tmp_path: Path) -> Path:
+    """A folder of lock files."""
+    folder = tmp_path / "locks"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def environ(tmp_path: Path, locks: Path) -> dict[str, str]:
     """A package source in a folder, of one wheel whose digest a lock file names."""
     import hashlib
     import zipfile
@@ -84,11 +92,8 @@ def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             "wasilet_test_tool-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         archive.writestr("wasilet_test_tool-1.0.dist-info/RECORD", "")
-    locks = tmp_path / "locks"
-    locks.mkdir()
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     (locks / "tool.lock").write_text(f"wasilet-test-tool==1.0 --hash=sha256:{digest}\n")
-    monkeypatch.setattr(python_tools, "LOCKS", locks)
     return {
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
@@ -98,26 +103,27 @@ def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     }
 
 
-def test_a_tool_is_fetched_once(environ: dict[str, str]) -> None:
+def test_a_tool_is_fetched_once(environ: dict[str, str], locks: Path) -> None:
     said: list[str] = []
-    first = python_tools.install("tool", TOOL, "the tool", said.append, environ)
-    second = python_tools.install("tool", TOOL, "the tool", said.append, {"WASILET_CACHE": environ["WASILET_CACHE"]})
+    first = python_tools.install("tool", TOOL, "the tool", said.append, environ, locks=locks)
+    cache = {"WASILET_CACHE": environ["WASILET_CACHE"]}
+    second = python_tools.install("tool", TOOL, "the tool", said.append, cache, locks=locks)
     assert first == second
     assert (first / TOOL).read_text() == "a tool"
     assert said == ["fetching the tool (pip install, by tool.lock)"]
 
 
-def test_a_wheel_of_another_digest_is_refused_and_leaves_nothing(environ: dict[str, str]) -> None:
-    lock = python_tools.LOCKS / "tool.lock"
+def test_a_wheel_of_another_digest_is_refused_and_leaves_nothing(environ: dict[str, str], locks: Path) -> None:
+    lock = locks / "tool.lock"
     lock.write_text(lock.read_text()[:-65] + "0" * 64 + "\n")
     with pytest.raises(HarnessError, match="pip could not install the tool"):
-        python_tools.install("tool", TOOL, "the tool", lambda _: None, environ)
+        python_tools.install("tool", TOOL, "the tool", lambda _: None, environ, locks=locks)
     assert list((Path(environ["WASILET_CACHE"]) / "python-tools").iterdir()) == []
 
 
-def test_a_wheel_without_the_tool_is_no_use(environ: dict[str, str]) -> None:
+def test_a_wheel_without_the_tool_is_no_use(environ: dict[str, str], locks: Path) -> None:
     with pytest.raises(HarnessError, match="it lacks tool/other"):
-        python_tools.install("tool", Path("tool/other"), "the tool", lambda _: None, environ)
+        python_tools.install("tool", Path("tool/other"), "the tool", lambda _: None, environ, locks=locks)
 
 
 def test_python_without_the_tools_answer_is_told_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
