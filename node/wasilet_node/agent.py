@@ -117,8 +117,7 @@ class Agent:
         from wasilet_node.kube.references import References
 
         node_name = self._settings.node_name
-        under_way = self._under_way
-        events = KubeEventRecorder(kube, host=node_name, busy=lambda: kube.writes_statuses or under_way.busy)
+        events = KubeEventRecorder(kube, host=node_name, busy=lambda: kube.writes_statuses)
         references = References(kube, node=lambda: (node_name, self._registration.uid()))
         references.start()
         stack.push_async_callback(references.close)

@@ -1,7 +1,8 @@
 """Whether a pod is being started or ended now, so that what can wait does not take the processor from it.
 
-A start is a chain of short waits with little work in between. Events that report it and namespaces for pods that are
-still to come cost more than the start itself, and nobody waits for either of them.
+A start is a chain of short waits with little work in between. Namespaces for pods that are still to come cost more than
+the start itself, and no one waits for them. Events do not wait so long: what reports a pod's start must be there when
+its end is.
 """
 
 from __future__ import annotations
