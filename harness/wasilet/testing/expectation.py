@@ -19,6 +19,7 @@ from wasilet.errors import ApiError
 from wasilet.kube.client import KubeObject
 from wasilet.testing.log_follow import InstanceLog, last_written
 from wasilet.testing.log_match import Judge
+from wasilet.testing.log_spool import nanoseconds_of
 from wasilet.testing.merged_log import LogLines, Reading
 from wasilet.testing.observe import Observer, PodView
 from wasilet.testing.pod_status import FINAL_WAITING, container_statuses, ends_of, main_status
@@ -84,8 +85,8 @@ class _Known:
     """The instances whose logs had ended at this look. The logs grow on while they are judged, so what a judge has
     certainly read is what was there before it began to read."""
 
-    last_at_ns: dict[str, int]
-    """When the last line of each was written that was there at this look; by instance."""
+    last: dict[str, bytes]
+    """The last line of each that was there at this look, as read; by instance."""
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Wait:
     """How long it was waited for."""
 
     _reading: Reading | None = field(init=False, default=None)
-    _asked: dict[str, int] = field(init=False, default_factory=dict)
+    _asked: dict[str, bytes] = field(init=False, default_factory=dict)
     """Of running containers: when the line that was the last one at the time of the question was written."""
 
     _ask_error: str = field(init=False, default="")
@@ -160,7 +161,7 @@ class Wait:
             owner = observer.owners.get((self.subject.owner[0], self.subject.owner[2])) if self.subject.owner else None
             logs = [log for view in views for log in view.logs.values() if container in {"", log.container}]
             ended = frozenset(log.instance for log in logs if log.ended)
-            last = {log.instance: log.last_at_ns for log in logs}
+            last = {log.instance: log.kept.last or b"" for log in logs}
             return _Known(observer.revision, views, owner, logs, ended, last)
 
     def _sleep(self, revision: int, deadline: float) -> None:
@@ -305,7 +306,12 @@ class Wait:
             except ApiError as error:
                 self._ask_error = error.message
                 return False
-        return known.last_at_ns[log.instance] >= self._asked[log.instance]
+        read, asked = known.last[log.instance], self._asked[log.instance]
+        if nanoseconds_of(read) == nanoseconds_of(asked) and read != asked:
+            # Lines that a program writes at once have one time, so this is some line before it, or one after it.
+            del self._asked[log.instance]
+            return False
+        return nanoseconds_of(read) >= nanoseconds_of(asked)
 
 
 def _first_missing(judge: Judge) -> str:

@@ -16,7 +16,7 @@ from wasilet_common.backoff import RetryBackoff
 
 from wasilet.errors import ApiError
 from wasilet.kube.client import Hangup, Kube, KubeObject, api_path
-from wasilet.testing.log_spool import LogLine, LogSpool, LogTail, SpoolError, line_of, nanoseconds_of
+from wasilet.testing.log_spool import LogLine, LogSpool, LogTail, SpoolError, line_of
 from wasilet.testing.pod_status import container_statuses, instances_of, is_running
 
 IDLE_SECONDS = 3600.0
@@ -71,12 +71,6 @@ class InstanceLog:
         """When the first line was written; 0.0 while there is none, or when the node did not report it."""
         first = self.kept.first
         return 0.0 if first is None else line_of(first).at
-
-    @property
-    def last_at_ns(self) -> int:
-        """When the last line was written, in nanoseconds."""
-        last = self.kept.last
-        return 0 if last is None else nanoseconds_of(last)
 
 
 class _OtherLogError(Exception):
@@ -205,14 +199,13 @@ class LogFollower:
         self._notify()
 
 
-def last_written(kube: Kube, pod: KubeObject, container: str) -> int:
-    """When the last line of a running container's log was written, by the node's clock, in nanoseconds; 0 while there
-    is none. Raises ApiError."""
+def last_written(kube: Kube, pod: KubeObject, container: str) -> bytes:
+    """The last line of a container's log with its time by the node's clock; empty while there is none. Raises
+    ApiError."""
     query = {"container": container, "tailLines": "1", "timestamps": "true"}
     with kube.chunks(_log_path(pod), idle_seconds=LAST_LINE_SECONDS, **query) as chunks:
         data = b"".join(chunks)
-    last = data.rstrip(b"\n").rpartition(b"\n")[2]
-    return nanoseconds_of(last)
+    return data.rstrip(b"\n").rpartition(b"\n")[2]
 
 
 def _log_path(pod: KubeObject) -> str:

@@ -15,7 +15,7 @@ from wasilet.errors import ApiError
 from wasilet.testing import expectation
 from wasilet.testing.observe import Observer
 
-from tests.unit.harness.testing.log_rig import NAMESPACE, Log, LogApi, running, scene_on, terminated
+from tests.unit.harness.testing.log_rig import NAMESPACE, START_NS, Log, LogApi, running, scene_on, terminated
 
 pytestmark = pytest.mark.unit
 
@@ -97,9 +97,13 @@ def test_the_lines_stay_readable_when_all_is_over(api: LogApi) -> None:
     assert sum(1 for _ in lines) == LINES + 2
 
 
-def test_what_is_absent_is_judged_to_the_line_that_was_the_last_when_it_was_asked(api: LogApi) -> None:
-    """The container runs on, and its log is longer than what has come over the wire."""
-    api.write("a", "EARLY", *SEVERAL_KILOBYTES, "LATE")
+@pytest.mark.parametrize("at_ns", [None, START_NS], ids=["one after the other", "all at once"])
+def test_what_is_absent_is_judged_to_the_line_that_was_the_last_when_it_was_asked(
+    api: LogApi, at_ns: int | None
+) -> None:
+    """The container runs on, and its log is longer than what has come over the wire. The lines of one write have one
+    time."""
+    api.write("a", "EARLY", *SEVERAL_KILOBYTES, "LATE", at_ns=at_ns)
     log = api.written["a"]
     log.held.clear()
     with scene_on(api) as scene:
