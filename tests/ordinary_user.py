@@ -53,11 +53,11 @@ class OrdinaryUser:
         return self.run(sys.executable, "-P", "-m", "wasilet", *argv)
 
     def processes(self) -> list[int]:
-        """All that run as this user."""
+        """All that run as this user; not those that have ended and that the machine's init reaps in its own time."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if folder.stat().st_uid == self.uid:
+                if folder.stat().st_uid == self.uid and _state(folder) != "Z":
                     found.append(int(folder.name))
         return found
 
@@ -135,3 +135,8 @@ def _closed_ancestor(path: Path) -> Path | None:
 
 def _quoted(path: object) -> str:
     return shlex.quote(str(path))
+
+
+def _state(process: Path) -> str:
+    """The third field of ``/proc/PID/stat`` (proc(5)); the second is in parentheses and may hold any character."""
+    return (process / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]

@@ -7,6 +7,7 @@ only looks at it from outside, and sends what users of the machine would.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -127,8 +128,13 @@ def test_the_api_servers_proxies_reach_pods_and_services(net: Net) -> None:
         asked = f"by-{place.partition('/')[0]}"
         with contextlib.suppress(ApiError):
             net.kube.get(f"/api/v1/namespaces/{NAMESPACE}/{place}/proxy/{asked}")
-        logs = [net.kube.body(f"{api_path('pods', f'server-{node}', namespace=NAMESPACE)}/log") for node in (0, 1)]
-        assert any(f"GET /{asked}".encode() in log for log in logs), logs
+        wait(functools.partial(has_logged, net, f"GET /{asked}"), f"{asked} in a log")
+
+
+def has_logged(net: Net, text: str) -> bool:
+    """Either of the two servers, which write down what they are sent once they have answered."""
+    logs = [net.kube.body(f"{api_path('pods', f'server-{node}', namespace=NAMESPACE)}/log") for node in (0, 1)]
+    return any(text.encode() in log for log in logs)
 
 
 def test_port_forward_node_port_and_host_port_reach_pods_from_the_machine(net: Net) -> None:
