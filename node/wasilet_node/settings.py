@@ -157,7 +157,7 @@ class NodeSettings:
     """None: pods share the machine's network."""
 
     network_absent: str = ""
-    """Why they do, as whoever started the node knows it, for the Node's condition."""
+    """Why they do, as the harness that started the node knows it, for the Node's condition."""
 
     status_interval_seconds: float = 10.0
     status_report_interval_seconds: float = 300.0

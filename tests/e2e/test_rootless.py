@@ -224,7 +224,7 @@ def test_an_agent_and_the_keeper_that_are_killed_come_back_to_the_same_pods(net:
     assert addresses(net) == before
     pods = [net.pod(f"server-{node}") for node in (0, 1)]
     assert [pod["status"]["containerStatuses"][0]["restartCount"] for pod in pods] == [0, 0]
-    assert net.said("anew", "connect", before[1], str(PORT), "hello", node=0) == f"{before[1]} answered hello"
+    assert net.said("again", "connect", before[1], str(PORT), "hello", node=0) == f"{before[1]} answered hello"
 
 
 def test_after_a_kill_of_everything_there_is_nothing_and_up_makes_it_again(net: Net, user: OrdinaryUser) -> None:

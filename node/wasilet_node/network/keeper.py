@@ -5,7 +5,7 @@ this process makes a user namespace, where everything of the user's is allowed, 
 Agents ask for that one by a Unix socket, enter both, and make their networks there as they do on a machine as root:
 links, routes and redirects between nodes are those of ``wasilet_node.network.node_network``.
 
-What leads across, either way, are connections that this process opens anew, since it has sockets in both:
+What leads across, either way, are connections that this process opens again, since it has sockets in both:
 
 - what listens on the machine's loopback and is for pods (API server, cluster DNS), at an address inside;
 - an HTTP CONNECT proxy at a second Unix socket, by which the API server reaches pods and Services (egress selector);

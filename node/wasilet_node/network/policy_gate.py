@@ -79,7 +79,7 @@ class PolicyGate:
             self._send({"released": [uid]})
 
     async def passed(self, uid: str) -> bool:
-        """Wait until the rules know a pod that has claimed an address, or judge nobody. False: not within the limit."""
+        """Wait until the rules know a pod that has claimed an address, or judge no pod. False: not within the limit."""
         if not self._judging or self._knows(uid):
             return True
         try:
