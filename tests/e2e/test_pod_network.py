@@ -481,7 +481,15 @@ def process_in_the_node(net: Net, name: str) -> int | None:
     if agent is None:
         return None
     children = psutil.Process(agent.process.pid).children()
-    return next((child.pid for child in children if any(name in word for word in child.cmdline()[:4])), None)
+    return next((child.pid for child in children if any(name in word for word in command_line(child)[:4])), None)
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Empty for one that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def service_address(net: Net) -> str:
