@@ -202,8 +202,13 @@ class StatusWriter:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
             logger.error("the status of %s could not be sent", self._path, exc_info=error)
+        elif self._desired is not None:
+            # What was submitted in this turn of the loop found a task that would not look again.
+            self.submit(self._desired)
 
     async def _hold_back(self) -> None:
         if self._urgent.is_set() or self._flushing:

@@ -287,6 +287,20 @@ async def test_newer_statuses_replace_those_that_wait() -> None:
     await patcher.close()
 
 
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_status_reaches_the_server_in_whatever_turn_of_the_loop_it_is_submitted(turns: int) -> None:
+    """Also in the one in which the task that sent the one before has ended, and not been taken away yet."""
+    kube = PodKube()
+    kube.add(make_pod())
+    patcher = StatusWriter(kube, kube.pod("a"), on_gone=lambda: None, pace=StatusPace(time.monotonic))
+    patcher.submit({"phase": "Pending", "podIP": "10.9.0.7"})
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    patcher.submit({"phase": "Running", "podIP": "10.9.0.7"})
+    await eventually(lambda: kube.pod("a")["status"].get("phase") == "Running")
+    await patcher.close()
+
+
 CREATING = {"phase": "Pending", "podIP": ""}
 
 
