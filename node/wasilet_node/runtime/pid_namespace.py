@@ -18,6 +18,8 @@ import ctypes
 import errno
 import os
 
+from wasilet_node.runtime.trial import tried_by_child
+
 _CLONE = {"x86_64": 56, "aarch64": 220}.get(os.uname().machine)
 _CLONE_PARENT = 0x00008000
 _CLONE_CHILD_CLEARTID = 0x00200000
@@ -51,29 +53,15 @@ def clone_beside() -> int:
 
 def why_unavailable() -> str:
     """Why this process's sandboxes cannot have one, tried by a child; empty: they can. One thread."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    with os.fdopen(reader, "rb") as report:
-        try:
-            pid = os.fork()
-            if pid == 0:
-                _try(writer)
-        finally:
-            os.close(writer)
-        reason = report.read().decode(errors="replace")
-        os.waitpid(pid, 0)
-    if reason.isdecimal():
-        os.waitpid(int(reason), 0)
+    reported, _ = tried_by_child(_try)
+    if reported.isdecimal():
+        os.waitpid(int(reported), 0)
         return ""
-    return reason or "the child that tried ended"
+    return reported or "the child that tried ended"
 
 
 def _try(report: int) -> None:
-    """What the zygote does: never returns."""
-    try:
-        pid = clone_beside()
-        if pid != 0:
-            os.write(report, b"%d" % pid)
-    except OSError as error:
-        os.write(report, str(error.strerror).encode())
-    finally:
-        os._exit(0)
+    """What the zygote does. Raises OSError."""
+    pid = clone_beside()
+    if pid != 0:
+        os.write(report, b"%d" % pid)

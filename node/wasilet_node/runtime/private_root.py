@@ -23,6 +23,7 @@ from pathlib import Path
 from wasilet_node.runtime import netns
 from wasilet_node.runtime.protocol import Mount
 from wasilet_node.runtime.safe_path import open_directory
+from wasilet_node.runtime.trial import tried_by_child
 
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine)
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
@@ -89,30 +90,14 @@ def enter(place: str, *, file: str, shown: Iterable[str], mounts: Sequence[Mount
 
 def why_unavailable() -> str:
     """Why this process's children cannot have it, tried by one of them; empty: they can. One thread."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    with os.fdopen(reader, "rb") as report:
-        try:
-            pid = os.fork()
-            if pid == 0:
-                _try(writer)
-        finally:
-            os.close(writer)
-        reason = report.read().decode(errors="replace")
-        status = os.waitpid(pid, 0)[1]
+    reason, status = tried_by_child(_try)
     return reason or ("" if status == 0 else f"wait status {status}")
 
 
-def _try(report: int) -> None:
-    """A child's whole life, with this file as the one that is shown: never returns."""
-    code = 1
-    try:
-        unshare_mounts()
-        enter(str(Path(__file__).parent), file=__file__, shown=(), mounts=())
-        code = 0
-    except OSError as error:
-        os.write(report, str(error.strerror).encode())
-    finally:
-        os._exit(code)
+def _try(_report: int) -> None:
+    """With this file as the one that is shown. Raises OSError."""
+    unshare_mounts()
+    enter(str(Path(__file__).parent), file=__file__, shown=(), mounts=())
 
 
 def _open_folder(mount: Mount) -> int:
